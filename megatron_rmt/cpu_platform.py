@@ -35,10 +35,29 @@ REQUIRED_FLAGS: dict[str, str | None] = {
     "--no-persist-layer-norm": None,
 }
 
-_FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like "
-    "rand rand_like randint randn randn_like tensor tril_indices triu_indices zeros zeros_like"
-).split()
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "randn_like",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+    "zeros_like",
+]
 
 _installed = False
 
@@ -88,10 +107,10 @@ def install() -> None:
 
 
 def _share_cores_between_ranks() -> None:
-    """torchrun sets OMP_NUM_THREADS=1; one rank alone should use all cores, two share them."""
-    if os.environ.get("OMP_NUM_THREADS", "1") != "1":
+    """torchrun gives each of several ranks OMP_NUM_THREADS=1; give it its share of the cores."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if ranks == 0 or os.environ.get("OMP_NUM_THREADS") != "1":
         return
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 

@@ -1,0 +1,496 @@
+"""Log-probabilities and entropies of tokens from hidden states, without holding the logits.
+
+The language-model head multiplies [rows, hidden] by [vocab/tp, hidden]; at 8192 rows and a
+vocabulary of 152k one fp32 copy of the result is 4.6 GiB, and autograd keeps several. Here rows are
+taken in chunks, a chunk's scores [chunk_size, vocab/tp] are reduced to a few numbers per row at
+once, and the backward pass computes them again. The vocabulary is never gathered: tensor-parallel
+ranks exchange [rows]-sized statistics only.
+
+With scores z, m = max z and Z = sum exp(z - m), all sums over the whole vocabulary,
+
+    log p_y = z_y - (m + log Z)            H = log Z - (1/Z) sum exp(z - m) (z - m)
+    d log p_y / dz_j = [j = y] - p_j       dH / dz_j = -p_j (log p_j + H)
+
+Padding columns (Megatron rounds the vocabulary up) are left out by slicing the weight: a zero row
+would have score 0, not -inf. Scores are fp32 (fp64 for fp64 inputs) also where hidden states and
+weight are bf16: scores rounded to bf16 move 2.7 % of tokens to another difficulty tier.
+
+Tensor parallelism: ``hidden`` is the same on all ranks, so is every result, and the gradient of
+``hidden`` is summed over the ranks here. Callers must not all-reduce it again: under sequence
+parallelism gather the rows with
+``gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)``.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup, ReduceOp
+
+# Weight rows converted to fp32 at a time where the matmul itself cannot return fp32: the block
+# stays in the cache, so the conversion is free beside the product.
+_CONVERSION_BLOCK = 1024
+
+
+def vocab_range(
+    weight_rows: int, vocab_size: int, tp_group: ProcessGroup | None
+) -> tuple[int, int]:
+    """(first token id, number of ids) this rank holds, padding excluded; the number may be 0.
+
+    Args:
+        weight_rows: rows of this rank's shard of the (padded) head weight.
+        vocab_size: the true vocabulary size.
+
+    Raises:
+        ValueError: all shards together are smaller than the vocabulary.
+    """
+    rank, ranks = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
+    if not 0 < vocab_size <= weight_rows * ranks:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but the head weight has {ranks} x {weight_rows} rows; "
+            "pass the tokenizer's vocabulary size, which is at least 1 and at most that many."
+        )
+    start = rank * weight_rows
+    return start, max(0, min(weight_rows, vocab_size - start))
+
+
+def token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: ProcessGroup | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of the target and entropy of each row, differentiable in hidden and weight.
+
+    Collectives: forward one MAX of [rows] and one SUM of [3, rows], backward one SUM of
+    [rows, hidden], for any number of chunks. Memory: two buffers [chunk_size, vocab/tp], and in
+    backward the fp32 gradients of ``hidden`` and ``weight``. An output that the loss does not use
+    costs nothing in backward. Inputs are not modified.
+
+    Args:
+        hidden: [rows, hidden], fp32, bf16, fp16 or fp64; rows may be 0.
+        weight: [padded vocab/tp, hidden], this rank's shard.
+        targets: [rows] int64, token ids of the whole vocabulary.
+        vocab_size: the true vocabulary size, padding excluded.
+        tp_group: the tensor-parallel group; None for a single process.
+        chunk_size: rows whose scores are held at a time.
+
+    Returns:
+        (log_probs [rows], entropies [rows]), nats, fp32 (fp64 for fp64 inputs), entropies >= 0.
+        Gradients come in the dtypes of the inputs; sums over rows are made in fp32.
+
+    Raises:
+        ValueError: shapes or sizes do not fit; a target outside [0, vocab_size) (checked where the
+            targets are on the CPU: on a GPU the check would wait for the device).
+    """
+    shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
+    _check_targets(hidden, targets, vocab_size)
+    return _TokenStatistics.apply(hidden, weight, targets, shard)
+
+
+def weighted_log_prob_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    coefficients: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: ProcessGroup | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_i coefficients_i log p(targets_i), with its gradients made in the same pass.
+
+    For losses whose derivative by each log-probability is known beforehand: next-token prediction,
+    and the policy gradient exactly on policy, where the ratio is 1. Three matrix products instead
+    of the four of ``token_statistics``. The gradients are held from forward to backward.
+
+    Collectives: forward one MAX and one SUM ([3, chunk]) for each chunk and one SUM of
+    [rows, hidden]; backward none.
+
+    Args:
+        coefficients: [rows], constants: no gradient flows to them.
+        others: as for ``token_statistics``.
+
+    Returns:
+        (sum [], log_probs [rows], entropies [rows]); only the sum is differentiable.
+
+    Raises:
+        ValueError: as ``token_statistics``.
+    """
+    shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
+    _check_targets(hidden, targets, vocab_size)
+    if coefficients.shape != targets.shape:
+        raise ValueError(
+            f"coefficients has shape {list(coefficients.shape)}; give one per target: "
+            f"{list(targets.shape)}."
+        )
+    with_gradients = torch.is_grad_enabled()
+    return _WeightedLogProbSum.apply(
+        hidden, weight, targets, coefficients.detach(), shard, with_gradients
+    )
+
+
+@torch.no_grad()
+def token_entropies(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: ProcessGroup | None,
+    chunk_size: int,
+    top_k: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Entropy and most probable token of each row, without gradient.
+
+    Collectives: two MAX and one MIN of [rows] and one SUM of [3, rows]; with ``top_k`` an
+    all-gather of [rows, top_k] in place of the SUM and one MAX. Any number of chunks.
+
+    Args:
+        top_k: entropy of the ``top_k`` largest probabilities, renormalised (RPT, arXiv 2506.08007,
+            takes 16); None for the whole vocabulary.
+        others: as for ``token_statistics``.
+
+    Returns:
+        (entropies [rows] fp32 in nats, argmax ids [rows] int64, the smallest id of equals).
+
+    Raises:
+        ValueError: as ``token_statistics``; ``top_k`` below 1.
+    """
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; give at least 1, or None for the whole vocabulary.")
+    shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
+    rows, dtype = hidden.shape[0], _score_dtype(hidden, weight)
+    count = min(top_k or 0, vocab_size)
+    statistics = hidden.new_empty(4, rows, dtype=dtype)
+    largest = hidden.new_full((rows, count), torch.finfo(dtype).min, dtype=dtype)
+    best = torch.full((rows,), vocab_size, dtype=torch.int64, device=hidden.device)
+    for chunk, scores, buffer in _score_chunks(hidden, weight, shard):
+        if shard.columns > 0:
+            best[chunk] = scores.argmax(-1) + shard.start
+            values = scores.topk(min(count, shard.columns), sorted=False).values
+            largest[chunk, : values.shape[1]] = values
+        statistics[:, chunk] = _local_statistics(scores, buffer, None)
+    argmax_ids = _first_with_maximum(best, statistics[0], shard)
+    if top_k is not None:
+        return _entropy_of_largest(largest, shard), argmax_ids
+    return _combine(statistics, shard)[2], argmax_ids
+
+
+@torch.no_grad()
+def selected_logits(
+    hidden: Tensor, weight: Tensor, *, vocab_size: int, tp_group: ProcessGroup | None
+) -> Tensor:
+    """This rank's scores of the given rows, for sampling: [rows, columns] fp32, no gradient.
+
+    Column j is token ``start + j``, with (start, columns) = ``vocab_range(...)``: no padding.
+    No collective.
+
+    Raises:
+        ValueError: as ``token_statistics``.
+    """
+    shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size=1)
+    dtype = _score_dtype(hidden, weight)
+    scores = hidden.new_empty(hidden.shape[0], shard.columns, dtype=dtype)
+    _scores(hidden, weight[: shard.columns], scores)
+    return scores
+
+
+class _Shard(NamedTuple):
+    """This rank's part of the vocabulary, [start, start + columns), and how to go through it."""
+
+    start: int
+    columns: int
+    group: ProcessGroup | None
+    chunk_size: int
+
+    def reduce(self, tensor: Tensor, operation: Any) -> None:
+        """All-reduces ``tensor`` in place. Ranks have the same rows: all skip when it is empty."""
+        if self.group is not None and self.group.size() > 1 and tensor.numel() > 0:
+            torch.distributed.all_reduce(tensor, op=operation, group=self.group)
+
+
+def _shard(
+    hidden: Tensor,
+    weight: Tensor,
+    vocab_size: int,
+    tp_group: ProcessGroup | None,
+    chunk_size: int,
+) -> _Shard:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit; "
+            "give [rows, hidden] and [padded vocab/tp, hidden]."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; give at least 1.")
+    return _Shard(*vocab_range(weight.shape[0], vocab_size, tp_group), tp_group, chunk_size)
+
+
+def _check_targets(hidden: Tensor, targets: Tensor, vocab_size: int) -> None:
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets is {targets.dtype} {list(targets.shape)}; give int64 of shape "
+            f"{list(hidden.shape[:1])}, one token id for each row of hidden."
+        )
+    if not targets.is_cuda and targets.numel() > 0:
+        lowest, highest = (int(bound) for bound in targets.aminmax())
+        if lowest < 0 or highest >= vocab_size:
+            raise ValueError(
+                f"targets holds {lowest if lowest < 0 else highest}, not in [0, {vocab_size}); "
+                "leave out rows without a target."
+            )
+
+
+def _score_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _score_chunks(
+    hidden: Tensor, weight: Tensor, shard: _Shard
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, scores, buffer) of each chunk; both [chunk, columns], both overwritten by the next."""
+    rows = hidden.shape[0]
+    held = min(rows, shard.chunk_size)
+    dtype = _score_dtype(hidden, weight)
+    scores, buffer = hidden.new_empty(2, held, shard.columns, dtype=dtype)
+    for start in range(0, rows, shard.chunk_size):
+        chunk = slice(start, min(rows, start + shard.chunk_size))
+        size = chunk.stop - start
+        _scores(hidden[chunk], weight[: shard.columns], scores[:size])
+        yield chunk, scores[:size], buffer[:size]
+
+
+def _scores(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [rows, columns] = hidden @ weight.T, summed and returned in the dtype of ``out``."""
+    if hidden.dtype == weight.dtype == out.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    elif _multiplies_into_fp32(hidden, weight):
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        hidden = hidden.to(out.dtype)
+        for block in _blocks(weight):
+            torch.mm(hidden, weight[block].to(out.dtype).t(), out=out[:, block])
+
+
+def _multiplies_into_fp32(left: Tensor, right: Tensor) -> bool:
+    """Whether torch can multiply these half-precision matrices without rounding the result."""
+    half = left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
+    return half and left.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out")
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    for start in range(0, weight.shape[0], _CONVERSION_BLOCK):
+        yield slice(start, min(weight.shape[0], start + _CONVERSION_BLOCK))
+
+
+class _Gradients:
+    """Sums of the gradients of ``hidden`` and ``weight`` over the chunks, fp32 or fp64."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, shard: _Shard, needed: list[bool]) -> None:
+        self.inputs = hidden, weight
+        self.shard = shard
+        dtype = _score_dtype(hidden, weight)
+        self.hidden = torch.empty_like(hidden, dtype=dtype) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
+
+    def add(self, chunk: slice, score_gradient: Tensor) -> None:
+        """Adds what the rows of ``chunk`` give.
+
+        Args:
+            score_gradient: [chunk, columns]. Tensor cores read it in the dtype of the weight, as
+                they read Megatron's own gradients of logits.
+        """
+        hidden, weight = self.inputs[0][chunk], self.inputs[1][: self.shard.columns]
+        dtype = score_gradient.dtype
+        fast = _multiplies_into_fp32(hidden, weight)
+        if fast:
+            score_gradient = score_gradient.to(weight.dtype)
+        if self.hidden is not None:
+            out = self.hidden[chunk]
+            if fast:
+                torch.mm(score_gradient, weight, out_dtype=dtype, out=out)
+            elif weight.dtype == dtype:
+                torch.mm(score_gradient, weight, out=out)
+            else:
+                out.zero_()
+                for block in _blocks(weight):
+                    out.addmm_(score_gradient[:, block], weight[block].to(dtype))
+        if self.weight is not None:
+            out = self.weight[: self.shard.columns]
+            if fast:
+                out += torch.mm(score_gradient.t(), hidden, out_dtype=dtype)
+            else:
+                out.addmm_(score_gradient.t(), hidden.to(dtype))
+
+    def sum_over_ranks(self) -> None:
+        """Each rank knows what its own columns give; ``hidden`` needs all of them."""
+        if self.hidden is not None:
+            self.shard.reduce(self.hidden, ReduceOp.SUM)
+
+
+def _target_columns(targets: Tensor, shard: _Shard) -> tuple[Tensor, Tensor]:
+    """(column of each target, clamped into this shard; whether the target is in this shard)."""
+    columns = targets - shard.start
+    held = (columns >= 0) & (columns < shard.columns)
+    return columns.clamp(0, max(0, shard.columns - 1)), held
+
+
+def _local_statistics(
+    scores: Tensor, buffer: Tensor, targets: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """[4, chunk] over this rank's columns: m, Z, sum exp(z - m) (z - m), and z of the target or 0.
+
+    Leaves z - m in ``scores`` and exp(z - m) in ``buffer``.
+    """
+    statistics = scores.new_zeros(4, scores.shape[0])
+    maxima, normaliser, moment, target_score = statistics
+    if scores.shape[1] == 0:
+        maxima.fill_(torch.finfo(scores.dtype).min)  # finite: 0 * -inf would be NaN
+        return statistics
+    torch.amax(scores, -1, out=maxima)
+    if targets is not None:
+        columns, held = targets
+        torch.mul(scores.gather(1, columns[:, None])[:, 0], held, out=target_score)
+    scores.sub_(maxima[:, None])
+    torch.exp(scores, out=buffer)
+    torch.sum(buffer, -1, out=normaliser)
+    torch.linalg.vecdot(buffer, scores, out=moment)
+    return statistics
+
+
+def _combine(statistics: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-normaliser, log-prob of the target, entropy) [rows] of the whole vocabulary.
+
+    Args:
+        statistics: [4, rows] of this rank, from ``_local_statistics``. Overwritten.
+    """
+    maxima, normaliser, moment, target_score = statistics
+    overall = maxima.clone()
+    shard.reduce(overall, ReduceOp.MAX)
+    shift = maxima - overall
+    moment.addcmul_(normaliser, shift)
+    statistics[1:3] *= shift.exp()
+    shard.reduce(statistics[1:], ReduceOp.SUM)
+    log_normaliser = overall + normaliser.log()
+    entropies = (normaliser.log() - moment / normaliser).clamp_(min=0)
+    return log_normaliser, target_score - log_normaliser, entropies
+
+
+def _add_at_targets(
+    score_gradient: Tensor, by_log_prob: Tensor, targets: tuple[Tensor, Tensor]
+) -> None:
+    columns, held = targets
+    if score_gradient.shape[1] > 0:
+        score_gradient.scatter_add_(1, columns[:, None], (by_log_prob * held)[:, None])
+
+
+def _entropy_of_largest(largest: Tensor, shard: _Shard) -> Tensor:
+    """[rows] entropy of the k largest scores among all ranks; ``largest`` is [rows, k] of this."""
+    count = largest.shape[1]
+    if shard.group is not None and shard.group.size() > 1 and largest.numel() > 0:
+        of_ranks = [torch.empty_like(largest) for _ in range(shard.group.size())]
+        torch.distributed.all_gather(of_ranks, largest, group=shard.group)
+        largest = torch.cat(of_ranks, -1).topk(count, sorted=False).values
+    log_p = largest.log_softmax(-1)
+    return -torch.linalg.vecdot(log_p.exp(), log_p).clamp_(max=0)
+
+
+def _first_with_maximum(ids: Tensor, maxima: Tensor, shard: _Shard) -> Tensor:
+    """[rows] the id, out of one per rank, whose score is the largest; the smallest of equals."""
+    overall = maxima.clone()
+    shard.reduce(overall, ReduceOp.MAX)
+    first = ids.masked_fill(maxima != overall, torch.iinfo(ids.dtype).max)
+    shard.reduce(first, ReduceOp.MIN)
+    return first
+
+
+class _TokenStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: _Shard
+    ) -> tuple[Tensor, Tensor]:
+        columns, held = _target_columns(targets, shard)
+        statistics = hidden.new_empty(4, hidden.shape[0], dtype=_score_dtype(hidden, weight))
+        for chunk, scores, buffer in _score_chunks(hidden, weight, shard):
+            targeted = columns[chunk], held[chunk]
+            statistics[:, chunk] = _local_statistics(scores, buffer, targeted)
+        log_normaliser, log_probs, entropies = _combine(statistics, shard)
+        ctx.save_for_backward(hidden, weight, columns, held, log_normaliser, entropies)
+        ctx.shard = shard
+        ctx.set_materialize_grads(False)
+        return log_probs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None) -> tuple:
+        hidden, weight, columns, held, log_normaliser, entropies = ctx.saved_tensors
+        gradients = _Gradients(hidden, weight, ctx.shard, ctx.needs_input_grad)
+        if by_log_prob is None:
+            by_log_prob = torch.zeros_like(log_normaliser)
+        for chunk, scores, buffer in _score_chunks(hidden, weight, ctx.shard):
+            log_p = scores.sub_(log_normaliser[chunk, None])
+            p = torch.exp(log_p, out=buffer)
+            if by_entropy is None:
+                score_gradient = p.mul_(-by_log_prob[chunk, None])
+            else:
+                from_sums = by_log_prob[chunk] + by_entropy[chunk] * entropies[chunk]
+                score_gradient = log_p.mul_(-by_entropy[chunk, None]).sub_(from_sums[:, None])
+                score_gradient.mul_(p)
+            _add_at_targets(score_gradient, by_log_prob[chunk], (columns[chunk], held[chunk]))
+            gradients.add(chunk, score_gradient)
+        gradients.sum_over_ranks()
+        by_hidden = None if gradients.hidden is None else gradients.hidden.to(hidden.dtype)
+        by_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
+        return by_hidden, by_weight, None, None
+
+
+class _WeightedLogProbSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        coefficients: Tensor,
+        shard: _Shard,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        columns, held = _target_columns(targets, shard)
+        dtype = _score_dtype(hidden, weight)
+        coefficients = coefficients.to(dtype)
+        log_probs = hidden.new_empty(hidden.shape[0], dtype=dtype)
+        entropies = torch.empty_like(log_probs)
+        needed = [with_gradients and needs for needs in ctx.needs_input_grad]
+        gradients = _Gradients(hidden, weight, shard, needed)
+        for chunk, scores, buffer in _score_chunks(hidden, weight, shard):
+            targeted = columns[chunk], held[chunk]
+            statistics = _local_statistics(scores, buffer, targeted)
+            local_maxima = statistics[0].clone()
+            log_normaliser, log_probs[chunk], entropies[chunk] = _combine(statistics, shard)
+            if any(needed):
+                weights = coefficients[chunk]
+                # exp(z - local maximum) is at hand: one factor per row makes it p.
+                to_p = torch.exp(local_maxima - log_normaliser)
+                score_gradient = buffer.mul_((-weights * to_p)[:, None])
+                _add_at_targets(score_gradient, weights, targeted)
+                gradients.add(chunk, score_gradient)
+        gradients.sum_over_ranks()
+        ctx.save_for_backward(gradients.hidden, gradients.weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(log_probs, entropies)
+        return torch.dot(coefficients, log_probs), log_probs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_sum: Tensor, *_: Any) -> tuple:
+        by_inputs = (
+            None if gradient is None else (gradient * by_sum).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *by_inputs, None, None, None, None

@@ -1,0 +1,35 @@
+"""One JSON line per training step, beside Megatron's own log, TensorBoard and wandb.
+
+A resumed run writes its iterations again; whoever reads the file takes the last line of each.
+"""
+
+import json
+import math
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+PREFIX = "rmt "
+
+
+def metrics_path(args: Namespace) -> Path | None:
+    """Where the lines go: ``--rmt-metrics-file``, else into ``--save``, else nowhere."""
+    if args.rmt_metrics_file:
+        return Path(args.rmt_metrics_file)
+    return Path(args.save) / "rmt_metrics.jsonl" if args.save else None
+
+
+def write_metrics(path: Path, iteration: int, values: dict[str, Any]) -> None:
+    """Append one line for ``iteration`` (1 for the first); what was not measured becomes null."""
+    line: dict[str, float | int | None] = {"iteration": iteration}
+    for name, value in values.items():
+        number = float(value)
+        line[name.removeprefix(PREFIX)] = number if math.isfinite(number) else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One write, so that a crash leaves no half line behind a whole one.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, (json.dumps(line) + "\n").encode())
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,254 @@
+"""The few patches of Megatron, in one table.
+
+All symbols are looked up as module globals at call time by Megatron 0.19, so patching works also
+after the user's script has imported ``pretrain``. Each patched symbol's parameters are compared
+with the expected ones when the patches are installed.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.rerun_state_machine import RerunDataIterator
+
+from megatron_rmt import step as rmt_step
+from megatron_rmt.arguments import add_rmt_arguments, check_rmt_arguments, is_enabled
+from megatron_rmt.forward_step import Update, make_forward_step
+from megatron_rmt.metrics import metrics_path, write_metrics
+from megatron_rmt.user_batch import take_batches
+
+SUPPORTED = ("0.19", "0.20")
+
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One wrapped symbol. parameters: those of its signature that the wrapper relies on."""
+
+    module: str
+    name: str
+    why: str
+    parameters: tuple[str, ...]
+    wrap: Wrapper
+
+
+def _add_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_megatron_arguments(parser: Any) -> Any:
+        return add_rmt_arguments(original(parser))
+
+    return add_megatron_arguments
+
+
+def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def validate_args(args: Any, *others: Any, **named: Any) -> Any:
+        result = original(args, *others, **named)
+        check_rmt_arguments(args)
+        return result
+
+    return validate_args
+
+
+def _compile_helpers(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def compile_helpers() -> None:
+        try:
+            importlib.import_module("megatron.core.datasets.helpers_cpp")
+        except ImportError:
+            original()
+
+    return compile_helpers
+
+
+def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+    prepared: list[rmt_step.MidTraining] = []
+
+    @functools.wraps(original)
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        # Imported here, as Megatron's globals do not exist when the patches are installed.
+        from megatron.training import get_args, get_tokenizer
+
+        options = get_args()
+        if not is_enabled(options):
+            return original(*args, **kwargs)
+        call = signature.bind(*args, **kwargs).arguments
+        model = rmt_step.gpt_model(call["model"])
+        if not prepared or prepared[0].model is not model:
+            prepared[:] = [rmt_step.prepare(options, model, get_tokenizer())]
+        return run_step(original, call, prepared[0])
+
+    return train_step
+
+
+def run_step(
+    original: Callable[..., Any], call: dict[str, Any], training: rmt_step.MidTraining
+) -> Any:
+    """Roll out, then let Megatron's ``train_step`` (``call``: its arguments) train on the trees.
+
+    The rollouts come first, because inside ``train_step`` Megatron's rerun state machine may run
+    the forward and backward passes again.
+    """
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.training.training import force_param_sync, should_disable_forward_pre_hook
+
+    options, chunks, iteration = training.args, call["model"], call["iteration"]
+    started = time.perf_counter()
+    if should_disable_forward_pre_hook(options):
+        # Overlapped parameter gathering: rollouts need the whole weights now.
+        force_param_sync(chunks)
+    batches = take_batches(
+        call["forward_step_func"],
+        call["data_iterator"],
+        chunks[0],
+        training.model,
+        get_num_microbatches(),
+    )
+    plan = rmt_step.plan_step(options, iteration)
+    with rmt_step.generating(training.model):
+        updates, loss_settings = rmt_step.collect(training, batches, plan)
+    rolled_out = time.perf_counter()
+
+    call["forward_step_func"] = make_forward_step(loss_settings)
+    call["data_iterator"] = RerunDataIterator(iter(updates))
+    call["forward_backward_func"] = _with_tree_lengths(call["forward_backward_func"], updates)
+    result = original(**call)
+    if parallel_state.is_pipeline_last_stage() and result[0]:
+        report = result[0]
+        report["rmt largest logprob difference"] = _largest_difference(updates)
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            _write(options, iteration, result, rolled_out - started, rolled_out)
+    return result
+
+
+def _with_tree_lengths(schedule: Callable[..., Any], updates: list[Update]) -> Callable[..., Any]:
+    """The schedule, told how long the packed trees are (pipeline stages exchange that size)."""
+    length = updates[0].tree.tokens.shape[0]
+
+    @functools.wraps(schedule)
+    def forward_backward(**arguments: Any) -> Any:
+        arguments |= {"seq_length": length, "decoder_seq_length": length, "micro_batch_size": 1}
+        return schedule(**arguments)
+
+    return forward_backward
+
+
+def _largest_difference(updates: list[Update]) -> torch.Tensor:
+    device = updates[0].tree.tokens.device
+    largest = torch.stack([update.largest_difference.to(device) for update in updates]).max()
+    torch.distributed.all_reduce(
+        largest,
+        op=torch.distributed.ReduceOp.MAX,
+        group=parallel_state.get_data_parallel_group(),
+    )
+    return largest
+
+
+def _write(
+    options: Any, iteration: int, result: Any, rollout_seconds: float, rolled_out: float
+) -> None:
+    path = metrics_path(options)
+    if path is None:
+        return
+    values = dict(result[0])
+    values["ntp loss"] = values.pop("lm loss")
+    values["grad norm"] = float("nan") if result[5] is None else result[5]
+    values["rollout seconds"] = rollout_seconds
+    values["update seconds"] = time.perf_counter() - rolled_out
+    write_metrics(path, iteration + 1, values)
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "megatron.training.arguments",
+        "add_megatron_arguments",
+        "the --rmt-* flags",
+        ("parser",),
+        _add_arguments,
+    ),
+    Patch(
+        "megatron.training.arguments",
+        "validate_args",
+        "refuse what RMT cannot run with, before a model is built",
+        ("args",),
+        _validate_args,
+    ),
+    Patch(
+        "megatron.core.datasets.utils",
+        "compile_helpers",
+        "the wheel ships the compiled helper and no Makefile",
+        (),
+        _compile_helpers,
+    ),
+    Patch(
+        "megatron.training.training",
+        "train_step",
+        "rollouts before the step, trees instead of the batch in it",
+        (
+            "forward_step_func",
+            "data_iterator",
+            "model",
+            "forward_backward_func",
+            "iteration",
+        ),
+        _train_step,
+    ),
+)
+
+
+def patch() -> None:
+    """Install RMT's hooks into ``megatron.training``. Calling it twice is harmless.
+
+    Raises:
+        RuntimeError: Megatron-Core's version is outside the supported range, or a symbol is missing
+            or has another signature; nothing is patched then.
+    """
+    _check_version()
+    found = [(entry, _expected(entry)) for entry in PATCHES]
+    for entry, (module, original) in found:
+        if not hasattr(original, "megatron_rmt_original"):
+            wrapped = entry.wrap(original)
+            wrapped.megatron_rmt_original = original
+            setattr(module, entry.name, wrapped)
+
+
+def _check_version() -> None:
+    version = importlib.metadata.version("megatron-core")
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    low, high = (tuple(map(int, bound.split("."))) for bound in SUPPORTED)
+    if not low <= numbers < high:
+        raise RuntimeError(
+            f"megatron_rmt.patch() supports megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]} but "
+            f"found {version}; install a supported release."
+        )
+
+
+def _expected(entry: Patch) -> tuple[Any, Callable[..., Any]]:
+    """The module and symbol of ``entry``, if it is what the patch was written for."""
+    symbol = f"{entry.module}.{entry.name}"
+    version = importlib.metadata.version("megatron-core")
+    module = importlib.import_module(entry.module)
+    original = getattr(module, entry.name, None)
+    if original is None:
+        raise RuntimeError(
+            f"megatron_rmt.patch() expected {symbol} but megatron-core {version} has no such "
+            f"symbol; install megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]}."
+        )
+    present = tuple(inspect.signature(original).parameters)
+    missing = [name for name in entry.parameters if name not in present]
+    if missing:
+        raise RuntimeError(
+            f"megatron_rmt.patch() expected {symbol} with parameters {', '.join(entry.parameters)} "
+            f"but megatron-core {version} has {', '.join(present)}; install megatron-core "
+            f">={SUPPORTED[0]},<{SUPPORTED[1]}."
+        )
+    return module, original

@@ -1,0 +1,281 @@
+"""Random numbers that are a pure function of their key, and token sampling on top of them.
+
+There is no generator state. A uniform number is computed from (seed, iteration, sample, position,
+rollout, token), so that every tensor- and pipeline-parallel rank draws alike, a resumed run repeats
+itself exactly, and the draws do not depend on how the work is laid out over data-parallel ranks.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+TOKEN_STREAM = 0
+CURRICULUM_STREAM = 1
+
+# SplitMix64 (Steele, Lea & Flood 2014): its increment and the two multipliers of its finaliser.
+_INCREMENT = 0x9E3779B97F4A7C15
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = 0x94D049BB133111EB
+
+# A token's weight is a whole number of 2^-34 of the weight of the most probable token. With at most
+# 2^19 tokens every sum of weights stays below 2^53 and is exact in float64, in whatever order and
+# over whatever vocabulary split it is taken.
+_WEIGHT_SCALE = 2.0**34
+_MAXIMUM_VOCABULARY = 2**19
+
+_BLOCK = 256
+# Elements of the working buffer: near the cache on a CPU, bounded memory and few launches on a GPU.
+_BUFFER_ELEMENTS_CPU = 2**18
+_BUFFER_ELEMENTS_CUDA = 2**26
+
+
+def _signed(value: int) -> int:
+    """The int64 that has the low 64 bits of `value`."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical (zero-filling) right shift of int64."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser, a bijection of 64-bit words, in wrapping int64 arithmetic."""
+    x = (x ^ _shift_right(x, 30)) * _signed(_MULTIPLIER_1)
+    x = (x ^ _shift_right(x, 27)) * _signed(_MULTIPLIER_2)
+    return x ^ _shift_right(x, 31)
+
+
+def uniforms(
+    seed: int,
+    iteration: int,
+    sample: int | Tensor,
+    position: int | Tensor,
+    rollout: int | Tensor,
+    token: int | Tensor,
+    *,
+    stream: int = TOKEN_STREAM,
+) -> Tensor:
+    """Counter-based uniform numbers in [0, 1), one for each key.
+
+    The key's coordinates are folded one after the other into a 64-bit word, each by one SplitMix64
+    step; only integer arithmetic is used, so that CPU and CUDA agree bit for bit.
+
+    Args:
+        seed, iteration: integers (taken modulo 2^64).
+        sample, position, rollout, token: integers or integer tensors, broadcast together. Passing
+            `token=torch.arange(n)` gives the numbers of n decoding steps at once.
+        stream: keeps draws for different purposes apart (`TOKEN_STREAM`, `CURRICULUM_STREAM`).
+
+    Returns:
+        float64 of the broadcast shape (0-d for plain integers), with 53 random bits, on the
+        tensors' device.
+
+    Raises:
+        ValueError: a coordinate is not an integer.
+    """
+    coordinates = {
+        "seed": seed,
+        "stream": stream,
+        "iteration": iteration,
+        "sample": sample,
+        "position": position,
+        "rollout": rollout,
+        "token": token,
+    }
+    word = torch.zeros((), dtype=torch.int64)
+    for name, value in coordinates.items():
+        if isinstance(value, Tensor):
+            if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+                raise ValueError(f"{name} has dtype {value.dtype}; pass an integer tensor")
+            value = value.to(torch.int64)
+        elif isinstance(value, int):
+            # A 0-d CPU tensor takes part in CUDA arithmetic as a scalar, without a copy.
+            value = torch.tensor(_signed(value), dtype=torch.int64)
+        else:
+            raise ValueError(f"{name} is {value!r}; pass an integer or an integer tensor")
+        word = _mix(word + (value + 1) * _signed(_INCREMENT))
+    return _shift_right(word, 11).to(torch.float64) * 2.0**-53
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; pass [rows, vocab/tp]")
+    if logits.dtype != torch.float32:
+        raise ValueError(f"logits has dtype {logits.dtype}; pass float32 (logits.float())")
+
+
+def _parallel_size(tp_group: ProcessGroup | None) -> int:
+    return 1 if tp_group is None else torch.distributed.get_world_size(tp_group)
+
+
+def _row_chunks(logits: Tensor) -> list[slice]:
+    elements = _BUFFER_ELEMENTS_CUDA if logits.is_cuda else _BUFFER_ELEMENTS_CPU
+    size = max(1, elements // logits.shape[1])
+    return [slice(start, start + size) for start in range(0, logits.shape[0], size)]
+
+
+def _weigh_(logits: Tensor, maxima: Tensor, temperature: float) -> Tensor:
+    """exp((logits - maxima) / temperature) as a whole multiple of 2^-34, scaled to integers.
+
+    Overwrites `logits` (a buffer of the caller). The arithmetic is elementwise, so that a column
+    has the same weight in whatever shard or block it is computed.
+    """
+    logits.sub_(maxima.unsqueeze(1)).mul_(1.0 / temperature).exp_()
+    return logits.mul_(_WEIGHT_SCALE).floor_()
+
+
+def _block_sums(logits: Tensor, maxima: Tensor, temperature: float) -> Tensor:
+    """Sums of the weights of each block of columns: float64 [rows, blocks], exact."""
+    rows, columns = logits.shape
+    blocks = -(-columns // _BLOCK)
+    sums = torch.empty(rows, blocks, dtype=torch.float64, device=logits.device)
+    chunks = _row_chunks(logits)
+    # Columns that fill up the last block stay zero.
+    buffer = logits.new_zeros(min(rows, chunks[0].stop), blocks * _BLOCK)
+    for chunk in chunks:
+        part = buffer[: len(logits[chunk])]
+        _weigh_(part[:, :columns].copy_(logits[chunk]), maxima[chunk], temperature)
+        torch.sum(part.view(-1, blocks, _BLOCK), -1, dtype=torch.float64, out=sums[chunk])
+    return sums
+
+
+def sample_tokens(
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float,
+    vocab_start: int,
+    tp_group: ProcessGroup | None,
+) -> Tensor:
+    """Sample one token a row from softmax(logits / temperature) by inverse CDF in two levels.
+
+    The cumulative sum is taken over sums of blocks of 256 columns, then inside the one block that
+    the uniform number falls into. The vocabulary is never gathered: tensor parallelism takes one
+    all-reduce of the maxima [rows], one all-gather of the shards' sums [tp, rows] and one
+    all-reduce of the ids [rows]. All sums are exact (weights are multiples of 2^-34), so the token
+    does not depend on how the vocabulary is split. A token whose probability is below 2^-34 (6e-11)
+    of the most probable one's is never drawn.
+
+    Args:
+        logits: float32 [rows, vocab/tp], without padded columns; not modified.
+        uniforms: float64 [rows] in [0, 1), equal on all tensor-parallel ranks.
+        temperature: above 0 (`greedy_tokens` is the limit at 0).
+        vocab_start: global id of this rank's first column.
+        tp_group: tensor-parallel group in the order of the vocabulary, or None for one rank.
+
+    Returns:
+        int64 [rows] global token ids, equal on all ranks. A row with NaN or +inf, or with nothing
+        finite, gives an arbitrary id without an error (no synchronisation with the device).
+
+    Raises:
+        ValueError: wrong shape or dtype, temperature not above 0, vocabulary above 2^19.
+    """
+    _check_logits(logits)
+    rows, columns = logits.shape
+    if uniforms.shape != (rows,) or uniforms.dtype != torch.float64:
+        raise ValueError(
+            f"uniforms is {uniforms.dtype} {tuple(uniforms.shape)}; pass float64 [{rows}]"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; pass a number above 0")
+    tp_size = _parallel_size(tp_group)
+    if vocab_start + columns > _MAXIMUM_VOCABULARY:
+        raise ValueError(
+            f"the vocabulary has {vocab_start + columns} columns or more; at most "
+            f"{_MAXIMUM_VOCABULARY} can be summed exactly"
+        )
+    if rows == 0:
+        return torch.empty(0, dtype=torch.int64, device=logits.device)
+
+    maxima = logits.amax(1)
+    if tp_size > 1:
+        torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=tp_group)
+    cumulative = _block_sums(logits, maxima, temperature).cumsum(1)
+    shard_sum = cumulative[:, -1].contiguous()
+    if tp_size > 1:
+        shard_sums = shard_sum.new_empty(tp_size * rows)
+        torch.distributed.all_gather_into_tensor(shard_sums, shard_sum, group=tp_group)
+        shard_sums = shard_sums.view(tp_size, rows)
+        rank = torch.distributed.get_rank(tp_group)
+        total = shard_sums.sum(0)
+        offset = shard_sums[:rank].sum(0)
+    else:
+        total = shard_sum
+        offset = torch.zeros_like(total)
+
+    # The whole number that the search looks for: the first column whose cumulative sum exceeds it.
+    # The product may round up to the total, hence the minimum.
+    target = torch.minimum((uniforms * total).floor(), total - 1) - offset
+    owned = (target >= 0) & (target < shard_sum)
+
+    target = target.unsqueeze(1)
+    block = (cumulative <= target).sum(1, keepdim=True).clamp_(max=cumulative.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    column = block * _BLOCK + torch.arange(_BLOCK, device=logits.device)
+    weights = _weigh_(logits.gather(1, column.clamp(max=columns - 1)), maxima, temperature)
+    weights = weights.masked_fill_(column >= columns, 0.0)
+    inside = weights.cumsum(1, dtype=torch.float64)
+    step = (inside <= target - before).sum(1).clamp_(max=_BLOCK - 1)
+    token = (block.squeeze(1) * _BLOCK + step).clamp_(max=columns - 1) + vocab_start
+    if tp_size > 1:
+        token = torch.where(owned, token, 0)
+        torch.distributed.all_reduce(token, torch.distributed.ReduceOp.MAX, group=tp_group)
+    return token
+
+
+def greedy_tokens(logits: Tensor, *, vocab_start: int, tp_group: ProcessGroup | None) -> Tensor:
+    """The most probable token of each row; the lowest id among ties.
+
+    Args:
+        logits: float32 [rows, vocab/tp], without padded columns; not modified.
+        vocab_start: global id of this rank's first column.
+        tp_group: tensor-parallel group, or None for one rank. Two all-reduces of [rows].
+
+    Returns:
+        int64 [rows] global token ids, equal on all ranks.
+
+    Raises:
+        ValueError: wrong shape or dtype.
+    """
+    _check_logits(logits)
+    column = logits.argmax(1)
+    token = column + vocab_start
+    if _parallel_size(tp_group) == 1 or len(token) == 0:
+        return token
+    mine = logits.gather(1, column.unsqueeze(1)).squeeze(1)
+    best = mine.clone()
+    torch.distributed.all_reduce(best, torch.distributed.ReduceOp.MAX, group=tp_group)
+    token = torch.where(mine == best, token, torch.iinfo(torch.int64).max)
+    torch.distributed.all_reduce(token, torch.distributed.ReduceOp.MIN, group=tp_group)
+    return token
+
+
+def token_log_probs(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float,
+    vocab_start: int,
+    tp_group: ProcessGroup | None,
+) -> Tensor:
+    """Log-probs fp32 [rows] of global token ids [rows] under softmax(logits / temperature).
+
+    logits as in `sample_tokens`. Collectives: one all-reduce of maxima and one of the stacked sums
+    and scores, both [rows]-sized.
+    """
+    _check_logits(logits)
+    maxima = logits.amax(1)
+    if _parallel_size(tp_group) > 1:
+        torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=tp_group)
+    sums = torch.empty(2, len(tokens), dtype=torch.float32, device=logits.device)
+    for chunk in _row_chunks(logits):
+        shifted = (logits[chunk] - maxima[chunk, None]).mul_(1.0 / temperature)
+        column = (tokens[chunk] - vocab_start)[:, None]
+        here = (column >= 0) & (column < logits.shape[1])
+        own = shifted.gather(1, column.clamp(0, logits.shape[1] - 1)) * here
+        sums[0, chunk], sums[1, chunk] = own[:, 0], shifted.exp_().sum(1)
+    if _parallel_size(tp_group) > 1:
+        torch.distributed.all_reduce(sums, group=tp_group)
+    return sums[0] - sums[1].log()
