@@ -30,4 +30,4 @@ def group_advantages(rewards: Tensor) -> Tensor:
     flat = spread <= 8 * rounding * rewards.abs().amax(1, keepdim=True)
     centred = rewards - rewards.mean(1, keepdim=True)
     deviation = centred.square().mean(1, keepdim=True).sqrt()
-    return torch.where(flat, 0.0, centred / deviation.masked_fill(flat, 1.0)).to(dtype)
+    return torch.where(flat, 0.0, centred / deviation).to(dtype)

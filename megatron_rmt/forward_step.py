@@ -80,7 +80,8 @@ def _log_probs_of_predictions(
     """
     tree, settings = context
     hidden = full_hidden(hidden_states, config).index_select(0, tree.predicting)
-    temperature = torch.ones(hidden.shape[0], 1, device=hidden.device, dtype=torch.float32)
+    precision = torch.promote_types(hidden.dtype, torch.float32)
+    temperature = torch.ones(hidden.shape[0], 1, device=hidden.device, dtype=precision)
     temperature[tree.trunk_predictions :] = settings.temperature
     log_probs, _ = token_statistics(
         (hidden / temperature).to(hidden.dtype),

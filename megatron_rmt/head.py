@@ -165,19 +165,22 @@ def token_entropies(
         raise ValueError(f"top_k is {top_k}; give at least 1, or None for the whole vocabulary.")
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
     rows, dtype = hidden.shape[0], _score_dtype(hidden, weight)
-    count = min(top_k or 0, vocab_size)
+    count = 1 if top_k is None else min(top_k, vocab_size)
     statistics = hidden.new_empty(4, rows, dtype=dtype)
     largest = hidden.new_full((rows, count), torch.finfo(dtype).min, dtype=dtype)
     best = torch.full((rows,), vocab_size, dtype=torch.int64, device=hidden.device)
     for chunk, scores, buffer in _score_chunks(hidden, weight, shard):
         if shard.columns > 0:
             best[chunk] = scores.argmax(-1) + shard.start
+        if top_k is None:
+            statistics[:, chunk] = _local_statistics(scores, buffer, None)
+        else:
             values = scores.topk(min(count, shard.columns), sorted=False).values
             largest[chunk, : values.shape[1]] = values
-        statistics[:, chunk] = _local_statistics(scores, buffer, None)
-    argmax_ids = _first_with_maximum(best, statistics[0], shard)
     if top_k is not None:
+        argmax_ids = _first_with_maximum(best, largest.amax(-1), shard)
         return _entropy_of_largest(largest, shard), argmax_ids
+    argmax_ids = _first_with_maximum(best, statistics[0], shard)
     return _combine(statistics, shard)[2], argmax_ids
 
 
@@ -257,8 +260,9 @@ def _score_chunks(
     """(rows, scores, buffer) of each chunk; both [chunk, columns], both overwritten by the next."""
     rows = hidden.shape[0]
     held = min(rows, shard.chunk_size)
-    dtype = _score_dtype(hidden, weight)
-    scores, buffer = hidden.new_empty(2, held, shard.columns, dtype=dtype)
+    # Rows as long as the padded shard, of which padding is cut: a GPU wants them aligned.
+    buffers = hidden.new_empty(2, held, weight.shape[0], dtype=_score_dtype(hidden, weight))
+    scores, buffer = buffers[:, :, : shard.columns]
     for start in range(0, rows, shard.chunk_size):
         chunk = slice(start, min(rows, start + shard.chunk_size))
         size = chunk.stop - start
@@ -310,7 +314,10 @@ class _Gradients:
         dtype = score_gradient.dtype
         fast = _multiplies_into_fp32(hidden, weight)
         if fast:
-            score_gradient = score_gradient.to(weight.dtype)
+            rounded = score_gradient.new_empty(
+                score_gradient.shape[0], self.inputs[1].shape[0], dtype=weight.dtype
+            )
+            score_gradient = rounded[:, : self.shard.columns].copy_(score_gradient)
         if self.hidden is not None:
             out = self.hidden[chunk]
             if fast:
@@ -346,7 +353,7 @@ def _local_statistics(
 ) -> Tensor:
     """[4, chunk] over this rank's columns: m, Z, sum exp(z - m) (z - m), and z of the target or 0.
 
-    Leaves z - m in ``scores`` and exp(z - m) in ``buffer``.
+    Leaves exp(z - m) in ``buffer``, and nothing of use in ``scores``.
     """
     statistics = scores.new_zeros(4, scores.shape[0])
     maxima, normaliser, moment, target_score = statistics
@@ -360,7 +367,7 @@ def _local_statistics(
     scores.sub_(maxima[:, None])
     torch.exp(scores, out=buffer)
     torch.sum(buffer, -1, out=normaliser)
-    torch.linalg.vecdot(buffer, scores, out=moment)
+    torch.sum(scores.mul_(buffer), -1, out=moment)
     return statistics
 
 
@@ -378,7 +385,8 @@ def _combine(statistics: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor]
     statistics[1:3] *= shift.exp()
     shard.reduce(statistics[1:], ReduceOp.SUM)
     log_normaliser = overall + normaliser.log()
-    entropies = (normaliser.log() - moment / normaliser).clamp_(min=0)
+    # Never negative, without a clamp: the normaliser is at least 1, the moment at most 0.
+    entropies = normaliser.log() - moment / normaliser
     return log_normaliser, target_score - log_normaliser, entropies
 
 
@@ -397,8 +405,7 @@ def _entropy_of_largest(largest: Tensor, shard: _Shard) -> Tensor:
         of_ranks = [torch.empty_like(largest) for _ in range(shard.group.size())]
         torch.distributed.all_gather(of_ranks, largest, group=shard.group)
         largest = torch.cat(of_ranks, -1).topk(count, sorted=False).values
-    log_p = largest.log_softmax(-1)
-    return -torch.linalg.vecdot(log_p.exp(), log_p).clamp_(max=0)
+    return torch.special.entr(largest.softmax(-1)).sum(-1)
 
 
 def _first_with_maximum(ids: Tensor, maxima: Tensor, shard: _Shard) -> Tensor:

@@ -36,11 +36,13 @@ def response_weights(
 
     rollouts: ``[predictions]`` int64, which rollout each predicted token belongs to. selected:
     ``[predictions]`` bool. positions: rollouts' groups times group size in the *global* batch.
-    Returns fp32 ``[predictions]``: value / (selected tokens of the rollout * positions), else 0.
+    Returns fp32 (fp64 for fp64 values) ``[predictions]``: value / (selected tokens of the rollout *
+    positions), else 0.
     """
-    chosen = selected.float()
-    counts = torch.zeros_like(values, dtype=torch.float32).index_add_(0, rollouts, chosen)
-    per_token = values.float() / counts.clamp(min=1.0) / max(positions, 1.0)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    chosen = selected.to(values.dtype)
+    counts = torch.zeros_like(values).index_add_(0, rollouts, chosen)
+    per_token = values / counts.clamp(min=1.0) / max(positions, 1.0)
     return per_token[rollouts] * chosen
 
 

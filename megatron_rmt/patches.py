@@ -113,6 +113,9 @@ def run_step(
         training.model,
         get_num_microbatches(),
     )
+    if isinstance(call["data_iterator"], RerunDataIterator):
+        # Megatron advances the iterator that it is given, which will be another one.
+        call["data_iterator"].advance()
     plan = rmt_step.plan_step(options, iteration)
     with rmt_step.generating(training.model):
         updates, loss_settings = rmt_step.collect(training, batches, plan)

@@ -205,17 +205,17 @@ def sample_tokens(
         total = shard_sum
         offset = torch.zeros_like(total)
 
-    # The whole number that the search looks for: the first column whose cumulative sum exceeds it.
-    # The product may round up to the total, hence the minimum.
-    target = torch.minimum((uniforms * total).floor(), total - 1) - offset
+    # The token is the first column whose cumulative sum exceeds this whole number, which is below
+    # the total: no uniform number exceeds 1 - 2^-53, so the product does not round up to the total.
+    target = (uniforms * total).floor() - offset
     owned = (target >= 0) & (target < shard_sum)
 
     target = target.unsqueeze(1)
     block = (cumulative <= target).sum(1, keepdim=True).clamp_(max=cumulative.shape[1] - 1)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
     column = block * _BLOCK + torch.arange(_BLOCK, device=logits.device)
+    # Beyond the end the last column repeats, behind every column that the search can stop at.
     weights = _weigh_(logits.gather(1, column.clamp(max=columns - 1)), maxima, temperature)
-    weights = weights.masked_fill_(column >= columns, 0.0)
     inside = weights.cumsum(1, dtype=torch.float64)
     step = (inside <= target - before).sum(1).clamp_(max=_BLOCK - 1)
     token = (block.squeeze(1) * _BLOCK + step).clamp_(max=columns - 1) + vocab_start
