@@ -1,0 +1,23 @@
+"""Settings of all tests.
+
+Without a GPU the CPU stands in for CUDA in the test process (``tests.distributed`` installs it), so
+never load a Hugging Face model in it: use a subprocess.
+"""
+
+import pytest
+
+from tests import distributed
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "multiprocess: starts other processes; runs after the rest")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("multiprocess") is not None)
+
+
+@pytest.fixture
+def single_process_megatron() -> None:
+    """Megatron's parallel state in this process: TP = PP = DP = 1."""
+    distributed.single_process_megatron()
