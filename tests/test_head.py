@@ -1,0 +1,421 @@
+"""The fused head against plain log_softmax in float64, alone and on two tensor-parallel ranks."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rmt.head import (
+    selected_logits,
+    token_entropies,
+    token_statistics,
+    vocab_range,
+    weighted_log_prob_sum,
+)
+from tests.distributed import run_distributed
+
+HIDDEN = 24
+VOCAB, PADDED = 90, 128
+
+
+def _problem(rows: int = 13, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Inputs whose scores spread over some 40 nats and whose padding rows would be noticed."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "hidden": (2 * normal(rows, HIDDEN)).to(dtype),
+        "weight": normal(PADDED, HIDDEN).to(dtype),
+        "targets": torch.randint(VOCAB, (rows,), generator=generator),
+        "by_log_prob": normal(rows),
+        "by_entropy": normal(rows),
+    }
+
+
+def _reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = (hidden.double() @ weight.double()[:VOCAB].T).log_softmax(-1)
+    entropies = (
+        torch.stack([-sum(x * x.exp() for x in row) for row in log_p])
+        if len(log_p)
+        else (log_p.sum(-1))
+    )
+    return log_p.gather(1, targets[:, None])[:, 0], entropies
+
+
+def _reference_gradients(problem: dict[str, Tensor]) -> list[Tensor]:
+    hidden = problem["hidden"].double().requires_grad_()
+    weight = problem["weight"].double().requires_grad_()
+    log_probs, entropies = _reference(hidden, weight, problem["targets"])
+    loss = (log_probs * problem["by_log_prob"]).sum() + (entropies * problem["by_entropy"]).sum()
+    return [log_probs.detach(), entropies.detach(), *torch.autograd.grad(loss, [hidden, weight])]
+
+
+def _results(problem: dict[str, Tensor], chunk_size: int, shard: slice, group=None) -> list[Tensor]:
+    """Log-probs, entropies and the gradients of hidden and of this shard of the weight."""
+    hidden = problem["hidden"].clone().requires_grad_()
+    weight = problem["weight"][shard].clone().requires_grad_()
+    log_probs, entropies = token_statistics(
+        hidden,
+        weight,
+        problem["targets"],
+        vocab_size=problem.get("vocab_size", VOCAB),
+        tp_group=group,
+        chunk_size=chunk_size,
+    )
+    loss = (log_probs * problem["by_log_prob"]).sum() + (entropies * problem["by_entropy"]).sum()
+    gradients = torch.autograd.grad(loss, [hidden, weight])
+    return [log_probs.detach(), entropies.detach(), *gradients]
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    return ((value.double() - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 13, 100])
+def test_values_and_gradients_equal_log_softmax(chunk_size):
+    problem = _problem()
+    for value, reference in zip(
+        _results(problem, chunk_size, slice(None)), _reference_gradients(problem), strict=True
+    ):
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("used", ["log_probs", "entropies"])
+def test_gradient_through_one_output_alone(used):
+    problem = _problem()
+    problem["by_entropy" if used == "log_probs" else "by_log_prob"].zero_()
+    references = _reference_gradients(problem)
+    hidden, weight = problem["hidden"].requires_grad_(), problem["weight"].requires_grad_()
+    outputs = token_statistics(
+        hidden, weight, problem["targets"], vocab_size=VOCAB, tp_group=None, chunk_size=5
+    )
+    if used == "log_probs":
+        loss = (outputs[0] * problem["by_log_prob"]).sum()
+    else:
+        loss = (outputs[1] * problem["by_entropy"]).sum()
+    for gradient, reference in zip(
+        torch.autograd.grad(loss, [hidden, weight]), references[2:], strict=True
+    ):
+        torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-12)
+
+
+def test_gradcheck():
+    problem = _problem(rows=3)
+    targets = problem["targets"] % 7
+    assert torch.autograd.gradcheck(
+        lambda hidden, weight: token_statistics(
+            hidden, weight, targets, vocab_size=7, tp_group=None, chunk_size=2
+        ),
+        (problem["hidden"][:, :4].requires_grad_(), problem["weight"][:8, :4].requires_grad_()),
+    )
+
+
+def test_padding_rows_of_the_weight_get_no_gradient_and_have_no_say():
+    problem = _problem()
+    plain = _results(problem, 5, slice(None))
+    problem["weight"][VOCAB:] = 1e4
+    for padded, value in zip(_results(problem, 5, slice(None)), plain, strict=True):
+        assert torch.equal(padded, value)
+    assert plain[3][VOCAB:].abs().max() == 0
+
+
+# Scores of bf16 inputs are made in fp32: the values are as good as those of fp32 inputs, and only
+# the gradients, which come back in bf16, are rounded (by at most 2^-9 each).
+@pytest.mark.parametrize(
+    ("dtype", "value_bound", "gradient_bound"),
+    [(torch.float32, 1e-6, 1e-6), (torch.bfloat16, 1e-6, 2.0**-9), (torch.float16, 1e-6, 2.0**-12)],
+)
+def test_half_precision_inputs_lose_nothing_but_the_rounding_of_gradients(
+    dtype, value_bound, gradient_bound
+):
+    problem = _problem(rows=40, dtype=dtype)
+    results, references = _results(problem, 16, slice(None)), _reference_gradients(problem)
+    assert [value.dtype for value in results] == [torch.float32, torch.float32, dtype, dtype]
+    for value, reference in zip(results[:2], references[:2], strict=True):
+        assert _relative(value, reference) < value_bound
+    for value, reference in zip(results[2:], references[2:], strict=True):
+        assert _relative(value, reference) < gradient_bound
+
+
+def test_conversion_in_blocks_covers_a_vocabulary_of_many_blocks(monkeypatch):
+    monkeypatch.setattr("megatron_rmt.head._CONVERSION_BLOCK", 7)
+    problem = _problem(rows=6, dtype=torch.bfloat16)
+    for value, reference in zip(
+        _results(problem, 4, slice(None)), _reference_gradients(problem), strict=True
+    ):
+        assert _relative(value, reference) < 2.0**-9
+
+
+def test_bf16_hidden_states_with_an_fp32_weight():
+    problem = _problem()
+    problem["hidden"] = problem["hidden"].bfloat16()
+    problem["weight"] = problem["weight"].float()
+    results, references = _results(problem, 16, slice(None)), _reference_gradients(problem)
+    assert [value.dtype for value in results[2:]] == [torch.bfloat16, torch.float32]
+    for value, reference, bound in zip(results, references, [1e-6, 1e-6, 2**-9, 1e-6], strict=True):
+        assert _relative(value, reference) < bound
+
+
+def test_inputs_are_not_modified():
+    problem = _problem(dtype=torch.float32)
+    before = {name: value.clone() for name, value in problem.items()}
+    hidden, weight = problem["hidden"].requires_grad_(), problem["weight"].requires_grad_()
+    arguments = {"vocab_size": VOCAB, "tp_group": None, "chunk_size": 4}
+    log_probs, entropies = token_statistics(hidden, weight, problem["targets"], **arguments)
+    total, _, _ = weighted_log_prob_sum(
+        hidden, weight, problem["targets"], problem["by_log_prob"], **arguments
+    )
+    (log_probs.sum() + entropies.sum() + total).backward()
+    token_entropies(hidden, weight, **arguments)
+    selected_logits(hidden, weight, vocab_size=VOCAB, tp_group=None)
+    for name, value in before.items():
+        assert torch.equal(problem[name], value), name
+
+
+def test_extreme_scores_stay_finite_and_entropy_is_not_negative():
+    hidden = torch.tensor([[1e4], [-1e4], [0.0]], requires_grad=True)
+    weight = torch.arange(5.0)[:, None].requires_grad_()
+    log_probs, entropies = token_statistics(
+        hidden, weight, torch.tensor([4, 4, 2]), vocab_size=5, tp_group=None, chunk_size=2
+    )
+    torch.testing.assert_close(log_probs, torch.tensor([0.0, -4e4, -torch.tensor(5.0).log()]))
+    torch.testing.assert_close(entropies, torch.tensor([0.0, 0.0, torch.tensor(5.0).log()]))
+    assert entropies.min() >= 0
+    (log_probs.sum() + entropies.sum()).backward()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
+def test_no_rows():
+    log_probs, entropies, by_hidden, by_weight = _results(_problem(rows=0), 4, slice(None))
+    assert log_probs.shape == entropies.shape == (0,)
+    assert by_hidden.shape == (0, HIDDEN)
+    assert torch.equal(by_weight, torch.zeros(PADDED, HIDDEN, dtype=torch.float64))
+
+
+def test_a_frozen_weight_gets_no_gradient():
+    problem = _problem()
+    hidden = problem["hidden"].requires_grad_()
+    outputs = token_statistics(
+        hidden, problem["weight"], problem["targets"], vocab_size=VOCAB, tp_group=None, chunk_size=5
+    )
+    (outputs[0] * problem["by_log_prob"] + outputs[1] * problem["by_entropy"]).sum().backward()
+    torch.testing.assert_close(hidden.grad, _reference_gradients(problem)[2])
+
+
+def _one_pass(problem: dict[str, Tensor], shard: slice, group=None) -> list[Tensor]:
+    hidden = problem["hidden"].clone().requires_grad_()
+    weight = problem["weight"][shard].clone().requires_grad_()
+    total, log_probs, entropies = weighted_log_prob_sum(
+        hidden,
+        weight,
+        problem["targets"],
+        problem["by_log_prob"],
+        vocab_size=VOCAB,
+        tp_group=group,
+        chunk_size=5,
+    )
+    assert not log_probs.requires_grad
+    assert not entropies.requires_grad
+    gradients = torch.autograd.grad(3 * total, [hidden, weight])
+    return [total.detach(), log_probs, entropies, *gradients]
+
+
+def _one_pass_reference(problem: dict[str, Tensor]) -> list[Tensor]:
+    problem = {**problem, "by_entropy": torch.zeros_like(problem["by_entropy"])}
+    log_probs, entropies, by_hidden, by_weight = _reference_gradients(problem)
+    total = (log_probs * problem["by_log_prob"]).sum()
+    return [total, log_probs, entropies, 3 * by_hidden, 3 * by_weight]
+
+
+@pytest.mark.parametrize("rows", [0, 13])
+def test_one_pass_equals_log_softmax(rows):
+    problem = _problem(rows)
+    for value, reference in zip(
+        _one_pass(problem, slice(None)), _one_pass_reference(problem), strict=True
+    ):
+        torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
+
+
+def test_one_pass_in_bf16_is_as_exact_as_the_two_passes():
+    problem = _problem(rows=40, dtype=torch.bfloat16)
+    bounds = [1e-5, 1e-6, 1e-6, 2**-9, 2**-9]
+    for value, reference, bound in zip(
+        _one_pass(problem, slice(None)), _one_pass_reference(problem), bounds, strict=True
+    ):
+        assert _relative(value, reference) < bound
+
+
+def test_one_pass_without_grad_gives_the_same_numbers():
+    problem = _problem()
+    with torch.no_grad():
+        total, log_probs, _ = weighted_log_prob_sum(
+            problem["hidden"],
+            problem["weight"],
+            problem["targets"],
+            problem["by_log_prob"],
+            vocab_size=VOCAB,
+            tp_group=None,
+            chunk_size=5,
+        )
+    reference = _one_pass_reference(problem)
+    torch.testing.assert_close(total, reference[0])
+    torch.testing.assert_close(log_probs, reference[1])
+
+
+def _top_k_entropy(hidden: Tensor, weight: Tensor, k: int) -> Tensor:
+    p = (hidden @ weight[:VOCAB].T).softmax(-1).sort(descending=True).values[:, :k]
+    p = p / p.sum(-1, keepdim=True)
+    return -(p * p.log()).sum(-1)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 100])
+def test_entropies_and_argmax(chunk_size):
+    problem = _problem()
+    hidden, weight = problem["hidden"], problem["weight"]
+    arguments = {"vocab_size": VOCAB, "tp_group": None, "chunk_size": chunk_size}
+    entropies, ids = token_entropies(hidden, weight, **arguments)
+    torch.testing.assert_close(entropies, _reference(hidden, weight, problem["targets"])[1])
+    assert torch.equal(ids, (hidden @ weight[:VOCAB].T).argmax(-1))
+    for top_k in (1, 4, 16, VOCAB, 10 * VOCAB):
+        entropies, same_ids = token_entropies(hidden, weight, top_k=top_k, **arguments)
+        torch.testing.assert_close(entropies, _top_k_entropy(hidden, weight, top_k))
+        assert torch.equal(same_ids, ids)
+
+
+def test_argmax_of_equal_scores_is_the_first():
+    _, ids = token_entropies(
+        torch.ones(2, 3), torch.ones(6, 3), vocab_size=5, tp_group=None, chunk_size=2
+    )
+    assert ids.tolist() == [0, 0]
+
+
+def test_selected_logits_are_fp32_scores_without_padding():
+    problem = _problem(dtype=torch.bfloat16)
+    hidden, weight = problem["hidden"], problem["weight"]
+    logits = selected_logits(hidden, weight, vocab_size=VOCAB, tp_group=None)
+    assert logits.shape == (13, VOCAB)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden.float() @ weight[:VOCAB].float().T)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": PADDED + 1}, "vocab_size is 129, but the head weight has 1 x 128 rows"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"targets": torch.full((13,), VOCAB)}, r"targets holds 90, not in \[0, 90\)"),
+        ({"targets": torch.full((13,), -1)}, r"targets holds -1, not in \[0, 90\)"),
+        ({"targets": torch.zeros(12, dtype=torch.int64)}, r"targets is torch.int64 \[12\]"),
+        ({"targets": torch.zeros(13)}, r"targets is torch.float32 \[13\]"),
+        ({"hidden": torch.zeros(13, HIDDEN + 1)}, r"hidden \[13, 25\] and weight \[128, 24\]"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    problem = _problem()
+    arguments = {name: problem[name] for name in ("hidden", "weight", "targets")}
+    arguments |= {"vocab_size": VOCAB, "tp_group": None, "chunk_size": 4, **change}
+    with pytest.raises(ValueError, match=message):
+        token_statistics(**arguments)
+
+
+def test_bad_coefficients_and_top_k_are_named():
+    hidden, weight = torch.zeros(2, 3), torch.zeros(5, 3)
+    arguments = {"vocab_size": 5, "tp_group": None, "chunk_size": 4}
+    targets = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"coefficients has shape \[3\]; .* \[2\]"):
+        weighted_log_prob_sum(hidden, weight, targets, torch.zeros(3), **arguments)
+    with pytest.raises(ValueError, match="top_k is 0"):
+        token_entropies(hidden, weight, top_k=0, **arguments)
+
+
+def test_no_rows_by_vocabulary_tensor_is_ever_allocated():
+    rows, vocab, chunk_size = 512, 1024, 16
+    hidden = torch.randn(rows, 8, requires_grad=True)
+    weight = torch.randn(vocab, 8, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        log_probs, entropies = token_statistics(
+            hidden,
+            weight,
+            torch.zeros(rows, dtype=torch.int64),
+            vocab_size=vocab,
+            tp_group=None,
+            chunk_size=chunk_size,
+        )
+        (log_probs.sum() + entropies.sum()).backward()
+        token_entropies(hidden, weight, vocab_size=vocab, tp_group=None, chunk_size=chunk_size)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 2 * chunk_size * vocab * 4 + 1024
+
+
+def _on_rank(problem: dict[str, Tensor]) -> dict[str, object]:
+    group = torch.distributed.group.WORLD
+    rows = PADDED // group.size()
+    shard = slice(group.rank() * rows, (group.rank() + 1) * rows)
+    hidden, weight = problem["hidden"], problem["weight"][shard]
+    arguments = {"vocab_size": VOCAB, "tp_group": group, "chunk_size": 5}
+    return {
+        "statistics": _results(problem, 5, shard, group),
+        "one_pass": _one_pass(problem, shard, group),
+        "entropies": token_entropies(hidden, weight, **arguments),
+        "top_k": {k: token_entropies(hidden, weight, top_k=k, **arguments) for k in (1, 16, 80)},
+        "equal_scores": token_entropies(torch.ones_like(hidden), weight * 0 - 1, **arguments)[1],
+        "logits": selected_logits(hidden, weight, vocab_size=VOCAB, tp_group=group),
+        "range": vocab_range(rows, VOCAB, group),
+    }
+
+
+# With four ranks of 32 rows the last one holds no true token at all (90 of 128).
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("ranks", "count"), [(2, 13), (4, 13), (2, 0)])
+def test_tensor_parallel_ranks_equal_a_single_process(ranks, count):
+    problem = _problem(count)
+    results = run_distributed(ranks, _on_rank, problem)
+    scores = problem["hidden"] @ problem["weight"][:VOCAB].T
+    logits = torch.cat([result["logits"] for result in results], -1)
+    torch.testing.assert_close(logits, scores)
+    starts = [rank * PADDED // ranks for rank in range(ranks)]
+    lengths = {2: [64, 26], 4: [32, 32, 26, 0]}[ranks]
+    assert [result["range"] for result in results] == list(zip(starts, lengths, strict=True))
+    for name, references in (
+        ("statistics", _reference_gradients(problem)),
+        ("one_pass", _one_pass_reference(problem)),
+    ):
+        for result in results:
+            for value, reference in zip(result[name][:-1], references[:-1], strict=True):
+                torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
+        by_weight = torch.cat([result[name][-1] for result in results])
+        torch.testing.assert_close(by_weight, references[-1], rtol=1e-11, atol=1e-12)
+    for result in results:
+        for entropies, ids in (result["entropies"], *result["top_k"].values()):
+            assert entropies.shape == (count,)
+            assert torch.equal(ids, scores.argmax(-1))
+        entropies = _reference(problem["hidden"], problem["weight"], problem["targets"])[1]
+        torch.testing.assert_close(result["entropies"][0], entropies)
+        for k, (entropies, _) in result["top_k"].items():
+            reference = _top_k_entropy(problem["hidden"], problem["weight"], k)
+            torch.testing.assert_close(entropies, reference)
+        assert torch.equal(result["equal_scores"], torch.zeros(count, dtype=torch.int64))
+
+
+def _count_collectives(problem: dict[str, Tensor]) -> list[tuple[str, list[int]]]:
+    seen = []
+    original = torch.distributed.all_reduce
+
+    def counted(tensor: Tensor, *args: object, **kwargs: object) -> object:
+        seen.append((str(kwargs["op"]).rsplit(".", 1)[1], list(tensor.shape)))
+        return original(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    _results(problem, 2, slice(0, PADDED), torch.distributed.group.WORLD)
+    return seen
+
+
+@pytest.mark.multiprocess
+def test_three_all_reduces_for_any_number_of_chunks():
+    expected = [("MAX", [13]), ("SUM", [3, 13]), ("SUM", [13, HIDDEN])]
+    problem = {**_problem(), "vocab_size": 2 * PADDED}
+    assert run_distributed(2, _count_collectives, problem) == [expected] * 2
