@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+'''':
+# Mid-train with RMT. This file is bash AND Python, so that each of these works:
+#
+#   bash examples/pretrain_rmt.sh [flags]                                   starts torchrun itself
+#   torchrun --nproc-per-node 8 examples/pretrain_rmt.sh [flags]            torchrun runs it as Python
+#   torchrun --nproc-per-node 8 --no-python examples/pretrain_rmt.sh [flags]
+#
+#   CHECKPOINT  folder written by tools/convert_checkpoint.py
+#   DATA        prefix of the .bin and .idx written by tools/preprocess_data.py
+#   SAVE        where checkpoints go, and where a resumed run starts (runs/pretrain_rmt)
+#   RECIPE      file of flags (examples/pretrain_rmt.args); [flags] replace those of the same name
+#   ENTRY_POINT the script to run (examples/pretrain_rmt.py)
+#   NPROC_PER_NODE (number of GPUs, else 1), NNODES (1), NODE_RANK (0), MASTER_ADDR, MASTER_PORT
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+has_megatron() {
+    "$1" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("megatron") is None)' 2>/dev/null
+}
+python=${PYTHON:-python}
+if ! has_megatron "$python"; then
+    python="$here/../.venv/bin/python"
+    if ! has_megatron "$python"; then
+        echo "No Python with megatron-core: activate its environment, or set PYTHON." >&2
+        exit 1
+    fi
+fi
+
+if [[ -n ${LOCAL_RANK:-} ]]; then
+    exec "$python" -u "$here/recipe.py" "$@"
+fi
+
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || gpus=0
+launcher=("$python" -m torch.distributed.run
+    --nproc-per-node "${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}")
+if [[ ${NNODES:-1} == 1 && -z ${MASTER_PORT:-} ]]; then
+    launcher+=(--standalone)
+else
+    launcher+=(--nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"
+        --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}")
+fi
+echo "+ ${launcher[*]} $here/recipe.py $*"
+exec "${launcher[@]}" "$here/recipe.py" "$@"
+'''
+if __name__ == "__main__":
+    import recipe
+
+    recipe.main()

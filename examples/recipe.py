@@ -1,0 +1,86 @@
+"""Put a recipe's flags and the command line together, and become the pre-training script.
+
+A recipe (``pretrain_rmt.args``) is a text file of flags: ``#`` starts a comment, ``${NAME}`` and
+``${NAME:-default}`` are environment variables, ``@file`` reads the words of another file in. Run
+by ``pretrain_rmt.sh`` once per rank; the process stays the same, so torchrun watches the training.
+"""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parent
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def recipe_flags(recipe: Path, given: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The flags of ``recipe``, without those that the command line ``given`` replaces.
+
+    Raises:
+        ValueError: the recipe or a file that it names is missing, or a variable is not set.
+    """
+    replaced = {word.split("=", 1)[0] for word in given if word.startswith("--")}
+    flags: list[str] = []
+    for flag, *values in _split(recipe):
+        if flag.startswith("@"):
+            included = Path(_expand(flag[1:], flag, recipe, environment))
+            groups = _split(included)
+        else:
+            groups = [[flag, *values]]
+        for group in groups:
+            if group[0].split("=", 1)[0] not in replaced:
+                flags += [_expand(word, group[0], recipe, environment) for word in group]
+    return flags
+
+
+def _split(path: Path) -> list[list[str]]:
+    """The words of ``path``, one list for each flag and its values."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist: CHECKPOINT must be a folder written by "
+            "tools/convert_checkpoint.py, and RECIPE a file of flags."
+        )
+    groups: list[list[str]] = []
+    for word in shlex.split(path.read_text(encoding="utf-8"), comments=True):
+        if word.startswith(("--", "@")) or not groups:
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    return groups
+
+
+def _expand(word: str, flag: str, recipe: Path, environment: Mapping[str, str]) -> str:
+    def value(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = environment.get(name) or default
+        if found is None:
+            raise ValueError(
+                f"the environment variable {name} is not set, which {recipe.name} needs for "
+                f"{flag}: set it, or give {flag} on the command line."
+            )
+        return found
+
+    return _VARIABLE.sub(value, word)
+
+
+def main() -> None:
+    given = sys.argv[1:]
+    recipe = Path(os.environ.get("RECIPE") or EXAMPLES / "pretrain_rmt.args")
+    entry_point = os.environ.get("ENTRY_POINT") or str(EXAMPLES / "pretrain_rmt.py")
+    try:
+        flags = recipe_flags(recipe, given, os.environ)
+    except ValueError as error:
+        sys.exit(f"pretrain_rmt.sh: {error}")
+    command = [sys.executable, "-u", entry_point, *flags, *given]
+    if os.environ.get("RANK", "0") == "0":
+        print("+", shlex.join(command), flush=True)
+    # Megatron's examples set it: with several work queues, communication may overtake computation.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.execv(sys.executable, command)
+
+
+if __name__ == "__main__":
+    main()

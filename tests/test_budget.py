@@ -1,0 +1,56 @@
+"""The decay of the thinking budget, against numbers worked out by hand."""
+
+from fractions import Fraction
+
+import pytest
+
+from megatron_rmt.budget import token_budget
+
+
+def test_budget_decays_from_800_to_a_fifth():
+    # 800 * 0.2^(1/4) = 534.99; 800 * 0.2^(1/2) = 357.77; 800 * 0.2^(3/4) = 239.26; 800 * 0.2 = 160
+    values = [token_budget(iteration, 1000) for iteration in (0, 250, 500, 750, 1000)]
+    assert values == [800, 534, 357, 239, 160]
+
+
+def test_whole_powers_are_not_lost_to_rounding():
+    for initial in range(1, 2000):
+        for decay in (0.1, 0.2, 0.5, 0.7):
+            exact = initial * Fraction(str(decay))
+            assert token_budget(1000, 1000, initial, 1, decay) == max(1, exact // 1)
+    # 0.25^(1/2) = 0.5, 0.027^(1/3) = 0.3
+    assert token_budget(1, 2, 10, 1, 0.25) == 5
+    assert token_budget(1, 3, 10, 1, 0.027) == 3
+
+
+def test_budget_does_not_fall_below_the_minimum():
+    assert token_budget(100, 100, 800, 1, 1e-6) == 1
+    assert token_budget(100, 100, 800, 200) == 200
+    assert token_budget(0, 100, 800, 200) == 800
+
+
+def test_budget_never_rises():
+    values = [token_budget(iteration, 777) for iteration in range(778)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_decay_of_one_keeps_the_budget():
+    assert {token_budget(iteration, 10, 37, 1, 1.0) for iteration in range(11)} == {37}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 0), "train_iters is 0"),
+        ((-1, 10), "iteration is -1"),
+        ((11, 10), "iteration is 11"),
+        ((0, 10, 800, 0), "minimum is 0"),
+        ((0, 10, 5, 6), "initial is 5"),
+        ((0, 10, 800, 1, 0.0), "decay is 0.0"),
+        ((0, 10, 800, 1, 1.5), "decay is 1.5"),
+        ((0, 10, 800, 1, float("nan")), "decay is nan"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        token_budget(*arguments)

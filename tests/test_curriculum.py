@@ -1,0 +1,211 @@
+"""Tiers, their probabilities over training, and the drawing of positions."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from megatron_rmt.curriculum import (
+    EASY,
+    HARD,
+    MEDIUM,
+    THRESHOLDS,
+    choose_positions,
+    tier_probabilities,
+    tiers,
+)
+
+START = (0.6, 0.3, 0.1)
+END = (0.1, 0.3, 0.6)
+KEY = {"seed": 5, "iteration": 3, "sample": 11}
+
+
+def choose_many(tier_of_position, probabilities, count, draws=4000):
+    """Positions of many documents with the same tiers: a list of lists."""
+    return [
+        choose_positions(
+            tier_of_position, probabilities, count, seed=1, iteration=2, sample=sample
+        ).tolist()
+        for sample in range(draws)
+    ]
+
+
+def assert_frequency(count, draws, probability):
+    assert abs(count / draws - probability) < 4 * math.sqrt(probability * (1 - probability) / draws)
+
+
+def test_constants_are_the_papers():
+    assert (EASY, MEDIUM, HARD) == (0, 1, 2)
+    assert THRESHOLDS == (0.5, 1.0, 1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tiers_are_closed_below_and_open_above(dtype):
+    entropies = torch.tensor([0.0, 0.498, 0.5, 0.99, 1.0, 1.49, 1.5, 9.0], dtype=dtype)
+    assert tiers(entropies).tolist() == [-1, -1, 0, 0, 1, 1, 2, 2]
+    assert tiers(entropies).dtype == torch.int64
+
+
+def test_nan_is_in_no_tier():
+    assert tiers(torch.tensor([float("nan"), float("inf")])).tolist() == [-1, 2]
+
+
+def test_tiers_by_other_thresholds():
+    assert tiers(torch.tensor([0.05, 0.15, 0.25, 0.35]), (0.1, 0.2, 0.3)).tolist() == [-1, 0, 1, 2]
+    for thresholds in [(1.0, 1.0, 2.0), (0.5, 1.0), (2.0, 1.0, 0.5)]:
+        with pytest.raises(ValueError, match="thresholds is"):
+            tiers(torch.zeros(1), thresholds)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "expected"),
+    [
+        (0, START),
+        (299, START),
+        (300, START),
+        (400, (0.475, 0.3, 0.225)),  # a quarter of the way from 0.3 to 0.7
+        (500, (0.35, 0.3, 0.35)),
+        (600, (0.225, 0.3, 0.475)),
+        (700, END),
+        (701, END),
+        (1000, END),
+    ],
+)
+def test_tier_probabilities_by_hand(iteration, expected):
+    probabilities = tier_probabilities(iteration, 1000, 0.3, 0.7, START, END)
+    assert probabilities == pytest.approx(expected, abs=1e-12)
+    assert sum(probabilities) == pytest.approx(1.0)
+
+
+def test_equal_ends_make_a_step():
+    values = [tier_probabilities(t, 10, 0.3, 0.3, START, END) for t in range(11)]
+    assert values == [START] * 3 + [END] * 8
+    assert tier_probabilities(0, 10, 0.0, 0.0, START, END) == END
+    assert tier_probabilities(9, 10, 1.0, 1.0, START, END) == START
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 0, 0.3, 0.7, START, END), "train_iters is 0"),
+        ((-1, 10, 0.3, 0.7, START, END), "iteration is -1"),
+        ((0, 10, 0.7, 0.3, START, END), "start is 0.7 and end is 0.3"),
+        ((0, 10, -0.1, 0.3, START, END), "start is -0.1"),
+        ((0, 10, 0.3, 1.1, START, END), "end is 1.1"),
+        ((0, 10, 0.3, 0.7, (0.6, 0.3, 0.2), END), "start_probabilities is"),
+        ((0, 10, 0.3, 0.7, START, (1.1, -0.1, 0.0)), "end_probabilities is"),
+        ((0, 10, 0.3, 0.7, START, (0.5, 0.5)), "end_probabilities is"),
+    ],
+)
+def test_bad_schedules_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tier_probabilities(*arguments)
+
+
+def test_positions_are_ascending_distinct_and_eligible():
+    tier_of_position = torch.tensor([-1, 0, 1, 2, -1, 0, 1, 2, 0, -1] * 5)
+    for chosen in choose_many(tier_of_position, START, 12, draws=50):
+        assert len(chosen) == 12
+        assert chosen == sorted(set(chosen))
+        assert all(tier_of_position[position] >= 0 for position in chosen)
+
+
+@pytest.mark.parametrize("probabilities", [START, (1.0, 0.0, 0.0), None])
+def test_all_eligible_positions_are_chosen_if_there_are_too_few(probabilities):
+    tier_of_position = torch.tensor([-1, 2, 0, -1, 1, 0])
+    chosen = choose_positions(tier_of_position, probabilities, 100, **KEY)
+    assert chosen.tolist() == [1, 2, 4, 5]
+    assert chosen.dtype == torch.int64
+
+
+@pytest.mark.parametrize("probabilities", [START, None])
+def test_nothing_to_choose(probabilities):
+    for tier_of_position, count in [
+        (torch.tensor([-1, -1]), 3),
+        (torch.empty(0, dtype=torch.int64), 3),
+        (torch.tensor([0, 1]), 0),
+    ]:
+        chosen = choose_positions(tier_of_position, probabilities, count, **KEY)
+        assert chosen.shape == (0,)
+        assert chosen.dtype == torch.int64
+
+
+def test_one_draw_takes_tiers_by_their_probability_and_positions_uniformly():
+    # 2 easy, 5 medium and 1 hard position
+    tier_of_position = torch.tensor([1, 0, 1, 2, 1, -1, 1, 0, 1])
+    counts = Counter(p for (p,) in choose_many(tier_of_position, START, 1))
+    for position, tier in enumerate(tier_of_position.tolist()):
+        if tier < 0:
+            assert counts[position] == 0
+        else:
+            assert_frequency(counts[position], 4000, START[tier] / (2, 5, 1)[tier])
+
+
+def test_without_curriculum_every_eligible_position_is_equally_probable():
+    tier_of_position = torch.tensor([1, 0, 1, 2, 1, -1, 1, 0, 1])
+    counts = Counter(p for (p,) in choose_many(tier_of_position, None, 1))
+    assert counts[5] == 0
+    for position in {*range(9)} - {5}:
+        assert_frequency(counts[position], 4000, 1 / 8)
+
+
+def test_an_empty_tier_hands_its_mass_to_the_others_in_proportion():
+    counts = Counter(p for (p,) in choose_many(torch.tensor([1, 2]), START, 1))
+    assert_frequency(counts[0], 4000, 0.3 / 0.4)
+
+
+def test_mass_on_empty_tiers_only_is_shared_equally():
+    # 3 medium positions and 1 hard one: half of the draws each
+    counts = Counter(p for (p,) in choose_many(torch.tensor([1, 1, 2, 1]), (1.0, 0.0, 0.0), 1))
+    assert_frequency(counts[2], 4000, 1 / 2)
+    assert_frequency(counts[0], 4000, 1 / 6)
+
+
+def test_a_tier_that_runs_empty_hands_its_mass_on():
+    # The easy position goes first or second; the pair of hard ones is left in proportion.
+    # P(both hard) = 0.1/0.7 * (0.1/0.7); P(easy and a hard one) = 1 - that.
+    counts = Counter(map(tuple, choose_many(torch.tensor([2, 0, 2]), (0.6, 0.3, 0.1), 2)))
+    assert_frequency(counts[0, 2], 4000, (0.1 / 0.7) ** 2)
+    assert_frequency(counts[0, 1], 4000, (1 - (0.1 / 0.7) ** 2) / 2)
+
+
+def test_a_tier_of_probability_zero_is_the_last_resort():
+    tier_of_position = torch.tensor([0, 2, 0, 2])
+    assert {tuple(c) for c in choose_many(tier_of_position, (1.0, 0.0, 0.0), 2, 200)} == {(0, 2)}
+    assert {c[0] for c in choose_many(tier_of_position, (0.0, 1.0, 0.0), 1, 200)} == {0, 1, 2, 3}
+
+
+def test_choice_is_a_pure_function_of_the_key():
+    tier_of_position = torch.arange(300) % 4 - 1
+
+    def chosen(**key):
+        return tuple(choose_positions(tier_of_position, START, 20, **(KEY | key)).tolist())
+
+    torch.manual_seed(0)
+    first = chosen()
+    torch.manual_seed(1)
+    assert chosen() == first
+    assert len({first, chosen(seed=6), chosen(iteration=4), chosen(sample=12)}) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_choice_does_not_depend_on_the_device():
+    tier_of_position = torch.arange(300) % 4 - 1
+    chosen = choose_positions(tier_of_position, START, 20, **KEY)
+    assert torch.equal(choose_positions(tier_of_position.cuda(), START, 20, **KEY), chosen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 2, dtype=torch.int64), START, 1), "tier_of_position has shape"),
+        ((torch.tensor([0, 3]), START, 1), "tier_of_position holds a value outside"),
+        ((torch.tensor([0, -2]), START, 1), "tier_of_position holds a value outside"),
+        ((torch.tensor([0]), (0.5, 0.5, 0.5), 1), "probabilities is"),
+        ((torch.tensor([0]), START, -1), "count is -1"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        choose_positions(*arguments, **KEY)

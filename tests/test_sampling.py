@@ -1,0 +1,292 @@
+"""Counter-based random numbers and vocabulary-parallel sampling."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rmt import sampling
+from megatron_rmt.sampling import CURRICULUM_STREAM, greedy_tokens, sample_tokens, uniforms
+from tests.distributed import run_distributed
+
+COORDINATES = ("seed", "iteration", "sample", "position", "rollout", "token")
+LARGEST = 1 - 2.0**-53  # the largest uniform number there is
+
+
+def reference_uniform(seed, iteration, sample, position, rollout, token, stream=0) -> float:
+    """The same in Python's unbounded integers."""
+    word = 0
+    for coordinate in (seed, stream, iteration, sample, position, rollout, token):
+        word = (word + (coordinate + 1) * 0x9E3779B97F4A7C15) % 2**64
+        word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
+        word = word ^ (word >> 31)
+    return (word >> 11) / 2**53
+
+
+def reference_cdf(logits: Tensor, temperature: float) -> Tensor:
+    return torch.softmax(logits.double() / temperature, 1).cumsum(1)
+
+
+def sample(logits: Tensor, numbers: Tensor, temperature: float = 1.0) -> Tensor:
+    return sample_tokens(logits, numbers, temperature=temperature, vocab_start=0, tp_group=None)
+
+
+def test_mixing_gives_the_published_splitmix64_sequence():
+    # Output of the reference implementation (prng.di.unimi.it/splitmix64.c) for seed 1234567.
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    state = torch.tensor(
+        [sampling._signed(1234567 + (k + 1) * 0x9E3779B97F4A7C15) for k in range(5)]
+    )
+    assert [word % 2**64 for word in sampling._mix(state).tolist()] == published
+
+
+def test_uniforms_equal_the_integer_reference():
+    keys = torch.randint(-(2**62), 2**62, (50, 6), generator=torch.Generator().manual_seed(0))
+    keys = [*keys.tolist(), [0] * 6, [-1] * 6, [1, 2, 3, 4, 5, 6], [2**63, 2**64 + 5, 7, 8, 9, 10]]
+    for stream in (0, 1):
+        for key in keys:
+            assert uniforms(*key, stream=stream).item() == reference_uniform(*key, stream=stream)
+
+
+def test_uniforms_are_pinned():
+    # A change of these numbers changes every run that is resumed.
+    assert uniforms(0, 0, 0, 0, 0, 0).item() == 0.038016437396753755
+    assert uniforms(1234, 10, 7, 512, 3, 31).item() == 0.958667095048415
+    assert uniforms(1234, 10, 7, 512, 3, 31, stream=1).item() == 0.0010980340085066098
+
+
+def test_uniforms_broadcast_over_tensors_and_integers():
+    position = torch.tensor([[3], [9]])
+    rollout = torch.arange(4, dtype=torch.int32)
+    numbers = uniforms(1, 2, 5, position, rollout, torch.tensor(6))
+    assert numbers.shape == (2, 4)
+    assert numbers.dtype == torch.float64
+    for i, p in enumerate((3, 9)):
+        for r in range(4):
+            assert numbers[i, r].item() == reference_uniform(1, 2, 5, p, r, 6)
+
+
+@pytest.mark.parametrize("coordinate", [*COORDINATES, "stream"])
+def test_uniforms_along_each_coordinate_are_uniform_and_independent(coordinate):
+    n = 2**11 if coordinate in ("seed", "iteration", "stream") else 2**17
+    key = dict.fromkeys(COORDINATES, 3)
+    if coordinate in ("seed", "iteration", "stream"):
+        numbers = torch.stack([uniforms(**{**key, coordinate: i}) for i in range(n)])
+    else:
+        numbers = uniforms(**{**key, coordinate: torch.arange(n)})
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert len(numbers.unique()) == n
+    assert_uniform(numbers)
+    for lag in (1, 2, 8):
+        assert_uncorrelated(numbers[:-lag], numbers[lag:])
+
+
+def test_neighbours_in_two_coordinates_are_independent():
+    grid = uniforms(
+        0, 0, torch.arange(64)[:, None, None], torch.arange(64)[:, None], 0, torch.arange(64)
+    )
+    assert len(grid.unique()) == grid.numel()
+    assert_uncorrelated(grid[:-1, :, 1:], grid[1:, :, :-1])
+    assert_uncorrelated(grid[:, :-1, 1:], grid[:, 1:, :-1])
+    assert_uncorrelated(grid[:-1, 1:], grid[1:, :-1])
+    # Swapped coordinates are different keys.
+    assert_uncorrelated(grid[:, :, 5], grid[:, :, 5].T.triu(1) + grid[:, :, 6].tril())
+
+
+def test_streams_never_coincide():
+    tokens = uniforms(7, 1, 2, 0, torch.arange(2)[:, None], torch.arange(1000))
+    draws = uniforms(
+        7, 1, 2, 0, torch.arange(2)[:, None], torch.arange(1000), stream=CURRICULUM_STREAM
+    )
+    assert not torch.isin(tokens, draws).any()
+    assert_uncorrelated(tokens, draws)
+
+
+def test_every_one_of_the_53_bits_is_fair():
+    words = (uniforms(5, 0, 0, 0, 0, torch.arange(2**14)) * 2**53).long()
+    for bit in range(53):
+        ones = ((words >> bit) & 1).double().mean().item()
+        assert abs(ones - 0.5) < 5 * 0.5 / 2**7
+
+
+def assert_uniform(numbers: Tensor) -> None:
+    n = len(numbers)
+    distance = (numbers.sort().values - (torch.arange(n) + 0.5) / n).abs().max().item()
+    assert distance * math.sqrt(n) < 1.95  # Kolmogorov-Smirnov, p = 0.001
+
+
+def assert_uncorrelated(x: Tensor, y: Tensor) -> None:
+    correlation = torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].item()
+    assert abs(correlation) < 4.5 / math.sqrt(x.numel())
+
+
+@pytest.mark.parametrize("bad", [0.5, torch.tensor([0.5]), torch.tensor([True])])
+def test_uniforms_refuse_what_is_no_integer(bad):
+    with pytest.raises(ValueError, match="token"):
+        uniforms(0, 0, 0, 0, 0, bad)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 255, 256, 257, 1000, 5000])
+@pytest.mark.parametrize("temperature", [0.3, 0.8, 2.0])
+def test_sampling_inverts_the_cumulative_distribution(vocabulary, temperature):
+    generator = torch.Generator().manual_seed(vocabulary)
+    # More rows than one chunk of the working buffer for the larger vocabularies.
+    logits = torch.randn(400, vocabulary, generator=generator) * 4
+    numbers = uniforms(0, 0, 0, 0, 0, torch.arange(400))
+    tokens = sample(logits, numbers, temperature)
+    cdf = torch.cat(
+        [torch.zeros(400, 1, dtype=torch.float64), reference_cdf(logits, temperature)], 1
+    )
+    low = cdf.gather(1, tokens[:, None])[:, 0]
+    high = cdf.gather(1, tokens[:, None] + 1)[:, 0]
+    assert (low - 3e-6 <= numbers).all()
+    assert (numbers <= high + 3e-6).all()
+    expected = torch.searchsorted(cdf[:, 1:].contiguous(), numbers[:, None], right=True)[:, 0]
+    assert (tokens == expected).double().mean() > 0.99
+
+
+def test_sums_of_weights_are_exact_over_any_split():
+    logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(3)) * 6
+    maxima = logits.amax(1)
+    weights = sampling._weigh_(logits.clone(), maxima, 0.8).double().tolist()
+    exact = [sum(map(int, row)) for row in weights]  # weights are whole numbers
+    assert exact == [math.fsum(row) for row in weights]
+    for cut in (1, 255, 1000, 2999):
+        parts = [
+            sampling._block_sums(part, maxima, 0.8).sum(1)
+            for part in (logits[:, :cut], logits[:, cut:])
+        ]
+        assert (parts[0] + parts[1]).tolist() == exact
+
+
+def test_sampled_frequencies_follow_the_softmax():
+    draws = 100_000
+    logits = torch.tensor([[1.0, -1.0, 0.5, float("-inf"), 3.0, 2.0]])
+    numbers = uniforms(3, 0, 0, 0, 0, torch.arange(draws))
+    counts = torch.bincount(sample(logits.expand(draws, -1), numbers, 0.8), minlength=6)
+    expected = torch.softmax(logits[0].double() / 0.8, 0) * draws
+    assert counts[3] == 0
+    positive = expected > 0
+    chi_square = ((counts - expected)[positive] ** 2 / expected[positive]).sum()
+    assert chi_square < 18.5  # 4 degrees of freedom, p = 0.001
+
+
+def test_zero_probability_is_never_chosen_at_either_end():
+    logits = torch.full((2, 700), float("-inf"))
+    logits[:, 300:303] = torch.tensor([0.0, 1.0, 0.0])
+    assert sample(logits, torch.tensor([0.0, LARGEST], dtype=torch.float64)).tolist() == [300, 302]
+    # Vanishing, though finite, probabilities round to zero.
+    logits = torch.zeros(2, 700).index_fill_(1, torch.tensor([0, 699]), -1e4)
+    assert sample(logits, torch.tensor([0.0, LARGEST], dtype=torch.float64)).tolist() == [1, 698]
+
+
+def test_the_largest_uniform_number_does_not_fall_off_the_end():
+    generator = torch.Generator().manual_seed(1)
+    for vocabulary in (1, 3, 256, 300, 49152):
+        logits = torch.randn(4, vocabulary, generator=generator)
+        numbers = torch.full((4,), LARGEST, dtype=torch.float64)
+        assert sample(logits, numbers).tolist() == [vocabulary - 1] * 4
+        assert sample(logits, torch.zeros(4, dtype=torch.float64)).tolist() == [0] * 4
+
+
+def test_rows_that_hold_nan_or_nothing_finite_give_an_id_in_range():
+    logits = torch.zeros(3, 300)
+    logits[0] = float("-inf")
+    logits[1, 7] = float("nan")
+    logits[2, 7] = float("inf")
+    tokens = sample(logits, torch.full((3,), 0.5, dtype=torch.float64))
+    assert ((tokens >= 0) & (tokens < 300)).all()
+
+
+def test_sampling_leaves_the_logits_alone_and_adds_the_vocabulary_offset():
+    logits = torch.randn(30, 500, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    numbers = uniforms(0, 0, 0, 0, 0, torch.arange(30))
+    tokens = sample(logits, numbers)
+    moved = sample_tokens(logits, numbers, temperature=1.0, vocab_start=1000, tp_group=None)
+    assert torch.equal(moved, tokens + 1000)
+    greedy = greedy_tokens(logits, vocab_start=1000, tp_group=None)
+    assert torch.equal(greedy, before.argmax(1) + 1000)
+    assert torch.equal(logits, before)
+
+
+def test_no_rows_give_no_tokens():
+    empty = torch.empty(0, 10)
+    assert sample(empty, torch.empty(0, dtype=torch.float64)).shape == (0,)
+    assert greedy_tokens(empty, vocab_start=0, tp_group=None).shape == (0,)
+
+
+def test_greedy_takes_the_lowest_id_among_ties():
+    logits = torch.zeros(2, 600)
+    logits[0, [599, 17, 300]] = 5.0
+    assert greedy_tokens(logits, vocab_start=0, tp_group=None).tolist() == [17, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(2, 3, dtype=torch.bfloat16)}, "logits has dtype torch.bfloat16"),
+        ({"logits": torch.zeros(2, 3, 4)}, "logits has shape"),
+        ({"uniforms": torch.zeros(2)}, "uniforms is torch.float32"),
+        ({"uniforms": torch.zeros(3, dtype=torch.float64)}, "uniforms is"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"vocab_start": 2**19}, "columns"),
+    ],
+)
+def test_bad_arguments_are_refused(change, message):
+    arguments = {
+        "logits": torch.zeros(2, 3),
+        "uniforms": torch.zeros(2, dtype=torch.float64),
+        "temperature": 1.0,
+        "vocab_start": 0,
+    }
+    with pytest.raises(ValueError, match=message):
+        sample_tokens(**(arguments | change), tp_group=None)
+
+
+def parallel_logits() -> Tensor:
+    logits = torch.randn(2000, 1000, generator=torch.Generator().manual_seed(2)) * 3
+    logits[:5, :400] = float("-inf")  # all the mass lies on the later ranks
+    logits[5:10, 300:] = float("-inf")  # and on the first
+    logits[10, [100, 333, 900]] = 50.0  # ties across shards
+    logits[11, [400, 999]] = 50.0
+    return logits
+
+
+def parallel_numbers() -> Tensor:
+    numbers = uniforms(0, 0, 0, 0, 0, torch.arange(2000))
+    numbers[0:10:2] = 0.0
+    numbers[1:10:2] = LARGEST
+    return numbers
+
+
+def _sample_shard(bounds: list[int]) -> tuple[Tensor, Tensor]:
+    rank = torch.distributed.get_rank()
+    start, stop = bounds[rank : rank + 2]
+    shard = parallel_logits()[:, start:stop].contiguous()
+    group = torch.distributed.group.WORLD
+    tokens = sample_tokens(
+        shard, parallel_numbers(), temperature=0.8, vocab_start=start, tp_group=group
+    )
+    return tokens, greedy_tokens(shard, vocab_start=start, tp_group=group)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("bounds", [[0, 500, 1000], [0, 333, 334, 1000]])
+def test_tokens_do_not_depend_on_the_split_of_the_vocabulary(bounds):
+    sampled = sample(parallel_logits(), parallel_numbers(), 0.8)
+    greedy = parallel_logits().argmax(1)
+    assert greedy[10:12].tolist() == [100, 400]
+    for tokens, best in run_distributed(len(bounds) - 1, _sample_shard, bounds):
+        assert torch.equal(tokens, sampled)
+        assert torch.equal(best, greedy)
