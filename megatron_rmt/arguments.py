@@ -226,6 +226,17 @@ def add_rmt_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
+def readable_help(parser: ArgumentParser) -> ArgumentParser:
+    """Let ``--help`` work: Megatron 0.19.2 has a plain % in a help text, and argparse raises."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except (KeyError, TypeError, ValueError):
+            action.help = (action.help or "").replace("%", "%%")
+    return parser
+
+
 def is_enabled(args: Namespace) -> bool:
     """Whether training steps are RMT's (``--rmt`` without ``--rmt-no-rl``)."""
     return bool(getattr(args, "rmt", False)) and not args.rmt_no_rl
@@ -249,7 +260,9 @@ def _problems(args: Namespace) -> list[str]:
     ):
         require(getattr(args, flag[2:].replace("-", "_")) >= 1, flag, "pass 1 or more")
     require(args.rmt_group_size >= 2, "--rmt-group-size", "an advantage needs 2 or more rollouts")
-    require(args.rmt_temperature > 0, "--rmt-temperature", "pass more than 0 (or --rmt-greedy)")
+    require(
+        args.rmt_temperature > 0, "--rmt-temperature", "pass more than 0, also with --rmt-greedy"
+    )
     require(0 < args.rmt_budget_decay <= 1, "--rmt-budget-decay", "pass a number in (0, 1]")
     require(
         args.rmt_minimum_budget <= args.rmt_initial_budget,
@@ -293,7 +306,7 @@ def _unsupported(args: Namespace) -> list[str]:
         "--attention-dropout": (args.attention_dropout, 0.0, "generation and update must agree"),
         "--hidden-dropout": (args.hidden_dropout, 0.0, "generation and update must agree"),
         "--context-parallel-size": (args.context_parallel_size, 1, "the tree is not split by it"),
-        "--virtual-pipeline-model-parallel-size": (
+        "--num-virtual-stages-per-pipeline-rank": (
             args.virtual_pipeline_model_parallel_size,
             None,
             "rollouts run one model chunk per stage",
@@ -305,6 +318,19 @@ def _unsupported(args: Namespace) -> list[str]:
         ),
         "--mtp-num-layers": (args.mtp_num_layers, None, "the head predicts one token"),
         "--window-size": (getattr(args, "window_size", None), None, "branches see their trunk"),
+        "--softmax-type": (args.softmax_type, "vanilla", "tree attention has no attention sink"),
+        "--experimental-attention-variant": (
+            args.experimental_attention_variant,
+            None,
+            "tree attention stands in for softmax attention only",
+        ),
+        "--qk-clip": (args.qk_clip, False, "tree attention does not record its largest score"),
+        "--log-max-attention-logit": (
+            args.log_max_attention_logit,
+            False,
+            "tree attention does not record its largest score",
+        ),
+        "--cuda-graph-impl": (args.cuda_graph_impl, "none", "every tree has another shape"),
         "--overlap-moe-expert-parallel-comm": (
             args.overlap_moe_expert_parallel_comm,
             False,
@@ -366,5 +392,6 @@ __all__ = [
     "add_rmt_arguments",
     "check_rmt_arguments",
     "is_enabled",
+    "readable_help",
     "rmt_settings",
 ]

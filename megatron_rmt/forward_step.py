@@ -9,8 +9,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_rmt.head import token_statistics
-from megatron_rmt.losses import LossWeights, hybrid_loss
+from megatron_rmt.head import weighted_log_prob_sum
+from megatron_rmt.losses import LossWeights, hybrid_loss, loss_coefficients
 from megatron_rmt.rollout import full_hidden
 from megatron_rmt.tree import Tree
 
@@ -56,46 +56,50 @@ def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
             position_ids=update.tree.plan.positions[None],
             attention_mask=None,
             packed_seq_params=update.tree.plan,
-            output_processor=_log_probs_of_predictions,
-            output_processor_context=(update.tree, settings),
+            output_processor=_read_predictions,
+            output_processor_context=(update, settings),
         )
         return output, functools.partial(_loss, update, settings)
 
     return forward_step
 
 
-def _log_probs_of_predictions(
+def _read_predictions(
     *,
     hidden_states: Tensor,
     output_layer: Any,
     output_weight: Tensor | None,
-    context: tuple[Tree, LossSettings],
+    context: tuple[Update, LossSettings],
     config: Any,
     **_: Any,
 ) -> Tensor:
-    """``GPTModel``'s ``output_processor``: log-probs ``[predictions]`` of the tree's targets.
+    """``GPTModel``'s ``output_processor``: ``[1 + predictions]`` fp32.
 
-    Only rows that predict something reach the head. Scores are linear in the hidden state, so the
+    First a sum whose gradient is the loss's, as the derivative of the loss by every log-prob is
+    known before (``loss_coefficients``), then the log-probs of the tree's targets, constants. Only
+    rows that predict something reach the head. Scores are linear in the hidden state, so the
     sampling temperature divides the hidden rows of responses.
     """
-    tree, settings = context
+    update, settings = context
+    tree = update.tree
     hidden = full_hidden(hidden_states, config).index_select(0, tree.predicting)
-    precision = torch.promote_types(hidden.dtype, torch.float32)
-    temperature = torch.ones(hidden.shape[0], 1, device=hidden.device, dtype=precision)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    temperature = torch.ones(hidden.shape[0], 1, device=hidden.device, dtype=wide)
     temperature[tree.trunk_predictions :] = settings.temperature
-    log_probs, _ = token_statistics(
+    total, log_probs, _ = weighted_log_prob_sum(
         (hidden / temperature).to(hidden.dtype),
         output_layer.weight if output_weight is None else output_weight,
         tree.targets,
+        torch.cat(loss_coefficients(update.weights, ntp_coefficient=settings.ntp_coefficient)),
         vocab_size=settings.vocab_size,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         chunk_size=settings.chunk_size,
     )
-    return log_probs
+    return torch.cat([total[None], log_probs.detach()])
 
 
 def _loss(
-    update: Update, settings: LossSettings, log_probs: Tensor
+    update: Update, settings: LossSettings, output: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's ``loss_func``: (loss, 1 "token", report).
 
@@ -104,6 +108,7 @@ def _loss(
     each micro-batch reports one. ``settings.scale`` undoes it, since the weights are global.
     """
     tree = update.tree
+    for_gradient, log_probs = output[0], output[1:].detach()
     on_trunk, on_responses = log_probs.split(
         [tree.trunk_predictions, log_probs.shape[0] - tree.trunk_predictions]
     )
@@ -111,16 +116,18 @@ def _loss(
         on_trunk, on_responses, update.weights, ntp_coefficient=settings.ntp_coefficient
     )
     # Forced tokens were not drawn, so there is nothing to compare.
-    difference = (on_responses.detach() - tree.sampled_log_probs).abs() * tree.sampled
+    difference = (on_responses - tree.sampled_log_probs).abs() * tree.sampled
     if difference.numel():
         update.largest_difference = difference.max()
     report = {key: torch.tensor(value) for key, value in update.metrics.items()}
     ntp_tokens = tree.ntp_mask.sum()
-    report["lm loss"] = torch.stack([loss.ntp.detach() * settings.ntp_tokens, ntp_tokens])
+    report["lm loss"] = torch.stack([loss.ntp * settings.ntp_tokens, ntp_tokens])
     one = torch.ones((), device=log_probs.device) / settings.scale
-    report["rmt rl loss"] = torch.stack([loss.policy.detach(), one])
-    report["rmt warm-up loss"] = torch.stack([loss.supervised.detach(), one])
+    report["rmt rl loss"] = torch.stack([loss.policy, one])
+    report["rmt warm-up loss"] = torch.stack([loss.supervised, one])
     report["rmt logprob difference"] = torch.stack([difference.sum(), tree.sampled.float().sum()])
     report = {key: value.to(log_probs.device).float() for key, value in report.items()}
     one_token = torch.ones((), dtype=torch.int, device=log_probs.device)
-    return loss.total * settings.scale, one_token, report
+    # The value of the loss with the gradient of the sum.
+    total = for_gradient + (loss.total - for_gradient).detach()
+    return total * settings.scale, one_token, report

@@ -74,3 +74,12 @@ def hybrid_loss(
     ntp = -(weights.ntp * trunk_log_probs).sum()
     supervised = -(weights.supervised * response_log_probs).sum()
     return HybridLoss(policy + supervised + ntp_coefficient * ntp, ntp, policy, supervised)
+
+
+def loss_coefficients(weights: LossWeights, *, ntp_coefficient: float) -> tuple[Tensor, Tensor]:
+    """Derivative of ``hybrid_loss(...).total`` by each log-prob: of the trunk, of the responses.
+
+    Known before the update because the ratio is 1, so that the head's gradients can be made in the
+    pass that computes the log-probs (``head.weighted_log_prob_sum``).
+    """
+    return -ntp_coefficient * weights.ntp, -(weights.policy + weights.supervised)

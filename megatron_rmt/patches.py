@@ -19,7 +19,12 @@ from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_rmt import step as rmt_step
-from megatron_rmt.arguments import add_rmt_arguments, check_rmt_arguments, is_enabled
+from megatron_rmt.arguments import (
+    add_rmt_arguments,
+    check_rmt_arguments,
+    is_enabled,
+    readable_help,
+)
 from megatron_rmt.forward_step import Update, make_forward_step
 from megatron_rmt.metrics import metrics_path, write_metrics
 from megatron_rmt.user_batch import take_batches
@@ -43,7 +48,7 @@ class Patch:
 def _add_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_megatron_arguments(parser: Any) -> Any:
-        return add_rmt_arguments(original(parser))
+        return readable_help(add_rmt_arguments(original(parser)))
 
     return add_megatron_arguments
 
@@ -239,7 +244,12 @@ def _expected(entry: Patch) -> tuple[Any, Callable[..., Any]]:
     """The module and symbol of ``entry``, if it is what the patch was written for."""
     symbol = f"{entry.module}.{entry.name}"
     version = importlib.metadata.version("megatron-core")
-    module = importlib.import_module(entry.module)
+    try:
+        module = importlib.import_module(entry.module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not entry.module.startswith(error.name):
+            raise  # not Megatron's module, but one that it needs
+        module = None
     original = getattr(module, entry.name, None)
     if original is None:
         raise RuntimeError(

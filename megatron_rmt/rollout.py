@@ -151,7 +151,7 @@ def generate(
     positions: rollouts of one sample must stand together. stem: its token ids, which name
     ``budget``. close: token ids of the end of thought, written where it is forced.
     force_truth_at_budget: format warm-up; every thought is closed at ``budget`` tokens at the
-    latest and the true answer is written.
+    latest, or where the text would end, and the true answer is written.
 
     Each draw is a pure function of (seed, iteration, sample, column, rollout, token), so it does
     not depend on the layout, the batch, or which rollouts have ended.
@@ -205,6 +205,10 @@ def generate(
 
         was_thinking = grammar.thinking[state]
         open_at_bound = was_thinking & (force_next < 0) & (step >= bound)
+        if force_truth_at_budget:
+            # A response that would end without an answer gets its thought closed instead.
+            ends = grammar.done[grammar.next_state[state, token].long()]
+            open_at_bound |= was_thinking & (force_next < 0) & ends
         if forces:
             force_next = torch.where(open_at_bound, 0, force_next)
         else:

@@ -72,21 +72,21 @@ def _complete(arguments: dict[str, Any]) -> UserBatch:
             "RMT: forward_step_func passes packed_seq_params; train with unpacked samples "
             "(--reset-attention-mask and --reset-position-ids keep documents apart)."
         )
-    fields = {}
-    for names, stage_holds, source in (
-        (FIELDS_OF_FIRST_STAGE, parallel_state.is_pipeline_first_stage(), 0),
-        (FIELDS_OF_LAST_STAGE, parallel_state.is_pipeline_last_stage(), -1),
+    fields: dict[str, Tensor] = {}
+    for names, stage_holds, source, stage in (
+        (FIELDS_OF_FIRST_STAGE, parallel_state.is_pipeline_first_stage(), 0, "first"),
+        (FIELDS_OF_LAST_STAGE, parallel_state.is_pipeline_last_stage(), -1, "last"),
     ):
-        own = [arguments.get(name) for name in names] if stage_holds else None
-        missing = [n for n, v in zip(names, own or [], strict=False) if not torch.is_tensor(v)]
-        own = None if own is None or missing else [value.cpu() for value in own]
+        own = {name: arguments.get(name) for name in names if stage_holds}
+        own = {name: value.cpu() for name, value in own.items() if torch.is_tensor(value)}
         shared = _from_stage(own, source)
-        if shared is None:
+        missing = [name for name in names if name not in shared]
+        if missing:
             raise ValueError(
-                f"RMT: forward_step_func gives GPTModel.forward no {' and no '.join(names)}; pass "
-                "them as keyword arguments (labels= and loss_mask= on the last pipeline stage)."
+                f"RMT: forward_step_func gives GPTModel.forward no {' and no '.join(missing)}; "
+                f"pass {', '.join(f'{name}=' for name in missing)} on the {stage} pipeline stage."
             )
-        fields |= dict(zip(names, shared, strict=True))
+        fields |= shared
     return UserBatch(
         tokens=fields["input_ids"].long(),
         position_ids=fields["position_ids"].long().expand_as(fields["input_ids"]),
@@ -95,7 +95,7 @@ def _complete(arguments: dict[str, Any]) -> UserBatch:
     )
 
 
-def _from_stage(value: list[Tensor] | None, stage: int) -> list[Tensor] | None:
+def _from_stage(value: dict[str, Tensor], stage: int) -> dict[str, Tensor]:
     """``value`` of pipeline stage ``stage`` on every stage."""
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return value
