@@ -64,7 +64,9 @@ def test_torchrun_returns_output_and_raises_with_its_tail(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(
         "import os, sys\n"
-        "print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], sys.argv[1])\n"
+        "rank, ranks = os.environ['RANK'], os.environ['WORLD_SIZE']\n"
+        # One write: where Python does not buffer, two ranks' prints end up in each other.
+        "os.write(1, f'rank {rank} of {ranks} {sys.argv[1]}\\n'.encode())\n"
         "sys.exit(int(sys.argv[2]))\n"
     )
     output = run_torchrun(2, [script, "hello", "0"]).stdout
