@@ -1,0 +1,472 @@
+"""Evaluation: against transformers on a tiny model, and its intervals against closed forms."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_rmt import cpu_platform
+from tests.distributed import REPOSITORY, run_distributed
+from tests.test_token_bytes import byte_level_bpe
+
+TOOLS = REPOSITORY / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import convert_checkpoint  # noqa: E402
+import evaluate  # noqa: E402
+
+TEXTS = [
+    "Anna buys three apples for 6 euros; each apple costs 2 euros. Half of 84 is 42.",
+    "naïve café: déjà vu",
+    "Half of 84 is 42, and 42 + 42 = 84. Anna buys 3 apples, each apple costs 2 euros.",
+    "two leading spaces,\n\ta tab and a newline\n; 数学 is fun",
+    "42 + 42 = 84, and half of 84 is 42; Zürich costs 3 euros.",
+]
+LENGTH, BUDGET = 24, 2
+# Both sides choose the most likely token, so that transformers can repeat every thought.
+REASONING = (
+    f"--seq-length {LENGTH} --positions-per-document 8 --budget {BUDGET} --seed 5 --rmt-greedy "
+    "--rmt-template inline --rmt-force-close --rmt-answer-tokens 1 --rollouts-at-once 20"
+).split()
+
+# Models that know the texts by halves, so that predictions are right and wrong, sure and unsure,
+# with and without a thought. In a process of its own, where the CPU does not stand in for CUDA.
+MAKE_MODELS = """
+import json, sys
+from pathlib import Path
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+root, texts = Path(sys.argv[1]), json.load(sys.stdin)
+torch.set_num_threads(1)
+tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
+stem, close = tokenizer.encode("<think budget=2>"), tokenizer.encode("</think>")
+for steps, name in ((18, "before"), (10, "after")):
+    torch.manual_seed(steps)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32,
+        intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        tie_word_embeddings=False))
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+    for step in range(steps):
+        for text in texts:
+            ids = tokenizer.encode(text)
+            cut = int(torch.randint(1, len(ids), ()))
+            # Some thoughts end at once, others would go on beyond twice the budget.
+            thought = ids[:1] * (0, 1, 6, 7)[int(torch.randint(4, ()))]
+            row = torch.tensor([ids[:cut] + stem + thought + close + ids[cut:]])
+            plain = torch.tensor([ids])
+            loss = model(row, labels=row).loss + model(plain, labels=plain).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.save_pretrained(root / name)
+    tokenizer.save_pretrained(root / name)
+"""
+
+# Slow and obvious: one sequence at a time, no cache, float64.
+REFERENCE = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+directory, length, budget = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+texts, positions = json.load(sys.stdin)
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+tokenizer = AutoTokenizer.from_pretrained(directory)
+
+@torch.no_grad()
+def logits(ids):
+    return model(torch.tensor([ids])).logits[0]
+
+def encode(text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+stem, close = encode(f"<think budget={budget}>"), encode("</think>")
+assert len(close) == 1
+found = []
+for text, chosen in zip(texts, positions):
+    ids = tokenizer.encode(text)
+    log_probs = logits(ids[:length]).log_softmax(-1)
+    entropies = -(log_probs.exp() * log_probs).sum(-1)
+    thought, no_thought, lengths, closed_by_itself = [], [], [], []
+    for position in chosen:
+        prompt = ids[:position] + stem
+        response = []
+        while len(response) < 2 * budget and not {tokenizer.eos_token_id, *close} & {*response}:
+            response.append(int(logits(prompt + response)[-1].argmax()))
+        ended, closed = tokenizer.eos_token_id in response, close[0] in response
+        lengths.append(len(response) - ended - closed)
+        closed_by_itself.append(int(closed))
+        response += close * (not closed)
+        answer = None if ended else int(logits(prompt + response)[-1].argmax())
+        thought.append(int(answer == ids[position]))
+        no_thought.append(int(int(logits(prompt + close)[-1].argmax()) == ids[position]))
+    found.append(dict(
+        entropies=entropies[:-1].tolist(), thought=thought, no_thought=no_thought,
+        thought_length=lengths, closed_by_itself=closed_by_itself,
+        predictions=log_probs.argmax(-1)[:-1].tolist(), ids=ids))
+json.dump(found, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models as Hugging Face has them, converted ones beside them, and the held-out texts."""
+    root = tmp_path_factory.mktemp("evaluate")
+    byte_level_bpe().save_pretrained(root / "tokenizer")
+    subprocess.run(
+        [sys.executable, "-c", MAKE_MODELS, str(root)],
+        input=json.dumps(TEXTS),
+        text=True,
+        check=True,
+    )
+    for name in ("before", "after"):
+        convert_checkpoint.to_megatron(root / name, root / f"{name}-megatron")
+    write_data(root / "heldout.jsonl", TEXTS)
+    return root
+
+
+def write_data(path: Path, texts: Sequence[str], **others: Any) -> Path:
+    lines = [json.dumps({"text": text} | others, ensure_ascii=False) for text in texts]
+    # A blank line is no document.
+    path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def command(root: Path, name: str, output: str, *others: str) -> list[str]:
+    """Arguments that evaluate the model ``name``."""
+    fixed = ["--load", root / f"{name}-megatron", "--data", root / "heldout.jsonl"]
+    return [*map(str, fixed), "--output", str(root / output), *others]
+
+
+def content(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def before(root: Path) -> tuple[dict[str, Any], str]:
+    """What the command line writes and prints for the first model."""
+    words = [sys.executable, str(TOOLS / "evaluate.py")]
+    words += command(root, "before", "before.json", *REASONING)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    return content(root / "before.json"), done.stdout
+
+
+def _evaluate(words: list[str]) -> None:
+    flags, others = evaluate.build_parser().parse_known_args(words)
+    if cpu_platform.is_installed():
+        others = cpu_platform.add_required_flags(others)
+    evaluate.evaluate(flags, others)
+
+
+@pytest.mark.multiprocess
+def test_predictions_entropies_and_thoughts_are_those_of_transformers(
+    root: Path, before: tuple[dict[str, Any], str]
+):
+    documents = before[0]["documents"]
+    reference = subprocess.run(
+        [sys.executable, "-c", REFERENCE, str(root / "before"), str(LENGTH), str(BUDGET)],
+        input=json.dumps([TEXTS, [document["positions"] for document in documents]]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = json.loads(reference.stdout)
+    entropies = np.concatenate([one["entropies"] for one in expected])
+    assert np.abs(entropies[:, None] - [0.5, 1.0, 1.5]).min() > 1e-4, "too close to a threshold"
+    right = np.zeros(3)
+    total = np.zeros(3)
+    for document, one in zip(documents, expected, strict=True):
+        targets = np.array(one["ids"][1:LENGTH])
+        exceeded = (np.array(one["entropies"])[:, None] > [0.5, 1.0, 1.5]).sum(1)
+        correct = np.array(one["predictions"]) == targets
+        assert document["difficulty"] == "-" + "".join(map(str, exceeded))
+        assert document["next_token"][1:] == "".join(str(int(value)) for value in correct)
+        assert document["entropy"] == pytest.approx(sum(one["entropies"]), rel=1e-5)
+        assert document["dropped"] == max(0, len(one["ids"]) - LENGTH)
+        for name in ("thought", "no_thought", "thought_length", "closed_by_itself"):
+            assert document[name] == one[name], name
+        for split in range(3):
+            total[split] += (exceeded > split).sum()
+            right[split] += (correct & (exceeded > split)).sum()
+    results = before[0]["results"]["next_token"]
+    for split, name in enumerate(evaluate.SPLITS):
+        assert results[name]["positions"] == total[split] > 3
+        assert results[name]["value"] == right[split] / total[split]
+    for name in ("thought", "no_thought"):
+        assert {0, 1} == {match for document in documents for match in document[name]}, name
+    assert len(set("".join(document["difficulty"] for document in documents))) == 5
+    assert right.min() > 0
+    assert results["average"]["value"] == pytest.approx((right / total).mean())
+    assert sum(document["dropped"] for document in documents) > 0
+
+
+@pytest.mark.multiprocess
+def test_table_is_all_that_stdout_gets(before: tuple[dict[str, Any], str]):
+    written, printed = before
+    value = 100 * written["results"]["next_token"]["hard"]["value"]
+    assert f"{value:.1f} [" in next(line for line in printed.splitlines() if "all pos" in line)
+    assert printed.startswith(written["settings"]["load"])
+    assert len(printed.splitlines()) < 20
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    "layout", [["--tensor-model-parallel-size", "2"], []], ids=["tensor", "data"]
+)
+def test_two_ranks_measure_what_one_does(
+    root: Path, before: tuple[dict[str, Any], str], layout: list[str]
+):
+    words = command(root, "before", "two.json", *REASONING, "--rollouts-at-once", "5", *layout)
+    run_distributed(2, _evaluate, words)
+    again = content(root / "two.json")
+    for one, other in zip(before[0]["documents"], again["documents"], strict=True):
+        entropy = one.pop("entropy"), other.pop("entropy")
+        assert entropy[0] == pytest.approx(entropy[1], rel=1e-5)
+        assert one == other
+        one["entropy"] = entropy[0]
+    assert again["results"] == before[0]["results"]
+
+
+@pytest.mark.multiprocess
+def test_splits_are_those_of_the_bare_text_under_a_prompt_with_a_head_and_samples_count(
+    root: Path, before: tuple[dict[str, Any], str]
+):
+    words = command(root, "before", "rpt.json", "--seq-length", str(LENGTH), "--samples", "3")
+    words += ["--positions-per-document", "2", "--budget", "1", "--rmt-answer-tokens", "4"]
+    run_distributed(1, _evaluate, words)
+    first = content(root / "rpt.json")
+    run_distributed(1, _evaluate, words)
+    second = content(root / "rpt.json")
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    for one, other in zip(before[0]["documents"], first["documents"], strict=True):
+        assert (one["difficulty"], one["next_token"]) == (other["difficulty"], other["next_token"])
+        assert len(other["thought"]) == len(other["positions"]) <= 2
+    # The model has never seen a \boxed{...}.
+    assert first["results"]["well_formed"]["value"] == 0
+    assert 0 < first["results"]["thought_length"]["value"] <= 2
+
+
+@pytest.mark.multiprocess
+def test_another_model_is_compared_on_the_positions_and_splits_of_the_first(
+    root: Path, before: tuple[dict[str, Any], str]
+):
+    # A training run's directory holds neither flags nor tokenizer.
+    run = shutil.copytree(root / "after-megatron", root / "run-megatron")
+    shutil.rmtree(run / "huggingface")
+    (run / "model_flags.txt").unlink()
+    reuse = ["--positions-from", str(root / "before.json"), "--rmt-template", "inline"]
+    reuse += ["--budget", "2", "--rmt-force-close", "--rmt-answer-tokens", "1"]
+    reuse += ["--model-flags", str(root / "after-megatron")]
+    run_distributed(1, _evaluate, command(root, "run", "after.json", *reuse))
+    after = content(root / "after.json")
+    for one, other in zip(before[0]["documents"], after["documents"], strict=True):
+        for name in ("line", "id", "tokens", "difficulty", "positions"):
+            assert one[name] == other[name], name
+        assert one["next_token"] != other["next_token"]
+        assert abs(one["entropy"] - other["entropy"]) > 0.01
+    table = evaluate.compare([root / "before.json", root / "after.json"])
+    difference = (
+        after["results"]["next_token"]["easy"]["value"]
+        - before[0]["results"]["next_token"]["easy"]["value"]
+    )
+    assert f"{100 * difference:+.1f} [" in table
+
+    spoiled = content(root / "after.json")
+    spoiled["documents"][1]["positions"][0] += 1
+    (root / "spoiled.json").write_text(json.dumps(spoiled))
+    with pytest.raises(ValueError, match=r"not measured on the same positions; .*--positions-from"):
+        evaluate.compare([root / "before.json", root / "spoiled.json"])
+
+
+def record(difficulty: str, next_token: str, **others: Any) -> evaluate.Record:
+    common = {"line": 1, "id": "", "tokens": len(difficulty), "dropped": 0, "entropy": 1.0}
+    return evaluate.Record(
+        difficulty=difficulty, next_token=next_token, **common | {"positions": []} | others
+    )
+
+
+def test_splits_are_nested_and_average_is_the_mean_of_the_three():
+    records = [
+        record("-0123", "01101", positions=[2, 4], thought=[1, 2], no_thought=[0, 2]),
+        record("-3-1", "0111", positions=[1, 3], thought=[2, 0], no_thought=[0, 0]),
+    ]
+    right, total = evaluate.split_counts(records, "next_token", 2)
+    np.testing.assert_array_equal(total, [[3, 2, 1], [2, 1, 1]])
+    np.testing.assert_array_equal(right, [[2, 1, 1], [2, 1, 1]])
+    right, total = evaluate.split_counts(records, "thought", 2)
+    np.testing.assert_array_equal(total, [[4, 2, 2], [4, 2, 2]])
+    np.testing.assert_array_equal(right, [[3, 2, 2], [2, 2, 2]])
+    right, total = evaluate.split_counts(records, "next_token_sampled", 2)
+    np.testing.assert_array_equal(total, [[2, 1, 1], [2, 1, 1]])
+    np.testing.assert_array_equal(right, [[2, 1, 1], [2, 1, 1]])
+    values = evaluate.accuracies(np.ones((1, 2)), np.array([[1, 1, 1]] * 2), total)
+    np.testing.assert_allclose(values, [[0.5, 1.0, 1.0, 2.5 / 3]])
+
+
+def settings(**others: Any) -> dict[str, Any]:
+    return {"samples": 1, "seed": 3, "entropy_thresholds": [0.5, 1.0, 1.5]} | others
+
+
+def test_interval_of_independent_documents_is_that_of_a_binomial():
+    documents, share = 400, 0.3
+    records = [record("-3", f"0{int(i < share * documents)}") for i in range(documents)]
+    for estimate in evaluate.Measured(settings(), records).estimates()["next_token"]:
+        half = 1.96 * np.sqrt(share * (1 - share) / documents)
+        assert estimate.value == pytest.approx(share)
+        assert estimate.low == pytest.approx(share - half, abs=0.1 * half)
+        assert estimate.high == pytest.approx(share + half, abs=0.1 * half)
+
+
+def test_interval_counts_documents_not_the_positions_in_them():
+    single = [record("-3", f"0{i % 2}") for i in range(60)]
+    repeated = [record("-" + "3" * 20, "0" + str(i % 2) * 20) for i in range(60)]
+    one, other = (evaluate.Measured(settings(), records) for records in (single, repeated))
+    assert one.estimates()["next_token"] == other.estimates()["next_token"]
+
+
+def test_a_single_document_has_no_interval_and_an_empty_split_no_value():
+    found = evaluate.Measured(settings(), [record("-11", "010")]).estimates()["next_token"]
+    assert found[0].as_json() == {"value": 0.5, "low": None, "high": None}
+    assert found[2].as_json() == {"value": None, "low": None, "high": None}
+    assert [evaluate.shown(found[0]), evaluate.shown(found[2])] == ["50.0", "none"]
+
+
+def test_difference_is_paired_by_document():
+    generator = np.random.default_rng(0)
+    before, after = [], []
+    for _ in range(50):
+        right = generator.integers(0, 2)
+        before.append(record("-3333", f"0{right}{right}{right}0"))
+        after.append(record("-3333", f"0{right}{right}{right}1"))
+    measured = [evaluate.Measured(settings(), records) for records in (before, after)]
+    alone = measured[0].estimates()["next_token"][0]
+    assert alone.high - alone.low > 0.1
+    (change, *_) = evaluate.differences(*measured)["next_token"]
+    assert [change.value, change.low, change.high] == pytest.approx([0.25] * 3)
+
+
+def test_positions_are_above_the_lowest_threshold_and_uniform():
+    difficulty = "-0" + "120-3" * 4
+    allowed = [index for index, digit in enumerate(difficulty) if digit in "123"]
+    counts = np.zeros(len(difficulty))
+    for line in range(2000):
+        drawn = evaluate.draw_positions(difficulty, 3, 7, line)
+        assert len(set(drawn)) == 3
+        assert drawn == sorted(drawn)
+        counts[drawn] += 1
+    assert counts[allowed].sum() == 6000
+    # 500 expected; the standard deviation is about 19.
+    assert np.abs(counts[allowed] - 500).max() < 100
+    assert evaluate.draw_positions(difficulty, 99, 7, 1) == allowed
+    assert evaluate.draw_positions("-00", 3, 7, 1) == []
+
+
+class Words:
+    """A tokenizer of single bytes."""
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+@pytest.mark.parametrize("problem", ["Was ist 1 + 1?", "Größe?", ""])
+def test_solution_only_begins_with_the_first_byte_of_the_solution(tmp_path: Path, problem: str):
+    path = write_data(tmp_path / "x.jsonl", [problem + "\n\n2"], problem_chars=len(problem))
+    texts = evaluate.read_texts(path, "text", True, None)
+    table = [bytes([byte]) for byte in range(256)]
+    (document,) = evaluate.tokenize(texts, Words(), table)
+    assert bytes(document.ids[document.first :]) == b"\n\n2"
+    assert evaluate.read_texts(path, "text", False, None)[0][2] == 0
+
+
+@pytest.fixture
+def usable(tmp_path: Path) -> list[str]:
+    """A command line that has everything but the weights."""
+    load = tmp_path / "checkpoint"
+    load.mkdir()
+    (load / "latest_checkpointed_iteration.txt").write_text("release")
+    (load / "model_flags.txt").write_text("--num-layers 1")
+    write_data(tmp_path / "heldout.jsonl", ["a text"])
+    words = ["--load", str(load), "--data", str(tmp_path / "heldout.jsonl")]
+    return [*words, "--output", str(tmp_path / "out.json")]
+
+
+@pytest.mark.parametrize(
+    ("others", "sentence"),
+    [
+        (["--load", "nowhere"], "--load nowhere is no Megatron checkpoint directory"),
+        (["--model-flags", "nowhere"], "nowhere does not exist; pass a file of Megatron's model"),
+        (["--data", "nowhere"], "--data nowhere cannot be read: No such file"),
+        (["--budget", "0"], "--budget is 0; pass 1 or more"),
+        (["--seq-length", "1"], "--seq-length is 1; pass 2 or more"),
+        (["--positions-per-document", "-1"], "--positions-per-document is -1; pass 0"),
+        (["--rmt-group-size", "8"], "--rmt-group-size belongs to training; pass --samples"),
+        (["--rmt-warmup-iters=3"], "--rmt-warmup-iters belongs to training; leave it out"),
+        (["--positions-from", "x.json", "--documents", "3"], "--documents is fixed by"),
+        (["--positions-from", "nowhere.json"], "nowhere.json cannot be read"),
+        (["--output", "/"], "--output / is a directory"),
+        (["--json-key", "body"], "line 1: it is not a JSON object with a string 'body'"),
+        (["--solution-only"], "line 1: it has no number problem_chars"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_the_model_is_loaded(
+    usable: list[str], others: list[str], sentence: str
+):
+    flags, rest = evaluate.build_parser().parse_known_args([*usable, *others])
+    with pytest.raises(ValueError, match=sentence) as caught:
+        evaluate.evaluate(flags, rest)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_flag_file_asks_for_model_flags(usable: list[str], tmp_path: Path):
+    (tmp_path / "checkpoint/model_flags.txt").unlink()
+    flags, rest = evaluate.build_parser().parse_known_args(usable)
+    with pytest.raises(ValueError, match=r"model_flags.txt does not exist; pass --model-flags"):
+        evaluate.evaluate(flags, rest)
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ('{"text": "a"}\n{"text": \n', "line 2: Expecting value"),
+        ('{"text": 3}\n', "line 1: it is not a JSON object with a string 'text'"),
+        ("[]\n", "line 1: it is not a JSON object"),
+        (" \n", "holds no document"),
+    ],
+)
+def test_data_that_cannot_be_read_is_named_by_line(tmp_path: Path, lines: str, sentence: str):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(lines)
+    with pytest.raises(ValueError, match=sentence):
+        evaluate.read_texts(path, "text", False, None)
+
+
+def test_another_document_on_the_line_is_refused():
+    documents = [evaluate.Document(4, [1, 2, 3], 0)]
+    earlier = evaluate.Measured(settings(), [record("-3", "01", line=4, id=documents[0].digest)])
+    assert evaluate.documents_of(earlier, Path("b.json"), documents)[0][0] is documents[0]
+    changed = [evaluate.Document(4, [1, 2, 4], 0)]
+    with pytest.raises(ValueError, match=r"line 4, is not the document that b.json was measured"):
+        evaluate.documents_of(earlier, Path("b.json"), changed)
+
+
+def test_output_comes_back_as_it_was_written(tmp_path: Path):
+    full = {"thought": [1], "thought_length": [3], "well_formed": [1], "closed_by_itself": [0]}
+    full |= {"no_thought": [0], "no_thought_well_formed": [1], "positions": [1]}
+    measured = evaluate.Measured(
+        settings(), [record("-3", "01", line=line, **full) for line in (1, 2)]
+    )
+    evaluate.write_output(tmp_path / "out.json", measured, 1.0)
+    again = evaluate.read_output(tmp_path / "out.json")
+    assert (again.settings, again.records) == (measured.settings, measured.records)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other.json is not an output of evaluate.py"):
+        evaluate.read_output(tmp_path / "other.json")
