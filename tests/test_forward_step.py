@@ -1,0 +1,506 @@
+"""The tree step against the paper's loss on one plain sequence at a time.
+
+The tree step is the real one: ``build_trunk``, ``grow_tree``, a ``GPTModel`` with attached tree
+attention, ``make_forward_step``, Megatron's own schedule. The reference knows no tree: it runs the
+stock model on each prefix + stem + response, and writes the loss out by hand.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rmt.attention import Block, attach_tree_attention
+from megatron_rmt.forward_step import LossSettings, Update, make_forward_step
+from megatron_rmt.losses import LossWeights, response_weights
+from megatron_rmt.tree import NO_LABEL, Responses, Tree, Trunk, build_trunk, grow_tree, pad_tree
+from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
+
+pytestmark = pytest.mark.usefixtures("single_process_megatron")
+
+END_OF_DOCUMENT = 0
+LENGTH = 11
+GROUP = 3
+TEMPERATURE = 0.8
+NTP_COEFFICIENT = 0.1
+STEM = [7, 8, 9]
+
+
+@dataclasses.dataclass
+class MicroBatch:
+    """What one micro-batch holds before it becomes a tree. ``rows``: the chosen trunk rows."""
+
+    trunk: Trunk
+    rows: list[int]
+    responses: Responses
+    advantages: Tensor
+    tree: Tree
+
+
+def _documents(generator: torch.Generator, separate: bool) -> tuple[Tensor, ...]:
+    """Two samples as Megatron's GPTDataset gives them, with documents that end inside a sample."""
+    text = torch.randint(1, VOCAB, (2, LENGTH + 1), generator=generator)
+    text[0, 4] = text[0, 9] = text[1, LENGTH - 1] = END_OF_DOCUMENT
+    tokens, labels = text[:, :-1], text[:, 1:]
+    positions = torch.arange(LENGTH).repeat(2, 1)
+    if separate:
+        for sample in range(2):
+            for end in (tokens[sample] == END_OF_DOCUMENT).nonzero()[:, 0].tolist():
+                positions[sample, end + 1 :] = torch.arange(LENGTH - end - 1)
+    loss_mask = (tokens != END_OF_DOCUMENT).float()
+    loss_mask[1, 2] = 0.5
+    return tokens, positions, labels, loss_mask
+
+
+def _responses(generator: torch.Generator, lengths: list[list[int]]) -> Responses:
+    shape = (len(lengths), GROUP, max(map(max, lengths)))
+    sampled = torch.rand(shape, generator=generator) < 0.7
+    sampled[0, 2] = False
+    return Responses(
+        tokens=torch.randint(VOCAB, shape, generator=generator),
+        lengths=torch.tensor(lengths),
+        sampled=sampled,
+        log_probs=torch.zeros(shape),
+    )
+
+
+def _micro_batch(seed: int, separate: bool, head: list[int], stem: list[int]) -> MicroBatch:
+    """Chosen: the first and the last row of documents, one in the middle, in both samples."""
+    generator = torch.Generator().manual_seed(seed)
+    trunk = build_trunk(
+        *_documents(generator, separate),
+        head=head,
+        end_of_document=END_OF_DOCUMENT,
+        separate_documents=separate,
+    )
+    first, limit = trunk.documents[0]
+    last_limit = trunk.documents[-1][1]
+    rows = [first + len(head), limit - 1, limit + len(head) + 1, last_limit - 1]
+    lengths = [[0, 1, 5], [4, 2, 6], [1, 1, 0], [3, 7, 1]]
+    responses = _responses(generator, lengths)
+    advantages = torch.randn(len(rows), GROUP, generator=generator, dtype=torch.float64)
+    tree = grow_tree(
+        trunk,
+        rows,
+        stem,
+        responses,
+        longest_position=LONGEST_POSITION,
+        device=torch.device("cpu"),
+    )
+    return MicroBatch(trunk, rows, responses, advantages, tree)
+
+
+def _ntp_tokens(batches: list[MicroBatch]) -> float:
+    return sum(float(batch.tree.ntp_mask.sum()) for batch in batches)
+
+
+def _updates(batches: list[MicroBatch], dtype: torch.dtype, warm_up: bool) -> list[Update]:
+    positions = sum(len(batch.rows) for batch in batches)
+    updates = []
+    for batch in batches:
+        tree, values = batch.tree, batch.advantages.flatten().to(dtype)
+        ones = torch.ones_like(values)
+        share = {"positions": positions * GROUP}
+        weights = LossWeights(
+            ntp=tree.ntp_mask.to(dtype) / _ntp_tokens(batches),
+            policy=response_weights(values, tree.rollouts, tree.sampled, **share),
+            supervised=response_weights(ones, tree.rollouts, ~tree.sampled, **share) * warm_up,
+        )
+        updates.append(Update(tree, weights, {"rmt reward": (2.5, 4.0)}))
+    return updates
+
+
+def _tree_step(
+    model: GPTModel, batches: list[MicroBatch], dtype: torch.dtype, warm_up: bool = False
+) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]], list[Update]]:
+    """Loss, gradients and reports of one step of Megatron's schedule over ``batches``."""
+    updates = _updates(batches, dtype, warm_up)
+    forward_step = make_forward_step(
+        LossSettings(
+            ntp_coefficient=NTP_COEFFICIENT,
+            temperature=TEMPERATURE,
+            vocab_size=VOCAB,
+            chunk_size=7,
+            ntp_tokens=_ntp_tokens(batches),
+            scale=float(len(batches)),
+        )
+    )
+    losses = []
+
+    def recording_forward_step(iterator: Any, model: GPTModel) -> tuple[Tensor, Any]:
+        output, loss_function = forward_step(iterator, model)
+
+        def recording_loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            loss, tokens, report = loss_function(output)
+            losses.append(loss.detach().clone())
+            return loss, tokens, report
+
+        return output, recording_loss
+
+    model.zero_grad()
+    reports = get_forward_backward_func()(
+        forward_step_func=recording_forward_step,
+        data_iterator=iter(updates),
+        model=[model],
+        num_microbatches=len(updates),
+        seq_length=LENGTH,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return torch.stack(losses).mean(), gradients, reports, updates
+
+
+def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def _naive_losses(model: GPTModel, batches: list[MicroBatch], stem: list[int]) -> dict[str, Tensor]:
+    """The parts of the loss, each response in a sequence of its own."""
+    stem_tokens = torch.tensor(stem, dtype=torch.int64)
+    ntp, policy, supervised, unmasked, positions = [], [], [], 0.0, 0
+    for batch in batches:
+        trunk = batch.trunk
+        for first, limit in trunk.documents:
+            log_p = stock_logits(
+                model, trunk.tokens[first:limit], trunk.positions[first:limit]
+            ).log_softmax(-1)
+            for row in range(first, limit):
+                if trunk.labels[row] != NO_LABEL and row not in batch.rows:
+                    weight = float(trunk.loss_mask[row])
+                    ntp.append(-weight * log_p[row - first, trunk.labels[row]])
+                    unmasked += weight
+        for index, row in enumerate(batch.rows):
+            positions += 1
+            first = int(trunk.document_first[row])
+            prefix = torch.cat([trunk.tokens[first : row + 1], stem_tokens])
+            for rollout in range(GROUP):
+                length = int(batch.responses.lengths[index, rollout])
+                if length == 0:
+                    continue
+                response = batch.responses.tokens[index, rollout, :length]
+                start = int(trunk.positions[first])
+                sequence = torch.cat([prefix, response[:-1]])
+                logits = stock_logits(model, sequence, start + torch.arange(len(sequence)))
+                log_p = _log_probs(logits[len(prefix) - 1 :] / TEMPERATURE, response)
+                drawn = batch.responses.sampled[index, rollout, :length]
+                advantage = batch.advantages[index, rollout].to(log_p.dtype)
+                if drawn.any():
+                    ratio = torch.exp(log_p[drawn] - log_p[drawn].detach())
+                    policy.append(-(ratio * advantage).mean() / GROUP)
+                if not drawn.all():
+                    supervised.append(-log_p[~drawn].mean() / GROUP)
+    return {
+        "ntp": torch.stack(ntp).sum() / unmasked,
+        "policy": torch.stack(policy).sum() / positions,
+        "supervised": torch.stack(supervised).sum() / positions,
+    }
+
+
+def _naive_step(
+    model: GPTModel, batches: list[MicroBatch], stem: list[int], warm_up: bool = False
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    model.zero_grad()
+    parts = _naive_losses(model, batches, stem)
+    loss = parts["policy"] + NTP_COEFFICIENT * parts["ntp"] + warm_up * parts["supervised"]
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return loss.detach(), gradients, parts
+
+
+def _models(dtype: torch.dtype, **options: Any) -> tuple[GPTModel, GPTModel]:
+    """The stock model, and one with tree attention and the same weights."""
+    recompute = {key: options.pop(key) for key in list(options) if key.startswith("recompute")}
+    stock = build_model(dtype, **options)
+    with_trees = build_model(dtype, **options, **recompute)
+    with_trees.load_state_dict(stock.state_dict())
+    assert attach_tree_attention(with_trees) == stock.config.num_layers
+    return stock.train(), with_trees.train()
+
+
+def _errors(
+    result: tuple[Tensor, dict[str, Tensor]], reference: tuple[Tensor, dict[str, Tensor]]
+) -> tuple[float, float]:
+    """Relative error of the loss, and the largest over the parameters of the gradient's."""
+    loss = float((result[0] - reference[0]).abs() / reference[0].abs())
+    assert result[1].keys() == reference[1].keys()
+    assert all(gradient.norm() > 0 for gradient in reference[1].values())
+    gradient = max(
+        float((result[1][name] - expected).norm() / expected.norm())
+        for name, expected in reference[1].items()
+    )
+    return loss, gradient
+
+
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+FULL_RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "full recompute": FULL_RECOMPUTE,
+    "core attention recompute": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn"],
+    },
+    "gpt2": {
+        "position_embedding": "learned_absolute",
+        "normalization": "LayerNorm",
+        "gated_linear_unit": False,
+        "activation_func": torch.nn.functional.gelu,
+        "add_bias_linear": True,
+        "num_query_groups": None,
+    },
+    "query and key norms, one key head": {"qk_layernorm": True, "num_query_groups": 1},
+    "experts": {
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("head", [[], [11, 12, 13]], ids=["no head", "head"])
+@pytest.mark.parametrize("separate", [False, True], ids=["one document", "separate documents"])
+@pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE], ids=["", "recompute"])
+def test_loss_and_gradients_equal_one_sequence_at_a_time(dtype, head, separate, recompute):
+    stock, with_trees = _models(dtype, **recompute)
+    batches = [_micro_batch(seed, separate, head, STEM) for seed in (1, 2)]
+    assert batches[0].tree.tokens.shape == batches[1].tree.tokens.shape
+    result = _tree_step(with_trees, batches, dtype)
+    errors = _errors(result[:2], _naive_step(stock, batches, STEM)[:2])
+    assert max(errors) < TOLERANCE[dtype], errors
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "llama"])
+def test_loss_and_gradients_of_other_architectures(architecture):
+    stock, with_trees = _models(torch.float64, **ARCHITECTURES[architecture])
+    batches = [_micro_batch(seed, True, [11, 12], STEM) for seed in (1, 2)]
+    result = _tree_step(with_trees, batches, torch.float64)
+    errors = _errors(result[:2], _naive_step(stock, batches, STEM)[:2])
+    # Megatron's router takes its softmax in fp32, whatever the model's dtype.
+    assert max(errors) < (1e-6 if architecture == "experts" else 1e-12), errors
+
+
+def test_stems_of_one_token_and_documents_that_do_not_start_at_position_zero():
+    """Also with absolute positions, so that wrong ones would be noticed."""
+    stock, with_trees = _models(torch.float64, **ARCHITECTURES["gpt2"])
+    generator = torch.Generator().manual_seed(3)
+    tokens, _, labels, loss_mask = _documents(generator, separate=True)
+    trunk = build_trunk(
+        tokens,
+        torch.arange(LENGTH).repeat(2, 1),
+        labels,
+        loss_mask,
+        head=[],
+        end_of_document=END_OF_DOCUMENT,
+        separate_documents=True,
+    )
+    assert trunk.positions[trunk.documents[1][0]] > 0
+    rows = [0, 6, LENGTH + 3]
+    responses = _responses(generator, [[1, 1, 0], [2, 3, 4], [1, 2, 5]])
+    advantages = torch.randn(3, GROUP, generator=generator, dtype=torch.float64)
+    tree = grow_tree(
+        trunk, rows, [7], responses, longest_position=LONGEST_POSITION, device=torch.device("cpu")
+    )
+    batches = [MicroBatch(trunk, rows, responses, advantages, tree)]
+    result = _tree_step(with_trees, batches, torch.float64)
+    errors = _errors(result[:2], _naive_step(stock, batches, [7])[:2])
+    assert max(errors) < 1e-12, errors
+
+
+def test_the_warm_up_supervises_the_tokens_that_were_not_drawn():
+    stock, with_trees = _models(torch.float64)
+    batches = [_micro_batch(seed, True, [], STEM) for seed in (1, 2)]
+    result = _tree_step(with_trees, batches, torch.float64, warm_up=True)
+    errors = _errors(result[:2], _naive_step(stock, batches, STEM, warm_up=True)[:2])
+    assert max(errors) < 1e-12, errors
+
+
+def test_a_micro_batch_without_positions_trains_on_the_next_tokens_alone():
+    stock, with_trees = _models(torch.float64)
+    batches = [_micro_batch(seed, True, [], STEM) for seed in (1, 2)]
+    empty = batches[0]
+    tree = grow_tree(
+        empty.trunk, [], STEM, None, longest_position=LONGEST_POSITION, device=torch.device("cpu")
+    )
+    batches[0] = dataclasses.replace(empty, rows=[], advantages=torch.zeros(0, GROUP), tree=tree)
+    result = _tree_step(with_trees, batches, torch.float64)
+    errors = _errors(result[:2], _naive_step(stock, batches, STEM)[:2])
+    assert max(errors) < 1e-12, errors
+
+
+def test_padding_changes_neither_loss_nor_gradients():
+    _, with_trees = _models(torch.float64)
+    batches = [_micro_batch(seed, True, [11], STEM) for seed in (1, 2)]
+    reference = _tree_step(with_trees, batches, torch.float64)
+    rows = batches[0].tree.tokens.shape[0]
+    padded = [
+        dataclasses.replace(_micro_batch(seed, True, [11], STEM), tree=pad_tree(batch.tree, size))
+        for seed, batch, size in zip((1, 2), batches, (rows + 5, rows + 64), strict=True)
+    ]
+    result = _tree_step(with_trees, padded, torch.float64)
+    assert max(_errors(result[:2], reference[:2])) < 1e-14
+
+
+def test_the_loss_does_not_depend_on_the_split_into_micro_batches():
+    """Two samples in one micro-batch, or each in its own: one loss, one gradient."""
+    _, with_trees = _models(torch.float64)
+    generator = torch.Generator().manual_seed(4)
+    samples = _documents(generator, separate=True)
+    responses = _responses(generator, [[3, 1, 5], [4, 2, 6]])
+    advantages = torch.randn(2, GROUP, generator=generator, dtype=torch.float64)
+
+    def batch_of(first: int, limit: int) -> MicroBatch:
+        trunk = build_trunk(
+            *(field[first:limit] for field in samples),
+            head=[11],
+            end_of_document=END_OF_DOCUMENT,
+            separate_documents=True,
+        )
+        rows = (trunk.columns == 6).nonzero()[:, 0].tolist()
+        own = responses.positions(first, limit)
+        tree = grow_tree(
+            trunk, rows, STEM, own, longest_position=LONGEST_POSITION, device=torch.device("cpu")
+        )
+        return MicroBatch(trunk, rows, own, advantages[first:limit], tree)
+
+    together = _tree_step(with_trees, [batch_of(0, 2)], torch.float64)
+    apart = _tree_step(with_trees, [batch_of(0, 1), batch_of(1, 2)], torch.float64)
+    assert max(_errors(together[:2], apart[:2])) < 1e-12
+
+
+@pytest.mark.parametrize("per_token_loss", [False, True])
+def test_per_token_loss_of_megatron_gives_the_same_gradients(per_token_loss):
+    """Megatron then divides by the summed "tokens" instead: here one for each micro-batch."""
+    stock, with_trees = _models(torch.float64)
+    with_trees.config.calculate_per_token_loss = per_token_loss
+    divided_by = []
+    with_trees.config.finalize_model_grads_func = lambda models, tokens, **_: divided_by.append(
+        None if tokens is None else int(tokens)
+    )
+    batches = [_micro_batch(seed, True, [], STEM) for seed in (1, 2)]
+    loss, gradients, *_ = _tree_step(with_trees, batches, torch.float64)
+    assert divided_by == [2 if per_token_loss else None]
+    if per_token_loss:
+        gradients = {name: gradient / divided_by[0] for name, gradient in gradients.items()}
+    errors = _errors((loss, gradients), _naive_step(stock, batches, STEM)[:2])
+    assert max(errors) < 1e-12, errors
+
+
+def test_what_is_reported():
+    stock, with_trees = _models(torch.float64)
+    batches = [_micro_batch(seed, True, [], STEM) for seed in (1, 2)]
+    for batch in batches:
+        batch.tree.sampled_log_probs.fill_(-1.25)
+    _, _, reports, updates = _tree_step(with_trees, batches, torch.float64)
+    with torch.no_grad():
+        parts = _naive_losses(stock, batches, STEM)
+    assert reports[0].keys() == reports[1].keys()
+    assert all(value.shape == (2,) for report in reports for value in report.values())
+    total = {name: reports[0][name] + reports[1][name] for name in reports[0]}
+    for name, expected in (("lm loss", parts["ntp"]), ("rmt rl loss", parts["policy"])):
+        torch.testing.assert_close(total[name][0] / total[name][1], expected.float())
+    assert total["rmt reward"].tolist() == [5.0, 8.0]
+    differences = []
+    for batch in batches:
+        own = []
+        for index, row in enumerate(batch.rows):
+            first = int(batch.trunk.document_first[row])
+            prefix = torch.cat([batch.trunk.tokens[first : row + 1], torch.tensor(STEM)])
+            for rollout in range(GROUP):
+                length = int(batch.responses.lengths[index, rollout])
+                response = batch.responses.tokens[index, rollout, :length]
+                with torch.no_grad():
+                    logits = stock_logits(stock, torch.cat([prefix, response]))
+                scores = logits[len(prefix) - 1 : -1] / TEMPERATURE
+                drawn = batch.responses.sampled[index, rollout, :length]
+                own.append((_log_probs(scores, response) + 1.25).abs()[drawn])
+        differences.append(torch.cat(own))
+    for update, own in zip(updates, differences, strict=True):
+        assert float(update.largest_difference) == pytest.approx(float(own.max()), rel=1e-9)
+    everything = torch.cat(differences)
+    expected = torch.tensor([float(everything.sum()), float(len(everything))])
+    torch.testing.assert_close(total["rmt logprob difference"], expected)
+
+
+def _position_blocks(tree: Tree) -> list[int]:
+    return [index for index, block in enumerate(tree.plan.blocks) if block.mask is not None]
+
+
+def _with_positions_in_packed_order(batch: MicroBatch) -> None:
+    batch.tree.plan.positions = torch.arange(len(batch.tree.tokens))
+
+
+def _with_branches_one_position_late(batch: MicroBatch) -> None:
+    batch.tree.plan.positions[len(batch.trunk) + len(STEM) :] += 1
+
+
+def _with_a_sibling_in_sight(batch: MicroBatch) -> None:
+    """In one position's block the last branch sees the last token of the branch before it."""
+    block = batch.tree.plan.blocks[_position_blocks(batch.tree)[1]]
+    lengths = [max(0, n - 1) for n in batch.responses.lengths[1].tolist()]
+    branch = len(STEM) + lengths[0] + lengths[1]
+    column = block.trunk_limit - block.trunk_first + branch - 1
+    assert not block.mask[branch:, column].any()
+    block.mask[branch:, column] = True
+
+
+def _with_a_trunk_limit(change: int) -> Any:
+    def perturb(batch: MicroBatch) -> None:
+        index = _position_blocks(batch.tree)[2]
+        block = batch.tree.plan.blocks[index]
+        limit = block.trunk_limit + change
+        rows = block.limit - block.first
+        trunk = torch.ones(rows, limit - block.trunk_first, dtype=torch.bool)
+        mask = torch.cat([trunk, block.mask[:, -rows:]], dim=1)
+        batch.tree.plan.blocks[index] = Block(
+            block.first, block.limit, block.trunk_first, limit, mask
+        )
+
+    return perturb
+
+
+def _with_documents_joined(batch: MicroBatch) -> None:
+    blocks = batch.tree.plan.blocks
+    blocks[:2] = [Block(blocks[0].first, blocks[1].limit)]
+
+
+def _with_a_prediction_from_a_wrong_row(batch: MicroBatch) -> None:
+    batch.tree.predicting[0] += 1
+
+
+def _with_forced_tokens_taken_for_drawn(batch: MicroBatch) -> None:
+    batch.tree.sampled.fill_(True)
+
+
+PERTURBATIONS = {
+    "positions in packed order": _with_positions_in_packed_order,
+    "branches one position late": _with_branches_one_position_late,
+    "a branch sees its sibling": _with_a_sibling_in_sight,
+    "trunk limit one too large": _with_a_trunk_limit(1),
+    "trunk limit one too small": _with_a_trunk_limit(-1),
+    "documents see each other": _with_documents_joined,
+    "prediction from a wrong row": _with_a_prediction_from_a_wrong_row,
+    "forced tokens taken for drawn": _with_forced_tokens_taken_for_drawn,
+}
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+def test_the_comparison_notices(perturbation):
+    """Negative controls: each small mistake in the plan is far outside the tolerance."""
+    stock, with_trees = _models(torch.float64)
+    batches = [_micro_batch(seed, True, [11, 12], STEM) for seed in (1, 2)]
+    reference = _naive_step(stock, batches, STEM)[:2]
+    assert max(_errors(_tree_step(with_trees, batches, torch.float64)[:2], reference)) < 1e-12
+    PERTURBATIONS[perturbation](batches[1])
+    errors = _errors(_tree_step(with_trees, batches, torch.float64)[:2], reference)
+    assert max(errors) > 1e-4, errors

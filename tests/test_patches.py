@@ -1,0 +1,126 @@
+"""Patching the real Megatron, and refusing one that is not what the patches were written for."""
+
+import argparse
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import megatron_rmt
+from megatron_rmt import patches
+from megatron_rmt.arguments import GROUP_TITLE
+
+
+def _current() -> dict[tuple[str, str], Callable[..., Any]]:
+    return {
+        (entry.module, entry.name): getattr(importlib.import_module(entry.module), entry.name)
+        for entry in patches.PATCHES
+    }
+
+
+@pytest.fixture(autouse=True)
+def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron as it was before anyone patched it, and as it was found afterwards."""
+    for (module, name), symbol in _current().items():
+        original = getattr(symbol, "megatron_rmt_original", symbol)
+        monkeypatch.setattr(importlib.import_module(module), name, original)
+
+
+def test_patching_wraps_each_symbol_and_keeps_what_it_is():
+    before = _current()
+    megatron_rmt.patch()
+    for key, symbol in _current().items():
+        assert symbol is not before[key]
+        assert symbol.megatron_rmt_original is before[key]
+        assert symbol.__name__ == key[1]
+        assert symbol.__doc__ == before[key].__doc__
+
+
+def test_patching_twice_wraps_once():
+    megatron_rmt.patch()
+    first = _current()
+    megatron_rmt.patch()
+    assert _current() == first
+
+
+def test_megatrons_parser_then_knows_the_flags():
+    from megatron.training import arguments
+
+    megatron_rmt.patch()
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    assert [group.title for group in parser._action_groups].count(GROUP_TITLE) == 1
+    assert parser.parse_args(["--rmt", "--rmt-group-size", "4"]).rmt_group_size == 4
+
+
+def test_the_wheels_compiled_helper_is_not_compiled_again():
+    from megatron.core.datasets import utils
+
+    importlib.import_module("megatron.core.datasets.helpers_cpp")
+    megatron_rmt.patch()
+    # The original runs make, which fails in a wheel: it would raise SystemExit.
+    utils.compile_helpers()
+
+
+def _nothing_is_patched() -> bool:
+    return not any(hasattr(symbol, "megatron_rmt_original") for symbol in _current().values())
+
+
+@pytest.mark.parametrize("version", ["0.18.3", "0.20.0", "0.20.0rc1", "1.19.0"])
+def test_another_version_is_refused(monkeypatch, version):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    message = (
+        f"megatron_rmt.patch() supports megatron-core >=0.19,<0.20 but found {version}; "
+        "install a supported release."
+    )
+    with pytest.raises(RuntimeError) as error:
+        megatron_rmt.patch()
+    assert str(error.value) == message
+    assert _nothing_is_patched()
+
+
+@pytest.mark.parametrize("version", ["0.19.0", "0.19.9", "0.19.0rc2", "0.19.2+local"])
+def test_releases_of_the_supported_range_are_accepted(monkeypatch, version):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    megatron_rmt.patch()
+
+
+@pytest.mark.parametrize("entry", patches.PATCHES, ids=lambda entry: entry.name)
+def test_a_missing_symbol_is_named_and_nothing_is_patched(monkeypatch, entry):
+    module = importlib.import_module(entry.module)
+    with monkeypatch.context() as context:
+        context.delattr(module, entry.name)
+        with pytest.raises(RuntimeError) as error:
+            megatron_rmt.patch()
+    version = importlib.metadata.version("megatron-core")
+    expected = f"expected {entry.module}.{entry.name} but megatron-core {version} has no such"
+    assert expected in str(error.value)
+    assert _nothing_is_patched()
+
+
+@pytest.mark.parametrize(
+    "entry", [entry for entry in patches.PATCHES if entry.parameters], ids=lambda entry: entry.name
+)
+def test_another_signature_is_named_and_nothing_is_patched(monkeypatch, entry):
+    with monkeypatch.context() as context:
+        context.setattr(
+            importlib.import_module(entry.module), entry.name, lambda options, state: None
+        )
+        with pytest.raises(RuntimeError) as error:
+            megatron_rmt.patch()
+    assert f"expected {entry.module}.{entry.name} with parameters" in str(error.value)
+    assert ", ".join(entry.parameters) in str(error.value)
+    assert "has options, state;" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert _nothing_is_patched()
+
+
+def test_a_missing_module_is_named_and_nothing_is_patched(monkeypatch):
+    gone = patches.Patch(
+        "megatron.training.no_such_module", "step", "test", (), lambda original: original
+    )
+    monkeypatch.setattr(patches, "PATCHES", (*patches.PATCHES, gone))
+    with pytest.raises(RuntimeError, match=r"expected megatron.training.no_such_module.step but"):
+        megatron_rmt.patch()
+    monkeypatch.undo()

@@ -1,0 +1,284 @@
+"""The whole program: RMT inside Megatron's pretrain(), alike in every layout, resumed or not."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import run_torchrun
+from tests.tiny_run import (
+    PRETRAIN,
+    RMT,
+    STEPS,
+    Line,
+    Run,
+    TinyInputs,
+    build_inputs,
+    checkpoint_tensors,
+    read_metrics,
+    run,
+)
+
+pytestmark = pytest.mark.multiprocess
+
+# Layouts add the same fp32 numbers in another order: 1e-7 relative at first, which Adam, dividing
+# by the gradient's own size, and six steps enlarge (largest seen: 5e-7).
+TOLERANCE = 1e-5
+# Sums of numbers that no weight enters, once positions and tokens are the same.
+COUNTED = (
+    "chosen easy",
+    "chosen medium",
+    "chosen hard",
+    "match rate",
+    "well-formed rate",
+    "closed by itself",
+    "thought length",
+    "length reward",
+    "reward",
+    "groups with signal",
+    "budget",
+)
+COMPUTED = ("entropy", "next-token accuracy", "entropy of chosen", "ntp loss", "grad norm")
+TP2 = ["--tensor-model-parallel-size", "2"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+SHARDED_OPTIMIZER = ["--use-distributed-optimizer"]
+OVERLAP = ["--overlap-param-gather", "--overlap-grad-reduce"]
+SEPARATE_DOCUMENTS = ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"]
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
+    return build_inputs(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def start(inputs: TinyInputs, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """``start(ranks, flags)``: a run from the converted checkpoint, or from a run's."""
+
+    def start_run(
+        ranks: int,
+        flags: Sequence[str],
+        resume_from: Path | None = None,
+        program: Path = PRETRAIN,
+    ) -> Run:
+        directory = tmp_path_factory.mktemp("run") / "logs"
+        return run(directory, ranks, [*inputs.flags(resume_from), *flags], program)
+
+    return start_run
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the reference leaves its last checkpoint."""
+    return tmp_path_factory.mktemp("uninterrupted")
+
+
+@pytest.fixture(scope="session")
+def reference(start: Start, saved: Path) -> Run:
+    """Six steps of one process."""
+    return start(1, [*RMT, "--save", str(saved), "--save-interval", str(STEPS)])
+
+
+def assert_same_curve(lines: Sequence[Line], expected: Sequence[Line]) -> None:
+    """The same positions and rollouts in every step, the same losses and rewards."""
+    assert len(lines) == len(expected) > 0
+    for line, reference_line in zip(lines, expected, strict=True):
+        step = f"step {line['iteration']}"
+        assert line.keys() == reference_line.keys()
+        assert line["iteration"] == reference_line["iteration"]
+        assert line["rollout checksum"] == reference_line["rollout checksum"], step
+        for name in COUNTED:
+            expected_value = pytest.approx(reference_line[name], rel=1e-6, abs=1e-7)
+            assert line[name] == expected_value, (step, name)
+        for name in COMPUTED:
+            expected_value = pytest.approx(reference_line[name], rel=TOLERANCE)
+            assert line[name] == expected_value, (step, name)
+        # With the ratio at 1 the policy loss is the mean advantage: 0 but for rounding.
+        assert abs(line["rl loss"]) < 1e-6, step
+        assert line["largest logprob difference"] < 1e-4, step
+
+
+def test_the_reference_is_worth_comparing_with(reference: Run):
+    """All tiers, several thought lengths, right and wrong answers, a loss that moves."""
+    lines = reference.metrics
+    assert [line["budget"] for line in lines] == [6, 4, 3, 2, 2, 1]
+    for tier in ("easy", "medium", "hard"):
+        assert sum(line[f"chosen {tier}"] for line in lines) > 0, tier
+    assert all(line["closed by itself"] > 0 for line in lines[:3])
+    assert any(0 < line["closed by itself"] < 1 for line in lines)
+    assert any(0 < line["match rate"] < 1 for line in lines)
+    assert all(line["groups with signal"] > 0 for line in lines)
+    assert len({line["rollout checksum"] for line in lines}) == STEPS
+    assert max(line["ntp loss"] for line in lines) > 1.02 * min(line["ntp loss"] for line in lines)
+
+
+LAYOUTS = {
+    "TP2": (2, TP2),
+    "PP2": (2, PP2),
+    "TP2 x PP2": (4, TP2 + PP2),
+    "DP2, distributed optimizer": (2, SHARDED_OPTIMIZER),
+    "DP2, overlapped communication": (2, SHARDED_OPTIMIZER + OVERLAP),
+    "DP2, loss per token": (2, ["--calculate-per-token-loss"]),
+    "micro-batches of 2": (1, ["--micro-batch-size", "2"]),
+}
+
+
+@pytest.mark.parametrize(("ranks", "flags"), LAYOUTS.values(), ids=LAYOUTS)
+def test_a_layout_trains_like_one_process(
+    start: Start, reference: Run, ranks: int, flags: list[str]
+):
+    assert_same_curve(start(ranks, [*RMT, *flags]).metrics, reference.metrics)
+
+
+def test_greedy_rollouts_are_alike_in_every_layout(start: Start, reference: Run):
+    alone = start(1, [*RMT, "--rmt-greedy"])
+    # Rollouts of a group are equal, so that there is nothing to learn from them.
+    assert [line["groups with signal"] for line in alone.metrics] == [0.0] * STEPS
+    assert alone.metrics[0]["rollout checksum"] != reference.metrics[0]["rollout checksum"]
+    assert_same_curve(start(4, [*RMT, "--rmt-greedy", *TP2, *PP2]).metrics, alone.metrics)
+
+
+def test_separate_documents_train_alike_in_every_layout(start: Start, reference: Run):
+    alone = start(1, [*RMT, *SEPARATE_DOCUMENTS])
+    assert alone.metrics[0]["entropy"] != reference.metrics[0]["entropy"]
+    flags = [*RMT, *SEPARATE_DOCUMENTS, "--micro-batch-size", "2"]
+    assert_same_curve(start(2, flags).metrics, alone.metrics)
+    assert_same_curve(start(4, [*flags, *TP2, *PP2]).metrics, alone.metrics)
+
+
+def test_a_boxed_answer_after_an_instruction_trains_alike_in_every_layout(start: Start):
+    flags = [*RMT, "--rmt-template", "rpt", "--rmt-answer-tokens", "4", "--train-iters", "3"]
+    flags.remove("--rmt-force-close")
+    alone = start(1, flags)
+    assert 0 < sum(line["well-formed rate"] for line in alone.metrics) < 3
+    assert_same_curve(start(2, [*flags, *TP2]).metrics, alone.metrics)
+
+
+def test_a_real_torchrun_gives_the_curve_too(inputs: TinyInputs, reference: Run, tmp_path: Path):
+    metrics = tmp_path / "metrics.jsonl"
+    flags = [*inputs.flags(), *RMT, *TP2, "--rmt-metrics-file", metrics, "--exit-interval", "2"]
+    run_torchrun(2, [PRETRAIN, *flags], env={"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
+    assert_same_curve(read_metrics(metrics), reference.metrics[:2])
+
+
+@pytest.fixture(scope="session")
+def stopped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
+    """A run that saved and ended after step 3."""
+    directory = tmp_path_factory.mktemp("stopped")
+    flags = ["--save", str(directory), "--save-interval", "3", "--exit-interval", "3"]
+    return directory, start(1, [*RMT, *flags])
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
+    start: Start, reference: Run, saved: Path, stopped: tuple[Path, Run], tmp_path: Path
+):
+    directory, first_half = stopped
+    assert first_half.metrics == reference.metrics[:3]
+    flags = ["--save", str(tmp_path / "second"), "--save-interval", str(STEPS)]
+    second_half = start(1, [*RMT, *flags], resume_from=directory)
+    assert second_half.metrics == reference.metrics[3:]
+
+    ours = checkpoint_tensors(tmp_path / "second", STEPS)
+    expected = checkpoint_tensors(saved, STEPS)
+    assert ours.keys() == expected.keys()
+    assert any(name.startswith("optimizer.state.exp_avg_sq") for name in ours)
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
+    before = checkpoint_tensors(directory, 3)
+    weight = "decoder.layers.mlp.linear_fc1.weight"
+    assert not torch.equal(before[weight], expected[weight])
+
+
+def test_a_run_resumed_in_another_layout_goes_on_alike(
+    start: Start, reference: Run, stopped: tuple[Path, Run]
+):
+    second_half = start(2, [*RMT, *TP2], resume_from=stopped[0])
+    assert_same_curve(second_half.metrics, reference.metrics[3:])
+
+
+def without_the_patch(path: Path) -> Path:
+    """examples/pretrain_rmt.py as it was before the two lines were added."""
+    program = PRETRAIN.read_text(encoding="utf-8")
+    patch = "import megatron_rmt\n\nmegatron_rmt.patch()\n"
+    assert program.count(patch) == 1
+    # The wheel's helpers are compiled already, and it holds no Makefile to compile them again.
+    instead = "from megatron.core.datasets import utils\n\nutils.compile_helpers = lambda: None\n"
+    check = "\nimport sys\nassert 'megatron_rmt.patches' not in sys.modules\n"
+    path.write_text(program.replace(patch, instead) + check, encoding="utf-8")
+    return path
+
+
+def test_without_rl_every_printed_digit_is_that_of_plain_pretraining(start: Start, tmp_path: Path):
+    three_steps = ["--train-iters", "3"]
+    program = without_the_patch(tmp_path / "pretrain.py")
+    plain = start(1, three_steps, program=program)
+    patched = start(1, three_steps)
+    no_rl = start(1, [*RMT, "--rmt-no-rl", *three_steps])
+    for name in ("lm loss", "grad norm", "learning rate"):
+        digits = plain.printed(name)
+        assert len(set(digits)) == 3, name
+        assert patched.printed(name) == digits
+        assert no_rl.printed(name) == digits
+    assert "rmt" not in plain.log
+
+
+def test_without_budget_decay_and_length_reward(start: Start, reference: Run):
+    """Ablations of the paper: a constant budget; match as the only reward."""
+    flags = ["--rmt-no-budget-decay", "--rmt-no-length-reward", "--exit-interval", "3"]
+    lines = start(1, [*RMT, *flags]).metrics
+    assert [line["budget"] for line in lines] == [6, 6, 6]
+    assert [line["reward"] for line in lines] == [line["match rate"] for line in lines]
+    first = reference.metrics[0]
+    assert lines[0]["rollout checksum"] == first["rollout checksum"]
+    assert first["reward"] == pytest.approx(
+        0.8 * first["match rate"] + 0.2 * first["length reward"]
+    )
+
+
+def test_without_curriculum_all_tiers_are_drawn_from(start: Start):
+    hard_only = ["--rmt-start-probabilities", "0", "0", "1", "--exit-interval", "2"]
+    curriculum = start(1, [*RMT, *hard_only]).metrics
+    assert [line["chosen hard"] for line in curriculum] == [1, 1]
+    uniform = start(1, [*RMT, *hard_only, "--rmt-no-curriculum"]).metrics
+    assert sum(line["chosen easy"] + line["chosen medium"] for line in uniform) > 0
+
+
+def test_without_ntp_only_the_policy_loss_trains(start: Start, reference: Run):
+    lines = start(1, [*RMT, "--rmt-no-ntp", "--exit-interval", "2"]).metrics
+    first, first_hybrid = lines[0], reference.metrics[0]
+    assert first["rollout checksum"] == first_hybrid["rollout checksum"]
+    assert first["ntp loss"] == first_hybrid["ntp loss"], "still reported"
+    assert 0 < first["grad norm"] != pytest.approx(first_hybrid["grad norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentences"),
+    [
+        (
+            ["--rmt-group-size", "1", "--attention-dropout", "0.1"],
+            [
+                "--rmt-group-size is 1; an advantage needs 2 or more rollouts.",
+                "--attention-dropout is 0.1; RMT needs 0.0: generation and update must agree.",
+            ],
+        ),
+        (
+            ["--rmt-initial-budget", "600"],
+            ["--max-position-embeddings is 1024 but", "lower --rmt-initial-budget"],
+        ),
+    ],
+    ids=["group and dropout", "budget"],
+)
+def test_bad_settings_end_the_job_with_one_clear_sentence(
+    inputs: TinyInputs, flags: list[str], sentences: list[str]
+):
+    # Unbuffered, so that what comes last in the output was also printed last.
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
+    with pytest.raises(AssertionError) as failure:
+        run_torchrun(2, [PRETRAIN, *inputs.flags(), *RMT, *TP2, *flags], environment, timeout=240)
+    output = str(failure.value)
+    assert "exit code 1" in output
+    for sentence in sentences:
+        assert sentence in output

@@ -1,0 +1,69 @@
+"""A small random Megatron ``GPTModel`` and what the stock model says of one sequence.
+
+The reference of the tests about trees and rollouts is always the stock model: stock attention,
+stock positions, one sequence at a time, with the same weights.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+# The embedding is padded, as Megatron's is; padding must never be drawn nor count.
+VOCAB, PADDED_VOCAB = 53, 64
+LONGEST_POSITION = 200
+
+
+def build_model(
+    dtype: torch.dtype = torch.float64, position_embedding: str = "rope", **changes: Any
+) -> GPTModel:
+    """Two layers of width 32 with 4 query and 2 key heads, Llama's shape unless ``changes``."""
+    options: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "params_dtype": dtype,
+        "use_cpu_initialization": True,
+        "perform_initialization": True,
+        "init_method_std": 0.2,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+    }
+    config = TransformerConfig(**options | changes)
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
+    model = GPTModel(
+        config,
+        spec,
+        vocab_size=PADDED_VOCAB,
+        max_sequence_length=LONGEST_POSITION,
+        position_embedding_type=position_embedding,
+    )
+    return model.to(dtype)
+
+
+def stock_logits(model: GPTModel, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Scores ``[tokens, VOCAB]`` of one sequence ``[tokens]``, causal attention."""
+    count = len(tokens)
+    if positions is None:
+        positions = torch.arange(count)
+    hidden = torch.ones(1, 1, count, count, dtype=torch.bool).triu(1)
+    return model(tokens[None], positions[None], hidden)[0, :, :VOCAB]
