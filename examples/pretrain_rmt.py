@@ -8,17 +8,11 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-if not torch.cuda.is_available():
-    from megatron_rmt import cpu_platform
-
-    cpu_platform.install_if_no_cuda()
-
 import megatron_rmt
 
 megatron_rmt.patch()
 
+import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset

@@ -4,13 +4,32 @@ Two lines add it to an existing job, before ``pretrain`` is called::
 
     import megatron_rmt
     megatron_rmt.patch()
+
+Or none: ``python -m megatron_rmt.run their_script.py`` (``megatron_rmt.run``).
 """
 
 __version__ = "0.1.0"
 
 
 def patch() -> None:
-    """Install RMT's hooks into ``megatron.training``; see ``megatron_rmt.patches.patch``."""
+    """Install RMT's hooks into ``megatron.training``; see ``megatron_rmt.patches.patch``.
+
+    Where CUDA is absent, the CPU stands in for it from now on (``megatron_rmt.cpu_platform``), and
+    the flags that Megatron needs there are added to ``sys.argv``.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        from megatron_rmt import cpu_platform
+
+        cpu_platform.install_if_no_cuda()
     from megatron_rmt.patches import patch as install
 
     install()
+
+
+def unpatch() -> None:
+    """Take RMT's hooks out of ``megatron.training``; see ``megatron_rmt.patches.unpatch``."""
+    from megatron_rmt.patches import unpatch as remove
+
+    remove()

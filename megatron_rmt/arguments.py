@@ -1,218 +1,255 @@
 """The ``--rmt-*`` flags: one group of ``--help``, each with its unit, default and source.
 
 Sources: "paper" is RMT (arXiv 2509.24375), "RPT" is arXiv 2506.08007, "ours" is what neither says.
+``docs/hyperparameters.md`` sets what the papers say beside what we chose.
 """
 
+import importlib.metadata
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from megatron_rmt.config_file import read_config_when_parsing
 
 GROUP_TITLE = "reinforcement mid-training (RMT)"
 
-Flag = tuple[str, dict[str, Any]]
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag.
+
+    kind: ``bool`` for a switch. unit: of the value. source: paper, RPT or ours. metavar: names of
+    the values where there are several. unset: what ``None`` as the default means.
+    """
+
+    name: str
+    description: str
+    source: str
+    kind: type = bool
+    default: Any = False
+    unit: str = ""
+    metavar: tuple[str, ...] = ()
+    unset: str = ""
+
+    @property
+    def attribute(self) -> str:
+        """Its name in the parsed arguments."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+    @property
+    def stated_default(self) -> str:
+        """The default as one would type it."""
+        if self.kind is bool:
+            return "off"
+        if self.default is None:
+            return self.unset
+        if self.metavar:
+            return " ".join(str(value) for value in self.default)
+        return str(self.default)
+
+    @property
+    def help(self) -> str:
+        """The line of ``--help``."""
+        unit = f", in {self.unit}" if self.unit else ""
+        return f"{self.description}{unit} (default {self.stated_default}; {self.source})."
+
+    def add_to(self, group: Any) -> None:
+        """Add the flag to a group of a parser."""
+        if self.kind is bool:
+            group.add_argument(self.name, action="store_true", help=self.help)
+            return
+        several: dict[str, Any] = {}
+        if self.metavar:
+            several = {"nargs": len(self.metavar), "metavar": self.metavar}
+        default = list(self.default) if self.metavar else self.default
+        group.add_argument(self.name, type=self.kind, default=default, help=self.help, **several)
+
+
+_TIERS = ("EASY", "MEDIUM", "HARD")
 
 FLAGS: tuple[Flag, ...] = (
-    ("--rmt", {"action": "store_true", "help": "Train with RMT; without it nothing changes."}),
-    (
+    Flag("--rmt", "Train with RMT; without it nothing changes", "ours"),
+    Flag(
+        "--rmt-config",
+        "YAML file of these settings, such as group-size: 8; flags on the command line win",
+        "ours",
+        str,
+        None,
+        unset="no file",
+    ),
+    Flag(
         "--rmt-positions-per-sample",
-        {
-            "type": int,
-            "default": 16,
-            "help": "Positions chosen in each sample of the batch (default 16, ours).",
-        },
+        "Most positions chosen in each sample of the batch",
+        "ours",
+        int,
+        16,
+        "positions",
     ),
-    (
-        "--rmt-group-size",
-        {"type": int, "default": 8, "help": "Rollouts G per position (default 8, paper)."},
-    ),
-    (
+    Flag("--rmt-group-size", "G: responses to each position", "paper", int, 8, "rollouts"),
+    Flag(
         "--rmt-temperature",
-        {"type": float, "default": 0.8, "help": "Sampling temperature (default 0.8, paper)."},
+        "Sampling temperature of the rollouts",
+        "paper",
+        float,
+        0.8,
+        "units of the logits",
     ),
-    (
-        "--rmt-greedy",
-        {"action": "store_true", "help": "Most likely token instead of sampling (for tests)."},
-    ),
-    (
-        "--rmt-initial-budget",
-        {
-            "type": int,
-            "default": 800,
-            "help": "Tokens B_0 of thought at the first step (default 800, paper).",
-        },
-    ),
-    (
-        "--rmt-minimum-budget",
-        {"type": int, "default": 1, "help": "Least tokens B_min of thought (default 1, paper)."},
-    ),
-    (
+    Flag("--rmt-greedy", "Most likely token instead of sampling, for tests", "ours"),
+    Flag("--rmt-initial-budget", "B_0: thought asked for at first", "paper", int, 800, "tokens"),
+    Flag("--rmt-minimum-budget", "B_min: least thought asked for", "paper", int, 1, "tokens"),
+    Flag(
         "--rmt-budget-decay",
-        {
-            "type": float,
-            "default": 0.2,
-            "help": "gamma: B_t = B_0 * gamma^(t/T) (default 0.2, paper).",
-        },
+        "gamma: B_t = max(B_min, floor(B_0 * gamma^(t/T)))",
+        "paper",
+        float,
+        0.2,
+        "parts of B_0 left at the end",
     ),
-    (
-        "--rmt-no-budget-decay",
-        {"action": "store_true", "help": "Ablation: the budget stays B_0."},
-    ),
-    (
-        "--rmt-answer-tokens",
-        {"type": int, "default": 32, "help": "Most tokens of an answer (default 32, ours)."},
-    ),
-    (
+    Flag("--rmt-no-budget-decay", "The budget stays B_0", "ablation of the paper"),
+    Flag("--rmt-answer-tokens", "Most that an answer may take", "ours", int, 32, "tokens"),
+    Flag(
         "--rmt-force-close",
-        {
-            "action": "store_true",
-            "help": "Write the end of thought at 2*B_t tokens and let the model answer, instead of "
-            "giving up (ours; for models that rarely end a thought by themselves).",
-        },
+        "Write the end of thought at 2*B_t tokens and let the model answer, instead of giving up; "
+        "for models that rarely end a thought by themselves",
+        "ours",
     ),
-    (
+    Flag(
         "--rmt-warmup-iters",
-        {
-            "type": int,
-            "default": 0,
-            "help": "Format warm-up: in the first N steps thoughts are closed at B_t and the true "
-            "answer is supervised instead of RL (default 0; ours, for small base models).",
-        },
+        "Format warm-up: in the first steps thoughts are closed at B_t and the true answer is "
+        "supervised instead of RL; for small base models",
+        "ours",
+        int,
+        0,
+        "steps",
     ),
-    (
+    Flag(
         "--rmt-length-reward-weight",
-        {
-            "type": float,
-            "default": 0.2,
-            "help": "w: reward = (1-w) * match + w * length reward (default 0.2, ours).",
-        },
+        "w: reward = (1-w) * match + w * length reward",
+        "ours",
+        float,
+        0.2,
+        "parts of 1",
     ),
-    (
+    Flag(
         "--rmt-length-reward-maximum",
-        {
-            "type": float,
-            "default": 1.0,
-            "help": "Length reward at exactly B_t tokens (default 1, ours).",
-        },
+        "Length reward at exactly B_t tokens",
+        "ours",
+        float,
+        1.0,
+        "rewards of a match",
     ),
-    (
-        "--rmt-no-length-reward",
-        {"action": "store_true", "help": "Ablation: reward = match alone."},
-    ),
-    (
+    Flag("--rmt-no-length-reward", "Reward = match alone", "ablation of the paper"),
+    Flag(
         "--rmt-entropy-thresholds",
-        {
-            "type": float,
-            "nargs": 3,
-            "default": [0.5, 1.0, 1.5],
-            "metavar": ("EASY", "MEDIUM", "HARD"),
-            "help": "Lower ends of the tiers in nats (default 0.5 1.0 1.5, RPT).",
-        },
+        "Lower ends of the tiers",
+        "RPT",
+        float,
+        (0.5, 1.0, 1.5),
+        "nats",
+        _TIERS,
     ),
-    (
+    Flag(
         "--rmt-entropy-top-k",
-        {
-            "type": int,
-            "default": None,
-            "help": "Entropy over the K most likely tokens only (RPT: 16; default: all, ours).",
-        },
+        "Entropy over the most likely tokens only; RPT takes 16",
+        "ours",
+        int,
+        None,
+        "tokens",
+        unset="the whole vocabulary",
     ),
-    (
+    Flag(
         "--rmt-curriculum-start",
-        {
-            "type": float,
-            "default": 0.3,
-            "help": "t1 as a fraction of the training steps (default 0.3, paper).",
-        },
+        "t1: end of the first phase",
+        "paper",
+        float,
+        0.3,
+        "parts of --train-iters",
     ),
-    (
+    Flag(
         "--rmt-curriculum-end",
-        {
-            "type": float,
-            "default": 0.7,
-            "help": "t2 as a fraction of the training steps (default 0.7, paper).",
-        },
+        "t2: start of the last phase",
+        "paper",
+        float,
+        0.7,
+        "parts of --train-iters",
     ),
-    (
+    Flag(
         "--rmt-start-probabilities",
-        {
-            "type": float,
-            "nargs": 3,
-            "default": [0.6, 0.3, 0.1],
-            "metavar": ("EASY", "MEDIUM", "HARD"),
-            "help": "Tier probabilities until t1 (default 0.6 0.3 0.1, ours).",
-        },
+        "Share of each tier until t1",
+        "ours",
+        float,
+        (0.6, 0.3, 0.1),
+        "parts of 1",
+        _TIERS,
     ),
-    (
+    Flag(
         "--rmt-end-probabilities",
-        {
-            "type": float,
-            "nargs": 3,
-            "default": [0.1, 0.3, 0.6],
-            "metavar": ("EASY", "MEDIUM", "HARD"),
-            "help": "Tier probabilities from t2 on (default 0.1 0.3 0.6, ours).",
-        },
+        "Share of each tier from t2 on",
+        "ours",
+        float,
+        (0.1, 0.3, 0.6),
+        "parts of 1",
+        _TIERS,
     ),
-    (
-        "--rmt-no-curriculum",
-        {
-            "action": "store_true",
-            "help": "Ablation: positions uniformly over all tiers.",
-        },
-    ),
-    (
+    Flag("--rmt-no-curriculum", "Positions uniformly over all tiers", "ablation of the paper"),
+    Flag(
         "--rmt-ntp-coefficient",
-        {
-            "type": float,
-            "default": 0.1,
-            "help": "lambda: loss = L_GRPO + lambda * L_NTP (default 0.1, paper).",
-        },
+        "lambda: loss = L_GRPO + lambda * L_NTP",
+        "paper",
+        float,
+        0.1,
+        "parts of L_NTP",
     ),
-    ("--rmt-no-ntp", {"action": "store_true", "help": "Ablation: L_GRPO alone."}),
-    (
+    Flag("--rmt-no-ntp", "L_GRPO alone", "ablation of the paper"),
+    Flag(
         "--rmt-no-rl",
-        {
-            "action": "store_true",
-            "help": "Ablation: plain pre-training, digit for digit (no entropy pass, no rollouts).",
-        },
+        "Plain pre-training, digit for digit: no entropy pass, no rollouts",
+        "ablation of the paper",
     ),
-    (
+    Flag(
         "--rmt-template",
-        {
-            "type": str,
-            "default": "rpt",
-            "help": "Prompt: rpt (instruction first), raw (document first), inline (for small base "
-            "models) or a JSON file (default rpt, as RPT).",
-        },
+        "Prompt: rpt (instruction first), raw (document first), inline (for small base models) or "
+        "a JSON file",
+        "RPT",
+        str,
+        "rpt",
     ),
-    (
+    Flag(
         "--rmt-no-chat",
-        {
-            "action": "store_true",
-            "help": "Leave out the tokenizer's chat markers from rpt and raw prompts.",
-        },
+        "Leave out the tokenizer's chat markers from rpt and raw prompts",
+        "ours",
     ),
-    (
+    Flag(
         "--rmt-seed",
-        {
-            "type": int,
-            "default": None,
-            "help": "Seed of positions and rollouts (default: --seed).",
-        },
+        "Seed of positions and rollouts",
+        "ours",
+        int,
+        None,
+        unset="--seed",
     ),
-    (
+    Flag(
         "--rmt-head-chunk-size",
-        {
-            "type": int,
-            "default": 256,
-            "help": "Rows of logits held at a time by the fused head (default 256).",
-        },
+        "Logits held at a time by the fused head",
+        "ours",
+        int,
+        256,
+        "rows",
     ),
-    (
+    Flag(
         "--rmt-metrics-file",
-        {
-            "type": str,
-            "default": None,
-            "help": "JSON lines, one per step (default: rmt_metrics.jsonl in --save).",
-        },
+        "JSON lines, one per step",
+        "ours",
+        str,
+        None,
+        unset="rmt_metrics.jsonl in --save",
+    ),
+    Flag(
+        "--rmt-log-samples-interval",
+        "How often a table of sample rollouts goes to wandb; 0 for never",
+        "ours",
+        int,
+        10,
+        "steps",
     ),
 )
 
@@ -221,9 +258,23 @@ def add_rmt_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the ``--rmt-*`` group to Megatron's parser. Harmless when called twice."""
     if all(group.title != GROUP_TITLE for group in parser._action_groups):
         group = parser.add_argument_group(GROUP_TITLE)
-        for name, options in FLAGS:
-            group.add_argument(name, **options)
+        for flag in FLAGS:
+            flag.add_to(group)
+        read_config_when_parsing(parser, FLAGS)
+        _shorten_errors(parser)
     return parser
+
+
+def _shorten_errors(parser: ArgumentParser) -> None:
+    """For RMT's flags leave out the usage, which for Megatron's parser is hundreds of lines."""
+    show = parser.error
+
+    def error(message: str) -> NoReturn:
+        if message.startswith("argument --rmt"):
+            parser.exit(2, f"{message}; --help says what it takes.\n")
+        show(message)
+
+    parser.error = error
 
 
 def readable_help(parser: ArgumentParser) -> ArgumentParser:
@@ -242,156 +293,28 @@ def is_enabled(args: Namespace) -> bool:
     return bool(getattr(args, "rmt", False)) and not args.rmt_no_rl
 
 
-def _problems(args: Namespace) -> list[str]:
-    """One sentence for each setting that cannot work."""
-    problems = []
-
-    def require(condition: bool, flag: str, remedy: str) -> None:
-        if not condition:
-            value = getattr(args, flag.removeprefix("--").replace("-", "_"), None)
-            problems.append(f"{flag} is {value}; {remedy}.")
-
-    for flag in (
-        "--rmt-positions-per-sample",
-        "--rmt-initial-budget",
-        "--rmt-minimum-budget",
-        "--rmt-answer-tokens",
-        "--rmt-head-chunk-size",
-    ):
-        require(getattr(args, flag[2:].replace("-", "_")) >= 1, flag, "pass 1 or more")
-    require(args.rmt_group_size >= 2, "--rmt-group-size", "an advantage needs 2 or more rollouts")
-    require(
-        args.rmt_temperature > 0, "--rmt-temperature", "pass more than 0, also with --rmt-greedy"
-    )
-    require(0 < args.rmt_budget_decay <= 1, "--rmt-budget-decay", "pass a number in (0, 1]")
-    require(
-        args.rmt_minimum_budget <= args.rmt_initial_budget,
-        "--rmt-minimum-budget",
-        f"pass at most --rmt-initial-budget ({args.rmt_initial_budget})",
-    )
-    require(
-        0 <= args.rmt_length_reward_weight <= 1,
-        "--rmt-length-reward-weight",
-        "pass a number in [0, 1]",
-    )
-    require(args.rmt_length_reward_maximum > 0, "--rmt-length-reward-maximum", "pass more than 0")
-    require(
-        0 <= args.rmt_curriculum_start <= args.rmt_curriculum_end <= 1,
-        "--rmt-curriculum-start",
-        f"pass 0 <= start <= --rmt-curriculum-end ({args.rmt_curriculum_end}) <= 1",
-    )
-    for flag in ("--rmt-start-probabilities", "--rmt-end-probabilities"):
-        values = getattr(args, flag[2:].replace("-", "_"))
-        require(
-            min(values) >= 0 and abs(sum(values) - 1) < 1e-6,
-            flag,
-            "pass three numbers of 0 or more whose sum is 1",
-        )
-    easy, medium, hard = args.rmt_entropy_thresholds
-    require(0 <= easy < medium < hard, "--rmt-entropy-thresholds", "pass three ascending numbers")
-    require(
-        args.rmt_entropy_top_k is None or args.rmt_entropy_top_k >= 2,
-        "--rmt-entropy-top-k",
-        "pass 2 or more",
-    )
-    require(args.rmt_ntp_coefficient >= 0, "--rmt-ntp-coefficient", "pass 0 or more")
-    require(args.rmt_warmup_iters >= 0, "--rmt-warmup-iters", "pass 0 or more")
-    problems += _unsupported(args)
-    return problems
-
-
-def _unsupported(args: Namespace) -> list[str]:
-    """What of Megatron RMT cannot run with, each with the remedy."""
-    refused = {
-        "--attention-dropout": (args.attention_dropout, 0.0, "generation and update must agree"),
-        "--hidden-dropout": (args.hidden_dropout, 0.0, "generation and update must agree"),
-        "--context-parallel-size": (args.context_parallel_size, 1, "the tree is not split by it"),
-        "--num-virtual-stages-per-pipeline-rank": (
-            args.virtual_pipeline_model_parallel_size,
-            None,
-            "rollouts run one model chunk per stage",
-        ),
-        "--multi-latent-attention": (
-            args.multi_latent_attention,
-            False,
-            "the key-value store holds plain keys and values",
-        ),
-        "--mtp-num-layers": (args.mtp_num_layers, None, "the head predicts one token"),
-        "--window-size": (getattr(args, "window_size", None), None, "branches see their trunk"),
-        "--softmax-type": (args.softmax_type, "vanilla", "tree attention has no attention sink"),
-        "--experimental-attention-variant": (
-            args.experimental_attention_variant,
-            None,
-            "tree attention stands in for softmax attention only",
-        ),
-        "--qk-clip": (args.qk_clip, False, "tree attention does not record its largest score"),
-        "--log-max-attention-logit": (
-            args.log_max_attention_logit,
-            False,
-            "tree attention does not record its largest score",
-        ),
-        "--cuda-graph-impl": (args.cuda_graph_impl, "none", "every tree has another shape"),
-        "--overlap-moe-expert-parallel-comm": (
-            args.overlap_moe_expert_parallel_comm,
-            False,
-            "its schedule bypasses the forward step",
-        ),
-        "--use-mup": (getattr(args, "use_mup", False), False, "the fused head does not scale"),
-    }
-    problems = [
-        f"{flag} is {value}; RMT needs {'it left out' if needed is None else needed}: {why}."
-        for flag, (value, needed, why) in refused.items()
-        if value != needed and not (needed is None and not value)
-    ]
-    if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
-        problems.append(
-            f"--position-embedding-type is {args.position_embedding_type}; RMT supports rope, "
-            "learned_absolute and none."
-        )
-    if args.train_iters is None:
-        problems.append(
-            "--train-iters is not set; RMT's schedules need it (not --train-samples alone)."
-        )
-    if getattr(args, "fp8", None) and args.fp8_recipe == "delayed":
-        problems.append(
-            "--fp8-recipe is delayed; rollouts would leak into its scaling history, pass "
-            "blockwise or tensorwise."
-        )
-    return problems
-
-
-def check_rmt_arguments(args: Namespace) -> None:
-    """Refuse what cannot work, all problems at once.
-
-    Raises:
-        ValueError: one sentence per problem, each naming flag, value and remedy.
-    """
-    if not getattr(args, "rmt", False):
-        given = [
-            name
-            for name, options in FLAGS[1:]
-            if getattr(args, name[2:].replace("-", "_"), None)
-            != options.get("default", False if options.get("action") else None)
-        ]
-        if given:
-            raise ValueError(f"{', '.join(given)} given without --rmt; add --rmt or leave it out.")
-        return
-    if args.rmt_no_rl:
-        return
-    problems = _problems(args)
-    if problems:
-        raise ValueError("RMT cannot train with these settings: " + " ".join(problems))
-
-
 def rmt_settings(args: Namespace) -> dict[str, Any]:
     """The ``--rmt-*`` values of a run, by name."""
-    return {key: value for key, value in vars(args).items() if key.split("_")[0] == "rmt"}
+    return {flag.attribute: getattr(args, flag.attribute) for flag in FLAGS}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run computes; those that are absent left out."""
+    found = {}
+    for name in ("megatron_rmt", "megatron-core", "torch", "transformers", "transformer-engine"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 __all__ = [
+    "FLAGS",
+    "Flag",
     "add_rmt_arguments",
-    "check_rmt_arguments",
     "is_enabled",
     "readable_help",
     "rmt_settings",
+    "versions",
 ]

@@ -284,6 +284,8 @@ def install_if_no_cuda() -> bool:
     """``install()`` and add the flags to ``sys.argv`` unless CUDA is there; True if it did."""
     if not _installed and torch.cuda.is_available():
         return False
+    if not _installed and os.environ.get("RANK", "0") == "0":
+        print("megatron_rmt: there is no CUDA device, so Megatron runs on the CPU", file=sys.stderr)
     install()
     sys.argv[1:] = add_required_flags(sys.argv[1:])
     return True

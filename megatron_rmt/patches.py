@@ -1,8 +1,9 @@
 """The few patches of Megatron, in one table.
 
 All symbols are looked up as module globals at call time by Megatron 0.19, so patching works also
-after the user's script has imported ``pretrain``. Each patched symbol's parameters are compared
-with the expected ones when the patches are installed.
+after the user's script has imported ``pretrain``. Each patched symbol, and each that the wrappers
+call, is compared with what it was when the patches were written: a parameter that RMT relies on and
+that is gone is refused, another change warned of.
 """
 
 import functools
@@ -10,6 +11,7 @@ import importlib
 import importlib.metadata
 import inspect
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +21,11 @@ from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_rmt import step as rmt_step
-from megatron_rmt.arguments import (
-    add_rmt_arguments,
-    check_rmt_arguments,
-    is_enabled,
-    readable_help,
-)
+from megatron_rmt.arguments import add_rmt_arguments, is_enabled, readable_help, versions
 from megatron_rmt.forward_step import Update, make_forward_step
 from megatron_rmt.metrics import metrics_path, write_metrics
 from megatron_rmt.user_batch import take_batches
+from megatron_rmt.validation import check_rmt_arguments
 
 SUPPORTED = ("0.19", "0.20")
 
@@ -35,14 +33,50 @@ Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
-class Patch:
-    """One wrapped symbol. parameters: those of its signature that the wrapper relies on."""
+class Symbol:
+    """A function of Megatron's. signature: all its parameters as of 0.19.2, ``=`` behind those
+    with a default. parameters: those that RMT passes or reads by name."""
 
     module: str
     name: str
     why: str
-    parameters: tuple[str, ...]
-    wrap: Wrapper
+    signature: str
+    parameters: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+    def find(self) -> tuple[Any, Callable[..., Any]] | None:
+        """(what holds it, the function); None if there is none."""
+        try:
+            owner: Any = importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not self.module.startswith(error.name):
+                raise  # not Megatron's module, but one that it needs
+            return None
+        *parents, name = self.name.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent, None)
+        function = getattr(owner, name, None)
+        return None if function is None else (owner, function)
+
+
+@dataclass(frozen=True)
+class Patch(Symbol):
+    """A function of Megatron's that ``wrap`` replaces."""
+
+    wrap: Wrapper = functools.wraps
+
+
+def describe_signature(function: Callable[..., Any]) -> str:
+    """Names of the parameters in order, ``=`` behind those with a default, ``*`` as in Python."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return ", ".join(
+        stars.get(parameter.kind, "")
+        + parameter.name
+        + ("" if parameter.default is inspect.Parameter.empty else "=")
+        for parameter in inspect.signature(function).parameters.values()
+    )
 
 
 def _add_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +91,14 @@ def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def validate_args(args: Any, *others: Any, **named: Any) -> Any:
         result = original(args, *others, **named)
-        check_rmt_arguments(args)
+        try:
+            check_rmt_arguments(args)
+        except ValueError as error:
+            # Each rank ends here by itself, before any of them waits for another.
+            raise SystemExit(str(error)) from None
+        if is_enabled(args):
+            # Megatron hands all arguments to wandb as the configuration of the run.
+            args.rmt_versions = versions()
         return result
 
     return validate_args
@@ -184,6 +225,7 @@ PATCHES: tuple[Patch, ...] = (
         "megatron.training.arguments",
         "add_megatron_arguments",
         "the --rmt-* flags",
+        "parser",
         ("parser",),
         _add_arguments,
     ),
@@ -191,6 +233,7 @@ PATCHES: tuple[Patch, ...] = (
         "megatron.training.arguments",
         "validate_args",
         "refuse what RMT cannot run with, before a model is built",
+        "args, defaults=",
         ("args",),
         _validate_args,
     ),
@@ -198,6 +241,7 @@ PATCHES: tuple[Patch, ...] = (
         "megatron.core.datasets.utils",
         "compile_helpers",
         "the wheel ships the compiled helper and no Makefile",
+        "",
         (),
         _compile_helpers,
     ),
@@ -205,6 +249,8 @@ PATCHES: tuple[Patch, ...] = (
         "megatron.training.training",
         "train_step",
         "rollouts before the step, trees instead of the batch in it",
+        "forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, "
+        "forward_backward_func, iteration=, pg_collection=, p2p_communicator=",
         (
             "forward_step_func",
             "data_iterator",
@@ -216,21 +262,94 @@ PATCHES: tuple[Patch, ...] = (
     ),
 )
 
+# Called or handed over to by the wrappers, not replaced.
+RELIED_ON: tuple[Symbol, ...] = (
+    Symbol(
+        "megatron.core.models.gpt.gpt_model",
+        "GPTModel.forward",
+        "records the user's batch; takes trees and RMT's own head",
+        "self, input_ids, position_ids, attention_mask, decoder_input=, labels=, "
+        "inference_context=, packed_seq_params=, extra_block_kwargs=, "
+        "runtime_gather_output=, inference_params=, loss_mask=, padding_mask=, "
+        "output_processor=, output_processor_context=",
+        (
+            "input_ids",
+            "position_ids",
+            "attention_mask",
+            "labels",
+            "loss_mask",
+            "packed_seq_params",
+            "output_processor",
+            "output_processor_context",
+        ),
+    ),
+    Symbol(
+        "megatron.training.training",
+        "force_param_sync",
+        "whole weights for rollouts, where their gathering is overlapped",
+        "model_chunks, optimizer=",
+    ),
+    Symbol(
+        "megatron.training.training",
+        "should_disable_forward_pre_hook",
+        "tells whether the gathering of weights is overlapped",
+        "args",
+    ),
+    Symbol(
+        "megatron.core.num_microbatches_calculator",
+        "get_num_microbatches",
+        "how many micro-batches of the user's a step takes",
+        "",
+    ),
+    Symbol(
+        "megatron.core.rerun_state_machine",
+        "RerunDataIterator.__init__",
+        "the updates as Megatron's schedules expect them",
+        "self, iterable",
+        ("iterable",),
+    ),
+)
+
 
 def patch() -> None:
     """Install RMT's hooks into ``megatron.training``. Calling it twice is harmless.
 
     Raises:
         RuntimeError: Megatron-Core's version is outside the supported range, or a symbol is missing
-            or has another signature; nothing is patched then.
+            or lacks a parameter; nothing is patched then.
     """
     _check_version()
-    found = [(entry, _expected(entry)) for entry in PATCHES]
-    for entry, (module, original) in found:
-        if not hasattr(original, "megatron_rmt_original"):
-            wrapped = entry.wrap(original)
-            wrapped.megatron_rmt_original = original
-            setattr(module, entry.name, wrapped)
+    for symbol in RELIED_ON:
+        _expected(symbol)
+    found = [(entry, *_expected(entry)) for entry in PATCHES]
+    for entry, owner, function in found:
+        if not hasattr(function, "megatron_rmt_original"):
+            wrapped = entry.wrap(function)
+            wrapped.megatron_rmt_original = function
+            wrapped.megatron_rmt_wrapper = wrapped
+            setattr(owner, entry.name, wrapped)
+
+
+def unpatch() -> None:
+    """Put back every function that ``patch`` replaced. Harmless where nothing is patched.
+
+    A model that RMT has trained keeps its tree attention, which without a plan is its own
+    attention.
+
+    Raises:
+        RuntimeError: somebody wrapped one of them after ``patch``; nothing is put back then.
+    """
+    found = [(entry, *place) for entry in PATCHES if (place := entry.find()) is not None]
+    ours = [place for place in found if hasattr(place[2], "megatron_rmt_original")]
+    for entry, _, function in ours:
+        # functools.wraps copies attributes: such a wrapper says that it is ours and is not.
+        if function.megatron_rmt_wrapper is not function:
+            raise RuntimeError(
+                f"megatron_rmt.unpatch() found {entry} wrapped again after megatron_rmt.patch(); "
+                "undo that first."
+            )
+    for entry, owner, function in ours:
+        setattr(owner, entry.name, function.megatron_rmt_original)
 
 
 def _check_version() -> None:
@@ -244,28 +363,29 @@ def _check_version() -> None:
         )
 
 
-def _expected(entry: Patch) -> tuple[Any, Callable[..., Any]]:
-    """The module and symbol of ``entry``, if it is what the patch was written for."""
-    symbol = f"{entry.module}.{entry.name}"
+def _expected(symbol: Symbol) -> tuple[Any, Callable[..., Any]]:
+    """What holds ``symbol`` and the function, if it is what RMT was written for."""
     version = importlib.metadata.version("megatron-core")
-    try:
-        module = importlib.import_module(entry.module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not entry.module.startswith(error.name):
-            raise  # not Megatron's module, but one that it needs
-        module = None
-    original = getattr(module, entry.name, None)
-    if original is None:
+    place = symbol.find()
+    if place is None:
         raise RuntimeError(
             f"megatron_rmt.patch() expected {symbol} but megatron-core {version} has no such "
             f"symbol; install megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]}."
         )
-    present = tuple(inspect.signature(original).parameters)
-    missing = [name for name in entry.parameters if name not in present]
+    function = place[1]
+    present = tuple(inspect.signature(function).parameters)
+    missing = [name for name in symbol.parameters if name not in present]
     if missing:
         raise RuntimeError(
-            f"megatron_rmt.patch() expected {symbol} with parameters {', '.join(entry.parameters)} "
-            f"but megatron-core {version} has {', '.join(present)}; install megatron-core "
-            f">={SUPPORTED[0]},<{SUPPORTED[1]}."
+            f"megatron_rmt.patch() expected {symbol} with parameters "
+            f"{', '.join(symbol.parameters)} but megatron-core {version} has "
+            f"{', '.join(present)}; install megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]}."
         )
-    return module, original
+    signature = describe_signature(function)
+    if signature != symbol.signature:
+        warnings.warn(
+            f"megatron-core {version} changed {symbol} from ({symbol.signature}) to ({signature}); "
+            "megatron_rmt was not tested with that.",
+            stacklevel=3,
+        )
+    return place

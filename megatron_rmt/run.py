@@ -14,7 +14,7 @@ import runpy
 import sys
 from pathlib import Path
 
-import torch
+import megatron_rmt
 
 USAGE = "usage: python -m megatron_rmt.run SCRIPT.py [flags]   or   -m MODULE [flags]"
 
@@ -22,8 +22,11 @@ USAGE = "usage: python -m megatron_rmt.run SCRIPT.py [flags]   or   -m MODULE [f
 def main() -> None:
     """Patch Megatron, then become the script that the command line names."""
     words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
-        sys.exit(f"{__doc__}" if words else f"megatron_rmt.run: no script given; {USAGE}")
+    if not words:
+        sys.exit(f"megatron_rmt.run: no script given; {USAGE}")
+    if words[0] in ("-h", "--help"):
+        print(__doc__)
+        return
     as_module = words[0] == "-m"
     if as_module and len(words) < 2:
         sys.exit(f"megatron_rmt.run: -m needs the name of a module; {USAGE}")
@@ -31,16 +34,10 @@ def main() -> None:
     if not as_module and not Path(target).is_file():
         sys.exit(f"megatron_rmt.run: there is no script {target} in {Path.cwd()}; {USAGE}")
 
-    # The platform adds the flags that it needs, as if they had been given to the script.
+    # Before patching, which may add flags that the CPU needs.
     sys.argv = [target, *flags]
-    if not torch.cuda.is_available():
-        from megatron_rmt import cpu_platform
-
-        cpu_platform.install_if_no_cuda()
-    from megatron_rmt.patches import patch
-
     try:
-        patch()
+        megatron_rmt.patch()
     except RuntimeError as error:
         sys.exit(str(error))
     if as_module:

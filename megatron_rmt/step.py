@@ -89,6 +89,19 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.tokenize(text)) if text else []
 
 
+def prompt_template(args: Namespace, tokenizer: Any) -> Template:
+    """The template that the flags ask for, with the tokenizer's chat markers where it has them.
+
+    Raises:
+        ValueError: no such template, or the chat markers do not go round it.
+    """
+    template = load_template(args.rmt_template)
+    if args.rmt_no_chat:
+        return template
+    inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
+    return chat_template(template, inner)
+
+
 def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     """Attach tree attention to ``model`` and read the vocabulary and the prompt.
 
@@ -97,10 +110,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     """
     attach_tree_attention(model)
     device = next(model.parameters()).device
-    template = load_template(args.rmt_template)
-    inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
-    if not args.rmt_no_chat:
-        template = chat_template(template, inner)
+    template = prompt_template(args, tokenizer)
     bytes_of = token_bytes(tokenizer)
     if len(bytes_of) > args.padded_vocab_size:
         raise ValueError(
@@ -119,19 +129,12 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
         head=encode_prompt(tokenizer, template.head),
         close=encode_prompt(tokenizer, template.close),
         stop=stop,
-        longest_position=_longest_position(args, tokenizer, template),
+        longest_position=longest_position(args, tokenizer, template),
         seed=args.seed if args.rmt_seed is None else args.rmt_seed,
     )
-    if args.position_embedding_type != "none" and (
-        training.longest_position > args.max_position_embeddings
-    ):
-        raise ValueError(
-            f"--max-position-embeddings is {args.max_position_embeddings} but a sample of "
-            f"{args.seq_length} tokens, the prompt and 2 * {args.rmt_initial_budget} tokens of "
-            f"thought with their answer take {training.longest_position}; lower "
-            "--rmt-initial-budget or --seq-length, or raise --max-position-embeddings if the "
-            "model allows."
-        )
+    problem = position_problem(args, training.longest_position)
+    if problem:
+        raise ValueError(problem)
     return training
 
 
@@ -142,7 +145,7 @@ def _eos(tokenizer: Any) -> int | None:
         return None
 
 
-def _longest_position(args: Namespace, tokenizer: Any, template: Template) -> int:
+def longest_position(args: Namespace, tokenizer: Any, template: Template) -> int:
     """A bound on every position id: documents with their heads, stem, thought, answer."""
     budget = max(args.rmt_initial_budget, args.rmt_minimum_budget)
     prompt = len(encode_prompt(tokenizer, template.head))
@@ -150,6 +153,19 @@ def _longest_position(args: Namespace, tokenizer: Any, template: Template) -> in
     # A forced end of thought and, in the warm-up, a written answer, whatever its length.
     close = len(encode_prompt(tokenizer, template.close))
     return args.seq_length + prompt + 2 * budget + 2 * close + args.rmt_answer_tokens + 16
+
+
+def position_problem(args: Namespace, longest: int) -> str | None:
+    """One sentence if the model has no position ids for ``longest`` of them."""
+    limit = args.max_position_embeddings
+    if args.position_embedding_type == "none" or limit is None or longest <= limit:
+        return None
+    return (
+        f"--max-position-embeddings is {limit} but a sample of {args.seq_length} tokens, the "
+        f"prompt and 2 * {args.rmt_initial_budget} tokens of thought with their answer take "
+        f"{longest}; lower --rmt-initial-budget or --seq-length, or raise "
+        "--max-position-embeddings if the model allows."
+    )
 
 
 @dataclass(frozen=True)

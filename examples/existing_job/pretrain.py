@@ -156,7 +156,9 @@ def main() -> None:
     )
     if torch.distributed.get_rank() == 0:
         consumed = args.consumed_train_samples
-        print(f"trained on {consumed} documents, {parallel_state.get_data_parallel_world_size()}-way")
+        print(
+            f"trained on {consumed} documents, {parallel_state.get_data_parallel_world_size()}-way"
+        )
 
 
 if __name__ == "__main__":
