@@ -278,6 +278,15 @@ def _vocabulary(args: Namespace) -> Iterator[str]:
     """Prompt, tokenizer, data and model against each other."""
     copy = Namespace(**vars(args))  # building a tokenizer pads the vocabulary of its arguments
     named = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
+    model = args.tokenizer_model
+    if (
+        model
+        and (model.startswith((".", "/")) or model.count("/") > 1)
+        and not Path(model).exists()
+    ):
+        # The Hugging Face hub would be asked for it, for a minute where there is no network.
+        yield f"{named} cannot be read: there is no such file or folder."
+        return
     try:
         tokenizer = build_tokenizer(copy)
     except Exception as error:

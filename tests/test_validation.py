@@ -1,0 +1,363 @@
+"""What RMT refuses: on every rank, before a model is built, with one sentence for each problem."""
+
+import functools
+import json
+import re
+import shlex
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.training.arguments import add_megatron_arguments
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import megatron_rmt
+from megatron_rmt import cpu_platform
+from megatron_rmt.arguments import add_rmt_arguments, is_enabled, readable_help
+from megatron_rmt.validation import check_rmt_arguments
+from tests.distributed import run_distributed
+
+# A model small enough to type; RMT's defaults fit in it.
+MODEL = shlex.split(
+    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 "
+    "--max-position-embeddings 4096 --position-embedding-type rope --disable-bias-linear "
+    "--attention-dropout 0 --hidden-dropout 0 --train-iters 10 --seq-length 128 "
+    "--micro-batch-size 1 --global-batch-size 2 --lr 1e-4 --transformer-impl local "
+    "--tokenizer-type HuggingFaceTokenizer --no-gradient-accumulation-fusion"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tokenizer of 258 tokens: the bytes, end of document, end of thought."""
+    folder = str(tmp_path_factory.mktemp("tokenizer"))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    bytes_only.add_tokens(["</think>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<|end|>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def _parser() -> ArgumentParser:
+    add = getattr(add_megatron_arguments, "megatron_rmt_original", add_megatron_arguments)
+    return readable_help(add_rmt_arguments(add(ArgumentParser(allow_abbrev=False))))
+
+
+def _parse(*flags: str) -> Namespace:
+    args = _parser().parse_args([*MODEL, *flags])
+    # What Megatron works out before it comes to RMT's checks.
+    args.rank, args.world_size = 0, 1
+    args.virtual_pipeline_model_parallel_size = None
+    args.kv_channels = args.kv_channels or 16
+    return args
+
+
+def _refusal(args: Namespace) -> str:
+    with pytest.raises(ValueError, match=r"^RMT cannot train with these settings: ") as error:
+        check_rmt_arguments(args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_defaults_are_accepted(tokenizer: str):
+    args = _parse("--rmt", "--tokenizer-model", tokenizer)
+    before = dict(vars(args))
+    check_rmt_arguments(args)
+    assert vars(args) == before, "checking builds the tokenizer of a copy"
+
+
+def test_without_rmt_nothing_is_checked():
+    check_rmt_arguments(_parser().parse_args([]))
+    check_rmt_arguments(Namespace())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--rmt-group-size", "4"],
+        ["--rmt-no-ntp"],
+        ["--rmt-entropy-thresholds", "0.1", "0.2", "0.3"],
+        ["--rmt-metrics-file", "x"],
+        ["--rmt-entropy-top-k", "16"],
+    ],
+)
+def test_flags_of_rmt_without_rmt_are_refused(flags: list[str]):
+    with pytest.raises(ValueError, match=f"^{flags[0]} given without --rmt; add --rmt or leave"):
+        check_rmt_arguments(_parse(*flags))
+
+
+def test_all_stray_flags_are_named_at_once():
+    with pytest.raises(ValueError, match=r"^--rmt-group-size, --rmt-no-rl given without --rmt"):
+        check_rmt_arguments(_parse("--rmt-group-size", "4", "--rmt-no-rl"))
+
+
+def test_the_ablation_without_rl_needs_nothing_of_rmt():
+    args = _parse("--rmt", "--rmt-no-rl", "--attention-dropout", "0.1", "--rmt-group-size", "1")
+    check_rmt_arguments(args)
+    assert not is_enabled(args)
+
+
+BLOCKWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise")
+TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
+# flags -> what the sentence says: the flag, its value, the remedy.
+BAD = {
+    ("--rmt-positions-per-sample", "0"): "--rmt-positions-per-sample is 0; pass 1 or more.",
+    ("--rmt-positions-per-sample", "129"): "--rmt-positions-per-sample is 129; pass at most "
+    "--seq-length (128).",
+    ("--rmt-initial-budget", "0", "--rmt-minimum-budget", "-1"): "--rmt-initial-budget is 0; pass",
+    ("--rmt-minimum-budget", "0"): "--rmt-minimum-budget is 0; pass 1 or more.",
+    ("--rmt-minimum-budget", "900"): "--rmt-minimum-budget is 900; pass at most "
+    "--rmt-initial-budget (800).",
+    ("--rmt-answer-tokens", "0"): "--rmt-answer-tokens is 0; pass 1 or more.",
+    ("--rmt-head-chunk-size", "0"): "--rmt-head-chunk-size is 0; pass 1 or more.",
+    ("--rmt-group-size", "1"): "--rmt-group-size is 1; an advantage needs 2 or more rollouts.",
+    ("--rmt-temperature", "0"): "--rmt-temperature is 0.0; pass more than 0",
+    ("--rmt-temperature", "nan"): "--rmt-temperature is nan; pass more than 0",
+    ("--rmt-temperature", "inf"): "--rmt-temperature is inf; pass more than 0",
+    ("--rmt-budget-decay", "1.5"): "--rmt-budget-decay is 1.5; pass a number in (0, 1].",
+    ("--rmt-budget-decay", "0"): "--rmt-budget-decay is 0.0; pass a number in (0, 1].",
+    ("--rmt-length-reward-weight", "2"): "--rmt-length-reward-weight is 2.0; pass a number in",
+    ("--rmt-length-reward-weight", "-0.1"): "--rmt-length-reward-weight is -0.1; pass a number in",
+    ("--rmt-length-reward-maximum", "0"): "--rmt-length-reward-maximum is 0.0; pass more than 0.",
+    ("--rmt-curriculum-start", "0.8"): "--rmt-curriculum-start is 0.8; pass 0 <= start <= "
+    "--rmt-curriculum-end (0.7) <= 1.",
+    ("--rmt-curriculum-start", "-0.1"): "--rmt-curriculum-start is -0.1; pass 0 <= start",
+    ("--rmt-curriculum-end", "1.1"): "--rmt-curriculum-end (1.1)",
+    ("--rmt-start-probabilities", "1", "1", "0"): "--rmt-start-probabilities is [1.0, 1.0, 0.0]",
+    ("--rmt-start-probabilities", "nan", "0", "1"): "--rmt-start-probabilities is [nan, 0.0, 1.0]",
+    ("--rmt-end-probabilities", "2", "-1", "0"): "--rmt-end-probabilities is [2.0, -1.0, 0.0]",
+    ("--rmt-entropy-thresholds", "1", "1", "2"): "--rmt-entropy-thresholds is [1.0, 1.0, 2.0]; "
+    "pass three ascending numbers.",
+    ("--rmt-entropy-thresholds", "-1", "1", "2"): "--rmt-entropy-thresholds is [-1.0, 1.0, 2.0]",
+    ("--rmt-entropy-top-k", "1"): "--rmt-entropy-top-k is 1; pass 2 or more.",
+    ("--rmt-ntp-coefficient", "-1"): "--rmt-ntp-coefficient is -1.0; pass 0 or more.",
+    ("--rmt-ntp-coefficient", "inf"): "--rmt-ntp-coefficient is inf; pass 0 or more.",
+    ("--rmt-warmup-iters", "-1"): "--rmt-warmup-iters is -1; pass 0 or more.",
+    ("--rmt-warmup-iters", "11"): "--rmt-warmup-iters is 11; pass at most --train-iters (10).",
+    ("--rmt-log-samples-interval", "-1"): "--rmt-log-samples-interval is -1; pass 0 or more.",
+    ("--rmt-metrics-file", "."): "--rmt-metrics-file is ., a folder; pass a file in it.",
+    ("--attention-dropout", "0.1"): "--attention-dropout is 0.1; RMT needs 0.0:",
+    ("--hidden-dropout", "0.1"): "--hidden-dropout is 0.1; RMT needs 0.0:",
+    ("--context-parallel-size", "2"): "--context-parallel-size is 2; RMT needs 1:",
+    ("--multi-latent-attention",): "--multi-latent-attention is True; RMT needs False:",
+    ("--mtp-num-layers", "1"): "--mtp-num-layers is 1; RMT needs it left out:",
+    ("--window-size", "128,0"): "--window-size is (128, 0); RMT needs it left out:",
+    ("--softmax-type", "learnable"): "--softmax-type is learnable; RMT needs vanilla:",
+    ("--experimental-attention-variant", "dsa"): "--experimental-attention-variant is dsa; RMT",
+    ("--qk-clip",): "--qk-clip is True; RMT needs False:",
+    ("--log-max-attention-logit",): "--log-max-attention-logit is True; RMT needs False:",
+    ("--cuda-graph-impl", "local"): "--cuda-graph-impl is local; RMT needs none:",
+    ("--overlap-moe-expert-parallel-comm",): "--overlap-moe-expert-parallel-comm is True; RMT",
+    ("--use-mup",): "--use-mup is True; RMT needs False:",
+    ("--perform-rl-step",): "--perform-rl-step is True; RMT needs False:",
+    ("--sft",): "--sft is True; RMT needs False:",
+    ("--dataloader-inter-document-masking",): "--dataloader-inter-document-masking is True; RMT",
+    ("--hybrid-layer-pattern", "M*"): "--hybrid-layer-pattern is M*; RMT needs it left out:",
+    ("--use-torch-fsdp2",): "--use-torch-fsdp2 is True; RMT needs False:",
+    ("--use-megatron-fsdp",): "--use-megatron-fsdp is True; RMT needs False:",
+    ("--position-embedding-type", "mrope"): "--position-embedding-type is mrope; RMT supports",
+    ("--transformer-impl", "inference_optimized"): "--transformer-impl is inference_optimized; RMT",
+    ("--fp8-format", "e4m3"): "--fp8-recipe is delayed; rollouts would leak into its scaling "
+    "history, pass blockwise or tensorwise.",
+    ("--fp8-format", "hybrid", "--fp8-recipe", "mxfp8"): "--fp8-recipe is mxfp8; it needs a "
+    "Blackwell GPU, pass blockwise or tensorwise.",
+    ("--fp8-format", "e4m3", "--fp8-recipe", "custom"): "--fp8-recipe is custom; ",
+    TENSORWISE: "--transformer-impl is local; FP8 needs transformer_engine:",
+    BLOCKWISE: "--hidden-size makes a linear layer 64 wide; --fp8-recipe blockwise needs a "
+    "multiple of 128.",
+    ("--fp4-format", "e2m1"): "--fp4-format is e2m1; it needs a Blackwell GPU:",
+    ("--wandb-project", "rmt"): "--wandb-project is rmt and --wandb-exp-name is not set; name",
+    ("--wandb-project", "rmt", "--wandb-exp-name", "x"): "--wandb-project is rmt and there is no "
+    "folder for its files; pass --wandb-save-dir or --save.",
+}
+
+
+@pytest.mark.parametrize("flags", BAD, ids=" ".join)
+def test_what_cannot_work_is_refused_with_flag_value_and_remedy(flags: tuple[str, ...]):
+    assert BAD[flags] in _refusal(_parse("--rmt", *flags))
+
+
+def test_virtual_pipeline_stages_are_refused():
+    args = _parse("--rmt")
+    args.virtual_pipeline_model_parallel_size = 2
+    assert "--num-virtual-stages-per-pipeline-rank is 2; RMT needs it left out" in _refusal(args)
+
+
+def test_the_schedules_need_a_number_of_steps():
+    args = _parse("--rmt")
+    args.train_iters = None
+    assert "--train-iters is not set" in _refusal(args)
+
+
+def test_apex_is_never_needed():
+    args = _parse("--rmt")
+    args.gradient_accumulation_fusion = True
+    assert "pass --no-gradient-accumulation-fusion (RMT never needs apex)" in _refusal(args)
+
+
+def test_all_problems_are_reported_at_once():
+    last = {flags[0]: flags for flags in BAD if flags not in (BLOCKWISE, TENSORWISE)}
+    refusal = _refusal(_parse("--rmt", *(word for flags in last.values() for word in flags)))
+    assert "--rmt-minimum-budget is 900" in refusal
+    for flag in last:
+        if flag not in ("--rmt-curriculum-end", "--fp8-format"):
+            assert f"{flag} is " in refusal, flag
+
+
+def test_every_flag_that_a_refusal_names_exists():
+    known = {name for action in _parser()._actions for name in action.option_strings}
+    for flags in BAD:
+        args = _parse("--rmt", *flags)
+        args.train_iters, args.virtual_pipeline_model_parallel_size = None, 2
+        named = set(re.findall(r"--[a-z0-9-]+", _refusal(args)))
+        assert named <= known, flags
+
+
+@pytest.mark.parametrize("recipe", [BLOCKWISE, TENSORWISE], ids=["blockwise", "tensorwise"])
+def test_recipes_of_a_hopper_gpu_are_accepted(monkeypatch, tokenizer: str, recipe: tuple[str, ...]):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    flags = "--hidden-size 1024 --ffn-hidden-size 2048 --num-attention-heads 8 --kv-channels 128"
+    flags += " --group-query-attention --num-query-groups 2 --tensor-model-parallel-size 2"
+    flags += f" --transformer-impl transformer_engine --rmt --tokenizer-model {tokenizer}"
+    check_rmt_arguments(_parse(*recipe, *flags.split()))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "sentence"),
+    [
+        (BLOCKWISE, "--ffn-hidden-size 2176", "makes a linear layer 1088 wide on each of 2 tensor"),
+        (BLOCKWISE, "--num-query-groups 1", "--num-query-groups * --kv-channels makes a linear"),
+        (TENSORWISE, "--ffn-hidden-size 2064", "makes a linear layer 1032 wide on each of 2"),
+        (TENSORWISE, "--hidden-size 1000", "--hidden-size makes a linear layer 1000 wide;"),
+        (BLOCKWISE, "--num-experts 4 --moe-ffn-hidden-size 96", "--moe-ffn-hidden-size makes a"),
+    ],
+)
+def test_widths_that_fp8_cannot_divide_are_refused(
+    monkeypatch, recipe: tuple[str, ...], change: str, sentence: str
+):
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    flags = "--hidden-size 1024 --ffn-hidden-size 2048 --num-attention-heads 8 --kv-channels 64"
+    flags += " --group-query-attention --num-query-groups 2 --tensor-model-parallel-size 2"
+    flags += f" --transformer-impl transformer_engine --rmt {change}"
+    refusal = _refusal(_parse(*recipe, *flags.split()))
+    assert sentence in refusal
+    assert f"needs a multiple of {128 if recipe is BLOCKWISE else 16}." in refusal
+    assert refusal.count("; --fp8-recipe") == 1
+
+
+@pytest.mark.parametrize("version", ["12.8", None])
+def test_blockwise_needs_a_recent_cuda(monkeypatch, version: str | None):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    sentence = (
+        f"--fp8-recipe is blockwise, which needs CUDA 12.9, and this PyTorch has CUDA {version}"
+    )
+    assert sentence in _refusal(_parse("--rmt", *BLOCKWISE))
+
+
+def test_a_prompt_that_does_not_fit_the_model_is_refused(tokenizer: str):
+    args = _parse("--rmt", "--tokenizer-model", tokenizer, "--max-position-embeddings", "1024")
+    refusal = _refusal(args)
+    assert "--max-position-embeddings is 1024 but a sample of 128 tokens" in refusal
+    assert "lower --rmt-initial-budget or --seq-length" in refusal
+
+
+def _write_data(prefix: Path, largest: int) -> str:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    builder.add_document(torch.tensor([1, largest, 2]), [3])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+# What is wrong with the files of a run -> what is said of it.
+FILES = {
+    "no tokenizer": "--tokenizer-type HuggingFaceTokenizer --tokenizer-model ./nowhere cannot be",
+    "no text": "--tokenizer-type NullTokenizer --tokenizer-model None does not suit RMT, which",
+    "no template": "--rmt-template is no-such-template; template 'no-such-template' is neither",
+    "bad template": "must be one object with exactly the fields",
+    "small model": "--tokenizer-model has 258 tokens but the model only 128 rows of embedding",
+    "other data": "holds token 1000 but --tokenizer-model has 258 tokens; tokenize the corpus with",
+    "no data": "but there is no nowhere/train.idx; pass the prefix of a .bin and .idx file.",
+    "half the data": "half.bin is missing; tokenize the corpus again.",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Flags of each case of ``FILES``."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "bad.json").write_text(json.dumps({"head": ""}))
+    (folder / "half.idx").touch()
+    own = ["--tokenizer-model", tokenizer]
+    return {
+        "no tokenizer": ["--tokenizer-model", "./nowhere"],
+        "no text": ["--tokenizer-type", "NullTokenizer", "--vocab-size", "258"],
+        "no template": [*own, "--rmt-template", "no-such-template"],
+        "bad template": [*own, "--rmt-template", str(folder / "bad.json")],
+        "small model": [*own, "--padded-vocab-size", "128"],
+        "other data": [*own, "--data-path", _write_data(folder / "other", 1000)],
+        "no data": [*own, "--data-path", "0.5", "nowhere/train"],
+        "half the data": [*own, "--data-path", str(folder / "half")],
+    }
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_do_not_go_together_are_refused(files: dict[str, list[str]], case: str):
+    assert FILES[case] in _refusal(_parse("--rmt", *files[case]))
+
+
+def test_data_of_the_right_vocabulary_is_accepted(tokenizer: str, tmp_path: Path):
+    data = _write_data(tmp_path / "train", 257)
+    check_rmt_arguments(_parse("--rmt", "--tokenizer-model", tokenizer, "--data-path", "1", data))
+    # A job of one's own may give --data-path another meaning.
+    check_rmt_arguments(
+        _parse("--rmt", "--tokenizer-model", tokenizer, "--data-path", str(tmp_path))
+    )
+
+
+def _end_of_each(configurations: list[list[str]]) -> list[tuple[str, float]]:
+    """On each rank: with what message, after how many seconds, Megatron's own parsing ends."""
+    from megatron.training.arguments import parse_and_validate_args
+
+    megatron_rmt.patch()
+    ends = []
+    for flags in configurations:
+        sys.argv = ["pretrain.py", *cpu_platform.add_required_flags([*MODEL, "--rmt", *flags])]
+        began = time.perf_counter()
+        try:
+            parse_and_validate_args()
+            message = "nothing was refused"
+        except (SystemExit, AssertionError, ValueError, NotImplementedError) as error:
+            message = " ".join(str(error).split())
+        ends.append((message, time.perf_counter() - began))
+    return ends
+
+
+@pytest.mark.multiprocess
+def test_wrong_configurations_end_alike_on_two_ranks(files: dict[str, list[str]]):
+    """Through Megatron's own parser and checks, which refuse some of them before RMT does."""
+    expected = {
+        **{flags: BAD[flags] for flags in BAD},
+        **{tuple(files[k]): FILES[k] for k in FILES},
+    }
+    assert len(expected) >= 60
+    first, second = run_distributed(2, _end_of_each, [list(flags) for flags in expected])
+    by_megatron = 0
+    for flags, (message, seconds), (other, _) in zip(expected, first, second, strict=True):
+        assert message == other != "nothing was refused", flags
+        assert seconds < 20
+        assert len(message) > 10
+        if not message.startswith("RMT cannot train"):
+            by_megatron += 1
+        else:
+            assert expected[flags] in message, flags
+    assert by_megatron <= 16
