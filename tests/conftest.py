@@ -6,7 +6,7 @@ never load a Hugging Face model in it: use a subprocess.
 
 import pytest
 
-from tests import distributed
+from tests import distributed, tiny_run
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,3 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def single_process_megatron() -> None:
     """Megatron's parallel state in this process: TP = PP = DP = 1."""
     distributed.single_process_megatron()
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tiny_run.TinyInputs:
+    """A tiny model's checkpoint and corpus, for whole runs."""
+    return tiny_run.build_inputs(tmp_path_factory.mktemp("tiny"))

@@ -1,6 +1,7 @@
 """Patching the real Megatron, and refusing one that is not what the patches were written for."""
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable
@@ -86,6 +87,66 @@ def test_releases_of_the_supported_range_are_accepted(monkeypatch, version):
     megatron_rmt.patch()
 
 
+def test_unpatching_puts_everything_back():
+    before = _current()
+    megatron_rmt.unpatch()
+    assert _current() == before
+    megatron_rmt.patch()
+    assert all(symbol is not before[key] for key, symbol in _current().items())
+    megatron_rmt.unpatch()
+    assert _current() == before
+    megatron_rmt.patch()
+    assert all(symbol is not before[key] for key, symbol in _current().items())
+
+
+def test_unpatching_leaves_somebody_elses_wrapper_alone(monkeypatch):
+    from megatron.training import training
+
+    megatron_rmt.patch()
+    monkeypatch.setattr(
+        training, "train_step", functools.wraps(training.train_step)(lambda *args: None)
+    )
+    ours = _current()
+    with pytest.raises(RuntimeError, match=r"found megatron.training.training.train_step wrapped"):
+        megatron_rmt.unpatch()
+    assert _current() == ours
+
+
+@pytest.mark.parametrize("symbol", [*patches.PATCHES, *patches.RELIED_ON], ids=str)
+def test_the_installed_release_has_the_signatures_that_rmt_was_written_for(symbol):
+    """Fails when a release in the supported range changes one of them, even harmlessly."""
+    _, function = symbol.find()
+    assert patches.describe_signature(function) == symbol.signature
+    parameters = symbol.signature.replace("=", "").split(", ")
+    assert set(symbol.parameters) <= set(parameters)
+    assert symbol.why
+
+
+def test_a_signature_is_described_as_python_has_it():
+    def function(a: int, b: str = "x", *rest: int, c: bool = False, **others: Any) -> None: ...
+
+    assert patches.describe_signature(function) == "a, b=, *rest, c=, **others"
+
+
+def test_a_harmless_change_is_warned_of_and_patched(monkeypatch):
+    from megatron.training import arguments
+
+    monkeypatch.setattr(arguments, "validate_args", lambda args, defaults=None, strict=True: None)
+    expected = r"changed megatron.training.arguments.validate_args from \(args, defaults=\) to "
+    with pytest.warns(UserWarning, match=expected):
+        megatron_rmt.patch()
+    assert hasattr(arguments.validate_args, "megatron_rmt_original")
+
+
+def test_a_symbol_that_is_only_called_is_checked_too(monkeypatch):
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    monkeypatch.setattr(GPTModel, "forward", lambda self, input_ids: None)
+    with pytest.raises(RuntimeError, match=r"GPTModel.forward with parameters .*output_processor"):
+        megatron_rmt.patch()
+    assert _nothing_is_patched()
+
+
 @pytest.mark.parametrize("entry", patches.PATCHES, ids=lambda entry: entry.name)
 def test_a_missing_symbol_is_named_and_nothing_is_patched(monkeypatch, entry):
     module = importlib.import_module(entry.module)
@@ -117,9 +178,7 @@ def test_another_signature_is_named_and_nothing_is_patched(monkeypatch, entry):
 
 
 def test_a_missing_module_is_named_and_nothing_is_patched(monkeypatch):
-    gone = patches.Patch(
-        "megatron.training.no_such_module", "step", "test", (), lambda original: original
-    )
+    gone = patches.Patch("megatron.training.no_such_module", "step", "test", "")
     monkeypatch.setattr(patches, "PATCHES", (*patches.PATCHES, gone))
     with pytest.raises(RuntimeError, match=r"expected megatron.training.no_such_module.step but"):
         megatron_rmt.patch()

@@ -14,7 +14,6 @@ from tests.tiny_run import (
     Line,
     Run,
     TinyInputs,
-    build_inputs,
     checkpoint_tensors,
     read_metrics,
     run,
@@ -58,11 +57,6 @@ OVERLAP = ["--overlap-param-gather", "--overlap-grad-reduce"]
 SEPARATE_DOCUMENTS = ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"]
 
 Start = Callable[..., Run]
-
-
-@pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
-    return build_inputs(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
