@@ -1,6 +1,5 @@
 """Two nodes on one machine: one is lost, comes back, and training resumes from its checkpoint."""
 
-import contextlib
 import os
 import re
 import signal
@@ -16,7 +15,8 @@ import pytest
 from tests.distributed import REPOSITORY
 from tests.tiny_run import PRETRAIN, RMT, TinyInputs, read_metrics
 
-STEPS, INTERVAL = 12, 3
+STEPS, INTERVAL = 6, 2
+SILENCE = 2  # seconds, after which a node is taken for lost
 PATIENCE = 180.0  # seconds, on a machine with much else to do
 
 
@@ -28,8 +28,7 @@ class Node:
         command += ["--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
         command += ["--rdzv-id", "two-nodes", "--rdzv-endpoint", store, "--local-addr", address]
         host = str(store.startswith(f"{address}:")).lower()
-        # A node is taken for lost after two seconds of silence.
-        conf = f"is_host={host},keep_alive_interval=1,keep_alive_max_attempt=2"
+        conf = f"is_host={host},keep_alive_interval=1,keep_alive_max_attempt={SILENCE}"
         environment = os.environ | {
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
@@ -49,16 +48,22 @@ class Node:
         return [int(pid) for pid in path.read_text().split()]
 
     def lose(self) -> None:
-        """What a power failure does: agent and rank are gone at once, without a word."""
-        processes = [self.agent.pid, *self.workers()]
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        """The machine hangs, is taken for lost, and is gone: no process of it says goodbye."""
+        workers = self.workers()
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        self.agent.kill()
         self.agent.wait()
+        # A rank that fails before its node is taken for lost has the others wait for that node.
+        time.sleep(2 * SILENCE)
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
 
     def stop(self) -> None:
         if self.agent.poll() is None:
-            self.lose()
+            for process in [*self.workers(), self.agent.pid]:
+                os.kill(process, signal.SIGKILL)
+            self.agent.wait()
 
 
 @pytest.fixture
