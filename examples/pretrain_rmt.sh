@@ -11,7 +11,9 @@
 #   SAVE        where checkpoints go, and where a resumed run starts (runs/pretrain_rmt)
 #   RECIPE      file of flags (examples/pretrain_rmt.args); [flags] replace those of the same name
 #   ENTRY_POINT the script to run (examples/pretrain_rmt.py)
-#   NPROC_PER_NODE (number of GPUs, else 1), NNODES (1), NODE_RANK (0), MASTER_ADDR, MASTER_PORT
+#   WANDB_MODE  offline unless set (sync later with: wandb sync)
+#   NPROC_PER_NODE (number of GPUs, else 1); on several nodes, run it on each with the same NNODES,
+#   MASTER_ADDR (a node of them), MASTER_PORT (29500), RDZV_ID (rmt) and MAX_RESTARTS (3)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -37,8 +39,9 @@ launcher=("$python" -m torch.distributed.run
 if [[ ${NNODES:-1} == 1 && -z ${MASTER_PORT:-} ]]; then
     launcher+=(--standalone)
 else
-    launcher+=(--nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"
-        --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}")
+    # A node that is lost and comes back joins again, and training resumes from its checkpoint.
+    launcher+=(--nnodes "${NNODES:-1}" --max-restarts "${MAX_RESTARTS:-3}" --rdzv-backend c10d
+        --rdzv-id "${RDZV_ID:-rmt}" --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}")
 fi
 echo "+ ${launcher[*]} $here/recipe.py $*"
 exec "${launcher[@]}" "$here/recipe.py" "$@"

@@ -1,15 +1,16 @@
 """Put a recipe's flags and the command line together, and become the pre-training script.
 
 A recipe (``pretrain_rmt.args``) is a text file of flags: ``#`` starts a comment, ``${NAME}`` and
-``${NAME:-default}`` are environment variables, ``@file`` reads the words of another file in. Run
-by ``pretrain_rmt.sh`` once per rank; the process stays the same, so torchrun watches the training.
+``${NAME:-default}`` are environment variables, ``@file`` reads another recipe in, found beside this
+one or from the working directory. A flag given again replaces what stood before it. Run by
+``pretrain_rmt.sh`` once per rank; the process stays the same, so torchrun watches the training.
 """
 
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -23,17 +24,28 @@ def recipe_flags(recipe: Path, given: Sequence[str], environment: Mapping[str, s
         ValueError: the recipe or a file that it names is missing, or a variable is not set.
     """
     replaced = {word.split("=", 1)[0] for word in given if word.startswith("--")}
-    flags: list[str] = []
-    for flag, *values in _split(recipe):
-        if flag.startswith("@"):
-            included = Path(_expand(flag[1:], flag, recipe, environment))
-            groups = _split(included)
-        else:
-            groups = [[flag, *values]]
-        for group in groups:
-            if group[0].split("=", 1)[0] not in replaced:
-                flags += [_expand(word, group[0], recipe, environment) for word in group]
-    return flags
+    groups: dict[str, tuple[list[str], Path]] = {}
+    for words, origin in _read(recipe, environment):
+        name = words[0].split("=", 1)[0]
+        groups.pop(name, None)
+        groups[name] = (words, origin)
+    return [
+        _expand(word, words[0], origin, environment)
+        for name, (words, origin) in groups.items()
+        if name not in replaced
+        for word in words
+    ]
+
+
+def _read(recipe: Path, environment: Mapping[str, str]) -> Iterator[tuple[list[str], Path]]:
+    """Each flag with its values, and the file where it stands."""
+    for words in _split(recipe):
+        if not words[0].startswith("@"):
+            yield words, recipe
+            continue
+        named = Path(_expand(words[0][1:], words[0], recipe, environment))
+        beside = recipe.parent / named
+        yield from _read(beside if beside.is_file() else named, environment)
 
 
 def _split(path: Path) -> list[list[str]]:
@@ -79,6 +91,8 @@ def main() -> None:
         print("+", shlex.join(command), flush=True)
     # Megatron's examples set it: with several work queues, communication may overtake computation.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # A run that names a wandb project is recorded here, and sent nowhere unless asked to.
+    os.environ.setdefault("WANDB_MODE", "offline")
     os.execv(sys.executable, command)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,106 @@ def test_every_launch_form_runs_the_recipe_on_every_rank(launcher, environment):
     assert run.stdout.count(environment["ENTRY_POINT"]) == 1, "the command is printed once"
 
 
+@pytest.mark.multiprocess
+def test_two_nodes_meet_at_the_address_that_they_are_given(environment):
+    nodes = environment | {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_PORT": _free_port()}
+    agents = [
+        subprocess.Popen(["bash", SCRIPT], env=nodes, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0]
+    records = sorted(Path(environment["RECORDS"]).iterdir())
+    assert [path.name for path in records] == ["0.json", "1.json"]
+    assert {json.loads(path.read_text())["world size"] for path in records} == {"2"}
+    for output in outputs:
+        assert f"--rdzv-endpoint 127.0.0.1:{nodes['MASTER_PORT']}" in output
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+# No Slurm runs here: these take the place of its commands, for a job of two nodes on this machine.
+SRUN = """#!/usr/bin/env bash
+shift
+trap 'kill -TERM $(jobs -p)' TERM
+for node in 1 2; do "$@" & done
+status=0
+for node in 1 2; do wait -n || status=$?; done
+exit $status
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "$*" >>"$RECORDS/../scontrol.log"
+if [[ $1 == show ]]; then printf '127.0.0.1\\nother\\n'; fi
+"""
+
+
+@pytest.fixture
+def slurm(environment, tmp_path):
+    """A job's environment, and the log of its calls of scontrol."""
+    commands = tmp_path / "slurm"
+    commands.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    job |= {"PATH": f"{commands}:{environment['PATH']}", "NPROC_PER_NODE": "1", "MAX_RESTARTS": "0"}
+    return environment | job | {"MASTER_PORT": _free_port(), "SAVE": str(tmp_path / "saved")}
+
+
+def _submit(slurm, *flags):
+    sbatch = ["bash", str(EXAMPLES / "slurm.sbatch"), *flags]
+    return subprocess.run(
+        sbatch, env=slurm, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=120
+    )
+
+
+def _requeues(slurm):
+    log = Path(slurm["RECORDS"]).parent / "scontrol.log"
+    return [line for line in log.read_text().splitlines() if line.startswith("requeue")]
+
+
+@pytest.mark.multiprocess
+def test_a_slurm_job_runs_on_its_nodes_and_is_done(slurm):
+    job = _submit(slurm, "--lr", "1e-3")
+    assert job.returncode == 0, job.stderr
+    records = sorted(Path(slurm["RECORDS"]).iterdir())
+    assert [path.name for path in records] == ["0.json", "1.json"]
+    record = json.loads(records[0].read_text())
+    assert record["world size"] == "2"
+    assert record["flags"][-3:] == ["--exit-signal-handler", "--lr", "1e-3"]
+    assert "+ srun --kill-on-bad-exit=1 bash examples/pretrain_rmt.sh" in job.stdout
+    assert f"--rdzv-id 7.0 --rdzv-endpoint 127.0.0.1:{slurm['MASTER_PORT']}" in job.stdout
+    assert _requeues(slurm) == []
+
+
+def test_a_slurm_job_is_put_back_while_it_makes_progress(slurm):
+    # The ranks are of no interest here, only how the step ends.
+    (Path(slurm["PATH"].split(":")[0]) / "srun").write_text("#!/usr/bin/env bash\nexit 5\n")
+    saved = Path(slurm["SAVE"])
+    for attempt in range(1, 4):
+        assert _submit(slurm).returncode == 0
+        assert _requeues(slurm) == ["requeue 7"] * attempt
+    given_up = _submit(slurm)
+    assert given_up.returncode == 1
+    assert "No progress since step 0 in 3 attempts" in given_up.stderr
+    (saved / "latest_checkpointed_iteration.txt").write_text("100\n")
+    assert _submit(slurm).returncode == 0
+    assert _requeues(slurm) == ["requeue 7"] * 4
+
+
+def test_a_slurm_job_out_of_time_stops_its_ranks_and_is_put_back(slurm, tmp_path):
+    stop = tmp_path / "stopped"
+    script = f"trap 'touch {stop}; exit 0' TERM\nkill -USR1 $PPID\nsleep 60 >/dev/null 2>&1 & wait"
+    (Path(slurm["PATH"].split(":")[0]) / "srun").write_text(f"#!/usr/bin/env bash\n{script}\n")
+    assert _submit(slurm).returncode == 0
+    assert stop.exists()
+    assert _requeues(slurm) == ["requeue 7"]
+
+
 @pytest.mark.parametrize("command", [["bash", SCRIPT], [sys.executable, SCRIPT]])
 def test_a_failing_entry_point_fails_the_launch(command, environment):
     Path(environment["ENTRY_POINT"]).write_text("raise SystemExit(7)")
@@ -110,3 +211,23 @@ def test_the_recipe_that_we_ship_is_complete_with_checkpoint_and_data(environmen
     assert flags[:3] == ["--num-layers", "2", "--swiglu"]
     assert not [word for word in flags if word.startswith(("@", "#", "$"))]
     assert flags[flags.index("--load") + 1] == flags[flags.index("--save") + 1]
+
+
+def test_a_flag_given_again_replaces_the_one_of_an_included_recipe(tmp_path):
+    (tmp_path / "base.args").write_text("--lr 1\n--betas 1 2\n--data ${NOWHERE}\n")
+    recipe = tmp_path / "recipes" / "own.args"
+    recipe.parent.mkdir()
+    recipe.write_text("@../base.args\n--data x y\n--lr=2\n")
+    assert recipe_flags(recipe, [], {}) == ["--betas", "1", "2", "--data", "x", "y", "--lr=2"]
+
+
+def test_runs_stay_off_the_network_unless_asked(environment):
+    Path(environment["ENTRY_POINT"]).write_text(
+        "import os; print('mode', os.environ['WANDB_MODE'])"
+    )
+    for given, mode in ({}, "offline"), ({"WANDB_MODE": "online"}, "online"):
+        own = {k: v for k, v in environment.items() if k != "WANDB_MODE"} | given
+        run = subprocess.run(
+            [sys.executable, SCRIPT], env=own, capture_output=True, text=True, check=True
+        )
+        assert f"mode {mode}" in run.stdout
