@@ -243,14 +243,6 @@ FLAGS: tuple[Flag, ...] = (
         None,
         unset="rmt_metrics.jsonl in --save",
     ),
-    Flag(
-        "--rmt-log-samples-interval",
-        "How often a table of sample rollouts goes to wandb; 0 for never",
-        "ours",
-        int,
-        10,
-        "steps",
-    ),
 )
 
 

@@ -62,8 +62,7 @@ def _settings(args: Namespace) -> Iterator[str]:
         "--rmt-head-chunk-size",
     ):
         yield from require(_value(args, flag) >= 1, flag, "pass 1 or more")
-    for flag in ("--rmt-warmup-iters", "--rmt-log-samples-interval"):
-        yield from require(_value(args, flag) >= 0, flag, "pass 0 or more")
+    yield from require(args.rmt_warmup_iters >= 0, "--rmt-warmup-iters", "pass 0 or more")
     yield from require(
         args.rmt_group_size >= 2, "--rmt-group-size", "an advantage needs 2 or more rollouts"
     )

@@ -144,7 +144,6 @@ BAD = {
     ("--rmt-ntp-coefficient", "inf"): "--rmt-ntp-coefficient is inf; pass 0 or more.",
     ("--rmt-warmup-iters", "-1"): "--rmt-warmup-iters is -1; pass 0 or more.",
     ("--rmt-warmup-iters", "11"): "--rmt-warmup-iters is 11; pass at most --train-iters (10).",
-    ("--rmt-log-samples-interval", "-1"): "--rmt-log-samples-interval is -1; pass 0 or more.",
     ("--rmt-metrics-file", "."): "--rmt-metrics-file is ., a folder; pass a file in it.",
     ("--attention-dropout", "0.1"): "--attention-dropout is 0.1; RMT needs 0.0:",
     ("--hidden-dropout", "0.1"): "--hidden-dropout is 0.1; RMT needs 0.0:",
