@@ -336,7 +336,6 @@ def _unsupported(args: Namespace) -> list[str]:
             False,
             "its schedule bypasses the forward step",
         ),
-        "--use-mup": (getattr(args, "use_mup", False), False, "the fused head does not scale"),
     }
     problems = [
         f"{flag} is {value}; RMT needs {'it left out' if needed is None else needed}: {why}."

@@ -63,6 +63,7 @@ def token_statistics(
     vocab_size: int,
     tp_group: ProcessGroup | None,
     chunk_size: int,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of the target and entropy of each row, differentiable in hidden and weight.
 
@@ -78,6 +79,7 @@ def token_statistics(
         vocab_size: the true vocabulary size, padding excluded.
         tp_group: the tensor-parallel group; None for a single process.
         chunk_size: rows whose scores are held at a time.
+        scale: [rows], a constant factor of each row's scores (1 / temperature); None for 1.
 
     Returns:
         (log_probs [rows], entropies [rows]), nats, fp32 (fp64 for fp64 inputs), entropies >= 0.
@@ -89,7 +91,9 @@ def token_statistics(
     """
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
     _check_targets(hidden, targets, vocab_size)
-    return _TokenStatistics.apply(hidden, weight, targets, shard)
+    _check_constants(targets, scale=scale)
+    scale = None if scale is None else scale.detach().to(score_dtype(hidden, weight))
+    return _TokenStatistics.apply(hidden, weight, targets, scale, shard)
 
 
 def weighted_log_prob_sum(
@@ -102,6 +106,7 @@ def weighted_log_prob_sum(
     vocab_size: int,
     tp_group: ProcessGroup | None,
     chunk_size: int,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """sum_i coefficients_i log p(targets_i) (+ entropy_coefficients_i H_i), differentiable.
 
@@ -126,21 +131,16 @@ def weighted_log_prob_sum(
     """
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
     _check_targets(hidden, targets, vocab_size)
-    constants = {"coefficients": coefficients, "entropy_coefficients": entropy_coefficients}
-    for name, values in constants.items():
-        if values is not None and values.shape != targets.shape:
-            raise ValueError(
-                f"{name} has shape {list(values.shape)}; give one per target: "
-                f"{list(targets.shape)}."
-            )
+    _check_constants(
+        targets, coefficients=coefficients, entropy_coefficients=entropy_coefficients, scale=scale
+    )
+    dtype = score_dtype(hidden, weight)
+    constants = (
+        None if values is None else values.detach().to(dtype)
+        for values in (coefficients, entropy_coefficients, scale)
+    )
     return _WeightedLogProbSum.apply(
-        hidden,
-        weight,
-        targets,
-        coefficients.detach(),
-        None if entropy_coefficients is None else entropy_coefficients.detach(),
-        shard,
-        torch.is_grad_enabled(),
+        hidden, weight, targets, *constants, shard, torch.is_grad_enabled()
     )
 
 
@@ -178,7 +178,7 @@ def token_entropies(
     statistics = hidden.new_empty(4, rows, dtype=dtype)
     largest = hidden.new_full((rows, count), torch.finfo(dtype).min, dtype=dtype)
     best = torch.full((rows,), vocab_size, dtype=torch.int64, device=hidden.device)
-    for chunk, scores in _score_chunks(hidden, weight, shard):
+    for chunk, scores in _score_chunks(hidden, weight, None, shard):
         if shard.columns > 0:
             best[chunk] = scores.argmax(-1) + shard.start
         if top_k is None:
@@ -258,7 +258,18 @@ def _check_targets(hidden: Tensor, targets: Tensor, vocab_size: int) -> None:
             )
 
 
-def _score_chunks(hidden: Tensor, weight: Tensor, shard: _Shard) -> Iterator[tuple[slice, Tensor]]:
+def _check_constants(targets: Tensor, **constants: Tensor | None) -> None:
+    for name, values in constants.items():
+        if values is not None and values.shape != targets.shape:
+            raise ValueError(
+                f"{name} has shape {list(values.shape)}; give one per target: "
+                f"{list(targets.shape)}."
+            )
+
+
+def _score_chunks(
+    hidden: Tensor, weight: Tensor, scale: Tensor | None, shard: _Shard
+) -> Iterator[tuple[slice, Tensor]]:
     """(rows, scores [chunk, columns]) of each chunk; the scores are overwritten by the next."""
     rows = hidden.shape[0]
     # Rows as long as the padded shard, of which padding is cut: a GPU wants them aligned.
@@ -268,8 +279,11 @@ def _score_chunks(hidden: Tensor, weight: Tensor, shard: _Shard) -> Iterator[tup
     for start in range(0, rows, shard.chunk_size):
         chunk = slice(start, min(rows, start + shard.chunk_size))
         scores = held[: chunk.stop - start, : shard.columns]
-        multiply_scores(hidden[chunk], weight[: shard.columns], scores)
-        yield chunk, scores
+        own, own_scale = hidden[chunk], None if scale is None else scale[chunk, None]
+        if own_scale is not None and hidden.dtype == scores.dtype:
+            own, own_scale = own * own_scale, None  # cheaper, and as exact, before the product
+        multiply_scores(own, weight[: shard.columns], scores)
+        yield chunk, scores if own_scale is None else scores.mul_(own_scale)
 
 
 def _combine(statistics: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,18 +332,27 @@ def _first_with_maximum(ids: Tensor, maxima: Tensor, shard: _Shard) -> Tensor:
     return first
 
 
+def _scaled(values: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    return values if values is None or scale is None else values * scale
+
+
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: _Shard
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor | None,
+        shard: _Shard,
     ) -> tuple[Tensor, Tensor]:
         columns, held = head_sweeps.target_columns(targets, shard.start, shard.columns)
         statistics = hidden.new_empty(4, hidden.shape[0], dtype=score_dtype(hidden, weight))
-        for chunk, scores in _score_chunks(hidden, weight, shard):
+        for chunk, scores in _score_chunks(hidden, weight, scale, shard):
             targeted = columns[chunk], held[chunk]
             statistics[:, chunk] = head_sweeps.statistics(scores, targeted)
         log_normaliser, log_probs, entropies = _combine(statistics, shard)
-        ctx.save_for_backward(hidden, weight, columns, held, log_normaliser, entropies)
+        ctx.save_for_backward(hidden, weight, columns, held, scale, log_normaliser, entropies)
         ctx.shard = shard
         ctx.set_materialize_grads(False)
         return log_probs, entropies
@@ -337,11 +360,13 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None) -> tuple:
-        hidden, weight, columns, held, log_normaliser, entropies = ctx.saved_tensors
+        hidden, weight, columns, held, scale, log_normaliser, entropies = ctx.saved_tensors
         gradients = WeightedSums(hidden, weight, ctx.shard.columns, ctx.needs_input_grad[:2])
         if by_log_prob is None:
             by_log_prob = torch.zeros_like(log_normaliser)
-        for chunk, scores in _score_chunks(hidden, weight, ctx.shard):
+        # d/d(h.w) = scale * d/d(scaled score), which is linear in both.
+        by_log_prob, by_entropy = _scaled(by_log_prob, scale), _scaled(by_entropy, scale)
+        for chunk, scores in _score_chunks(hidden, weight, scale, ctx.shard):
             score_gradient = head_sweeps.score_gradient_(
                 scores,
                 log_normaliser[chunk],
@@ -353,7 +378,7 @@ class _TokenStatistics(torch.autograd.Function):
         _sum_over_ranks(gradients, ctx.shard)
         by_hidden = None if gradients.hidden is None else gradients.hidden.to(hidden.dtype)
         by_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
-        return by_hidden, by_weight, None, None
+        return by_hidden, by_weight, None, None, None
 
 
 class _WeightedLogProbSum(torch.autograd.Function):
@@ -365,21 +390,20 @@ class _WeightedLogProbSum(torch.autograd.Function):
         targets: Tensor,
         coefficients: Tensor,
         entropy_coefficients: Tensor | None,
+        scale: Tensor | None,
         shard: _Shard,
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         columns, held = head_sweeps.target_columns(targets, shard.start, shard.columns)
         log_probs = hidden.new_empty(hidden.shape[0], dtype=score_dtype(hidden, weight))
-        coefficients = coefficients.to(log_probs.dtype)
-        by_entropy = entropies = None
-        if entropy_coefficients is not None:
-            by_entropy = entropy_coefficients.to(log_probs.dtype)
-            entropies = torch.empty_like(log_probs)
+        entropies = None if entropy_coefficients is None else torch.empty_like(log_probs)
+        by_log_prob = _scaled(coefficients, scale)
+        by_entropy = _scaled(entropy_coefficients, scale)
         needed = tuple(with_gradients and needs for needs in ctx.needs_input_grad[:2])
         gradients = WeightedSums(hidden, weight, shard.columns, needed)
-        for chunk, scores in _score_chunks(hidden, weight, shard):
-            by_log_prob, targeted = coefficients[chunk], (columns[chunk], held[chunk])
-            keeps_exponentials = by_entropy is None and not head_sweeps.uses_kernels(scores)
+        for chunk, scores in _score_chunks(hidden, weight, scale, shard):
+            targeted = columns[chunk], held[chunk]
+            keeps_exponentials = entropies is None and not head_sweeps.uses_kernels(scores)
             sweep = head_sweeps.exponentiate_ if keeps_exponentials else head_sweeps.statistics
             statistics = sweep(scores, targeted)
             local_maxima = statistics[0].clone()
@@ -391,12 +415,12 @@ class _WeightedLogProbSum(torch.autograd.Function):
             if keeps_exponentials:
                 # exp(z - local maximum) is at hand: one factor per row makes it p.
                 to_p = torch.exp(local_maxima - log_normaliser)
-                scores.mul_((-by_log_prob * to_p)[:, None])
-                head_sweeps.add_at_targets_(scores, by_log_prob, targeted)
+                scores.mul_((-by_log_prob[chunk] * to_p)[:, None])
+                head_sweeps.add_at_targets_(scores, by_log_prob[chunk], targeted)
             else:
                 entropy_part = None if by_entropy is None else (by_entropy[chunk], chunk_entropies)
                 head_sweeps.score_gradient_(
-                    scores, log_normaliser, by_log_prob, entropy_part, targeted
+                    scores, log_normaliser, by_log_prob[chunk], entropy_part, targeted
                 )
             gradients.add(chunk, scores)
         _sum_over_ranks(gradients, shard)
@@ -407,7 +431,7 @@ class _WeightedLogProbSum(torch.autograd.Function):
             ctx.mark_non_differentiable(log_probs)
         else:
             ctx.mark_non_differentiable(log_probs, entropies)
-            total += torch.dot(by_entropy, entropies)
+            total += torch.dot(entropy_coefficients, entropies)
         return total, log_probs, entropies
 
     @staticmethod
@@ -423,4 +447,4 @@ class _WeightedLogProbSum(torch.autograd.Function):
             None if gradient is None else gradient.mul_(by_sum).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return *by_inputs, None, None, None, None, None
+        return *by_inputs, None, None, None, None, None, None

@@ -308,6 +308,40 @@ def test_one_pass_gives_its_gradients_once():
         total.backward()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2.0**-8)],
+    ids=str,
+)
+def test_a_scale_of_each_row_is_a_temperature(dtype, bound):
+    """Scores of bf16 hidden states are scaled after the product: nothing is rounded for it."""
+    problem = _problem(rows=40, dtype=dtype)
+    scale = torch.linspace(0.3, 1.7, 40, dtype=torch.float64)
+    hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
+    wide = [value.detach().double().requires_grad_() for value in (hidden, weight)]
+    log_probs, entropies = _reference(wide[0] * scale[:, None], wide[1], problem["targets"])
+    loss = (log_probs * problem["by_log_prob"]).sum() + (entropies * problem["by_entropy"]).sum()
+    references = torch.autograd.grad(loss, wide)
+    arguments = {"vocab_size": VOCAB, "tp_group": None, "chunk_size": 7, "scale": scale}
+    constants = problem["by_log_prob"], problem["by_entropy"]
+    total, *one_pass = weighted_log_prob_sum(
+        hidden, weight, problem["targets"], *constants, **arguments
+    )
+    recomputed = token_statistics(hidden, weight, problem["targets"], **arguments)
+    by_hand = sum((value * by).sum() for value, by in zip(recomputed, constants, strict=True))
+    alone = weighted_log_prob_sum(
+        hidden, weight, problem["targets"], problem["by_log_prob"], **arguments
+    )[1]
+    for values in (one_pass, recomputed, (alone,)):
+        for value, reference in zip(values, (log_probs, entropies), strict=False):
+            assert _relative(value.detach(), reference.detach()) < min(bound, 2e-6)
+    for loss in (total, by_hand):
+        for gradient, reference in zip(
+            torch.autograd.grad(loss, [hidden, weight]), references, strict=True
+        ):
+            assert _relative(gradient, reference) < bound
+
+
 @pytest.mark.parametrize("rows_in_cache", [1, 2, 3, 100])
 def test_sweeps_of_a_few_rows_at_a_time_cover_every_row(monkeypatch, rows_in_cache):
     monkeypatch.setattr("megatron_rmt.head_sweeps._CPU_BLOCK", rows_in_cache * VOCAB + 1)
@@ -389,6 +423,8 @@ def test_bad_coefficients_and_top_k_are_named():
         weighted_log_prob_sum(hidden, weight, targets, torch.zeros(3), **arguments)
     with pytest.raises(ValueError, match=r"entropy_coefficients has shape \[1\]; .* \[2\]"):
         weighted_log_prob_sum(hidden, weight, targets, torch.zeros(2), torch.zeros(1), **arguments)
+    with pytest.raises(ValueError, match=r"scale has shape \[\]; .* \[2\]"):
+        token_statistics(hidden, weight, targets, scale=torch.ones(()), **arguments)
     with pytest.raises(ValueError, match="top_k is 0"):
         token_entropies(hidden, weight, top_k=0, **arguments)
 

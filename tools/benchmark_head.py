@@ -16,7 +16,8 @@ same loss are compared:
 Peak memory is what torch's allocators hold at most beyond the inputs, gradients included, added up
 from the allocator events of the profiler (on a GPU: its own counter): every temporary inside an
 operator counts, and neither the interpreter nor the libraries' code does. With --tensor-parallel N
-there are N gloo processes of --threads threads; times and memory are those of rank 0.
+there are N gloo processes of --threads threads; times and memory are those of rank 0. Ratios on a
+CPU are of processor time, in which other programs that take the processor do not count.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import functools
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -131,16 +133,28 @@ def _measure(
                 _compare(name, gradients, reference, TOLERANCE[flags.dtype])
         del gradients
 
-    def in_step(case: Callable[[], object]) -> Callable[[], object]:
+    processor: dict[str, list[float]] = {name: [] for name in cases}
+
+    def in_step(name: str, case: Callable[[], object]) -> Callable[[], object]:
         def run_together() -> None:
             if group is not None:
                 dist.barrier(group)
+            began = time.process_time()
             case()
+            processor[name].append(time.process_time() - began)
 
         return run_together
 
-    times = interleaved({n: in_step(case) for n, case in cases.items()}, flags.repeats)
-    return {name: {"seconds": times[name], "peak bytes": memory[name]} for name in cases}
+    times = interleaved({n: in_step(n, case) for n, case in cases.items()}, flags.repeats)
+    return {
+        name: {
+            "seconds": times[name],
+            # Without the warm-up, which comes first.
+            "processor seconds": processor[name][-flags.repeats :],
+            "peak bytes": memory[name],
+        }
+        for name in cases
+    }
 
 
 def _cases(
@@ -250,10 +264,12 @@ def _peak_memory(
 
 
 def _report(flags: argparse.Namespace, results: list[dict[str, dict[str, object]]]) -> Report:
-    columns = ["rows", "case", "seconds", "of floor", "of best baseline", "peak MB", "of it"]
+    columns = ["rows", "case", "seconds", "processor s", "of floor", "of best baseline"]
+    columns += ["peak MB", "of it"]
+    clock = "processor seconds" if flags.device == "cpu" else "seconds"
     table = []
     for rows, cases in zip(flags.rows, results, strict=True):
-        seconds = {name: median(case["seconds"]) for name, case in cases.items()}
+        seconds = {name: median(case[clock]) for name, case in cases.items()}
         memory = {name: case["peak bytes"] for name, case in cases.items()}
         best = min((n for n in BASELINES if n in cases), key=seconds.__getitem__, default=None)
         for name in cases:
@@ -262,7 +278,8 @@ def _report(flags: argparse.Namespace, results: list[dict[str, dict[str, object]
                 [
                     str(rows),
                     name,
-                    f"{seconds[name]:.3f}",
+                    f"{median(cases[name]['seconds']):.3f}",
+                    f"{median(cases[name]['processor seconds']):.3f}",
                     f"{seconds[name] / floor:.2f}" if floor else "",
                     f"{seconds[name] / seconds[best]:.2f}" if best else "",
                     f"{memory[name] / MEBIBYTE:.0f}",
@@ -280,8 +297,8 @@ def _report(flags: argparse.Namespace, results: list[dict[str, dict[str, object]
         columns=columns,
         rows=table,
         notes=[
-            f"Medians of {flags.repeats}, interleaved. Best baseline: the faster of "
-            f"{' and '.join(BASELINES)}, which give the same results as recompute.",
+            f"Medians of {flags.repeats}, interleaved; ratios are of {clock}. Best baseline: the "
+            f"faster of {' and '.join(BASELINES)}, which give the same results as recompute.",
             "Gradients, part of every peak: "
             + ", ".join(
                 f"{size:.0f} MB ({rows} rows)"
