@@ -199,6 +199,16 @@ FLAGS: tuple[Flag, ...] = (
         },
     ),
     (
+        "--rmt-max-tokens",
+        {
+            "type": int,
+            "default": None,
+            "help": "Deal the samples of a step out again after the rollouts: evenly over the data-"
+            "parallel ranks, several in one micro-batch up to N packed tokens, if they fit in the "
+            "number of micro-batches that --global-batch-size gives (default: as read; ours).",
+        },
+    ),
+    (
         "--rmt-head-chunk-size",
         {
             "type": int,
