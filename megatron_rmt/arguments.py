@@ -207,6 +207,16 @@ FLAGS: tuple[Flag, ...] = (
         },
     ),
     (
+        "--rmt-attention",
+        {
+            "type": str,
+            "choices": ["auto", "sdpa", "lse", "flex"],
+            "default": "auto",
+            "help": "Attention of the update: lse (CPU), flex (CUDA, compiled), sdpa (anywhere, "
+            "slower); auto takes the first of them that runs (default auto).",
+        },
+    ),
+    (
         "--rmt-metrics-file",
         {
             "type": str,

@@ -43,6 +43,7 @@ from megatron_rmt.template import (
 )
 from megatron_rmt.token_bytes import token_bytes
 from megatron_rmt.tree import NO_LABEL, Responses, Tree, Trunk, build_trunk, grow_tree, pad_tree
+from megatron_rmt.tree_attention import check_backend
 from megatron_rmt.user_batch import UserBatch
 
 # Tokens of the true continuation that a prediction is compared with.
@@ -93,10 +94,12 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     """Attach tree attention to ``model`` and read the vocabulary and the prompt.
 
     Raises:
-        ValueError: the prompt and the longest thought do not fit, or the vocabularies disagree.
+        ValueError: the prompt and the longest thought do not fit, the vocabularies disagree, or
+            --rmt-attention cannot train on the model's device.
     """
     attach_tree_attention(model)
     device = next(model.parameters()).device
+    check_backend(args.rmt_attention, device)
     template = load_template(args.rmt_template)
     inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
     if not args.rmt_no_chat:
@@ -227,6 +230,7 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
             longest_position=training.longest_position,
             chunk_size=args.rmt_head_chunk_size,
             top_k=args.rmt_entropy_top_k,
+            attention=args.rmt_attention,
         )
         rows, tier = _choose(training, trunk, entropies, sample_index[index], step)
         chosen.append(rows)
@@ -262,6 +266,7 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
             responses.positions(first, limit) if rows else None,
             longest_position=training.longest_position,
             device=next(training.model.parameters()).device,
+            attention=args.rmt_attention,
         )
         for trunk, rows, first, limit in zip(trunks, chosen, ends, ends[1:], strict=False)
     ]
