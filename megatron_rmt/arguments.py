@@ -199,6 +199,16 @@ FLAGS: tuple[Flag, ...] = (
         },
     ),
     (
+        "--rmt-max-tokens",
+        {
+            "type": int,
+            "default": None,
+            "help": "Deal the samples of a step out again after the rollouts: evenly over the data-"
+            "parallel ranks, several in one micro-batch up to N packed tokens, if they fit in the "
+            "number of micro-batches that --global-batch-size gives (default: as read; ours).",
+        },
+    ),
+    (
         "--rmt-head-chunk-size",
         {
             "type": int,
@@ -346,7 +356,6 @@ def _unsupported(args: Namespace) -> list[str]:
             False,
             "its schedule bypasses the forward step",
         ),
-        "--use-mup": (getattr(args, "use_mup", False), False, "the fused head does not scale"),
     }
     problems = [
         f"{flag} is {value}; RMT needs {'it left out' if needed is None else needed}: {why}."

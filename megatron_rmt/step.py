@@ -1,7 +1,8 @@
 """One training step of RMT, as data flows through it.
 
     user's batches -> trunk pass (entropies, keys and values) -> tiers, curriculum, positions
-    -> budget, stems, rollouts -> rewards, advantages -> trees -> Megatron's own train_step
+    -> budget, stems, rollouts -> rewards, advantages -> (packing ->) trees
+    -> Megatron's own train_step
 
 ``prepare`` builds once what does not change during a run; ``collect`` turns the user's
 micro-batches of a step into the ``Update``s that Megatron's schedules then consume. Nothing is kept
@@ -31,6 +32,7 @@ from megatron_rmt.curriculum import choose_positions, tier_probabilities, tiers
 from megatron_rmt.entropy import entropy_percentiles, read_trunk
 from megatron_rmt.forward_step import LossSettings, Metric, Update
 from megatron_rmt.losses import LossWeights, response_weights
+from megatron_rmt.packing import TreeSource, repack, tree_cost
 from megatron_rmt.rewards import length_reward, total_reward
 from megatron_rmt.rollout import RolloutPosition, RolloutSettings, generate
 from megatron_rmt.template import (
@@ -94,8 +96,9 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     """Attach tree attention to ``model`` and read the vocabulary and the prompt.
 
     Raises:
-        ValueError: the prompt and the longest thought do not fit, the vocabularies disagree, or
-            --rmt-attention cannot train on the model's device.
+        ValueError: the prompt and the longest thought do not fit, the vocabularies disagree,
+            --rmt-attention cannot train on the model's device, or --rmt-max-tokens is less than
+            what a micro-batch holds before the rollouts.
     """
     attach_tree_attention(model)
     device = next(model.parameters()).device
@@ -111,6 +114,14 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
             f"{args.padded_vocab_size} rows of embedding; pass the tokenizer of the checkpoint."
         )
     stop = sorted({int(i) for i in (tokenizer.eod, _eos(tokenizer)) if i is not None})
+    head = encode_prompt(tokenizer, template.head)
+    held = args.micro_batch_size * (args.seq_length + len(head))
+    if args.rmt_max_tokens is not None and args.rmt_max_tokens < held:
+        raise ValueError(
+            f"--rmt-max-tokens is {args.rmt_max_tokens}, but {args.micro_batch_size} samples of "
+            f"{args.seq_length} tokens and their prompt take {held} before any rollout; raise it "
+            "or lower --micro-batch-size (which gives more micro-batches) or --seq-length."
+        )
     training = MidTraining(
         args=args,
         model=model,
@@ -119,7 +130,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
         bytes_of=bytes_of,
         has_bytes=torch.tensor([len(text) > 0 for text in bytes_of]),
         grammar=ResponseGrammar(template, bytes_of, stop).to(device),
-        head=encode_prompt(tokenizer, template.head),
+        head=head,
         close=encode_prompt(tokenizer, template.close),
         stop=stop,
         longest_position=_longest_position(args, tokenizer, template),
@@ -258,17 +269,28 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
     ends = [0]
     for rows in chosen:
         ends.append(ends[-1] + len(rows))
+    sources = []
+    for trunk, rows, first, limit, metric in zip(
+        trunks, chosen, ends, ends[1:], metrics, strict=False
+    ):
+        own = responses.positions(first, limit)
+        advantages, reward_metrics = _score(training, trunk, rows, own, step)
+        keys = [(position.sample, position.column) for position in positions[first:limit]]
+        metric |= reward_metrics | {"rmt rollout checksum": _checksum(keys, own)}
+        sources.append(TreeSource(trunk, rows, own, advantages))
+    if args.rmt_max_tokens is not None:
+        sources = _repack(training, sources, len(stem))
     trees = [
         grow_tree(
-            trunk,
-            rows,
+            source.trunk,
+            source.rows,
             stem,
-            responses.positions(first, limit) if rows else None,
+            source.responses,
             longest_position=training.longest_position,
             device=next(training.model.parameters()).device,
             attention=args.rmt_attention,
         )
-        for trunk, rows, first, limit in zip(trunks, chosen, ends, ends[1:], strict=False)
+        for source in sources
     ]
     trees = _aligned(training, trees)
 
@@ -279,16 +301,11 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
 
     slots = float(len(batches) * parallel_state.get_data_parallel_world_size())
     updates = []
-    for trunk, rows, tree, first, limit, metric in zip(
-        trunks, chosen, trees, ends, ends[1:], metrics, strict=False
-    ):
-        own = responses.positions(first, limit)
-        advantages, reward_metrics = _score(training, trunk, rows, own, step)
-        weights = _weights(training, tree, advantages, all_positions, ntp_tokens, step)
-        keys = [(position.sample, position.column) for position in positions[first:limit]]
-        metric |= reward_metrics | {"rmt rollout checksum": _checksum(keys, own)}
+    for source, tree, metric in zip(sources, trees, metrics, strict=True):
+        weights = _weights(training, tree, source.advantages, all_positions, ntp_tokens, step)
         metric |= {f"rmt entropy p{p}": (value, 1.0) for p, value in percentiles.items()}
-        metric |= _token_metrics(trunk, tree, len(rows) * len(stem), slots)
+        metric |= _token_metrics(source.trunk, tree, len(source.rows) * len(stem), slots)
+        metric |= _size_metrics(args, tree)
         updates.append(Update(tree, weights, metric))
     settings = LossSettings(
         ntp_coefficient=0.0 if args.rmt_no_ntp else args.rmt_ntp_coefficient,
@@ -454,6 +471,31 @@ def _labelled(trunk: Trunk) -> Tensor:
     return (trunk.labels != NO_LABEL) & (trunk.loss_mask > 0)
 
 
+def _repack(
+    training: MidTraining, sources: Sequence[TreeSource], stem_length: int
+) -> list[TreeSource]:
+    return repack(
+        sources,
+        tree_cost(training.model.config, training.vocab_size),
+        stem_length=stem_length,
+        max_tokens=training.args.rmt_max_tokens,
+        use_all=parallel_state.get_pipeline_model_parallel_world_size() > 1,
+        group=parallel_state.get_data_parallel_group(),
+        device=torch.device(torch.cuda.current_device()),
+    )
+
+
+def _size_metrics(args: Namespace, tree: Tree) -> dict[str, Metric]:
+    """Tokens of a micro-batch, share of rows that are padding, tokens above the limit."""
+    tokens, rows = float(tree.plan.tokens), float(tree.tokens.shape[0])
+    excess = 0.0 if args.rmt_max_tokens is None else max(0.0, tokens - args.rmt_max_tokens)
+    return {
+        "rmt micro-batch tokens": (tokens, 1.0),
+        "rmt padding": (rows - tokens, rows),
+        "rmt tokens above limit": (excess, 1.0),
+    }
+
+
 def _trunk_metrics(
     trunk: Trunk,
     entropies: Tensor,
@@ -485,7 +527,6 @@ def _token_metrics(trunk: Trunk, tree: Tree, stem_tokens: int, slots: float) -> 
         "trunk": len(trunk),
         "stem": stem_tokens,
         "branch": tree.plan.tokens - len(trunk) - stem_tokens,
-        "padding": tree.tokens.shape[0] - tree.plan.tokens,
     }
     return {f"rmt {name} tokens": (float(count), 1 / slots) for name, count in tokens.items()}
 

@@ -382,4 +382,4 @@ def test_every_token_of_a_tree_is_counted_once():
     assert metrics["rmt trunk tokens"] == (len(trunk), 0.25)
     assert metrics["rmt stem tokens"] == (2, 0.25)
     assert metrics["rmt branch tokens"] == (int((responses.lengths - 1).sum()), 0.25)
-    assert sum(tokens for tokens, _ in metrics.values()) == 128
+    assert sum(tokens for tokens, _ in metrics.values()) == tree.plan.tokens

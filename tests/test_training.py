@@ -43,14 +43,8 @@ COUNTED = (
     "branch tokens",
     "budget",
 )
-COMPUTED = (
-    "entropy",
-    "entropy p50",
-    "next-token accuracy",
-    "entropy of chosen",
-    "ntp loss",
-    "grad norm",
-)
+COMPUTED = ("entropy", "next-token accuracy", "entropy of chosen", "ntp loss", "grad norm")
+PACKED = ["--rmt-max-tokens", "600"]
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 SHARDED_OPTIMIZER = ["--use-distributed-optimizer"]
@@ -143,6 +137,12 @@ LAYOUTS = {
     "DP2, overlapped communication": (2, SHARDED_OPTIMIZER + OVERLAP),
     "DP2, loss per token": (2, ["--calculate-per-token-loss"]),
     "micro-batches of 2": (1, ["--micro-batch-size", "2"]),
+    "packed": (1, PACKED),
+    "packed, DP2": (2, PACKED),
+    "packed, PP2 x DP2, micro-batches of 2": (
+        4,
+        [*PACKED, *PP2, "--micro-batch-size", "2", "--global-batch-size", "4"],
+    ),
 }
 
 
