@@ -73,8 +73,9 @@ FLAGS: tuple[Flag, ...] = (
         {
             "type": int,
             "default": 0,
-            "help": "Format warm-up: in the first N steps thoughts are closed at B_t and the true "
-            "answer is supervised instead of RL (default 0; ours, for small base models).",
+            "help": "Format warm-up: in the first N steps thoughts are closed at B_t, the true "
+            "answer is supervised, and only the length is rewarded (default 0; ours, for small "
+            "base models).",
         },
     ),
     (

@@ -563,7 +563,11 @@ def _score(
     by_length = length_reward(lengths, step.budget, args.rmt_length_reward_maximum)
     weight = 0.0 if args.rmt_no_length_reward else args.rmt_length_reward_weight
     rewards = total_reward(match, by_length, weight)
-    advantages = torch.zeros_like(rewards) if step.warm_up else group_advantages(rewards)
+    if step.warm_up:
+        # The answers are given; what is drawn, the thoughts, learns to last until the budget.
+        # Else models soon close every thought at once, as closing is all that they are shown.
+        rewards = total_reward(torch.zeros_like(match), by_length, weight)
+    advantages = group_advantages(rewards)
 
     count = float(positions * group)
     # In the warm-up the answers are given, so there is nothing to report of them.

@@ -274,9 +274,16 @@ def test_without_the_length_reward_the_match_is_all():
     assert metrics["rmt reward"] == (2, 4)
 
 
-def test_the_warm_up_has_no_advantages_and_judges_nothing():
-    advantages, metrics, _ = _scored(warm_up=True)
-    assert not advantages.any()
+def test_the_warm_up_rewards_the_length_alone_and_judges_nothing():
+    advantages, metrics, (training, *others) = _scored(warm_up=True)
+    # Thoughts of 2 and 8, 1 and 4 tokens for a budget of 4, whatever the answers.
+    torch.testing.assert_close(advantages, torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+    *others, step = others
+    wrong = dataclasses.replace(others[-1], tokens=others[-1].tokens.clone())
+    wrong.tokens[1, 1, 5] = wrong.tokens[1, 0, 2]
+    unmoved, _ = rmt_step._score(training, *others[:-1], wrong, step)
+    assert torch.equal(unmoved, advantages)
+    assert not _scored(warm_up=True, rmt_no_length_reward=True)[0].any()
     for name in (
         "rmt match rate",
         "rmt well-formed rate",
