@@ -73,8 +73,9 @@ FLAGS: tuple[Flag, ...] = (
         {
             "type": int,
             "default": 0,
-            "help": "Format warm-up: in the first N steps thoughts are closed at B_t and the true "
-            "answer is supervised instead of RL (default 0; ours, for small base models).",
+            "help": "Format warm-up: in the first N steps thoughts are closed at B_t, the true "
+            "answer is supervised, and only the length is rewarded (default 0; ours, for small "
+            "base models).",
         },
     ),
     (
@@ -214,6 +215,16 @@ FLAGS: tuple[Flag, ...] = (
             "type": int,
             "default": 256,
             "help": "Rows of logits held at a time by the fused head (default 256).",
+        },
+    ),
+    (
+        "--rmt-attention",
+        {
+            "type": str,
+            "choices": ["auto", "sdpa", "lse", "flex"],
+            "default": "auto",
+            "help": "Attention of the update: lse (CPU), flex (CUDA, compiled), sdpa (anywhere, "
+            "slower); auto takes the first of them that runs (default auto).",
         },
     ),
     (
