@@ -98,7 +98,7 @@ def test_help_states_the_default_that_holds(flag):
     (stated,) = re.findall(r"default:? ([^,;)]+)", options["help"])
     default = options["default"]
     if default is None:
-        assert stated in ("all", "--seed", "rmt_metrics.jsonl in --save")
+        assert stated in ("all", "--seed", "rmt_metrics.jsonl in --save", "as read")
     elif isinstance(default, list):
         assert [float(number) for number in stated.split()] == default
     else:
