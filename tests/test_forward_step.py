@@ -273,6 +273,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_query_groups": None,
     },
     "query and key norms, one key head": {"qk_layernorm": True, "num_query_groups": 1},
+    "tied embeddings": {"tied": True},
+    # Scores, embeddings and attention are scaled.
+    "MuP": {
+        "use_mup": True,
+        "mup_base_hidden_size": 24,
+        "mup_embedding_mult": 3.0,
+        "mup_base_head_dim": 4.0,
+    },
     "experts": {
         "num_moe_experts": 4,
         "moe_router_topk": 2,
