@@ -24,10 +24,10 @@ def multiply_scores(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     elif _multiplies_into_fp32(hidden, weight):
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
-        hidden = hidden.to(out.dtype)
+        wide = hidden.to(out.dtype)
         with _rounding_inputs_to_bf16(_are_bf16(hidden, weight)):
             for block in _blocks(weight):
-                torch.mm(hidden, weight[block].to(out.dtype).t(), out=out[:, block])
+                torch.mm(wide, weight[block].to(out.dtype).t(), out=out[:, block])
 
 
 class WeightedSums:
