@@ -28,6 +28,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# The CPU's flash attention takes few rows in small blocks, whose backward in bf16 is slower than in
+# fp32, conversion included: up to nine times for the shortest, until about these numbers of rows.
+_ROWS_FOR_BF16, _ROWS_FOR_BF16_CAUSAL = 768, 256
 
 _NO_FLEX_BACKWARD = (
     "--rmt-attention is flex, whose backward does not exist on the CPU; pass auto, lse or sdpa."
@@ -278,11 +281,11 @@ class _MergedParts(torch.autograd.Function):
             part, part_lse = _flash(
                 _fold(query[rows], heads), _batch(keys), _batch(values), 0.0, False, scale=scale
             )
-            part = _unfold(part, query[rows].shape)
-            part_lse = _unfold(part_lse[..., None], (*lse[rows].shape, 1))[..., 0]
-            share = torch.sigmoid(part_lse - lse[rows])[..., None]
-            output[rows].lerp_(part.to(wide), share)
-            torch.logaddexp(lse[rows], part_lse, out=lse[rows])
+            merged, merged_lse = (_by_group(x[rows], heads) for x in (output, lse[..., None]))
+            part_lse = _unfold(part_lse[..., None], len(merged))
+            share = torch.sigmoid(part_lse - merged_lse)
+            merged.lerp_(_unfold(part, len(merged)).to(wide), share)
+            merged_lse.copy_(torch.logaddexp(merged_lse, part_lse))
         output = output.to(query.dtype)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.parts = runs, contexts, scale
@@ -297,38 +300,46 @@ class _MergedParts(torch.autograd.Function):
             torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)
         ]
         for run in runs:
-            shares = _flash_backward(
-                run.of(gradient),
-                run.of(query),
-                run.of(key),
-                run.of(value),
-                run.of(output),
-                run.of(lse[..., None])[..., 0],
-                0.0,
-                True,
-                scale=scale,
-            )
+            parts = (run.of(x) for x in (gradient, query, key, value, output))
+            shares = _part_backward(*parts, run.of(lse[..., None])[..., 0], True, scale)
             for total, share in zip(gradients, shares, strict=True):
                 run.of(total).copy_(share)
+        heads = key.shape[1]
         for context in contexts:
             rows = slice(context.first, context.limit)
-            heads = key.shape[1]
-            of_query, of_key, of_value = _flash_backward(
+            of_query, of_key, of_value = _part_backward(
                 _fold(gradient[rows], heads),
                 _fold(query[rows], heads),
                 _batch(context.keys(key)),
                 _batch(context.keys(value)),
                 _fold(output[rows], heads),
                 _fold(lse[rows][..., None], heads)[..., 0],
-                0.0,
                 False,
-                scale=scale,
+                scale,
             )
-            gradients[0][rows] += _unfold(of_query, query[rows].shape)
+            total = _by_group(gradients[0][rows], heads)
+            total += _unfold(of_query, len(total))
             context.add(gradients[1], of_key[0].transpose(0, 1))
             context.add(gradients[2], of_value[0].transpose(0, 1))
         of_query, of_key, of_value = (x.to(query.dtype) for x in gradients)
         return of_query, of_key, of_value, None, None, None
+
+
+def _part_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Flash attention's backward; all ``[batch, heads, rows, dim]``, lse without dim."""
+    inputs = gradient, query, key, value, output
+    if query.shape[2] < (_ROWS_FOR_BF16_CAUSAL if causal else _ROWS_FOR_BF16):
+        inputs = [x.to(lse.dtype) for x in inputs]
+    return _flash_backward(*inputs, lse, 0.0, causal, scale=scale)
 
 
 def _batch(rows: Tensor) -> Tensor:
@@ -336,21 +347,22 @@ def _batch(rows: Tensor) -> Tensor:
     return rows.transpose(0, 1)[None]
 
 
+def _by_group(rows: Tensor, kv_heads: int) -> Tensor:
+    """``[rows, heads, dim]`` as ``[rows, kv heads, heads / kv heads, dim]``, a view."""
+    return rows.unflatten(1, (kv_heads, -1))
+
+
 def _fold(rows: Tensor, kv_heads: int) -> Tensor:
     """``[rows, heads, dim]`` as ``[1, kv heads, heads / kv heads * rows, dim]``.
 
     Query heads that share a key head become rows: taller products.
     """
-    count, heads, width = rows.shape
-    folded = rows.view(count, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3)
-    return folded.reshape(1, kv_heads, -1, width)
+    return _by_group(rows, kv_heads).permute(1, 2, 0, 3).flatten(1, 2)[None]
 
 
-def _unfold(folded: Tensor, shape: Sequence[int]) -> Tensor:
-    """The ``[rows, heads, dim]`` that ``_fold`` made ``folded`` of."""
-    count, heads, width = shape
-    split = folded[0].unflatten(1, (heads // folded.shape[1], count))
-    return split.permute(2, 0, 1, 3).reshape(count, heads, width)
+def _unfold(folded: Tensor, rows: int) -> Tensor:
+    """What ``_by_group`` gives of the rows that ``_fold`` made ``folded`` of, a view."""
+    return folded[0].unflatten(1, (-1, rows)).permute(2, 0, 1, 3)
 
 
 class FlexAttention:

@@ -22,11 +22,14 @@ def build_model(
     dtype: torch.dtype = torch.float64,
     position_embedding: str = "rope",
     tied: bool = False,
+    pre_process: bool = True,
+    post_process: bool = True,
     **changes: Any,
 ) -> GPTModel:
     """Two layers of width 32 with 4 query and 2 key heads, Llama's shape unless ``changes``.
 
-    tied: the output layer is the embedding.
+    tied: the output layer is the embedding. pre_process, post_process: this pipeline stage has the
+    embedding, the head.
     """
     options: dict[str, Any] = {
         "num_layers": 2,
@@ -60,6 +63,8 @@ def build_model(
         config,
         spec,
         vocab_size=PADDED_VOCAB,
+        pre_process=pre_process,
+        post_process=post_process,
         max_sequence_length=LONGEST_POSITION,
         position_embedding_type=position_embedding,
         share_embeddings_and_output_weights=tied,
