@@ -1,6 +1,6 @@
 """Logits of a model on a text, computed by transformers or by Megatron, for comparing the two.
 
-    python tools/checkpoint_logits.py huggingface HF_DIR --text ... --companions DIR --output FILE
+    python tools/checkpoint_logits.py huggingface HF_DIR --text-file FILE --companions DIR --output FILE
     python tools/checkpoint_logits.py megatron MEGATRON_DIR ... [further Megatron flags]
 
 Each side needs a process of its own: a Hugging Face model must not be loaded where the CPU stands
@@ -97,11 +97,14 @@ def main() -> None:
     )
     parser.add_argument("side", choices=("huggingface", "megatron"))
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--text", required=True)
+    parser.add_argument("--text-file", type=Path, required=True)
     parser.add_argument("--companions", type=Path, required=True, help="has the tokenizer")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="gets the logits")
+    parser.add_argument("--ids-output", type=Path, help="gets the token ids")
     arguments, flags = parser.parse_known_args()
-    ids = tokenize(arguments.text, arguments.companions)
+    ids = tokenize(arguments.text_file.read_text(encoding="utf-8"), arguments.companions)
+    if arguments.ids_output and int(os.environ.get("RANK", "0")) == 0:
+        torch.save(ids, arguments.ids_output)
     if arguments.side == "huggingface":
         logits = huggingface_logits(arguments.directory, ids)
     else:
