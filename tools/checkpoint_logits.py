@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,14 +35,14 @@ def huggingface_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
         return model(ids).logits
 
 
-def megatron_logits(directory: Path, ids: torch.Tensor, flags: list[str]) -> torch.Tensor | None:
-    """Logits ``[1, tokens, vocabulary]`` of Megatron; None on all but the last pipeline stage."""
+def build_megatron_model(directory: Path, sequence_length: int, flags: list[str]) -> Any:
+    """This rank's part of the model, from the checkpoint's own flags, with its weights loaded."""
     from convert_checkpoint import flags_of
 
     sys.argv[1:] = shlex.split(
         f"{flags_of(directory)} --load {shlex.quote(str(directory))} --finetune "
         "--ckpt-format torch_dist --exit-on-missing-checkpoint --micro-batch-size 1 --lr 1e-5 "
-        f"--train-iters 1 --seq-length {ids.shape[1]}"
+        f"--train-iters 1 --seq-length {sequence_length}"
     )
     sys.argv += flags
     # Megatron insists on it under tensor parallelism (it matters on GPUs before Blackwell).
@@ -54,7 +55,6 @@ def megatron_logits(directory: Path, ids: torch.Tensor, flags: list[str]) -> tor
 
     cpu_platform.install_if_no_cuda()
 
-    from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import get_args, initialize
     from megatron.training.argument_utils import gpt_config_from_args
@@ -66,13 +66,20 @@ def megatron_logits(directory: Path, ids: torch.Tensor, flags: list[str]) -> tor
     # Only data sets need the helpers that it compiles.
     initialize._compile_dependencies = lambda: None
     initialize.initialize_megatron()
-    args = get_args()
-    config = gpt_config_from_args(args)
+    config = gpt_config_from_args(get_args())
     config.parallel_output = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(config).build_model(groups).cuda().eval()
     load_checkpoint([model], None, None)
+    return model
 
+
+def megatron_logits(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    """Logits ``[1, tokens, vocabulary]`` of Megatron; None on all but the last pipeline stage."""
+    from megatron.core import parallel_state
+    from megatron.training import get_args
+
+    args = get_args()
     device = next(model.parameters()).device
     ids = ids.to(device)
     positions = torch.arange(ids.shape[1], device=device)
@@ -108,7 +115,9 @@ def main() -> None:
     if arguments.side == "huggingface":
         logits = huggingface_logits(arguments.directory, ids)
     else:
-        logits = megatron_logits(arguments.directory, ids, flags)
+        logits = megatron_logits(
+            build_megatron_model(arguments.directory, ids.shape[1], flags), ids
+        )
     if logits is not None and int(os.environ.get("LOCAL_RANK", "0")) in (0, last_rank()):
         torch.save(logits, arguments.output)
 

@@ -95,22 +95,26 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
     ) -> None:
         super().__init__(flatten_state_dict=False)
         self.read, self.shape, self.dtype = read, shape, dtype
-        self.rows: dict[str, Weight] = {weight.megatron: weight for weight in weights_of(shape)}
+        self.rows: dict[str, Weight] = {key: weight for weight in weights_of(shape) for key in weight.keys}
         self.objects = _objects(shape)
         self.progress = tqdm(desc="to Megatron", unit=" tensors", disable=None)
 
     def create_local_plan(self) -> SavePlan:
-        items = [self._item(weight, place) for weight, place in rows_of(self.shape)]
+        items = [
+            self._item(key, weight, place)
+            for weight, place in rows_of(self.shape)
+            for key in weight.keys
+        ]
         items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.objects]
         self.plan = SavePlan(items)
         self.progress.reset(len(items))
         return self.plan
 
-    def _item(self, weight: Weight, place: Place) -> WriteItem:
+    def _item(self, key: str, weight: Weight, place: Place) -> WriteItem:
         local = weight.megatron_shape(self.shape)
         offsets = torch.Size([*place, *(0 for _ in local)])
         return WriteItem(
-            MetadataIndex(weight.megatron, offsets),
+            MetadataIndex(key, offsets),
             WriteItemType.SHARD,
             tensor_data=TensorWriteData(
                 ChunkStorageMetadata(offsets, torch.Size([*(1 for _ in place), *local])),
@@ -189,7 +193,12 @@ class MegatronWeights:
             for key, value in metadata.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata)
         }
+        self.objects = metadata.state_dict_metadata.keys() - self.stored.keys()
         self.chunks: dict[tuple[str, int], dict[Place, list[ChunkStorageMetadata]]] = {}
+
+    def keys(self) -> set[str]:
+        """Keys of all tensors and objects."""
+        return {*self.stored, *self.objects}
 
     def check(self, shape: ModelShape) -> None:
         """Compare keys, shapes, dtypes and files with the table; a padded vocabulary may be larger.
@@ -201,7 +210,7 @@ class MegatronWeights:
         problems, expected = [], set()
         for weight, place in rows_of(shape):
             key, _, found = self._find(weight, place)
-            expected.add(key)
+            expected |= {key, *weight.keys}
             wanted = weight.megatron_shape(shape)
             if found is None:
                 problems.append(f"{key} is missing")
@@ -220,7 +229,7 @@ class MegatronWeights:
             for weight in weights_of(shape):
                 stack = weight.stack(shape)
                 found = tuple(stored.size)[: len(stack)]
-                if key == weight.megatron and found != stack:
+                if key in weight.keys and found != stack:
                     problems.append(f"{key} stacks {list(found)} tensors, not {list(stack)}")
         if problems:
             raise ValueError(
@@ -251,17 +260,18 @@ class MegatronWeights:
 
         Megatron stacks layers under one key, unless they differ from one another.
         """
-        if place:
-            numbered = weight.megatron.replace("decoder.layers.", f"decoder.layers.{place[0]}.")
-            if numbered in self.stored:
-                size = tuple(self.stored[numbered].size)
-                return numbered, len(place) - 1, size[len(place) - 1 :]
-        if weight.megatron not in self.stored:
-            return weight.megatron, len(place), None
-        size = tuple(self.stored[weight.megatron].size)
-        if any(number >= count for number, count in zip(place, size, strict=False)):
-            return f"{weight.megatron} of {place}", len(place), None
-        return weight.megatron, len(place), size[len(place) :]
+        for key in weight.keys:
+            if place:
+                numbered = key.replace("decoder.layers.", f"decoder.layers.{place[0]}.")
+                if numbered in self.stored:
+                    size = tuple(self.stored[numbered].size)
+                    return numbered, len(place) - 1, size[len(place) - 1 :]
+            if key in self.stored:
+                size = tuple(self.stored[key].size)
+                if any(number >= count for number, count in zip(place, size, strict=False)):
+                    return f"{key} at {place}", len(place), None
+                return key, len(place), size[len(place) :]
+        return weight.megatron, len(place), None
 
     def read(self, weight: Weight, place: Place, shape: ModelShape) -> torch.Tensor:
         """The tensor of one place, without the rows that pad the vocabulary."""

@@ -4,9 +4,9 @@ Each row of a family's table pairs one tensor of a Megatron checkpoint with the 
 that it is made of. Both directions of ``convert_checkpoint.py`` walk the same rows, so whatever is
 packed here is also unpacked here. Nothing in this module reads or writes a file.
 
-Megatron keys are those of a ``torch_dist`` checkpoint (``GPTModel.sharded_state_dict``), which are
-the same for the local and the Transformer Engine layer specification, and for grouped and
-sequential experts. The tensors of all layers are stacked under one key, ``[layers, ...]``, those of
+Megatron keys are those of a ``torch_dist`` checkpoint (``GPTModel.sharded_state_dict``). The local
+and the Transformer Engine layer specification, grouped and sequential experts have the same, but
+for the norm before experts (see ``Weight.alias``). The tensors of all layers are stacked under one key, ``[layers, ...]``, those of
 experts ``[layers, experts, ...]``; a row describes one place of the stack.
 """
 
@@ -118,11 +118,19 @@ class Weight:
         parts: Hugging Face names, ``{layer}`` and ``{expert}`` standing for numbers, each with the
             names of its dimensions (see ``ModelShape.size``), slowest first.
         packing: How the parts make up the Megatron tensor.
+        alias: Second key in the Megatron checkpoint, where the local and the Transformer Engine
+            specification differ; both are written, either is read.
     """
 
     megatron: str
     parts: tuple[tuple[str, str], ...]
     packing: Packing = STACKED
+    alias: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys in the Megatron checkpoint."""
+        return (self.megatron,) if self.alias is None else (self.megatron, self.alias)
 
     @property
     def per_expert(self) -> bool:
@@ -235,6 +243,8 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
         Weight(
             "decoder.layers.pre_mlp_layernorm.weight",
             ((LAYER + "post_attention_layernorm.weight", "hidden"),),
+            # What the local specification calls it, as if experts were one MLP.
+            alias="decoder.layers.mlp.linear_fc1.layer_norm_weight",
         ),
         Weight(
             "decoder.layers.mlp.router.weight",
@@ -279,8 +289,9 @@ class Family:
 
 ATTENTION_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj")
 LINEARS = (*ATTENTION_LINEARS, "mlp.linear_fc1", "mlp.linear_fc2")
-EXPERT_LINEARS = (
+EXPERT_MODULES = (
     *ATTENTION_LINEARS,
+    "pre_mlp_layernorm",
     "mlp.experts.experts.linear_fc1",
     "mlp.experts.experts.linear_fc2",
 )
@@ -305,7 +316,7 @@ FAMILIES: Mapping[str, Family] = {
             *_experts("block_sparse_moe", "w1", "w3", "w2"),
             FINAL_NORM,
         ),
-        stateful=EXPERT_LINEARS,
+        stateful=EXPERT_MODULES,
         defaults={"num_key_value_heads": 8, "rope_theta": 1e6},
     ),
     # Qwen2.5 and R1-Distill-Qwen are of this model_type.
@@ -331,7 +342,7 @@ FAMILIES: Mapping[str, Family] = {
             FINAL_NORM,
         ),
         flags=("--qk-layernorm",),
-        stateful=(*EXPERT_LINEARS, *STATEFUL_NORMS),
+        stateful=(*EXPERT_MODULES, *STATEFUL_NORMS),
         refused=("attention_bias", "mlp_only_layers"),
         window_switch="use_sliding_window",
     ),
