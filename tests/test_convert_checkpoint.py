@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import REPOSITORY, run_distributed
+from tests.distributed import run_distributed
 from tests.tiny_checkpoints import (
-    DENSE,
     EXPERTS,
     MODELS,
     TOKENS,
@@ -60,13 +58,18 @@ def _logits(
     for directory in directories:
         model = build_megatron_model(Path(directory), TOKENS, flags)
         found.append((megatron_logits(model, torch.arange(TOKENS)[None]), _keys_of(model)))
-        from megatron.core import parallel_state, rerun_state_machine
-        from megatron.training import global_vars
-
-        global_vars.unset_global_variables()
-        rerun_state_machine.destroy_rerun_state_machine()
-        parallel_state.destroy_model_parallel()
+        _forget_megatron()
     return found
+
+
+def _forget_megatron() -> None:
+    """Let Megatron be initialised once more in this process."""
+    from megatron.core import parallel_state, rerun_state_machine
+    from megatron.training import global_vars
+
+    global_vars.unset_global_variables()
+    rerun_state_machine.destroy_rerun_state_machine()
+    parallel_state.destroy_model_parallel()
 
 
 def _keys_of(model: torch.nn.Module) -> list[str]:
@@ -92,6 +95,8 @@ def test_round_trip_is_bit_equal(models: Path, converted: Path, tmp_path: Path, 
         (models / name / "config.json").read_text()
     )
     assert (tmp_path / "back/tokenizer.json").exists()
+    generation = json.loads((tmp_path / "back/generation_config.json").read_text())
+    assert generation["eos_token_id"] == 1
 
 
 Found = Mapping[str, list[tuple[torch.Tensor | None, list[str]]]]
@@ -185,7 +190,7 @@ def test_keys_are_those_of_the_transformer_engine_specification(
 
 
 def test_logits_are_those_of_transformers_at_tensor_parallel_size_2(models: Path, converted: Path):
-    names = [name for name in MODELS if name not in ("smollm2", "r1-distill-qwen")]
+    names = [name for name in MODELS if name != "smollm2"]
     flags = ("--tensor-model-parallel-size", "2")
     assert_logits_are_those_of_transformers(models, run_megatron(converted, names, 2, *flags))
 
@@ -202,12 +207,18 @@ def test_logits_are_those_of_transformers_at_expert_parallel_size_2(models: Path
     assert_logits_are_those_of_transformers(models, run_megatron(converted, EXPERTS, 2, *flags))
 
 
-def _train_and_save(checkpoint: str, save: str, flags: list[str]) -> None:
-    """One optimizer step of learning rate 0 from a converted checkpoint, saved as iteration 7."""
+def _train_and_save(jobs: list[tuple[str, str, list[str]]]) -> None:
+    """For each job one optimizer step of learning rate 0, saved as iteration 7."""
     torch.set_num_threads(1)
     # Megatron saves through a process of its own, which a daemon, such as this rank, may not start.
     multiprocessing.current_process()._config["daemon"] = False
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    for checkpoint, save, flags in jobs:
+        _step_and_save(checkpoint, save, flags)
+        _forget_megatron()
+
+
+def _step_and_save(checkpoint: str, save: str, flags: list[str]) -> None:
     words = shlex.split(convert_checkpoint.flags_of(Path(checkpoint)))
     words += shlex.split(
         f"--load {checkpoint} --finetune --save {save} --save-interval 1 --ckpt-format torch_dist "
@@ -242,33 +253,43 @@ def _train_and_save(checkpoint: str, save: str, flags: list[str]) -> None:
     save_checkpoint(7, model, optimizer, scheduler, 0)
 
 
-def test_a_training_jobs_checkpoint_with_optimizer_state_converts_back(
+JOBS = {
+    "qwen2": ["--tensor-model-parallel-size", "2"],
+    "llama": ["--pipeline-model-parallel-size", "2"],
+    "mixtral": ["--expert-model-parallel-size", "2"],
+}
+
+
+def test_checkpoints_of_training_jobs_with_optimizer_state_convert_back(
     models: Path, converted: Path, tmp_path: Path
 ):
-    run_distributed(
-        2,
-        _train_and_save,
-        str(converted / "smollm2"),
-        str(tmp_path / "run"),
-        ["--tensor-model-parallel-size", "2", "--use-distributed-optimizer"],
-    )
-    saved = convert_checkpoint.MegatronWeights(tmp_path / "run/iter_0000007")
-    assert any(key.startswith("optimizer.") for key in saved.stored)
-    # The job saved beside the converted checkpoint: its arguments lead to config.json.
-    convert_checkpoint.to_huggingface(tmp_path / "run", tmp_path / "back", iteration=7)
-    assert_bit_equal(tensors(tmp_path / "back"), tensors(models / "smollm2"))
+    jobs = [
+        (str(converted / name), str(tmp_path / name), [*flags, "--use-distributed-optimizer"])
+        for name, flags in JOBS.items()
+    ]
+    run_distributed(2, _train_and_save, jobs)
+    for name in JOBS:
+        saved = convert_checkpoint.MegatronWeights(tmp_path / name / "iter_0000007")
+        assert any(key.startswith("optimizer.") for key in saved.stored)
+        # The job saved beside the converted checkpoint: its arguments lead to config.json.
+        back = tmp_path / f"{name}-back"
+        convert_checkpoint.to_huggingface(tmp_path / name, back, iteration=7)
+        assert_bit_equal(tensors(back), tensors(models / name))
+        note = json.loads((back / "provenance.json").read_text())
+        assert note["source"] == str(tmp_path / name)
+        assert note["iteration"] == 7
+        assert note["training"]["load"] == str(converted / name)
+        assert "rmt" not in note
 
 
-def test_command_line_converts_prints_flags_and_verifies(models: Path, tmp_path: Path):
-    command = [sys.executable, TOOLS / "convert_checkpoint.py", "to-megatron", "--verify"]
-    command += ["--source", models / "qwen3", "--target", tmp_path / "qwen3", "--print-flags"]
-    output = subprocess.run(
-        list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
-    ).stdout
-    difference = float(output.split("largest difference ")[1].split(",")[0])
-    assert difference < 1e-5
-    assert "--qk-layernorm" in output
-    assert (tmp_path / "qwen3/model_flags.txt").read_text() in output
+def test_verify_compares_the_way_back_of_a_mixture_of_experts(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["to-huggingface", "--source", str(converted / "mixtral"), "--verify"]
+    convert_checkpoint.main([*words, "--target", str(tmp_path / "back")])
+    output = capsys.readouterr().out
+    assert float(output.split("largest difference ")[1].split(",")[0]) < 1e-5
+    assert "same argmax 100.0%" in output
 
 
 def test_weights_larger_than_one_file_are_indexed_and_read_again(converted: Path, tmp_path: Path):

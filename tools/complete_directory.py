@@ -50,9 +50,7 @@ def complete_directory(target: Path, size: int = 0) -> Iterator[Path]:
 
 
 def _check_absent(target: Path) -> None:
-    if target.is_symlink() or (
-        target.exists() and (not target.is_dir() or any(target.iterdir()))
-    ):
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise ValueError(f"--target {target} exists; remove it or choose another name.")
 
 

@@ -34,9 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
             "back."
         )
     if arguments.target.exists():
-        raise ValueError(
-            f"--target {arguments.target} exists; remove it or choose another name."
-        )
+        raise ValueError(f"--target {arguments.target} exists; remove it or choose another name.")
     if importlib.util.find_spec("megatron") is None or not importlib.util.find_spec(
         "megatron.bridge"
     ):

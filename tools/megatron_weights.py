@@ -95,7 +95,9 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
     ) -> None:
         super().__init__(flatten_state_dict=False)
         self.read, self.shape, self.dtype = read, shape, dtype
-        self.rows: dict[str, Weight] = {key: weight for weight in weights_of(shape) for key in weight.keys}
+        self.rows: dict[str, Weight] = {
+            key: weight for weight in weights_of(shape) for key in weight.keys
+        }
         self.objects = _objects(shape)
         self.progress = tqdm(desc="to Megatron", unit=" tensors", disable=None)
 

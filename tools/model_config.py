@@ -140,9 +140,7 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
     count = "num_experts" if "num_experts" in config else "num_local_experts"
     experts = {
         "experts": _size(config, count),
-        "expert_ffn": _size(
-            config, "intermediate_size" if is_mixtral else "moe_intermediate_size"
-        ),
+        "expert_ffn": _size(config, "intermediate_size" if is_mixtral else "moe_intermediate_size"),
         "experts_per_token": _size(config, "num_experts_per_tok"),
         "normalised_routing": is_mixtral or bool(config.get("norm_topk_prob", False)),
     }
