@@ -18,11 +18,11 @@ from tests.tiny_checkpoints import TOOLS
 
 sys.path.insert(0, str(TOOLS))
 
-import convert_checkpoint  # noqa: E402
-from complete_directory import complete_directory  # noqa: E402
-from model_config import read_config  # noqa: E402
-from safetensors_stream import write_safetensors  # noqa: E402
-from weight_names import rows_of  # noqa: E402
+import convert_checkpoint
+from complete_directory import complete_directory
+from model_config import read_config
+from safetensors_stream import write_safetensors
+from weight_names import rows_of
 
 MIB = 2**20
 LARGEST = 40 * MIB

@@ -19,7 +19,7 @@ from tests.tiny_checkpoints import TOOLS, tensors
 
 sys.path.insert(0, str(TOOLS))
 
-import convert_checkpoint  # noqa: E402
+import convert_checkpoint
 
 Spoil = Callable[[Path], object]
 

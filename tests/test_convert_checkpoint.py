@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,10 +25,10 @@ from tests.tiny_checkpoints import (
 
 sys.path.insert(0, str(TOOLS))
 
-import convert_checkpoint  # noqa: E402
-import weight_names  # noqa: E402
-from checkpoint_logits import build_megatron_model, megatron_logits  # noqa: E402
-from model_config import read_config  # noqa: E402
+import convert_checkpoint
+import weight_names
+from checkpoint_logits import build_megatron_model, megatron_logits
+from model_config import read_config
 
 pytestmark = pytest.mark.multiprocess
 

@@ -26,7 +26,7 @@ from tests.tiny_run import (
 
 sys.path.insert(0, str(TOOLS))
 
-import convert_checkpoint  # noqa: E402
+import convert_checkpoint
 
 pytestmark = pytest.mark.multiprocess
 

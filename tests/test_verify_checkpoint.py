@@ -1,7 +1,6 @@
 """Both forms of a model on one text: SmolLM2's real weights."""
 
 import math
-import random
 import re
 import sys
 from pathlib import Path
@@ -13,9 +12,9 @@ from tests.tiny_checkpoints import TOOLS
 
 sys.path.insert(0, str(TOOLS))
 
-import convert_checkpoint  # noqa: E402
-from generate_corpus import generate_document  # noqa: E402
-from verify_checkpoint import compare  # noqa: E402
+import convert_checkpoint
+from generate_corpus import draw_problems
+from verify_checkpoint import compare
 
 
 @pytest.mark.multiprocess
@@ -23,7 +22,7 @@ def test_smollm2_gives_the_same_logits_and_perplexity_in_megatron(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     text = tmp_path / "text"
-    text.write_text(generate_document(random.Random(5)))
+    text.write_text("\n\n".join(problem.text for problem in draw_problems(3, 5, "test", set())))
     target = tmp_path / "smollm2"
     words = ["to-megatron", "--source", "smollm2", "--target", target, "--print-flags", "--verify"]
     convert_checkpoint.main(list(map(str, [*words, "--verify-text", text])))

@@ -94,7 +94,7 @@ Line = dict[str, float | None]
 
 @dataclass(frozen=True)
 class TinyInputs:
-    """What every run reads: the model and its converted checkpoint, the flags of its model, the corpus."""
+    """What every run reads: the model, its converted checkpoint and its flags, the corpus."""
 
     huggingface: Path
     checkpoint: Path

@@ -1,6 +1,7 @@
 """Logits of a model on a text, computed by transformers or by Megatron, for comparing the two.
 
-    python tools/checkpoint_logits.py huggingface HF_DIR --text-file FILE --companions DIR --output FILE
+    python tools/checkpoint_logits.py huggingface HF_DIR \\
+        --text-file FILE --companions DIR --output FILE
     python tools/checkpoint_logits.py megatron MEGATRON_DIR ... [further Megatron flags]
 
 Each side needs a process of its own: a Hugging Face model must not be loaded where the CPU stands

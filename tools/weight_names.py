@@ -6,8 +6,9 @@ packed here is also unpacked here. Nothing in this module reads or writes a file
 
 Megatron keys are those of a ``torch_dist`` checkpoint (``GPTModel.sharded_state_dict``). The local
 and the Transformer Engine layer specification, grouped and sequential experts have the same, but
-for the norm before experts (see ``Weight.alias``). The tensors of all layers are stacked under one key, ``[layers, ...]``, those of
-experts ``[layers, experts, ...]``; a row describes one place of the stack.
+for the norm before experts (see ``Weight.alias``). The tensors of all layers are stacked under one
+key, ``[layers, ...]``, those of experts ``[layers, experts, ...]``; a row is one place of the
+stack.
 """
 
 import math
