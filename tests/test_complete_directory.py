@@ -98,6 +98,7 @@ def test_memory_is_at_most_twice_the_largest_tensor(
     command += [large, tmp_path]
     printed = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE).stdout
     peaks = list(map(int, printed.split()))
+    print(peaks)
     assert len(peaks) == 2
     for peak in peaks:
         assert LARGEST / 2 < peak < 2 * LARGEST + 16 * MIB

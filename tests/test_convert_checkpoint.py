@@ -269,7 +269,7 @@ def test_checkpoints_of_training_jobs_with_optimizer_state_convert_back(
     run_distributed(2, _train_and_save, jobs)
     for name in JOBS:
         saved = convert_checkpoint.MegatronWeights(tmp_path / name / "iter_0000007")
-        assert any(key.startswith("optimizer.") for key in saved.stored)
+        assert any("optimizer" in key for key in saved.stored)
         # The job saved beside the converted checkpoint: its arguments lead to config.json.
         back = tmp_path / f"{name}-back"
         convert_checkpoint.to_huggingface(tmp_path / name, back, iteration=7)

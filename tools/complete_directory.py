@@ -1,6 +1,7 @@
 """A directory that exists only when it is complete, whatever ends the process that fills it."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCK = ".lock"
+# What flock says where the file system has no locks.
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # Left free on the disk beside what is written: metadata, tokenizer, other people's small files.
 SPARE_BYTES = 64 * 2**20
 
@@ -72,7 +75,11 @@ def _locked(partial: Path, target: Path) -> Iterator[None]:
         f"remove {partial}."
     )
     while True:
-        partial.mkdir(exist_ok=True)
+        try:
+            partial.mkdir()
+            is_new = True
+        except FileExistsError:
+            is_new = False
         try:
             lock = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
@@ -81,7 +88,8 @@ def _locked(partial: Path, target: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise busy from error
+                if not (is_new and error.errno in WITHOUT_LOCKS):
+                    raise busy from error
             if not _is_same_file(lock, partial / LOCK):
                 continue  # The owner renamed or removed it between open and flock.
             _empty(partial)

@@ -80,11 +80,12 @@ def write_megatron_weights(
 
 
 def _cause(error: CheckpointException) -> BaseException:
-    """What went wrong in the one process; torch's writer hides an ``OSError`` in its own error."""
-    cause, _ = error.failures[0]
-    while cause.__context__ is not None and not isinstance(cause, OSError | ValueError):
+    """What went wrong in the one process; torch's writer hides an ``OSError`` behind its own."""
+    first, _ = error.failures[0]
+    cause: BaseException | None = first
+    while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
-    return cause
+    return first if cause is None else cause
 
 
 class _StreamingPlanner(dcp.DefaultSavePlanner):
@@ -135,9 +136,11 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
             return self.objects[key]
         weight = self.rows[key]
         depth = len(weight.stack(self.shape))
-        parts = [self.read(name) for name in weight.names(tuple(write_item.index.offset[:depth]))]
-        packed = weight.pack(parts, self.shape).to(self.dtype)
-        return packed[(None,) * depth]
+        place = tuple(write_item.index.offset[:depth])
+        packed = weight.pack([self.read(name) for name in weight.names(place)], self.shape)
+        # In memory of its own: one part alone is still mapped from a file, which the writer would
+        # copy while it holds the mapping.
+        return packed.to(self.dtype, copy=len(weight.parts) == 1)[(None,) * depth]
 
 
 def _objects(shape: ModelShape) -> dict[str, io.BytesIO]:
