@@ -4,9 +4,11 @@ Without a GPU the CPU stands in for CUDA in the test process (``tests.distribute
 never load a Hugging Face model in it: use a subprocess.
 """
 
+from pathlib import Path
+
 import pytest
 
-from tests import distributed
+from tests import distributed, tiny_checkpoints
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,3 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def single_process_megatron() -> None:
     """Megatron's parallel state in this process: TP = PP = DP = 1."""
     distributed.single_process_megatron()
+
+
+@pytest.fixture(scope="session", name="tiny_checkpoints")
+def make_tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the tiny Hugging Face models of ``tests.tiny_checkpoints``."""
+    return tiny_checkpoints.make_models(tmp_path_factory.mktemp("huggingface"))

@@ -1,5 +1,8 @@
 """The whole program: RMT inside Megatron's pretrain(), alike in every layout, resumed or not."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,6 +10,7 @@ import pytest
 import torch
 
 from tests.distributed import run_torchrun
+from tests.tiny_checkpoints import TOOLS
 from tests.tiny_run import (
     PRETRAIN,
     RMT,
@@ -19,6 +23,10 @@ from tests.tiny_run import (
     read_metrics,
     run,
 )
+
+sys.path.insert(0, str(TOOLS))
+
+import convert_checkpoint
 
 pytestmark = pytest.mark.multiprocess
 
@@ -302,3 +310,37 @@ def test_bad_settings_end_the_job_with_one_clear_sentence(
     assert "exit code 1" in output
     for sentence in sentences:
         assert sentence in output
+
+
+# A process of its own, where the CPU does not stand in for CUDA.
+GENERATE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model, loading = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+prompt = tokenizer("Solve for x", return_tensors="pt")
+ids = model.generate(**prompt, do_sample=False, min_new_tokens=8, max_new_tokens=8)
+print(ids.shape[1] - prompt["input_ids"].shape[1])
+"""
+
+
+def test_the_trained_checkpoint_converts_back_and_generates(
+    inputs: TinyInputs, reference: Run, saved: Path, tmp_path: Path
+):
+    convert_checkpoint.to_huggingface(saved, tmp_path / "back")
+    trained = checkpoint_tensors(saved, STEPS)["embedding.word_embeddings.weight"]
+    embedding = "model.embed_tokens.weight"
+    back = convert_checkpoint.HuggingFaceWeights(tmp_path / "back").read(embedding)
+    start = convert_checkpoint.HuggingFaceWeights(inputs.huggingface).read(embedding)
+    assert torch.equal(back, trained[: len(back)])
+    assert back.shape == start.shape
+    assert not torch.equal(back, start)
+    note = json.loads((tmp_path / "back/provenance.json").read_text())
+    assert note["iteration"] == STEPS
+    assert note["training"]["samples"] == 4 * STEPS
+    assert note["rmt"]["rmt_group_size"] == 4
+    command = [sys.executable, "-W", "ignore", "-c", GENERATE, str(tmp_path / "back")]
+    assert subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.strip() == b"8"
