@@ -21,7 +21,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_rmt.attention import DecodePlan, KeyValueStore, Plan, StemPlan, TrunkGroup
+from megatron_rmt.attention import Plan
+from megatron_rmt.decoding import DecodePlan, KeyValueStore, StemPlan, TrunkGroup
 from megatron_rmt.head import selected_logits, vocab_range
 from megatron_rmt.sampling import greedy_tokens, sample_tokens, token_log_probs, uniforms
 from megatron_rmt.template import ResponseGrammar

@@ -24,9 +24,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_rmt.advantages import group_advantages
-from megatron_rmt.attention import KeyValueStore, attach_tree_attention
+from megatron_rmt.attention import attach_tree_attention
 from megatron_rmt.budget import token_budget
 from megatron_rmt.curriculum import choose_positions, tier_probabilities, tiers
+from megatron_rmt.decoding import KeyValueStore
 from megatron_rmt.entropy import read_trunk
 from megatron_rmt.forward_step import LossSettings, Metric, Update
 from megatron_rmt.losses import LossWeights, response_weights

@@ -5,7 +5,8 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_rmt.attention import KeyValueStore, attach_tree_attention
+from megatron_rmt.attention import attach_tree_attention
+from megatron_rmt.decoding import KeyValueStore
 from megatron_rmt.entropy import read_trunk
 from megatron_rmt.tree import Trunk, build_trunk
 from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from megatron_rmt.attention import KeyValueStore, attach_tree_attention
+from megatron_rmt.attention import attach_tree_attention
+from megatron_rmt.decoding import KeyValueStore
 from megatron_rmt.entropy import read_trunk
 from megatron_rmt.forward_step import LossSettings, Update, make_forward_step
 from megatron_rmt.losses import LossWeights

@@ -618,8 +618,8 @@ def read_document(
     """
     import torch
 
-    from megatron_rmt.attention import KeyValueStore
     from megatron_rmt.curriculum import tiers
+    from megatron_rmt.decoding import KeyValueStore
     from megatron_rmt.entropy import read_trunk
     from megatron_rmt.tree import NO_LABEL, build_trunk
 
@@ -799,7 +799,7 @@ def measure(
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_rmt.attention import KeyValueStore
+    from megatron_rmt.decoding import KeyValueStore
     from megatron_rmt.step import generating
 
     # Replicas that share experts must run forward passes together, so they do the same work.
