@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rmt.head import weighted_log_prob_sum
 from megatron_rmt.losses import LossWeights, hybrid_loss, loss_coefficients
-from megatron_rmt.rollout import full_hidden
+from megatron_rmt.stages import full_hidden
 from megatron_rmt.tree import Tree
 
 # [sum, count]: Megatron adds both over micro-batches and data-parallel ranks and divides.

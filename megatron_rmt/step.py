@@ -30,9 +30,10 @@ from megatron_rmt.curriculum import choose_positions, tier_probabilities, tiers
 from megatron_rmt.decoding import KeyValueStore
 from megatron_rmt.entropy import read_trunk
 from megatron_rmt.forward_step import LossSettings, Metric, Update
+from megatron_rmt.live_rollouts import RolloutPosition
 from megatron_rmt.losses import LossWeights, response_weights
 from megatron_rmt.rewards import length_reward, total_reward
-from megatron_rmt.rollout import RolloutPosition, RolloutSettings, generate
+from megatron_rmt.rollout import RolloutSettings, generate
 from megatron_rmt.template import (
     Response,
     ResponseGrammar,

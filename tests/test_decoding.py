@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.attention import Block
-from megatron_rmt.decoding import DecodePlan, KeyValueStore, StemPlan, TrunkGroup, TrunkPlan
+from megatron_rmt.decoding import (
+    DecodePlan,
+    KeyValueStore,
+    StemPlan,
+    Tails,
+    TrunkPlan,
+    trunk_groups,
+)
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SCALE = 0.3
@@ -66,55 +73,51 @@ def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
     store, contents = _stored_trunk(12)
     trunk_key, trunk_value = contents[1]
     visible, stem, group = [(0, 3), (2, 4), (4, 11)], 2, 2
-    store.capacity = stem + 3
+    tails = Tails(stem + 3)
 
     query, key, value = _qkv(len(visible) * stem, seed=7)
-    plan = StemPlan(tokens=len(query), store=store, visible=visible, group=group)
+    samples = [0, 0, 1]
+    plan = StemPlan(
+        tokens=len(query),
+        store=store,
+        tails=tails,
+        groups=trunk_groups(visible, samples),
+        group=group,
+    )
     output = plan.attend(1, query, key, value, SCALE)
-    tails = []
+    contexts = []
     for index, (first, limit) in enumerate(visible):
         rows = slice(index * stem, (index + 1) * stem)
         keys = torch.cat([trunk_key[first:limit], key[rows]])
         values = torch.cat([trunk_value[first:limit], value[rows]])
         seen = torch.ones(stem, limit - first + stem).tril(limit - first).bool()
         _close(output[rows], _dense(query[rows], keys, values, seen))
-        tails += [(keys, values)] * group
+        contexts += [(keys, values)] * group
 
     batch = torch.arange(len(visible) * group)
     for step, staying in enumerate([[0, 1, 2, 4, 5], [0, 2, 3, 4], None]):
         query, key, value = _qkv(len(batch), seed=20 + step)
         for row, rollout in enumerate(batch.tolist()):
-            keys, values = tails[rollout]
+            keys, values = contexts[rollout]
             keys, values = torch.cat([keys, key[row, None]]), torch.cat([values, value[row, None]])
-            tails[rollout] = (keys, values)
+            contexts[rollout] = (keys, values)
         plan = DecodePlan(
             tokens=len(batch),
             store=store,
-            groups=_groups(visible, batch // group, samples=[0, 0, 1]),
+            tails=tails,
+            groups=trunk_groups(
+                [visible[position] for position in (batch // group).tolist()],
+                [samples[position] for position in (batch // group).tolist()],
+            ),
             column=stem + step,
         )
         output = plan.attend(1, query, key, value, SCALE)
         for row, rollout in enumerate(batch.tolist()):
-            keys, values = tails[rollout]
+            keys, values = contexts[rollout]
             everything = torch.ones(1, len(keys), dtype=torch.bool)
             reference = _dense(query[row, None], keys, values, everything)
             # Decoding makes its scores in fp32, whatever the dtype.
             torch.testing.assert_close(output[row, None], reference, rtol=1e-5, atol=1e-6)
         if staying is not None:
-            store.keep(torch.tensor(staying))
+            tails.keep(torch.tensor(staying))
             batch = batch[staying]
-
-
-def _groups(
-    visible: list[tuple[int, int]], positions: Tensor, samples: list[int]
-) -> list[TrunkGroup]:
-    groups = []
-    for sample in sorted(set(samples)):
-        rows = [row for row, p in enumerate(positions.tolist()) if samples[p] == sample]
-        spans = [visible[int(positions[row])] for row in rows]
-        first, limit = min(s[0] for s in spans), max(s[1] for s in spans)
-        bias = torch.full((len(rows), 1, limit - first), -math.inf)
-        for index, span in enumerate(spans):
-            bias[index, 0, span[0] - first : span[1] - first] = 0
-        groups.append(TrunkGroup(rows[0], rows[-1] + 1, first, limit, bias))
-    return groups

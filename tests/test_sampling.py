@@ -30,7 +30,7 @@ def reference_cdf(logits: Tensor, temperature: float) -> Tensor:
 
 
 def sample(logits: Tensor, numbers: Tensor, temperature: float = 1.0) -> Tensor:
-    return sample_tokens(logits, numbers, temperature=temperature, vocab_start=0, tp_group=None)
+    return sample_tokens(logits, numbers, temperature=temperature, vocab_start=0, tp_group=None)[0]
 
 
 def test_mixing_gives_the_published_splitmix64_sequence():
@@ -212,7 +212,7 @@ def test_sampling_leaves_the_logits_alone_and_adds_the_vocabulary_offset():
     before = logits.clone()
     numbers = uniforms(0, 0, 0, 0, 0, torch.arange(30))
     tokens = sample(logits, numbers)
-    moved = sample_tokens(logits, numbers, temperature=1.0, vocab_start=1000, tp_group=None)
+    moved, _ = sample_tokens(logits, numbers, temperature=1.0, vocab_start=1000, tp_group=None)
     assert torch.equal(moved, tokens + 1000)
     greedy = greedy_tokens(logits, vocab_start=1000, tp_group=None)
     assert torch.equal(greedy, before.argmax(1) + 1000)
@@ -275,7 +275,7 @@ def _sample_shard(bounds: list[int]) -> tuple[Tensor, Tensor]:
     start, stop = bounds[rank : rank + 2]
     shard = parallel_logits()[:, start:stop].contiguous()
     group = torch.distributed.group.WORLD
-    tokens = sample_tokens(
+    tokens, _ = sample_tokens(
         shard, parallel_numbers(), temperature=0.8, vocab_start=start, tp_group=group
     )
     return tokens, greedy_tokens(shard, vocab_start=start, tp_group=group)

@@ -694,7 +694,8 @@ def reason(
 
     ``store`` holds the documents from their ``first_rows`` on.
     """
-    from megatron_rmt.rollout import RolloutPosition, RolloutSettings, generate
+    from megatron_rmt.live_rollouts import RolloutPosition
+    from megatron_rmt.rollout import RolloutSettings, generate
 
     args, head = training.args, len(training.head)
     wanted = [
