@@ -23,13 +23,15 @@ class Update:
     """One micro-batch of the update: its tree, the weights of its predictions, what to report.
 
     metrics: [sum, count] of what is known before the update; every micro-batch of every rank has
-    the same keys. largest_difference: 0-d, filled by the loss: max |log-prob now - when drawn|.
+    the same keys. largest_difference, difference: 0-d and ``[sum, tokens]``, filled by the loss:
+    |log-prob now - when drawn|, zeros on stages without a loss.
     """
 
     tree: Tree
     weights: LossWeights
     metrics: dict[str, Metric]
     largest_difference: Tensor = field(default_factory=lambda: torch.zeros(()))
+    difference: Tensor = field(default_factory=lambda: torch.zeros(2))
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def _loss(
     one = torch.ones((), device=log_probs.device) / settings.scale
     report["rmt rl loss"] = torch.stack([loss.policy, one])
     report["rmt warm-up loss"] = torch.stack([loss.supervised, one])
-    report["rmt logprob difference"] = torch.stack([difference.sum(), tree.sampled.float().sum()])
+    update.difference = torch.stack([difference.sum(), tree.sampled.float().sum()])
+    report["rmt logprob difference"] = update.difference
     report = {key: value.to(log_probs.device).float() for key, value in report.items()}
     one_token = torch.ones((), dtype=torch.int, device=log_probs.device)
     # The value of the loss with the gradient of the sum.

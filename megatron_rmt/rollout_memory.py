@@ -96,8 +96,8 @@ def rollout_waves(
 ) -> list[slice]:
     """Which positions are decoded together; ``in_flight`` neighbours run at the same time.
 
-    At least one, which may be empty; the same number on all ranks of one model and on all that share
-    ``experts``.
+    At least one, which may be empty; the same number on all ranks of one model and on all that
+    share ``experts``.
 
     Raises:
         ValueError: not even one position fits into ``kv_bytes``.
