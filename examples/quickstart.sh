@@ -68,7 +68,7 @@ train=(
 # A training run's folder does not say what the model is; the converted checkpoint does.
 evaluate=(
     python tools/evaluate.py --model-flags "$run/smollm2" --data "$run/corpus/heldout.jsonl"
-    --documents 24 --positions-per-document 8 --budget 8 --bf16 "${reasoning[@]}"
+    --budget 8 --bf16 "${reasoning[@]}"
 )
 
 stage "Convert SmolLM2-135M-Instruct to a Megatron checkpoint" "$run/smollm2" \
@@ -83,7 +83,8 @@ stage "Tokenize the corpus" "$run/tokens" \
     --output-prefix "$run/tokens/train" --tokenizer "$run/smollm2/huggingface"
 
 stage "Evaluate before training" "$run/before.json" \
-    "${evaluate[@]}" --load "$run/smollm2" --output "$run/before.json"
+    "${evaluate[@]}" --load "$run/smollm2" --documents 24 --positions-per-document 8 \
+    --output "$run/before.json"
 
 stage "Mid-train $steps steps with RMT" "$run/checkpoint" "${train[@]}"
 

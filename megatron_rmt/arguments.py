@@ -110,8 +110,9 @@ FLAGS: tuple[Flag, ...] = (
         {
             "type": int,
             "default": 0,
-            "help": "Format warm-up: in the first N steps thoughts are closed at B_t and the true "
-            "answer is supervised instead of RL (default 0; ours, for small base models).",
+            "help": "Format warm-up: in the first N steps thoughts are closed at B_t, the true "
+            "answer is supervised, and only the length is rewarded (default 0; ours, for small "
+            "base models).",
         },
     ),
     (
@@ -236,11 +237,31 @@ FLAGS: tuple[Flag, ...] = (
         },
     ),
     (
+        "--rmt-max-tokens",
+        {
+            "type": int,
+            "default": None,
+            "help": "Deal the samples of a step out again after the rollouts: evenly over the data-"
+            "parallel ranks, several in one micro-batch up to N packed tokens, if they fit in the "
+            "number of micro-batches that --global-batch-size gives (default: as read; ours).",
+        },
+    ),
+    (
         "--rmt-head-chunk-size",
         {
             "type": int,
             "default": 256,
             "help": "Rows of logits held at a time by the fused head (default 256).",
+        },
+    ),
+    (
+        "--rmt-attention",
+        {
+            "type": str,
+            "choices": ["auto", "sdpa", "lse", "flex"],
+            "default": "auto",
+            "help": "Attention of the update: lse (CPU), flex (CUDA, compiled), sdpa (anywhere, "
+            "slower); auto takes the first of them that runs (default auto).",
         },
     ),
     (
@@ -387,7 +408,6 @@ def _unsupported(args: Namespace) -> list[str]:
             False,
             "its schedule bypasses the forward step",
         ),
-        "--use-mup": (getattr(args, "use_mup", False), False, "the fused head does not scale"),
     }
     problems = [
         f"{flag} is {value}; RMT needs {'it left out' if needed is None else needed}: {why}."

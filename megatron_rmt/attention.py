@@ -7,14 +7,13 @@ A token sees its ancestors only. What a token may see is a *plan*; the plan trav
 earlier micro-batches again.
 
 Two kinds of plan, one attention: ``TreePlan`` for the update (autograd, everything in one packed
-sequence) and the generation plans of ``decoding``, which keep keys and values for one step.
-``attach_tree_attention`` teaches a model's own core attention to follow plans; calls without a plan
-reach the original unchanged.
+sequence) and the generation plans, which keep keys and values in a ``KeyValueStore`` that lives for
+one step. ``attach_tree_attention`` teaches a model's own core attention to follow plans; calls
+without a plan reach the original unchanged.
 """
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,8 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
+
+from megatron_rmt.tree_attention import Block, TreeAttention, backend_for
 
 # Megatron caches one rotary table per requested length: ask for few different lengths.
 ROTARY_TABLE_STEP = 1024
@@ -53,74 +54,22 @@ class Plan(PackedSeqParams):
         raise NotImplementedError(f"{type(self).__name__} must say how its tokens attend.")
 
 
-@dataclass(frozen=True)
-class Block:
-    """Rows ``[first, limit)`` see ``[trunk_first, trunk_limit)`` and, by ``mask``, each other.
-
-    mask: ``[rows, trunk rows + rows]`` bool, True where visible; None means plain causal.
-    """
-
-    first: int
-    limit: int
-    trunk_first: int = 0
-    trunk_limit: int = 0
-    mask: Tensor | None = None
-
-
-def position_block(
-    first: int,
-    trunk_first: int,
-    trunk_limit: int,
-    stem_length: int,
-    branch_lengths: Sequence[int],
-    device: torch.device | None = None,
-) -> Block:
-    """The block of one chosen position: its stem at row ``first``, then its branches."""
-    count = stem_length + sum(branch_lengths)
-    own = torch.ones(count, count, dtype=torch.bool, device=device).tril()
-    # A branch sees the stem and itself, not its siblings before it.
-    start = stem_length
-    for length in branch_lengths:
-        own[start : start + length, stem_length:start] = False
-        start += length
-    trunk = torch.ones(count, trunk_limit - trunk_first, dtype=torch.bool, device=device)
-    return Block(first, first + count, trunk_first, trunk_limit, torch.cat([trunk, own], dim=1))
-
-
 @dataclass
 class TreePlan(Plan):
-    """The update's plan: documents (causal blocks) and positions, each attended by one SDPA call.
+    """The update's plan: documents and chosen positions, a few integers for each.
 
-    ``blocks`` cover the rows ``[0, tokens)`` in order.
+    blocks: cover the rows ``[0, tokens)`` in order. attention: a name of ``--rmt-attention``.
     """
 
-    blocks: list[Block] = field(default_factory=list)
+    blocks: tuple[Block, ...] = ()
+    attention: str = "auto"
+    _backend: TreeAttention | None = field(default=None, init=False, repr=False, compare=False)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        outputs = []
-        for block in self.blocks:
-            rows = slice(block.first, block.limit)
-            keys, values = key[rows], value[rows]
-            if block.trunk_limit > block.trunk_first:
-                trunk = slice(block.trunk_first, block.trunk_limit)
-                keys = torch.cat([key[trunk], keys])
-                values = torch.cat([value[trunk], values])
-            outputs.append(_attend(query[rows], keys, values, block.mask, scale))
-        return torch.cat(outputs)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """``[queries, heads, dim]`` over ``[keys, kv heads, dim]``, causal where ``mask`` is None."""
-    output = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output[0].transpose(0, 1)
+        # What a backend prepares from the blocks serves all layers, and recomputed ones.
+        if self._backend is None or self._backend.blocks is not self.blocks:
+            self._backend = backend_for(self.attention, query.device)(self.blocks)
+        return self._backend(query, key, value, scale)
 
 
 def attach_tree_attention(model: torch.nn.Module) -> int:

@@ -1,10 +1,7 @@
 """From the hidden states of rollouts to their next tokens."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
@@ -34,18 +31,8 @@ def output_weight(model: GPTModel) -> Tensor:
     return model.output_layer.weight
 
 
-def needs_wide_copy(weight: Tensor) -> bool:
-    """Whether scores in fp32 need the weight in fp32: torch's CPU product of half-precision
-    matrices rounds its result, its CUDA product does not have to."""
-    return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
-
-
 class DecodeHead:
-    """The language-model head for one rollout of many steps, on the last pipeline stage.
-
-    On a CPU a half-precision weight is converted once and not for every token; the copy (4 bytes an
-    element) lives as long as this object.
-    """
+    """The language-model head while rollouts are generated, on the last pipeline stage."""
 
     def __init__(self, model: GPTModel, vocab_size: int, sampling: Sampling) -> None:
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -53,18 +40,12 @@ class DecodeHead:
         self.sampling = sampling
         self.weight = output_weight(model)
         self.start, _ = vocab_range(self.weight.shape[0], vocab_size, self.tp_group)
-        self.exact_in_bf16 = self.weight.dtype == torch.bfloat16
-        if needs_wide_copy(self.weight):
-            self.weight = self.weight.float()
 
     def scores(self, hidden: Tensor) -> Tensor:
         """fp32 scores ``[rows, vocab/tp]`` of ``hidden`` ``[rows, hidden]``, without padding."""
-        if hidden.device.type == "cpu":
-            hidden = hidden.to(self.weight.dtype)
-        with _bf16_products() if self.exact_in_bf16 else contextlib.nullcontext():
-            return selected_logits(
-                hidden, self.weight, vocab_size=self.vocab_size, tp_group=self.tp_group
-            )
+        return selected_logits(
+            hidden, self.weight, vocab_size=self.vocab_size, tp_group=self.tp_group
+        )
 
     def draw(self, scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """A token ``[rows]`` and its log-prob fp32 for each row of ``scores``."""
@@ -81,19 +62,3 @@ class DecodeHead:
             )
         tokens = greedy_tokens(scores, **shard)
         return tokens, token_log_probs(scores, tokens, temperature=sampling.temperature, **shard)
-
-
-@contextlib.contextmanager
-def _bf16_products() -> Iterator[None]:
-    """Let a CPU multiply fp32 matrices as bf16, summed and returned in fp32.
-
-    Twice as fast where the processor multiplies bf16, and exact where the fp32 numbers came from
-    bf16, as they do here.
-    """
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -6,6 +6,7 @@ the rollouts read.
 """
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
@@ -27,15 +28,22 @@ def read_trunk(
     longest_position: int,
     chunk_size: int,
     top_k: int | None = None,
+    attention: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Read one micro-batch's trunk: keys and values go to ``store`` from ``first_row`` on.
+
+    attention: a name of ``--rmt-attention``.
 
     Returns, on every tensor- and pipeline-parallel rank and on the CPU, the entropies ``[rows]``
     fp32 in nats and the most likely next tokens ``[rows]`` int64.
     """
     device = next(model.parameters()).device
     plan = TrunkPlan(
-        tokens=len(trunk), blocks=trunk_blocks(trunk), store=store, first_row=first_row
+        tokens=len(trunk),
+        blocks=trunk_blocks(trunk),
+        attention=attention,
+        store=store,
+        first_row=first_row,
     )
     plan.use_positions(trunk.positions.to(device), longest_position)
 
@@ -56,3 +64,26 @@ def read_trunk(
     else:
         entropies, predictions = result[0].float().contiguous(), result[1].contiguous()
     return from_last_stage(entropies).cpu(), from_last_stage(predictions).cpu()
+
+
+PERCENTILES = (10, 50, 90)
+# Entropies are counted in bins, whose counts add up over ranks, in nats.
+_BIN = 0.01
+_BINS = 1300  # the logarithm of a vocabulary of 400k
+
+
+def entropy_percentiles(entropies: Tensor) -> dict[int, float]:
+    """Percentiles of the entropies ``[tokens]`` of all data-parallel ranks, to 0.01 nats.
+
+    One all-reduce of fixed size over the data-parallel group. NaN where no rank has a token.
+    """
+    bins = (entropies / _BIN).long().clamp(0, _BINS - 1)
+    counts = torch.bincount(bins.cpu(), minlength=_BINS).to(torch.cuda.current_device())
+    dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+    below = counts.cumsum(0).cpu()
+    total = int(below[-1])
+    if total == 0:
+        return dict.fromkeys(PERCENTILES, float("nan"))
+    ranks = torch.tensor([max(1, -(-total * percentile // 100)) for percentile in PERCENTILES])
+    found = torch.searchsorted(below, ranks)
+    return {p: (int(b) + 0.5) * _BIN for p, b in zip(PERCENTILES, found, strict=True)}

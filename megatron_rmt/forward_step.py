@@ -79,23 +79,24 @@ def _read_predictions(
 
     First a sum whose gradient is the loss's, as the derivative of the loss by every log-prob is
     known before (``loss_coefficients``), then the log-probs of the tree's targets, constants. Only
-    rows that predict something reach the head. Scores are linear in the hidden state, so the
-    sampling temperature divides the hidden rows of responses.
+    rows that predict something reach the head. The sampling temperature divides the scores of
+    responses.
     """
     update, settings = context
     tree = update.tree
     hidden = full_hidden(hidden_states, config).index_select(0, tree.predicting)
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    temperature = torch.ones(hidden.shape[0], 1, device=hidden.device, dtype=wide)
-    temperature[tree.trunk_predictions :] = settings.temperature
+    scale = torch.ones(hidden.shape[0], dtype=wide, device=hidden.device)
+    scale[tree.trunk_predictions :] = 1 / settings.temperature
     total, log_probs, _ = weighted_log_prob_sum(
-        (hidden / temperature).to(hidden.dtype),
+        hidden,
         output_layer.weight if output_weight is None else output_weight,
         tree.targets,
         torch.cat(loss_coefficients(update.weights, ntp_coefficient=settings.ntp_coefficient)),
         vocab_size=settings.vocab_size,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         chunk_size=settings.chunk_size,
+        scale=scale,
     )
     return torch.cat([total[None], log_probs.detach()])
 

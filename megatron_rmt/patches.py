@@ -123,11 +123,13 @@ def run_step(
         # Megatron advances the iterator that it is given, which will be another one.
         call["data_iterator"].advance()
     plan = rmt_step.plan_step(options, iteration)
+    began_collecting = time.perf_counter()
     with rmt_step.generating(training.model):
-        updates, loss_settings = rmt_step.collect(training, batches, plan)
-    rolled_out = time.perf_counter()
+        collected = rmt_step.collect(training, batches, plan)
+    updates = collected.updates
+    began_update = time.perf_counter()
 
-    call["forward_step_func"] = make_forward_step(loss_settings)
+    call["forward_step_func"] = make_forward_step(collected.settings)
     call["data_iterator"] = RerunDataIterator(iter(updates))
     call["forward_backward_func"] = _for_trees(
         call["forward_backward_func"], updates, logprob_tolerance(options)
@@ -136,8 +138,14 @@ def run_step(
     if parallel_state.is_pipeline_last_stage() and result[0]:
         report = result[0]
         report["rmt largest logprob difference"] = _largest_difference(updates)
+        seconds = {"batch": began_collecting - started, **collected.seconds}
+        seconds["update"] = time.perf_counter() - began_update
+        for phase, value in seconds.items():
+            report[f"rmt {phase} seconds"] = torch.tensor(
+                value, device=updates[0].tree.tokens.device
+            )
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            _write(options, iteration, result, rolled_out - started, rolled_out)
+            _write(options, iteration, result)
     return result
 
 
@@ -171,17 +179,13 @@ def _largest_difference(updates: list[Update]) -> torch.Tensor:
     return largest
 
 
-def _write(
-    options: Any, iteration: int, result: Any, rollout_seconds: float, rolled_out: float
-) -> None:
+def _write(options: Any, iteration: int, result: Any) -> None:
     path = metrics_path(options)
     if path is None:
         return
     values = dict(result[0])
     values["ntp loss"] = values.pop("lm loss")
     values["grad norm"] = float("nan") if result[5] is None else result[5]
-    values["rollout seconds"] = rollout_seconds
-    values["update seconds"] = time.perf_counter() - rolled_out
     write_metrics(path, iteration + 1, values)
 
 

@@ -94,13 +94,16 @@ def finish_sends(sends: Sends, at_most: int = 0) -> None:
 
 
 def full_hidden(hidden: Tensor, config: Any) -> Tensor:
-    """``[rows, hidden]`` of all rows, from ``[rows (/tp under sequence parallel), 1, hidden]``."""
+    """What the head reads, ``[rows, hidden]`` of all rows, from the decoder's output
+    ``[rows (/tp under sequence parallel), 1, hidden]``."""
     if config.sequence_parallel:
         # The head sums d hidden over the ranks itself, so backward only takes this rank's share.
         hidden = tensor_parallel.gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=False
         )
-    return hidden[:, 0]
+    # MuP multiplies the scores, which are linear in the hidden states.
+    multiplier = config.mup_output_mult if config.use_mup else 1.0
+    return hidden[:, 0] if multiplier == 1.0 else hidden[:, 0] * multiplier
 
 
 def from_last_stage(value: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """One training step of RMT, as data flows through it.
 
     user's batches -> trunk pass (entropies, keys and values) -> tiers, curriculum, positions
-    -> budget, stems, rollouts -> rewards, advantages -> trees -> Megatron's own train_step
+    -> budget, stems, rollouts -> rewards, advantages -> (packing ->) trees
+    -> Megatron's own train_step
 
 ``prepare`` builds once what does not change during a run; ``collect`` turns the user's
 micro-batches of a step into the ``Update``s that Megatron's schedules then consume. Nothing is kept
@@ -11,6 +12,7 @@ position, rollout, token), so a resumed run repeats itself.
 
 import contextlib
 import hashlib
+import time
 import zlib
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -28,10 +30,11 @@ from megatron_rmt.attention import attach_tree_attention
 from megatron_rmt.budget import token_budget
 from megatron_rmt.curriculum import choose_positions, tier_probabilities, tiers
 from megatron_rmt.decoding import KeyValueStore
-from megatron_rmt.entropy import read_trunk
+from megatron_rmt.entropy import entropy_percentiles, read_trunk
 from megatron_rmt.forward_step import LossSettings, Metric, Update
 from megatron_rmt.live_rollouts import RolloutPosition
 from megatron_rmt.losses import LossWeights, response_weights
+from megatron_rmt.packing import TreeSource, repack, tree_cost
 from megatron_rmt.rewards import length_reward, total_reward
 from megatron_rmt.rollout import RolloutSettings, expert_sharing_group, generate
 from megatron_rmt.rollout_memory import GIB, KeyValuePlan, key_value_bytes
@@ -45,6 +48,7 @@ from megatron_rmt.template import (
 )
 from megatron_rmt.token_bytes import token_bytes
 from megatron_rmt.tree import NO_LABEL, Responses, Tree, Trunk, build_trunk, grow_tree, pad_tree
+from megatron_rmt.tree_attention import check_backend
 from megatron_rmt.user_batch import UserBatch
 
 # Tokens of the true continuation that a prediction is compared with.
@@ -95,10 +99,13 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     """Attach tree attention to ``model`` and read the vocabulary and the prompt.
 
     Raises:
-        ValueError: the prompt and the longest thought do not fit, or the vocabularies disagree.
+        ValueError: the prompt and the longest thought do not fit, the vocabularies disagree,
+            --rmt-attention cannot train on the model's device, or --rmt-max-tokens is less than
+            what a micro-batch holds before the rollouts.
     """
     attach_tree_attention(model)
     device = next(model.parameters()).device
+    check_backend(args.rmt_attention, device)
     template = load_template(args.rmt_template)
     inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
     if not args.rmt_no_chat:
@@ -110,6 +117,14 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
             f"{args.padded_vocab_size} rows of embedding; pass the tokenizer of the checkpoint."
         )
     stop = sorted({int(i) for i in (tokenizer.eod, _eos(tokenizer)) if i is not None})
+    head = encode_prompt(tokenizer, template.head)
+    held = args.micro_batch_size * (args.seq_length + len(head))
+    if args.rmt_max_tokens is not None and args.rmt_max_tokens < held:
+        raise ValueError(
+            f"--rmt-max-tokens is {args.rmt_max_tokens}, but {args.micro_batch_size} samples of "
+            f"{args.seq_length} tokens and their prompt take {held} before any rollout; raise it "
+            "or lower --micro-batch-size (which gives more micro-batches) or --seq-length."
+        )
     training = MidTraining(
         args=args,
         model=model,
@@ -118,7 +133,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
         bytes_of=bytes_of,
         has_bytes=torch.tensor([len(text) > 0 for text in bytes_of]),
         grammar=ResponseGrammar(template, bytes_of, stop).to(device),
-        head=encode_prompt(tokenizer, template.head),
+        head=head,
         close=encode_prompt(tokenizer, template.close),
         stop=stop,
         longest_position=_longest_position(args, tokenizer, template),
@@ -234,15 +249,24 @@ def plan_step(args: Namespace, iteration: int) -> StepPlan:
     return StepPlan(iteration, budget, probabilities, iteration < args.rmt_warmup_iters)
 
 
-def collect(
-    training: MidTraining, batches: Sequence[UserBatch], step: StepPlan
-) -> tuple[list[Update], LossSettings]:
+@dataclass(frozen=True)
+class Collected:
+    """What the update of one step needs: its micro-batches, the loss, and the wall seconds that
+    each phase took on this rank."""
+
+    updates: list[Update]
+    settings: LossSettings
+    seconds: dict[str, float]
+
+
+def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan) -> Collected:
     """Everything before the update of one step, for this data-parallel rank's micro-batches.
 
     Collective over all ranks: the ranks of one model work in lockstep, and the loss's global means
     are summed over the data-parallel ranks.
     """
     args = training.args
+    times = [time.perf_counter()]
     trunks = [_trunk(training, batch) for batch in batches]
     first_rows = [0]
     for trunk in trunks:
@@ -253,6 +277,7 @@ def collect(
     chosen: list[list[int]] = []
     positions: list[RolloutPosition] = []
     metrics: list[dict[str, Metric]] = []
+    labelled_entropies: list[Tensor] = []
     for index, (trunk, first_row) in enumerate(zip(trunks, first_rows, strict=False)):
         entropies, predictions = read_trunk(
             training.model,
@@ -263,6 +288,7 @@ def collect(
             longest_position=training.longest_position,
             chunk_size=args.rmt_head_chunk_size,
             top_k=args.rmt_entropy_top_k,
+            attention=args.rmt_attention,
         )
         rows, tier = _choose(training, trunk, entropies, sample_index[index], step)
         chosen.append(rows)
@@ -277,25 +303,41 @@ def collect(
             )
             for row in rows
         ]
-        metrics.append(_trunk_metrics(trunk, entropies, predictions, tier, rows))
+        labelled_entropies.append(entropies[_labelled(trunk)])
+        metrics.append(_trunk_metrics(trunk, entropies, predictions, tier, rows, step))
+    percentiles = entropy_percentiles(torch.cat(labelled_entropies))
+    times.append(time.perf_counter())
 
     stem = training.stem(step.budget)
     responses = _rollouts(training, store, positions, stem, step)
     _check_ranks_agree(chosen, responses)
+    times.append(time.perf_counter())
 
     ends = [0]
     for rows in chosen:
         ends.append(ends[-1] + len(rows))
+    sources = []
+    for trunk, rows, first, limit, metric in zip(
+        trunks, chosen, ends, ends[1:], metrics, strict=False
+    ):
+        own = responses.positions(first, limit)
+        advantages, reward_metrics = _score(training, trunk, rows, own, step)
+        keys = [(position.sample, position.column) for position in positions[first:limit]]
+        metric |= reward_metrics | {"rmt rollout checksum": _checksum(keys, own)}
+        sources.append(TreeSource(trunk, rows, own, advantages))
+    if args.rmt_max_tokens is not None:
+        sources = _repack(training, sources, len(stem))
     trees = [
         grow_tree(
-            trunk,
-            rows,
+            source.trunk,
+            source.rows,
             stem,
-            responses.positions(first, limit) if rows else None,
+            source.responses,
             longest_position=training.longest_position,
             device=next(training.model.parameters()).device,
+            attention=args.rmt_attention,
         )
-        for trunk, rows, first, limit in zip(trunks, chosen, ends, ends[1:], strict=False)
+        for source in sources
     ]
     trees = _aligned(training, trees)
 
@@ -304,15 +346,13 @@ def collect(
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
     all_positions, ntp_tokens = totals.tolist()
 
+    slots = float(len(batches) * parallel_state.get_data_parallel_world_size())
     updates = []
-    for trunk, rows, tree, first, limit, metric in zip(
-        trunks, chosen, trees, ends, ends[1:], metrics, strict=False
-    ):
-        own = responses.positions(first, limit)
-        advantages, reward_metrics = _score(training, trunk, rows, own, step)
-        weights = _weights(training, tree, advantages, all_positions, ntp_tokens, step)
-        keys = [(position.sample, position.column) for position in positions[first:limit]]
-        metric |= reward_metrics | {"rmt rollout checksum": _checksum(keys, own)}
+    for source, tree, metric in zip(sources, trees, metrics, strict=True):
+        weights = _weights(training, tree, source.advantages, all_positions, ntp_tokens, step)
+        metric |= {f"rmt entropy p{p}": (value, 1.0) for p, value in percentiles.items()}
+        metric |= _token_metrics(source.trunk, tree, len(source.rows) * len(stem), slots)
+        metric |= _size_metrics(args, tree)
         updates.append(Update(tree, weights, metric))
     settings = LossSettings(
         ntp_coefficient=0.0 if args.rmt_no_ntp else args.rmt_ntp_coefficient,
@@ -320,9 +360,12 @@ def collect(
         vocab_size=training.vocab_size,
         chunk_size=args.rmt_head_chunk_size,
         ntp_tokens=max(ntp_tokens, 1.0),
-        scale=float(len(batches) * parallel_state.get_data_parallel_world_size()),
+        scale=slots,
     )
-    return updates, settings
+    times.append(time.perf_counter())
+    phases = ("trunk", "rollout", "tree")
+    seconds = {name: times[i + 1] - times[i] for i, name in enumerate(phases)}
+    return Collected(updates, settings, seconds)
 
 
 def global_sample_indices(args: Namespace, micro_batches: int) -> list[list[int]]:
@@ -364,7 +407,7 @@ def _choose(
 ) -> tuple[list[int], Tensor]:
     """The chosen rows of a trunk, ascending, and the tier of every row (-1: not eligible)."""
     args = training.args
-    labelled = (trunk.labels != NO_LABEL) & (trunk.loss_mask > 0) & (trunk.columns >= 0)
+    labelled = _labelled(trunk) & (trunk.columns >= 0)
     eligible = labelled & training.has_bytes[trunk.labels.clamp(min=0)]
     tier = torch.where(eligible, tiers(entropies, args.rmt_entropy_thresholds), -1)
     rows: list[int] = []
@@ -473,10 +516,45 @@ def _aligned(training: MidTraining, trees: list[Tree]) -> list[Tree]:
     ]
 
 
+def _labelled(trunk: Trunk) -> Tensor:
+    """``[rows]`` bool: rows whose prediction counts."""
+    return (trunk.labels != NO_LABEL) & (trunk.loss_mask > 0)
+
+
+def _repack(
+    training: MidTraining, sources: Sequence[TreeSource], stem_length: int
+) -> list[TreeSource]:
+    return repack(
+        sources,
+        tree_cost(training.model.config, training.vocab_size),
+        stem_length=stem_length,
+        max_tokens=training.args.rmt_max_tokens,
+        use_all=parallel_state.get_pipeline_model_parallel_world_size() > 1,
+        group=parallel_state.get_data_parallel_group(),
+        device=torch.device(torch.cuda.current_device()),
+    )
+
+
+def _size_metrics(args: Namespace, tree: Tree) -> dict[str, Metric]:
+    """Tokens of a micro-batch, share of rows that are padding, tokens above the limit."""
+    tokens, rows = float(tree.plan.tokens), float(tree.tokens.shape[0])
+    excess = 0.0 if args.rmt_max_tokens is None else max(0.0, tokens - args.rmt_max_tokens)
+    return {
+        "rmt micro-batch tokens": (tokens, 1.0),
+        "rmt padding": (rows - tokens, rows),
+        "rmt tokens above limit": (excess, 1.0),
+    }
+
+
 def _trunk_metrics(
-    trunk: Trunk, entropies: Tensor, predictions: Tensor, tier: Tensor, rows: list[int]
+    trunk: Trunk,
+    entropies: Tensor,
+    predictions: Tensor,
+    tier: Tensor,
+    rows: list[int],
+    step: StepPlan,
 ) -> dict[str, Metric]:
-    labelled = (trunk.labels != NO_LABEL) & (trunk.loss_mask > 0)
+    labelled = _labelled(trunk)
     count = float(labelled.sum())
     right = (predictions == trunk.labels) & labelled
     chosen = tier[rows]
@@ -487,7 +565,20 @@ def _trunk_metrics(
     }
     for number, name in enumerate(("easy", "medium", "hard")):
         metrics[f"rmt chosen {name}"] = (float((chosen == number).sum()), float(len(rows)))
+        # Without a curriculum no share is asked for: 0 of 0 stays out of the logs.
+        asked = (0.0, 0.0) if step.probabilities is None else (step.probabilities[number], 1.0)
+        metrics[f"rmt asked {name}"] = asked
     return metrics
+
+
+def _token_metrics(trunk: Trunk, tree: Tree, stem_tokens: int, slots: float) -> dict[str, Metric]:
+    """Tokens of the whole global batch; ``slots``: how many micro-batches report."""
+    tokens = {
+        "trunk": len(trunk),
+        "stem": stem_tokens,
+        "branch": tree.plan.tokens - len(trunk) - stem_tokens,
+    }
+    return {f"rmt {name} tokens": (float(count), 1 / slots) for name, count in tokens.items()}
 
 
 def _score(
@@ -499,6 +590,7 @@ def _score(
     match = torch.zeros(positions, group)
     lengths = torch.zeros(positions, group)
     read: list[Response] = []
+    truncated = 0
     for index, row in enumerate(rows):
         truth = [training.bytes_of[token] for token in _continuation(training, trunk, row)]
         boundaries = torch.tensor([len(text) for text in truth]).cumsum(0).tolist()
@@ -513,6 +605,7 @@ def _score(
             )
             read.append(response)
             lengths[index, rollout] = response.thought_length
+            truncated += _is_truncated(training, response, responses, index, rollout, step)
             if response.well_formed:
                 match[index, rollout] = training.template.match(
                     response.prediction, b"".join(truth), boundaries
@@ -520,7 +613,11 @@ def _score(
     by_length = length_reward(lengths, step.budget, args.rmt_length_reward_maximum)
     weight = 0.0 if args.rmt_no_length_reward else args.rmt_length_reward_weight
     rewards = total_reward(match, by_length, weight)
-    advantages = torch.zeros_like(rewards) if step.warm_up else group_advantages(rewards)
+    if step.warm_up:
+        # The answers are given; what is drawn, the thoughts, learns to last until the budget.
+        # Else models soon close every thought at once, as closing is all that they are shown.
+        rewards = total_reward(torch.zeros_like(match), by_length, weight)
+    advantages = group_advantages(rewards)
 
     count = float(positions * group)
     # In the warm-up the answers are given, so there is nothing to report of them.
@@ -533,13 +630,31 @@ def _score(
         "rmt thought length": (float(lengths.sum()), count),
         "rmt length reward": (float(by_length.sum()), count),
         "rmt reward": (float(rewards.sum()) * (judged > 0), judged),
-        "rmt groups with signal": (
-            float((advantages != 0).any(-1).sum()),
+        "rmt truncated": (float(truncated) * (judged > 0), judged),
+        "rmt zero-variance groups": (
+            float((advantages == 0).all(-1).sum()) * (judged > 0),
             0.0 if step.warm_up else float(positions),
         ),
         "rmt budget": (float(step.budget) * positions, float(positions)),
     }
     return advantages, metrics
+
+
+def _is_truncated(
+    training: MidTraining,
+    response: Response,
+    responses: Responses,
+    position: int,
+    rollout: int,
+    step: StepPlan,
+) -> bool:
+    """Whether a bound ended the thought (given up or forced to close), or a boxed answer."""
+    length = int(responses.lengths[position, rollout])
+    drawn = responses.sampled[position, rollout, :length]
+    if response.thought_length >= 2 * step.budget and not (response.closed and bool(drawn.all())):
+        return True
+    ended = length > 0 and int(responses.tokens[position, rollout, length - 1]) in training.stop
+    return response.closed and not response.well_formed and not ended
 
 
 def _checksum(keys: Sequence[tuple[int, int]], responses: Responses) -> Metric:

@@ -173,7 +173,6 @@ BAD = {
     ("--log-max-attention-logit",): "--log-max-attention-logit is True; RMT needs False:",
     ("--cuda-graph-impl", "local"): "--cuda-graph-impl is local; RMT needs none:",
     ("--overlap-moe-expert-parallel-comm",): "--overlap-moe-expert-parallel-comm is True; RMT",
-    ("--use-mup",): "--use-mup is True; RMT needs False:",
     ("--position-embedding-type", "mrope"): "--position-embedding-type is mrope; RMT supports",
     ("--fp8-format", "e4m3"): "--fp8-recipe is delayed; ",
 }

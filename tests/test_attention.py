@@ -1,4 +1,4 @@
-"""Attention by plan against dense masked attention in float64; stock calls stay stock."""
+"""Plans in a model's own attention; stock calls stay stock."""
 
 import math
 
@@ -8,12 +8,11 @@ from torch import Tensor
 
 from megatron_rmt.attention import (
     ROTARY_TABLE_STEP,
-    Block,
     Plan,
     TreePlan,
     attach_tree_attention,
-    position_block,
 )
+from megatron_rmt.tree_attention import Block
 from tests.tiny_model import build_model, stock_logits
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
@@ -39,48 +38,6 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor
 
 def _close(value: Tensor, reference: Tensor) -> None:
     torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("branches", [[3, 2], [0, 1, 4], [0, 0], []])
-@pytest.mark.parametrize("stem", [1, 3])
-def test_block_of_a_position(branches, stem):
-    block = position_block(20, 4, 9, stem, branches)
-    assert (block.first, block.limit) == (20, 20 + stem + sum(branches))
-    assert (block.trunk_first, block.trunk_limit) == (4, 9)
-    owner = [-1] * stem + [b for b, length in enumerate(branches) for _ in range(length)]
-    for row, mine in enumerate(owner):
-        for column, theirs in enumerate(owner):
-            expected = column <= row and theirs in (-1, mine)
-            assert bool(block.mask[row, 5 + column]) == expected
-    assert block.mask[:, :5].all()
-
-
-def test_tree_attention_and_its_gradients_equal_dense_attention():
-    blocks = [
-        Block(0, 6),
-        Block(6, 10),
-        position_block(10, 0, 1, 2, [3, 1]),
-        position_block(16, 0, 6, 1, [2, 2]),
-        position_block(21, 6, 9, 2, [0, 4]),
-    ]
-    visible = torch.zeros(27, 27, dtype=torch.bool)
-    for first, limit in ((0, 6), (6, 10)):
-        visible[first:limit, first:limit] = torch.ones(limit - first, limit - first).tril().bool()
-    for block in blocks[2:]:
-        split = block.trunk_limit - block.trunk_first
-        visible[block.first : block.limit, block.trunk_first : block.trunk_limit] = True
-        visible[block.first : block.limit, block.first : block.limit] = block.mask[:, split:]
-    inputs = [x.requires_grad_() for x in _qkv(27)]
-    output = TreePlan(tokens=27, blocks=blocks).attend(1, *inputs, SCALE)
-    reference = _dense(*inputs, visible)
-    _close(output, reference)
-    by_output = torch.randn_like(reference)
-    for gradient, expected in zip(
-        torch.autograd.grad(output, inputs, by_output),
-        torch.autograd.grad(reference, inputs, by_output),
-        strict=True,
-    ):
-        _close(gradient, expected)
 
 
 @pytest.mark.usefixtures("single_process_megatron")
@@ -114,7 +71,7 @@ def test_the_softmax_scale_is_the_models_own(change):
     attached.load_state_dict(stock.state_dict())
     attach_tree_attention(attached)
     tokens = torch.arange(1, 15)
-    plan = TreePlan(tokens=14, blocks=[Block(0, 14)])
+    plan = TreePlan(tokens=14, blocks=(Block(0, 14),))
     plan.use_positions(torch.arange(14), 14)
     output = attached(tokens[None], plan.positions[None], None, packed_seq_params=plan)
     _close(output[0, :, :53], stock_logits(stock, tokens))
@@ -125,7 +82,7 @@ def test_padding_rows_get_zeros_and_real_rows_what_they_get_without():
     model = build_model()
     attach_tree_attention(model)
     attention = model.decoder.layers[0].self_attention.core_attention
-    plan = TreePlan(tokens=10, blocks=[Block(0, 10)])
+    plan = TreePlan(tokens=10, blocks=(Block(0, 10),))
     query, key, value = (x[:, None] for x in _qkv(13))
     output = attention(query, key, value, None, packed_seq_params=plan)
     assert output.shape == (13, 1, HEADS * WIDTH)

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_rmt.attention import Block
 from megatron_rmt.decoding import (
     DecodePlan,
     KeyValueStore,
@@ -14,6 +13,7 @@ from megatron_rmt.decoding import (
     TrunkPlan,
     trunk_groups,
 )
+from megatron_rmt.tree_attention import Block
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SCALE = 0.3
@@ -49,7 +49,7 @@ def _stored_trunk(trunk_tokens: int, layers: tuple[int, ...] = (1,)) -> tuple[Ke
         for start, limit in ((0, first), (first, trunk_tokens)):
             plan = TrunkPlan(
                 tokens=limit - start,
-                blocks=[Block(0, limit - start)],
+                blocks=(Block(0, limit - start),),
                 store=store,
                 first_row=start,
             )

@@ -1,14 +1,19 @@
 """The trunk pass against the stock model in float64: entropies, predictions, keys and values."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_rmt.attention import attach_tree_attention
 from megatron_rmt.decoding import KeyValueStore
-from megatron_rmt.entropy import read_trunk
+from megatron_rmt.entropy import entropy_percentiles, read_trunk
 from megatron_rmt.tree import Trunk, build_trunk
+from tests.distributed import run_distributed
 from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
 
 pytestmark = pytest.mark.usefixtures("single_process_megatron")
@@ -119,3 +124,27 @@ def test_no_gradient_is_kept():
     store, results = _read(with_trees, [_trunk(1, [])])
     tensors = [tensor for pair in store.trunk.values() for tensor in pair] + [*results[0]]
     assert not any(tensor.requires_grad for tensor in tensors)
+
+
+def test_percentiles_are_those_of_the_sorted_entropies_to_a_hundredth():
+    entropies = torch.rand(1037, generator=torch.Generator().manual_seed(3)).square() * 11
+    found = entropy_percentiles(entropies)
+    for percentile, value in found.items():
+        exact = np.percentile(entropies.numpy(), percentile, method="inverted_cdf")
+        assert value == pytest.approx(exact, abs=0.00501)
+    assert list(found) == [10, 50, 90]
+    assert all(math.isnan(value) for value in entropy_percentiles(torch.empty(0)).values())
+    assert entropy_percentiles(torch.tensor([1e-8]))[50] == pytest.approx(0.005)
+
+
+def _percentiles_of_a_share() -> dict[int, float]:
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    entropies = torch.linspace(0, 6, 101)
+    return entropy_percentiles(entropies[parallel_state.get_data_parallel_rank() :: 2])
+
+
+@pytest.mark.multiprocess
+def test_percentiles_are_of_all_data_parallel_ranks():
+    whole = entropy_percentiles(torch.linspace(0, 6, 101))
+    assert run_distributed(2, _percentiles_of_a_share) == [whole, whole]

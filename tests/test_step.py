@@ -1,5 +1,6 @@
 """The decisions of a step: schedules, sample numbers, positions, scores, weights."""
 
+import dataclasses
 import math
 from argparse import Namespace
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from megatron_rmt import step as rmt_step
 from megatron_rmt.step import StepPlan, generating, global_sample_indices, gpt_model, plan_step
-from megatron_rmt.template import ResponseGrammar, Template
-from megatron_rmt.tree import NO_LABEL, Responses, Trunk, build_trunk, grow_tree
+from megatron_rmt.template import ResponseGrammar, Template, read_response
+from megatron_rmt.tree import NO_LABEL, Responses, Trunk, build_trunk, grow_tree, pad_tree
 from tests.distributed import run_distributed
 from tests.tiny_model import build_model
 
@@ -263,7 +264,8 @@ def test_rewards_and_advantages_by_hand():
     assert metrics["rmt closed by itself"] == (2, 4)
     assert metrics["rmt thought length"] == (15, 4)
     assert metrics["rmt length reward"] == (1.75, 4)
-    assert metrics["rmt groups with signal"] == (2, 2)
+    assert metrics["rmt zero-variance groups"] == (0, 2)
+    assert metrics["rmt truncated"] == (1, 4)
     assert metrics["rmt budget"] == (8, 2)
 
 
@@ -272,10 +274,22 @@ def test_without_the_length_reward_the_match_is_all():
     assert metrics["rmt reward"] == (2, 4)
 
 
-def test_the_warm_up_has_no_advantages_and_judges_nothing():
-    advantages, metrics, _ = _scored(warm_up=True)
-    assert not advantages.any()
-    for name in ("rmt match rate", "rmt well-formed rate", "rmt reward", "rmt groups with signal"):
+def test_the_warm_up_rewards_the_length_alone_and_judges_nothing():
+    advantages, metrics, (training, *others) = _scored(warm_up=True)
+    # Thoughts of 2 and 8, 1 and 4 tokens for a budget of 4, whatever the answers.
+    torch.testing.assert_close(advantages, torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+    *others, step = others
+    wrong = dataclasses.replace(others[-1], tokens=others[-1].tokens.clone())
+    wrong.tokens[1, 1, 5] = wrong.tokens[1, 0, 2]
+    unmoved, _ = rmt_step._score(training, *others[:-1], wrong, step)
+    assert torch.equal(unmoved, advantages)
+    assert not _scored(warm_up=True, rmt_no_length_reward=True)[0].any()
+    for name in (
+        "rmt match rate",
+        "rmt well-formed rate",
+        "rmt reward",
+        "rmt zero-variance groups",
+    ):
         assert metrics[name] == (0, 0)
 
 
@@ -329,3 +343,50 @@ def test_the_model_is_found_inside_its_wrappers_or_refused():
         gpt_model([model, model])
     with pytest.raises(ValueError, match=r"the model is a Linear; RMT trains a GPTModel"):
         gpt_model([Wrapper(torch.nn.Linear(1, 1))])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sampled", "template", "truncated"),
+    [
+        ([2, 3, 10, 4], [1, 1, 1, 1], "next", False),
+        ([2] * 8, [1] * 8, "next", True),
+        ([2] * 8 + [10, 4], [1] * 8 + [0, 1], "next", True),
+        ([2] * 8 + [10, 4], [1] * 10, "next", False),
+        ([2, 2, 0], [1, 1, 1], "next", False),
+        ([2, 10, 3, 3, 3], [1] * 5, "boxed", True),
+        ([2, 10, 3, 3, 0], [1] * 5, "boxed", False),
+    ],
+    ids=[
+        "closed itself",
+        "given up at the bound",
+        "closed by force",
+        "closed itself at the bound",
+        "text ended in the thought",
+        "answer ran out of tokens",
+        "text ended in the answer",
+    ],
+)
+def test_a_response_is_truncated_where_a_bound_ended_it(tokens, sampled, template, truncated):
+    training = _training(_args())
+    training = dataclasses.replace(
+        training, template=dataclasses.replace(TEMPLATE, answer=template)
+    )
+    responses = Responses(
+        torch.tensor([[tokens]]),
+        torch.tensor([[len(tokens)]]),
+        torch.tensor([[sampled]]).bool(),
+        torch.zeros(1, 1, len(tokens)),
+    )
+    response = read_response(tokens, training.template, BYTES, [0], 3)
+    found = rmt_step._is_truncated(training, response, responses, 0, 0, _plan())
+    assert found == truncated
+
+
+def test_every_token_of_a_tree_is_counted_once():
+    _, _, (_, trunk, rows, responses, _) = _scored()
+    tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
+    metrics = rmt_step._token_metrics(trunk, pad_tree(tree, 128), len(rows), 4.0)
+    assert metrics["rmt trunk tokens"] == (len(trunk), 0.25)
+    assert metrics["rmt stem tokens"] == (2, 0.25)
+    assert metrics["rmt branch tokens"] == (int((responses.lengths - 1).sum()), 0.25)
+    assert sum(tokens for tokens, _ in metrics.values()) == tree.plan.tokens

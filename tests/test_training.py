@@ -36,10 +36,15 @@ COUNTED = (
     "thought length",
     "length reward",
     "reward",
-    "groups with signal",
+    "zero-variance groups",
+    "truncated",
+    "trunk tokens",
+    "stem tokens",
+    "branch tokens",
     "budget",
 )
 COMPUTED = ("entropy", "next-token accuracy", "entropy of chosen", "ntp loss", "grad norm")
+PACKED = ["--rmt-max-tokens", "600"]
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 SHARDED_OPTIMIZER = ["--use-distributed-optimizer"]
@@ -110,7 +115,16 @@ def test_the_reference_is_worth_comparing_with(reference: Run):
     assert all(line["closed by itself"] > 0 for line in lines[:3])
     assert any(0 < line["closed by itself"] < 1 for line in lines)
     assert any(0 < line["match rate"] < 1 for line in lines)
-    assert all(line["groups with signal"] > 0 for line in lines)
+    assert all(line["zero-variance groups"] < 1 for line in lines)
+    assert all(
+        0 < line["entropy p10"] < line["entropy p50"] < line["entropy p90"] for line in lines
+    )
+    # 4 samples of 64 tokens, 3 positions each, a stem of 8 tokens or so.
+    assert all(line["trunk tokens"] == 4 * 64 for line in lines)
+    assert all(line["stem tokens"] % 12 == 0 for line in lines)
+    asked = [[line[f"asked {tier}"] for tier in ("easy", "medium", "hard")] for line in lines]
+    assert asked[0] == pytest.approx([0.6, 0.3, 0.1])
+    assert asked[-1] == pytest.approx([0.1, 0.3, 0.6])
     assert len({line["rollout checksum"] for line in lines}) == STEPS
     assert max(line["ntp loss"] for line in lines) > 1.02 * min(line["ntp loss"] for line in lines)
 
@@ -123,6 +137,12 @@ LAYOUTS = {
     "DP2, overlapped communication": (2, SHARDED_OPTIMIZER + OVERLAP),
     "DP2, loss per token": (2, ["--calculate-per-token-loss"]),
     "micro-batches of 2": (1, ["--micro-batch-size", "2"]),
+    "packed": (1, PACKED),
+    "packed, DP2": (2, PACKED),
+    "packed, PP2 x DP2, micro-batches of 2": (
+        4,
+        [*PACKED, *PP2, "--micro-batch-size", "2", "--global-batch-size", "4"],
+    ),
 }
 
 
@@ -136,7 +156,7 @@ def test_a_layout_trains_like_one_process(
 def test_greedy_rollouts_are_alike_in_every_layout(start: Start, reference: Run):
     alone = start(1, [*RMT, "--rmt-greedy"])
     # Rollouts of a group are equal, so that there is nothing to learn from them.
-    assert [line["groups with signal"] for line in alone.metrics] == [0.0] * STEPS
+    assert [line["zero-variance groups"] for line in alone.metrics] == [1.0] * STEPS
     assert alone.metrics[0]["rollout checksum"] != reference.metrics[0]["rollout checksum"]
     assert_same_curve(start(4, [*RMT, "--rmt-greedy", *TP2, *PP2]).metrics, alone.metrics)
 

@@ -19,9 +19,15 @@ LONGEST_POSITION = 200
 
 
 def build_model(
-    dtype: torch.dtype = torch.float64, position_embedding: str = "rope", **changes: Any
+    dtype: torch.dtype = torch.float64,
+    position_embedding: str = "rope",
+    tied: bool = False,
+    **changes: Any,
 ) -> GPTModel:
-    """Two layers of width 32 with 4 query and 2 key heads, Llama's shape unless ``changes``."""
+    """Two layers of width 32 with 4 query and 2 key heads, Llama's shape unless ``changes``.
+
+    tied: the output layer is the embedding.
+    """
     options: dict[str, Any] = {
         "num_layers": 2,
         "hidden_size": 32,
@@ -56,6 +62,7 @@ def build_model(
         vocab_size=PADDED_VOCAB,
         max_sequence_length=LONGEST_POSITION,
         position_embedding_type=position_embedding,
+        share_embeddings_and_output_weights=tied,
     )
     return model.to(dtype)
 
