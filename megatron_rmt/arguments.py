@@ -37,7 +37,7 @@ FLAGS: tuple[Flag, ...] = (
         {
             "type": int,
             "default": None,
-            "help": "Draw only from tokens at least as probable as the K th (default: from all, "
+            "help": "Draw only from tokens at least as probable as the K th (default: all, "
             "paper). The update still trains the whole distribution at --rmt-temperature.",
         },
     ),
@@ -47,7 +47,7 @@ FLAGS: tuple[Flag, ...] = (
             "type": float,
             "default": None,
             "help": "Draw only from the most probable tokens that together have probability P, "
-            "after --rmt-top-k (default: from all, paper). The update as for --rmt-top-k.",
+            "after --rmt-top-k (default: all, paper). The update as for --rmt-top-k.",
         },
     ),
     (
@@ -56,8 +56,8 @@ FLAGS: tuple[Flag, ...] = (
             "type": float,
             "default": None,
             "help": "Stop before the optimizer's step if the mean |log-prob in the update - "
-            "log-prob when drawn| of a step's tokens is larger, in nats (default 1e-3 in fp32, "
-            "0.2 in half precision; ours).",
+            "log-prob when drawn| of a step's tokens is larger, in nats (default: by precision, "
+            "1e-3 in fp32, 0.2 in half; ours).",
         },
     ),
     (
@@ -66,7 +66,7 @@ FLAGS: tuple[Flag, ...] = (
             "type": float,
             "default": None,
             "help": "Bound, in GiB, on the keys and values that the rollouts of a rank hold at a "
-            "time; positions are decoded in waves that fit (default: no bound, one wave; ours).",
+            "time; positions are decoded in waves that fit (default: no bound, ours).",
         },
     ),
     (

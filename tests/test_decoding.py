@@ -2,9 +2,11 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
+from megatron_rmt import decoding
 from megatron_rmt.decoding import (
     DecodePlan,
     KeyValueStore,
@@ -68,8 +70,13 @@ def test_the_trunk_pass_attends_and_keeps_keys_and_values_of_each_layer():
         assert torch.equal(store.trunk[layer][1].transpose(0, 1), value)
 
 
-def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left():
+@pytest.mark.parametrize("kernel", ["_one_pass_attention", "_scores_attention"])
+def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+):
     """Three positions of two samples, groups of two, three steps; rollouts leave in between."""
+    # The second is what devices without the first one's kernel get.
+    monkeypatch.setattr(decoding, "_one_pass_attention", getattr(decoding, kernel))
     store, contents = _stored_trunk(12)
     trunk_key, trunk_value = contents[1]
     visible, stem, group = [(0, 3), (2, 4), (4, 11)], 2, 2
@@ -116,8 +123,7 @@ def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
             keys, values = contexts[rollout]
             everything = torch.ones(1, len(keys), dtype=torch.bool)
             reference = _dense(query[row, None], keys, values, everything)
-            # Decoding makes its scores in fp32, whatever the dtype.
-            torch.testing.assert_close(output[row, None], reference, rtol=1e-5, atol=1e-6)
+            _close(output[row, None], reference)
         if staying is not None:
             tails.keep(torch.tensor(staying))
             batch = batch[staying]
