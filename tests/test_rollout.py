@@ -19,9 +19,10 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from megatron_rmt import rollout
+from megatron_rmt import rollout as rollout_module
 from megatron_rmt.attention import attach_tree_attention
 from megatron_rmt.decoding import DecodePlan, KeyValueStore, Tails
 from megatron_rmt.entropy import read_trunk
@@ -505,7 +506,7 @@ def test_responses_do_not_depend_on_the_waves_that_a_memory_bound_makes(
 
 
 def test_a_bound_that_no_position_fits_in_is_refused():
-    with pytest.raises(ValueError, match="--rmt-rollout-kv-gib is 0.000"):
+    with pytest.raises(ValueError, match=r"--rmt-rollout-kv-gib is 0\.000"):
         _generate(dataclasses.replace(CASES["boxed"], kv_bytes=20), CHOSEN, _filled_store())
 
 
@@ -530,7 +531,8 @@ def test_the_host_waits_for_the_device_once_a_token(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(DecodePlan, "attend", attended)
     # What lies on the host anyway, to sort rows by sample.
-    monkeypatch.setattr(rollout, "trunk_groups", _uncounted(rollout.trunk_groups, reads))
+    grouped = _uncounted(rollout_module.trunk_groups, reads)
+    monkeypatch.setattr(rollout_module, "trunk_groups", grouped)
     _generate(CASES["boxed"], CHOSEN, _filled_store())
     assert len(steps) > 8
     assert [b - a for a, b in itertools.pairwise(steps)] == [1] * (len(steps) - 1)

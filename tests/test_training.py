@@ -275,18 +275,8 @@ def test_without_ntp_only_the_policy_loss_trains(start: Start, reference: Run):
     assert 0 < first["grad norm"] != pytest.approx(first_hybrid["grad norm"], rel=1e-3)
 
 
-MIXTURE = [
-    "--num-experts",
-    "4",
-    "--moe-router-topk",
-    "2",
-    "--moe-ffn-hidden-size",
-    "48",
-    "--moe-router-load-balancing-type",
-    "none",
-    "--moe-token-dispatcher-type",
-    "alltoall",
-]
+MIXTURE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "48"]
+MIXTURE += ["--moe-router-load-balancing-type", "none", "--moe-token-dispatcher-type", "alltoall"]
 
 
 def test_experts_on_two_ranks_train_like_one_process(start: Start, tmp_path: Path):
