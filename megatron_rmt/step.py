@@ -573,8 +573,10 @@ def _trunk_metrics(
 
 def _token_metrics(trunk: Trunk, tree: Tree, stem_tokens: int, slots: float) -> dict[str, Metric]:
     """Tokens of the whole global batch; ``slots``: how many micro-batches report."""
+    # The one token of a micro-batch that packing left empty is not of the batch.
+    has_sample = bool((trunk.columns >= 0).any())
     tokens = {
-        "trunk": len(trunk),
+        "trunk": len(trunk) * has_sample,
         "stem": stem_tokens,
         "branch": tree.plan.tokens - len(trunk) - stem_tokens,
     }
