@@ -157,9 +157,11 @@ def _kth_weight(
     largest = F.pad(largest, (0, k - largest.shape[1]), value=-torch.inf)
     tp_size = _parallel_size(tp_group)
     if tp_size > 1:
-        gathered = largest.new_empty(tp_size, *largest.shape)
+        rows = len(logits)
+        gathered = largest.new_empty(tp_size * rows, k)
         torch.distributed.all_gather_into_tensor(gathered, largest.contiguous(), group=tp_group)
-        largest = gathered.transpose(0, 1).reshape(len(logits), -1).topk(k, sorted=False).values
+        largest = gathered.view(tp_size, rows, k).transpose(0, 1).reshape(rows, -1)
+        largest = largest.topk(k, sorted=False).values
     return _weigh_(largest.amin(1, keepdim=True), maxima, temperature)[:, 0]
 
 

@@ -31,7 +31,7 @@ def test_the_default_follows_the_precision():
 
 @pytest.mark.usefixtures("single_process_megatron")
 def test_the_mean_over_all_micro_batches_counts():
-    check_log_probs([_update(3.0, 10.0), _update(0.0, 20.0)], tolerance=0.1)
+    check_log_probs([_update(3.0, 10.0), _update(0.0, 20.0)], tolerance=0.11)
     check_log_probs([_update(0.0, 0.0)], tolerance=0.1)
     expected = r"by 0\.1 nats on average, more than .* 0\.09;"
     with pytest.raises(RuntimeError, match=expected) as error:

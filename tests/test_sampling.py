@@ -239,7 +239,7 @@ def reference_kept(logits: Tensor, top_k: int | None, top_p: float | None) -> Te
     if top_p is not None:
         probs = logits.double().masked_fill(~kept, -math.inf).softmax(1)
         falling = probs.sort(1, descending=True).values
-        last = (falling.cumsum(1) < top_p).sum(1, keepdim=True)
+        last = (falling.cumsum(1) < top_p).sum(1, keepdim=True).clamp(max=logits.shape[1] - 1)
         kept &= probs >= falling.gather(1, last)
     return kept
 
