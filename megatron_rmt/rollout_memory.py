@@ -58,8 +58,8 @@ class KeyValuePlan:
         """The plan in numbers."""
         return (
             f"{self.rows} rollouts x {self.tail_tokens} tokens "
-            f"({self.positions * self.position_bytes / GIB:.3f} GiB) + trunk of "
-            f"{self.trunk_tokens} tokens ({self.trunk_bytes / GIB:.3f} GiB), "
+            f"({self.positions * self.position_bytes / GIB:.3g} GiB) + trunk of "
+            f"{self.trunk_tokens} tokens ({self.trunk_bytes / GIB:.3g} GiB), "
             f"{self.token_bytes} bytes a token"
         )
 
@@ -75,8 +75,8 @@ class KeyValuePlan:
         if fit < 1 and self.positions:
             least = self.trunk_bytes + self.position_bytes * self.in_flight
             raise ValueError(
-                f"--rmt-rollout-kv-gib is {bound / GIB:.3f}, but the keys and values of the trunk "
-                f"and of {self.in_flight} position(s) take {least / GIB:.3f} GiB "
+                f"--rmt-rollout-kv-gib is {bound / GIB:.3g}, but the keys and values of the trunk "
+                f"and of {self.in_flight} position(s) take {least / GIB:.3g} GiB "
                 f"({self.describe()}); raise it, or lower --rmt-initial-budget, --rmt-group-size, "
                 "--seq-length or the samples of a rank and step (--global-batch-size)."
             )

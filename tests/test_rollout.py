@@ -506,7 +506,7 @@ def test_responses_do_not_depend_on_the_waves_that_a_memory_bound_makes(
 
 
 def test_a_bound_that_no_position_fits_in_is_refused():
-    with pytest.raises(ValueError, match=r"--rmt-rollout-kv-gib is 0\.000"):
+    with pytest.raises(ValueError, match=r"--rmt-rollout-kv-gib is 1\.86e-08"):
         _generate(dataclasses.replace(CASES["boxed"], kv_bytes=20), CHOSEN, _filled_store())
 
 

@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_remedies():
     with pytest.raises(ValueError, match="--rmt-rollout-kv-gib is") as error:
         _waves(7, least - 1)
     message = str(error.value)
-    assert f"take {least / GIB:.3f} GiB" in message
+    assert f"take {least / GIB:.3g} GiB" in message
     assert "28 rollouts x 10 tokens" in message
     assert "trunk of 100 tokens" in message
     for remedy in ("--rmt-initial-budget", "--rmt-group-size", "--seq-length"):

@@ -285,7 +285,8 @@ def test_experts_on_two_ranks_train_like_one_process(start: Start, tmp_path: Pat
     first = ["--finetune", "--save", str(tmp_path), "--save-interval", "1", "--exit-interval", "1"]
     no_checkpoint = ["--load", str(tmp_path / "none")]
     start(1, [*flags, *first, *no_checkpoint])
-    resumed = [*flags, "--exit-interval", "3"]
+    # The optimizer of one process does not hold what two would load.
+    resumed = [*flags, "--exit-interval", "3", "--no-load-optim", "--no-load-rng"]
     alone = start(1, resumed, resume_from=tmp_path)
     assert [line["iteration"] for line in alone.metrics] == [2, 3]
     experts = ["--expert-model-parallel-size", "2"]
@@ -293,8 +294,8 @@ def test_experts_on_two_ranks_train_like_one_process(start: Start, tmp_path: Pat
 
 
 def test_rollouts_in_waves_train_alike(start: Start, reference: Run):
-    """The bound holds the trunk and about one position."""
-    lines = start(1, [*RMT, "--rmt-rollout-kv-gib", "3e-4", "--exit-interval", "2"])
+    """The bound holds the trunk and two positions at the longest thoughts."""
+    lines = start(1, [*RMT, "--rmt-rollout-kv-gib", "5e-4", "--exit-interval", "2"])
     printed = re.search(r"RMT: keys and values .* (\d+) wave\(s\) of (\d+) positions", lines.log)
     assert int(printed[1]) > 1, printed[0]
     assert_same_curve(lines.metrics, reference.metrics[:2])
