@@ -33,6 +33,43 @@ FLAGS: tuple[Flag, ...] = (
         {"action": "store_true", "help": "Most likely token instead of sampling (for tests)."},
     ),
     (
+        "--rmt-top-k",
+        {
+            "type": int,
+            "default": None,
+            "help": "Draw only from tokens at least as probable as the K th (default: all, "
+            "paper). The update still trains the whole distribution at --rmt-temperature.",
+        },
+    ),
+    (
+        "--rmt-top-p",
+        {
+            "type": float,
+            "default": None,
+            "help": "Draw only from the most probable tokens that together have probability P, "
+            "after --rmt-top-k (default: all, paper). The update as for --rmt-top-k.",
+        },
+    ),
+    (
+        "--rmt-logprob-tolerance",
+        {
+            "type": float,
+            "default": None,
+            "help": "Stop before the optimizer's step if the mean |log-prob in the update - "
+            "log-prob when drawn| of a step's tokens is larger, in nats (default: by precision, "
+            "1e-3 in fp32, 0.2 in half; ours).",
+        },
+    ),
+    (
+        "--rmt-rollout-kv-gib",
+        {
+            "type": float,
+            "default": None,
+            "help": "Bound, in GiB, on the keys and values that the rollouts of a rank hold at a "
+            "time; positions are decoded in waves that fit (default: no bound, ours).",
+        },
+    ),
+    (
         "--rmt-initial-budget",
         {
             "type": int,
@@ -284,6 +321,20 @@ def _problems(args: Namespace) -> list[str]:
     require(
         args.rmt_temperature > 0, "--rmt-temperature", "pass more than 0, also with --rmt-greedy"
     )
+    require(args.rmt_top_k is None or args.rmt_top_k >= 1, "--rmt-top-k", "pass 1 or more")
+    require(
+        args.rmt_top_p is None or 0 < args.rmt_top_p <= 1, "--rmt-top-p", "pass a number in (0, 1]"
+    )
+    require(
+        args.rmt_logprob_tolerance is None or args.rmt_logprob_tolerance > 0,
+        "--rmt-logprob-tolerance",
+        "pass more than 0 (inf never stops)",
+    )
+    require(
+        args.rmt_rollout_kv_gib is None or args.rmt_rollout_kv_gib > 0,
+        "--rmt-rollout-kv-gib",
+        "pass more than 0, or leave it out for no bound",
+    )
     require(0 < args.rmt_budget_decay <= 1, "--rmt-budget-decay", "pass a number in (0, 1]")
     require(
         args.rmt_minimum_budget <= args.rmt_initial_budget,
@@ -363,6 +414,12 @@ def _unsupported(args: Namespace) -> list[str]:
         for flag, (value, needed, why) in refused.items()
         if value != needed and not (needed is None and not value)
     ]
+    if args.expert_model_parallel_size > 1 and args.moe_token_dispatcher_type == "allgather":
+        problems.append(
+            "--moe-token-dispatcher-type is allgather; with --expert-model-parallel-size "
+            f"{args.expert_model_parallel_size} ranks hold different numbers of rollouts, pass "
+            "alltoall."
+        )
     if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
         problems.append(
             f"--position-embedding-type is {args.position_embedding_type}; RMT supports rope, "

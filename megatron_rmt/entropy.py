@@ -11,9 +11,9 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_rmt.attention import KeyValueStore, TrunkPlan
+from megatron_rmt.decoding import KeyValueStore, TrunkPlan
 from megatron_rmt.head import token_entropies
-from megatron_rmt.rollout import forward_through_stages, from_last_stage
+from megatron_rmt.stages import forward_through_stages, from_last_stage
 from megatron_rmt.tree import Trunk, trunk_blocks
 
 

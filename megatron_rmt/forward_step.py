@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rmt.head import weighted_log_prob_sum
 from megatron_rmt.losses import LossWeights, hybrid_loss, loss_coefficients
-from megatron_rmt.rollout import full_hidden
+from megatron_rmt.stages import full_hidden
 from megatron_rmt.tree import Tree
 
 # [sum, count]: Megatron adds both over micro-batches and data-parallel ranks and divides.
@@ -23,13 +23,15 @@ class Update:
     """One micro-batch of the update: its tree, the weights of its predictions, what to report.
 
     metrics: [sum, count] of what is known before the update; every micro-batch of every rank has
-    the same keys. largest_difference: 0-d, filled by the loss: max |log-prob now - when drawn|.
+    the same keys. largest_difference, difference: 0-d and ``[sum, tokens]``, filled by the loss:
+    |log-prob now - when drawn|, zeros on stages without a loss.
     """
 
     tree: Tree
     weights: LossWeights
     metrics: dict[str, Metric]
     largest_difference: Tensor = field(default_factory=lambda: torch.zeros(()))
+    difference: Tensor = field(default_factory=lambda: torch.zeros(2))
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def _loss(
     one = torch.ones((), device=log_probs.device) / settings.scale
     report["rmt rl loss"] = torch.stack([loss.policy, one])
     report["rmt warm-up loss"] = torch.stack([loss.supervised, one])
-    report["rmt logprob difference"] = torch.stack([difference.sum(), tree.sampled.float().sum()])
+    update.difference = torch.stack([difference.sum(), tree.sampled.float().sum()])
+    report["rmt logprob difference"] = update.difference
     report = {key: value.to(log_probs.device).float() for key, value in report.items()}
     one_token = torch.ones((), dtype=torch.int, device=log_probs.device)
     # The value of the loss with the gradient of the sum.

@@ -26,15 +26,18 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_rmt.advantages import group_advantages
-from megatron_rmt.attention import KeyValueStore, attach_tree_attention
+from megatron_rmt.attention import attach_tree_attention
 from megatron_rmt.budget import token_budget
 from megatron_rmt.curriculum import choose_positions, tier_probabilities, tiers
+from megatron_rmt.decoding import KeyValueStore
 from megatron_rmt.entropy import entropy_percentiles, read_trunk
 from megatron_rmt.forward_step import LossSettings, Metric, Update
+from megatron_rmt.live_rollouts import RolloutPosition
 from megatron_rmt.losses import LossWeights, response_weights
 from megatron_rmt.packing import TreeSource, repack, tree_cost
 from megatron_rmt.rewards import length_reward, total_reward
-from megatron_rmt.rollout import RolloutPosition, RolloutSettings, generate
+from megatron_rmt.rollout import RolloutSettings, expert_sharing_group, generate
+from megatron_rmt.rollout_memory import GIB, KeyValuePlan, key_value_bytes
 from megatron_rmt.template import (
     Response,
     ResponseGrammar,
@@ -146,7 +149,51 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
             "--rmt-initial-budget or --seq-length, or raise --max-position-embeddings if the "
             "model allows."
         )
+    _plan_memory(training)
     return training
+
+
+def _kv_bound(args: Namespace) -> int | None:
+    """``--rmt-rollout-kv-gib`` in bytes."""
+    return None if args.rmt_rollout_kv_gib is None else int(args.rmt_rollout_kv_gib * GIB)
+
+
+def _plan_memory(training: MidTraining) -> None:
+    """Print what the rollouts' keys and values will take at the longest thoughts.
+
+    Raises:
+        ValueError: they cannot fit into ``--rmt-rollout-kv-gib``, or, without it, into the device.
+    """
+    args = training.args
+    budget = max(args.rmt_initial_budget, args.rmt_minimum_budget)
+    samples = args.global_batch_size // parallel_state.get_data_parallel_world_size()
+    plan = KeyValuePlan(
+        token_bytes=key_value_bytes(training.model),
+        trunk_tokens=samples * (args.seq_length + len(training.head)),
+        rows=samples * args.rmt_positions_per_sample * args.rmt_group_size,
+        rows_per_position=args.rmt_group_size,
+        tail_tokens=len(training.stem(budget))
+        + 2 * budget
+        + len(training.close) * args.rmt_force_close
+        + args.rmt_answer_tokens,
+        in_flight=parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    bound = _kv_bound(args)
+    at_once = plan.positions_at_once(bound)
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if bound is None and plan.total_bytes > memory:
+        raise ValueError(
+            f"the keys and values of the rollouts take {plan.total_bytes / GIB:.1f} GiB "
+            f"({plan.describe()}) but the device has {memory / GIB:.1f} GiB; pass "
+            "--rmt-rollout-kv-gib, so that they are generated in waves that fit."
+        )
+    waves = max(1, -(-plan.positions // at_once))
+    if dist.get_rank() == 0:
+        print(
+            f"RMT: keys and values of a step's rollouts, a rank, at most: {plan.describe()}; "
+            f"{waves} wave(s) of {min(at_once, plan.positions)} positions.",
+            flush=True,
+        )
 
 
 def _eos(tokenizer: Any) -> int | None:
@@ -407,7 +454,7 @@ def _rollouts(
     step: StepPlan,
 ) -> Responses:
     args = training.args
-    if not positions:
+    if not positions and expert_sharing_group(training.model) is None:
         empty = torch.empty(0, args.rmt_group_size, 0)
         return Responses(empty.long(), empty.long()[..., :0].sum(-1), empty.bool(), empty)
     return generate(
@@ -423,6 +470,9 @@ def _rollouts(
             answer_tokens=args.rmt_answer_tokens,
             force_close=args.rmt_force_close,
             greedy=args.rmt_greedy,
+            top_k=args.rmt_top_k,
+            top_p=args.rmt_top_p,
+            kv_bytes=_kv_bound(args),
         ),
         budget=step.budget,
         vocab_size=training.vocab_size,
@@ -674,11 +724,16 @@ def gpt_model(chunks: Sequence[torch.nn.Module]) -> GPTModel:
 def generating(model: GPTModel) -> Iterator[None]:
     """Evaluation mode for rollouts; the training mode comes back even after an error."""
     was_training = model.training
-    if model.config.fp8:
-        # Transformer Engine would go on with FP8 weights cached before the last optimizer step.
+    quantized = model.config.fp8 or model.config.fp4
+    if quantized:
+        # Transformer Engine would go on with weights quantized before the last optimizer step.
         model.set_is_first_microbatch()
     model.eval()
     try:
         yield
     finally:
         model.train(was_training)
+        if quantized:
+            # Made without gradient they may lack what the backward pass needs.
+            for module in model.modules():
+                getattr(module, "_fp8_workspaces", {}).clear()

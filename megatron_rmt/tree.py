@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rmt.attention import TreePlan
@@ -120,6 +121,22 @@ class Responses:
         return Responses(
             self.tokens[span], self.lengths[span], self.sampled[span], self.log_probs[span]
         )
+
+
+def join_responses(parts: Sequence[Responses]) -> Responses:
+    """The responses of several lists of positions, one after the other."""
+    longest = max(part.tokens.shape[2] for part in parts)
+
+    def joined(name: str) -> Tensor:
+        padded = (F.pad(getattr(part, name), (0, longest - part.tokens.shape[2])) for part in parts)
+        return torch.cat(list(padded))
+
+    return Responses(
+        joined("tokens"),
+        torch.cat([p.lengths for p in parts]),
+        joined("sampled"),
+        joined("log_probs"),
+    )
 
 
 @dataclass(frozen=True)

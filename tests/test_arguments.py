@@ -98,7 +98,13 @@ def test_help_states_the_default_that_holds(flag):
     (stated,) = re.findall(r"default:? ([^,;)]+)", options["help"])
     default = options["default"]
     if default is None:
+<<<<<<< HEAD
         assert stated in ("all", "--seed", "rmt_metrics.jsonl in --save", "as read")
+=======
+        known = ("all", "--seed", "rmt_metrics.jsonl in --save", "by precision", "no bound")
+        known += ("as read",)
+        assert stated in known
+>>>>>>> rollout
     elif isinstance(default, list):
         assert [float(number) for number in stated.split()] == default
     else:
@@ -219,3 +225,22 @@ def test_every_flag_that_a_refusal_names_exists():
 @pytest.mark.parametrize("flags", [["--fp8-format", "e4m3", "--fp8-recipe", "blockwise"]])
 def test_what_works_is_accepted(flags):
     check_rmt_arguments(_parse("--rmt", *flags))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "remedy"),
+    [
+        ("--rmt-top-k", "0", "--rmt-top-k is 0; pass 1 or more."),
+        ("--rmt-top-p", "1.5", "--rmt-top-p is 1.5; pass a number in (0, 1]."),
+        ("--rmt-logprob-tolerance", "0", "--rmt-logprob-tolerance is 0.0; pass more than 0"),
+        ("--rmt-rollout-kv-gib", "-1", "--rmt-rollout-kv-gib is -1.0; pass more than 0"),
+    ],
+)
+def test_bad_settings_of_rollouts_are_refused(flag, value, remedy):
+    assert remedy in _refusal(_parse("--rmt", flag, value))
+
+
+def test_experts_on_several_ranks_need_a_dispatcher_of_unequal_numbers_of_tokens():
+    flags = ["--rmt", "--expert-model-parallel-size", "2", "--moe-token-dispatcher-type"]
+    assert "--moe-token-dispatcher-type is allgather;" in _refusal(_parse(*flags, "allgather"))
+    check_rmt_arguments(_parse(*flags, "alltoall"))

@@ -390,3 +390,21 @@ def test_every_token_of_a_tree_is_counted_once():
     assert metrics["rmt stem tokens"] == (2, 0.25)
     assert metrics["rmt branch tokens"] == (int((responses.lengths - 1).sum()), 0.25)
     assert sum(tokens for tokens, _ in metrics.values()) == tree.plan.tokens
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+@pytest.mark.parametrize("precision", [None, "fp8", "fp4"])
+def test_quantized_weights_are_made_again_before_and_after_rollouts(precision):
+    """Else rollouts would read the weights of the step before, and the update those that were made
+    without gradient."""
+    model = build_model()
+    layer = model.decoder.layers[1].mlp.linear_fc1
+    # What Transformer Engine's layers have.
+    layer.is_first_microbatch = False
+    layer._fp8_workspaces = {"weight": torch.ones(1)}
+    if precision is not None:
+        setattr(model.config, precision, "e4m3")
+    with generating(model):
+        assert layer.is_first_microbatch == (precision is not None)
+        assert layer._fp8_workspaces
+    assert bool(layer._fp8_workspaces) == (precision is None)

@@ -1,6 +1,7 @@
 """The whole program: RMT inside Megatron's pretrain(), alike in every layout, resumed or not."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -280,6 +281,41 @@ def test_without_ntp_only_the_policy_loss_trains(start: Start, reference: Run):
     assert first["rollout checksum"] == first_hybrid["rollout checksum"]
     assert first["ntp loss"] == first_hybrid["ntp loss"], "still reported"
     assert 0 < first["grad norm"] != pytest.approx(first_hybrid["grad norm"], rel=1e-3)
+
+
+MIXTURE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "48"]
+MIXTURE += ["--moe-router-load-balancing-type", "none", "--moe-token-dispatcher-type", "alltoall"]
+
+
+def test_experts_on_two_ranks_train_like_one_process(start: Start, tmp_path: Path):
+    """The ranks, which are also data-parallel, have rollouts of different lengths."""
+    flags = [*RMT, *MIXTURE]
+    first = ["--finetune", "--save", str(tmp_path), "--save-interval", "1", "--exit-interval", "1"]
+    no_checkpoint = ["--load", str(tmp_path / "none")]
+    start(1, [*flags, *first, *no_checkpoint])
+    # The optimizer of one process does not hold what two would load.
+    resumed = [*flags, "--exit-interval", "3", "--no-load-optim", "--no-load-rng"]
+    alone = start(1, resumed, resume_from=tmp_path)
+    assert [line["iteration"] for line in alone.metrics] == [2, 3]
+    experts = ["--expert-model-parallel-size", "2"]
+    assert_same_curve(start(2, [*resumed, *experts], resume_from=tmp_path).metrics, alone.metrics)
+
+
+def test_rollouts_in_waves_train_alike(start: Start, reference: Run):
+    """The bound holds the trunk and two positions at the longest thoughts."""
+    lines = start(1, [*RMT, "--rmt-rollout-kv-gib", "5e-4", "--exit-interval", "2"])
+    printed = re.search(r"RMT: keys and values .* (\d+) wave\(s\) of (\d+) positions", lines.log)
+    assert int(printed[1]) > 1, printed[0]
+    assert_same_curve(lines.metrics, reference.metrics[:2])
+
+
+def test_a_difference_above_the_tolerance_ends_every_rank_before_the_step(
+    start: Start, tmp_path: Path
+):
+    flags = ["--rmt-logprob-tolerance", "1e-12", "--save", str(tmp_path), "--save-interval", "1"]
+    with pytest.raises(AssertionError, match=r"more than --rmt-logprob-tolerance 1e-12;"):
+        start(2, [*RMT, *flags])
+    assert not (tmp_path / "latest_checkpointed_iteration.txt").exists()
 
 
 @pytest.mark.parametrize(

@@ -292,8 +292,8 @@ def read_document(
     """
     import torch
 
-    from megatron_rmt.attention import KeyValueStore
     from megatron_rmt.curriculum import tiers
+    from megatron_rmt.decoding import KeyValueStore
     from megatron_rmt.entropy import read_trunk
     from megatron_rmt.tree import NO_LABEL, build_trunk
 
@@ -368,7 +368,8 @@ def reason(
 
     ``store`` holds the documents from their ``first_rows`` on.
     """
-    from megatron_rmt.rollout import RolloutPosition, RolloutSettings, generate
+    from megatron_rmt.live_rollouts import RolloutPosition
+    from megatron_rmt.rollout import RolloutSettings, generate
 
     args, head = training.args, len(training.head)
     wanted = [
@@ -473,7 +474,7 @@ def measure(
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_rmt.attention import KeyValueStore
+    from megatron_rmt.decoding import KeyValueStore
     from megatron_rmt.step import generating
 
     # Replicas that share experts must run forward passes together, so they do the same work.
