@@ -1,4 +1,11 @@
-"""The forward step that Megatron's schedules run for each micro-batch of the update."""
+"""The forward step that Megatron's schedules run for each micro-batch of the update.
+
+Mixture of experts: what Megatron adds to the loss for the routers (load balance, z-loss) is taken
+over the tokens of a micro-batch's tree. The trunk counts once there, not once for each rollout that
+shares it, and padding not at all; so these terms, and expert capacity, differ from a run with one
+sequence per rollout, and, as always in Megatron, with the split into micro-batches. All else is
+equal. Sequence parallel is the exception: Megatron cannot tell its routers of padding there.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -7,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_rmt.head import weighted_log_prob_sum
@@ -58,12 +66,22 @@ def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
             position_ids=update.tree.plan.positions[None],
             attention_mask=None,
             packed_seq_params=update.tree.plan,
+            padding_mask=_padding(update.tree, get_model_config(model)),
             output_processor=_read_predictions,
             output_processor_context=(update, settings),
         )
         return output, functools.partial(_loss, update, settings)
 
     return forward_step
+
+
+def _padding(tree: Tree, config: Any) -> Tensor | None:
+    """``[1, padded rows]`` bool, True for padding, which routers leave out; None if there is none
+    or nobody asks."""
+    rows = tree.tokens.shape[0]
+    if not config.num_moe_experts or config.sequence_parallel or rows == tree.plan.tokens:
+        return None
+    return (torch.arange(rows, device=tree.tokens.device) >= tree.plan.tokens)[None]
 
 
 def _read_predictions(

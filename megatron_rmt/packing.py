@@ -126,14 +126,14 @@ def join_samples(sources: Sequence[TreeSource]) -> TreeSource:
 
 
 def empty_source(group: int) -> TreeSource:
-    """One token that predicts nothing, for a micro-batch without samples."""
+    """One token of no sample (-1) that predicts nothing, for a micro-batch without samples."""
     zero = torch.zeros(1, dtype=torch.int64)
     trunk = Trunk(
         tokens=zero,
         positions=zero,
         labels=torch.full((1,), NO_LABEL),
         loss_mask=torch.zeros(1),
-        samples=zero,
+        samples=zero - 1,
         columns=zero - 1,
         document_first=zero,
         documents=((0, 1),),

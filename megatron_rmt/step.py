@@ -352,7 +352,7 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
         weights = _weights(training, tree, source.advantages, all_positions, ntp_tokens, step)
         metric |= {f"rmt entropy p{p}": (value, 1.0) for p, value in percentiles.items()}
         metric |= _token_metrics(source.trunk, tree, len(source.rows) * len(stem), slots)
-        metric |= _size_metrics(args, tree)
+        metric |= _size_metrics(args, source.trunk, tree)
         updates.append(Update(tree, weights, metric))
     settings = LossSettings(
         ntp_coefficient=0.0 if args.rmt_no_ntp else args.rmt_ntp_coefficient,
@@ -535,15 +535,12 @@ def _repack(
     )
 
 
-def _size_metrics(args: Namespace, tree: Tree) -> dict[str, Metric]:
-    """Tokens of a micro-batch, share of rows that are padding, tokens above the limit."""
-    tokens, rows = float(tree.plan.tokens), float(tree.tokens.shape[0])
+def _size_metrics(args: Namespace, trunk: Trunk, tree: Tree) -> dict[str, Metric]:
+    """Share of a micro-batch's rows that are padding, and its tokens above the limit."""
+    rows, tokens = float(tree.tokens.shape[0]), float(tree.plan.tokens)
+    real = tokens - float((trunk.samples < 0).sum())
     excess = 0.0 if args.rmt_max_tokens is None else max(0.0, tokens - args.rmt_max_tokens)
-    return {
-        "rmt micro-batch tokens": (tokens, 1.0),
-        "rmt padding": (rows - tokens, rows),
-        "rmt tokens above limit": (excess, 1.0),
-    }
+    return {"rmt padding": (rows - real, rows), "rmt tokens above limit": (excess, 1.0)}
 
 
 def _trunk_metrics(
@@ -573,10 +570,9 @@ def _trunk_metrics(
 
 def _token_metrics(trunk: Trunk, tree: Tree, stem_tokens: int, slots: float) -> dict[str, Metric]:
     """Tokens of the whole global batch; ``slots``: how many micro-batches report."""
-    # The one token of a micro-batch that packing left empty is not of the batch.
-    has_sample = bool((trunk.columns >= 0).any())
     tokens = {
-        "trunk": len(trunk) * has_sample,
+        # The one token of a micro-batch that packing left empty is of no sample.
+        "trunk": int((trunk.samples >= 0).sum()),
         "stem": stem_tokens,
         "branch": tree.plan.tokens - len(trunk) - stem_tokens,
     }

@@ -98,13 +98,9 @@ def test_help_states_the_default_that_holds(flag):
     (stated,) = re.findall(r"default:? ([^,;)]+)", options["help"])
     default = options["default"]
     if default is None:
-<<<<<<< HEAD
-        assert stated in ("all", "--seed", "rmt_metrics.jsonl in --save", "as read")
-=======
         known = ("all", "--seed", "rmt_metrics.jsonl in --save", "by precision", "no bound")
         known += ("as read",)
         assert stated in known
->>>>>>> rollout
     elif isinstance(default, list):
         assert [float(number) for number in stated.split()] == default
     else:

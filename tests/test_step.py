@@ -12,6 +12,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch import Tensor
 
 from megatron_rmt import step as rmt_step
+from megatron_rmt.packing import empty_source
 from megatron_rmt.step import StepPlan, generating, global_sample_indices, gpt_model, plan_step
 from megatron_rmt.template import ResponseGrammar, Template, read_response
 from megatron_rmt.tree import NO_LABEL, Responses, Trunk, build_trunk, grow_tree, pad_tree
@@ -408,3 +409,25 @@ def test_quantized_weights_are_made_again_before_and_after_rollouts(precision):
         assert layer.is_first_microbatch == (precision is not None)
         assert layer._fp8_workspaces
     assert bool(layer._fp8_workspaces) == (precision is None)
+
+
+def test_padding_and_tokens_above_the_limit_are_reported():
+    _, _, (_, trunk, rows, responses, _) = _scored()
+    tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
+    tokens = tree.plan.tokens
+    padded = pad_tree(tree, tokens + 28)
+    unlimited = rmt_step._size_metrics(_args(rmt_max_tokens=None), trunk, padded)
+    assert unlimited == {"rmt padding": (28, tokens + 28), "rmt tokens above limit": (0, 1)}
+    limited = rmt_step._size_metrics(_args(rmt_max_tokens=tokens - 3), trunk, padded)
+    assert limited["rmt tokens above limit"] == (3, 1)
+
+    empty = empty_source(2)
+    grown = grow_tree(
+        empty.trunk, [], [3], empty.responses, longest_position=200, device=torch.device("cpu")
+    )
+    assert rmt_step._size_metrics(_args(rmt_max_tokens=5), empty.trunk, grown) == {
+        "rmt padding": (1, 1),
+        "rmt tokens above limit": (0, 1),
+    }
+    tokens_of = rmt_step._token_metrics(empty.trunk, grown, 0, 4.0)
+    assert [count for count, _ in tokens_of.values()] == [0, 0, 0]
