@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup_environment.sh
 
 run=runs/quickstart
-steps=12
+steps=16
 seed=1234
 train_documents=2000
 heldout_documents=50
@@ -59,9 +59,11 @@ train=(
     --logging-level 30
     --seq-length 256
     --global-batch-size 2
-    --lr 2e-5
+    --lr 1e-4
+    --min-lr 2e-5
+    --lr-decay-style cosine
     "${reasoning[@]}"
-    --rmt-warmup-iters 4
+    --rmt-warmup-iters 8
     --rmt-positions-per-sample 8
     --rmt-initial-budget 16
 )

@@ -95,6 +95,46 @@ FLAGS: tuple[Flag, ...] = (
         "units of the logits",
     ),
     Flag("--rmt-greedy", "Most likely token instead of sampling, for tests", "ours"),
+    Flag(
+        "--rmt-top-k",
+        "Draw only from tokens at least as probable as the K th; the update still trains the whole "
+        "distribution at --rmt-temperature",
+        "paper",
+        int,
+        None,
+        "tokens",
+        unset="all",
+    ),
+    Flag(
+        "--rmt-top-p",
+        "Draw only from the most probable tokens that together have probability P, after "
+        "--rmt-top-k; the update as for --rmt-top-k",
+        "paper",
+        float,
+        None,
+        "parts of 1",
+        unset="all",
+    ),
+    Flag(
+        "--rmt-logprob-tolerance",
+        "Stop before the optimizer's step if the mean |log-prob in the update - log-prob when "
+        "drawn| of a step's tokens is larger",
+        "ours",
+        float,
+        None,
+        "nats",
+        unset="1e-3 in fp32, 0.2 in half precision",
+    ),
+    Flag(
+        "--rmt-rollout-kv-gib",
+        "Bound on the keys and values that the rollouts of a rank hold at a time; positions are "
+        "decoded in waves that fit",
+        "ours",
+        float,
+        None,
+        "GiB",
+        unset="no bound",
+    ),
     Flag("--rmt-initial-budget", "B_0: thought asked for at first", "paper", int, 800, "tokens"),
     Flag("--rmt-minimum-budget", "B_min: least thought asked for", "paper", int, 1, "tokens"),
     Flag(
@@ -115,8 +155,8 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(
         "--rmt-warmup-iters",
-        "Format warm-up: in the first steps thoughts are closed at B_t and the true answer is "
-        "supervised instead of RL; for small base models",
+        "Format warm-up: in the first steps thoughts are closed at B_t, the true answer is "
+        "supervised, and only the length is rewarded; for small base models",
         "ours",
         int,
         0,
@@ -226,6 +266,25 @@ FLAGS: tuple[Flag, ...] = (
         int,
         None,
         unset="--seed",
+    ),
+    Flag(
+        "--rmt-max-tokens",
+        "Deal the samples of a step out again after the rollouts: evenly over the data-parallel "
+        "ranks, several in one micro-batch up to N packed tokens, if they fit in the number of "
+        "micro-batches that --global-batch-size gives",
+        "ours",
+        int,
+        None,
+        "tokens",
+        unset="as read",
+    ),
+    Flag(
+        "--rmt-attention",
+        "Attention of the update: lse (CPU), flex (CUDA, compiled), sdpa (anywhere, slower); auto "
+        "takes the first of them that runs",
+        "ours",
+        str,
+        "auto",
     ),
     Flag(
         "--rmt-head-chunk-size",

@@ -14,7 +14,6 @@ without a plan reach the original unchanged.
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,8 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
+
+from megatron_rmt.tree_attention import Block, TreeAttention, backend_for
 
 # Megatron caches one rotary table per requested length: ask for few different lengths.
 ROTARY_TABLE_STEP = 1024
@@ -53,217 +54,22 @@ class Plan(PackedSeqParams):
         raise NotImplementedError(f"{type(self).__name__} must say how its tokens attend.")
 
 
-@dataclass(frozen=True)
-class Block:
-    """Rows ``[first, limit)`` see ``[trunk_first, trunk_limit)`` and, by ``mask``, each other.
-
-    mask: ``[rows, trunk rows + rows]`` bool, True where visible; None means plain causal.
-    """
-
-    first: int
-    limit: int
-    trunk_first: int = 0
-    trunk_limit: int = 0
-    mask: Tensor | None = None
-
-
-def position_block(
-    first: int,
-    trunk_first: int,
-    trunk_limit: int,
-    stem_length: int,
-    branch_lengths: Sequence[int],
-    device: torch.device | None = None,
-) -> Block:
-    """The block of one chosen position: its stem at row ``first``, then its branches."""
-    count = stem_length + sum(branch_lengths)
-    own = torch.ones(count, count, dtype=torch.bool, device=device).tril()
-    # A branch sees the stem and itself, not its siblings before it.
-    start = stem_length
-    for length in branch_lengths:
-        own[start : start + length, stem_length:start] = False
-        start += length
-    trunk = torch.ones(count, trunk_limit - trunk_first, dtype=torch.bool, device=device)
-    return Block(first, first + count, trunk_first, trunk_limit, torch.cat([trunk, own], dim=1))
-
-
 @dataclass
 class TreePlan(Plan):
-    """The update's plan: documents (causal blocks) and positions, each attended by one SDPA call.
+    """The update's plan: documents and chosen positions, a few integers for each.
 
-    ``blocks`` cover the rows ``[0, tokens)`` in order.
+    blocks: cover the rows ``[0, tokens)`` in order. attention: a name of ``--rmt-attention``.
     """
 
-    blocks: list[Block] = field(default_factory=list)
+    blocks: tuple[Block, ...] = ()
+    attention: str = "auto"
+    _backend: TreeAttention | None = field(default=None, init=False, repr=False, compare=False)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        outputs = []
-        for block in self.blocks:
-            rows = slice(block.first, block.limit)
-            keys, values = key[rows], value[rows]
-            if block.trunk_limit > block.trunk_first:
-                trunk = slice(block.trunk_first, block.trunk_limit)
-                keys = torch.cat([key[trunk], keys])
-                values = torch.cat([value[trunk], values])
-            outputs.append(_attend(query[rows], keys, values, block.mask, scale))
-        return torch.cat(outputs)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """``[queries, heads, dim]`` over ``[keys, kv heads, dim]``, causal where ``mask`` is None."""
-    output = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output[0].transpose(0, 1)
-
-
-class KeyValueStore:
-    """Keys and values of one rank for one step of rollouts, per layer.
-
-    The trunk ``[kv heads, trunk tokens, dim]`` is stored once and read by every rollout; a tail
-    ``[rollouts, kv heads, capacity, dim]`` holds what each rollout has after it (stem, branch).
-    Keys are rotated when they are written.
-    """
-
-    def __init__(self, trunk_tokens: int) -> None:
-        self.trunk_tokens = trunk_tokens
-        self.trunk: dict[int, tuple[Tensor, Tensor]] = {}
-        self.tail: dict[int, tuple[Tensor, Tensor]] = {}
-        self.capacity = 0
-
-    def write_trunk(self, layer: int, first: int, key: Tensor, value: Tensor) -> None:
-        """Store ``[tokens, kv heads, dim]`` at trunk row ``first``."""
-        if layer not in self.trunk:
-            shape = (key.shape[1], self.trunk_tokens, key.shape[2])
-            self.trunk[layer] = (key.new_empty(shape), value.new_empty(shape))
-        for stored, new in zip(self.trunk[layer], (key, value), strict=True):
-            stored[:, first : first + new.shape[0]] = new.transpose(0, 1)
-
-    def start_tails(self, layer: int, key: Tensor, value: Tensor, group: int) -> None:
-        """``group`` tails per position, each begun with ``[positions, stem, kv heads, dim]``."""
-        tails = []
-        for new in (key, value):
-            positions, length, heads, width = new.shape
-            tail = new.new_empty(positions * group, heads, self.capacity, width)
-            tail[:, :, :length] = new.transpose(1, 2).repeat_interleave(group, dim=0)
-            tails.append(tail)
-        self.tail[layer] = (tails[0], tails[1])
-
-    def write_tails(self, layer: int, column: int, key: Tensor, value: Tensor) -> None:
-        """Store one token per rollout, ``[rollouts, kv heads, dim]``, at ``column``."""
-        for tail, new in zip(self.tail[layer], (key, value), strict=True):
-            tail[:, :, column] = new
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop every tail but ``rows`` (int64 indices): finished rollouts leave the batch."""
-        for layer, (key, value) in self.tail.items():
-            self.tail[layer] = (key.index_select(0, rows), value.index_select(0, rows))
-
-
-@dataclass
-class TrunkPlan(TreePlan):
-    """Prefill of a micro-batch's trunks: documents attend causally, keys and values are kept.
-
-    first_row: where this micro-batch's trunk starts in the store.
-    """
-
-    store: KeyValueStore | None = None
-    first_row: int = 0
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self.store.write_trunk(layer, self.first_row, key, value)
-        return super().attend(layer, query, key, value, scale)
-
-
-@dataclass
-class StemPlan(Plan):
-    """Prefill of the stems, ``[positions * stem length]`` tokens, against the stored trunk.
-
-    visible: per position, the rows ``(first, limit)`` of the stored trunk that it sees.
-    group: rollouts that will share each stem.
-    """
-
-    store: KeyValueStore | None = None
-    visible: Sequence[tuple[int, int]] = ()
-    group: int = 1
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        positions = len(self.visible)
-        length = query.shape[0] // positions
-        query, key, value = (x.view(positions, length, *x.shape[1:]) for x in (query, key, value))
-        self.store.start_tails(layer, key, value, self.group)
-        trunk_key, trunk_value = self.store.trunk[layer]
-        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        outputs = []
-        for index, (first, limit) in enumerate(self.visible):
-            keys = torch.cat([trunk_key[:, first:limit].transpose(0, 1), key[index]])
-            values = torch.cat([trunk_value[:, first:limit].transpose(0, 1), value[index]])
-            mask = F.pad(causal, (limit - first, 0), value=True)
-            outputs.append(_attend(query[index], keys, values, mask, scale))
-        return torch.cat(outputs)
-
-
-@dataclass(frozen=True)
-class TrunkGroup:
-    """Rollouts ``[first, limit)`` of the batch, which all read trunk rows
-    ``[trunk_first, trunk_limit)``.
-
-    bias: ``[rollouts, 1, trunk rows]`` fp32, 0 where a rollout sees the row, else -inf.
-    """
-
-    first: int
-    limit: int
-    trunk_first: int
-    trunk_limit: int
-    bias: Tensor
-
-
-@dataclass
-class DecodePlan(Plan):
-    """One new token for each live rollout, ``[rollouts]`` tokens, all with equally long tails.
-
-    groups: which trunk rows each rollout sees, rollouts of one sample together.
-    column: where this token's key and value go in the tails.
-    """
-
-    store: KeyValueStore | None = None
-    groups: Sequence[TrunkGroup] = ()
-    column: int = 0
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self.store.write_tails(layer, self.column, key, value)
-        rollouts, heads, width = query.shape
-        kv_heads = key.shape[1]
-        repeats = heads // kv_heads
-        # Query heads that share a key head become rows, so that keys are read once and not copied.
-        query = (query * scale).view(rollouts, kv_heads, repeats, width)
-        trunk_key, trunk_value = self.store.trunk[layer]
-        tail_key, tail_value = (x[:, :, : self.column + 1] for x in self.store.tail[layer])
-        outputs = []
-        for group in self.groups:
-            count = group.limit - group.first
-            own = query[group.first : group.limit]
-            trunk = slice(group.trunk_first, group.trunk_limit)
-            by_head = own.transpose(0, 1).reshape(kv_heads, count * repeats, width)
-            on_trunk = torch.bmm(by_head, trunk_key[:, trunk].transpose(1, 2)).float()
-            on_trunk = on_trunk.view(kv_heads, count, repeats, -1) + group.bias
-            on_tail = own @ tail_key[group.first : group.limit].transpose(2, 3)
-            scores = torch.cat([on_trunk, on_tail.transpose(0, 1).float()], dim=-1)
-            weights = scores.softmax(dim=-1).to(value.dtype)
-            split = group.trunk_limit - group.trunk_first
-            from_trunk = torch.bmm(
-                weights[..., :split].reshape(kv_heads, count * repeats, split),
-                trunk_value[:, trunk],
-            ).view(kv_heads, count, repeats, width)
-            from_tail = weights[..., split:].transpose(0, 1) @ tail_value[group.first : group.limit]
-            outputs.append((from_trunk.transpose(0, 1) + from_tail).reshape(count, heads, width))
-        return torch.cat(outputs)
+        # What a backend prepares from the blocks serves all layers, and recomputed ones.
+        if self._backend is None or self._backend.blocks is not self.blocks:
+            self._backend = backend_for(self.attention, query.device)(self.blocks)
+        return self._backend(query, key, value, scale)
 
 
 def attach_tree_attention(model: torch.nn.Module) -> int:

@@ -100,6 +100,7 @@ def install() -> None:
     _let_cuda_device_mean_cpu()
     _name_cuda_tensor_types()
     _load_data_without_pinned_memory()
+    _exchange_by_sizes_on_the_host()
     # torch.optim asks the (absent) driver whether a graph is being captured.
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
         setattr(torch.optim.Optimizer, name, lambda self: None)
@@ -278,6 +279,20 @@ def _load_data_without_pinned_memory() -> None:
         original(self, *args, **kwargs)
 
     torch.utils.data.DataLoader.__init__ = construct
+
+
+def _exchange_by_sizes_on_the_host() -> None:
+    """Megatron's token dispatcher makes lists of its split sizes where they lie on a GPU only."""
+    original = torch.distributed.all_to_all_single
+
+    @functools.wraps(original)
+    def exchange(*args: Any, **kwargs: Any) -> Any:
+        for name in ("output_split_sizes", "input_split_sizes"):
+            if isinstance(kwargs.get(name), torch.Tensor):
+                kwargs[name] = kwargs[name].tolist()
+        return original(*args, **kwargs)
+
+    torch.distributed.all_to_all_single = exchange
 
 
 def install_if_no_cuda() -> bool:

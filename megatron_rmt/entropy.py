@@ -11,9 +11,9 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_rmt.attention import KeyValueStore, TrunkPlan
+from megatron_rmt.decoding import KeyValueStore, TrunkPlan
 from megatron_rmt.head import token_entropies
-from megatron_rmt.rollout import forward_through_stages, from_last_stage
+from megatron_rmt.stages import forward_through_stages, from_last_stage
 from megatron_rmt.tree import Trunk, trunk_blocks
 
 
@@ -28,15 +28,22 @@ def read_trunk(
     longest_position: int,
     chunk_size: int,
     top_k: int | None = None,
+    attention: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Read one micro-batch's trunk: keys and values go to ``store`` from ``first_row`` on.
+
+    attention: a name of ``--rmt-attention``.
 
     Returns, on every tensor- and pipeline-parallel rank and on the CPU, the entropies ``[rows]``
     fp32 in nats and the most likely next tokens ``[rows]`` int64.
     """
     device = next(model.parameters()).device
     plan = TrunkPlan(
-        tokens=len(trunk), blocks=trunk_blocks(trunk), store=store, first_row=first_row
+        tokens=len(trunk),
+        blocks=trunk_blocks(trunk),
+        attention=attention,
+        store=store,
+        first_row=first_row,
     )
     plan.use_positions(trunk.positions.to(device), longest_position)
 

@@ -1,4 +1,11 @@
-"""The forward step that Megatron's schedules run for each micro-batch of the update."""
+"""The forward step that Megatron's schedules run for each micro-batch of the update.
+
+Mixture of experts: what Megatron adds to the loss for the routers (load balance, z-loss) is taken
+over the tokens of a micro-batch's tree. The trunk counts once there, not once for each rollout that
+shares it, and padding not at all; so these terms, and expert capacity, differ from a run with one
+sequence per rollout, and, as always in Megatron, with the split into micro-batches. All else is
+equal. Sequence parallel is the exception: Megatron cannot tell its routers of padding there.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -7,11 +14,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_rmt.head import weighted_log_prob_sum
 from megatron_rmt.losses import LossWeights, hybrid_loss, loss_coefficients
-from megatron_rmt.rollout import full_hidden
+from megatron_rmt.stages import full_hidden
 from megatron_rmt.tree import Tree
 
 # [sum, count]: Megatron adds both over micro-batches and data-parallel ranks and divides.
@@ -23,13 +31,15 @@ class Update:
     """One micro-batch of the update: its tree, the weights of its predictions, what to report.
 
     metrics: [sum, count] of what is known before the update; every micro-batch of every rank has
-    the same keys. largest_difference: 0-d, filled by the loss: max |log-prob now - when drawn|.
+    the same keys. largest_difference, difference: 0-d and ``[sum, tokens]``, filled by the loss:
+    |log-prob now - when drawn|, zeros on stages without a loss.
     """
 
     tree: Tree
     weights: LossWeights
     metrics: dict[str, Metric]
     largest_difference: Tensor = field(default_factory=lambda: torch.zeros(()))
+    difference: Tensor = field(default_factory=lambda: torch.zeros(2))
 
 
 @dataclass(frozen=True)
@@ -56,12 +66,22 @@ def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
             position_ids=update.tree.plan.positions[None],
             attention_mask=None,
             packed_seq_params=update.tree.plan,
+            padding_mask=_padding(update.tree, get_model_config(model)),
             output_processor=_read_predictions,
             output_processor_context=(update, settings),
         )
         return output, functools.partial(_loss, update, settings)
 
     return forward_step
+
+
+def _padding(tree: Tree, config: Any) -> Tensor | None:
+    """``[1, padded rows]`` bool, True for padding, which routers leave out; None if there is none
+    or nobody asks."""
+    rows = tree.tokens.shape[0]
+    if not config.num_moe_experts or config.sequence_parallel or rows == tree.plan.tokens:
+        return None
+    return (torch.arange(rows, device=tree.tokens.device) >= tree.plan.tokens)[None]
 
 
 def _read_predictions(
@@ -77,23 +97,24 @@ def _read_predictions(
 
     First a sum whose gradient is the loss's, as the derivative of the loss by every log-prob is
     known before (``loss_coefficients``), then the log-probs of the tree's targets, constants. Only
-    rows that predict something reach the head. Scores are linear in the hidden state, so the
-    sampling temperature divides the hidden rows of responses.
+    rows that predict something reach the head. The sampling temperature divides the scores of
+    responses.
     """
     update, settings = context
     tree = update.tree
     hidden = full_hidden(hidden_states, config).index_select(0, tree.predicting)
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    temperature = torch.ones(hidden.shape[0], 1, device=hidden.device, dtype=wide)
-    temperature[tree.trunk_predictions :] = settings.temperature
+    scale = torch.ones(hidden.shape[0], dtype=wide, device=hidden.device)
+    scale[tree.trunk_predictions :] = 1 / settings.temperature
     total, log_probs, _ = weighted_log_prob_sum(
-        (hidden / temperature).to(hidden.dtype),
+        hidden,
         output_layer.weight if output_weight is None else output_weight,
         tree.targets,
         torch.cat(loss_coefficients(update.weights, ntp_coefficient=settings.ntp_coefficient)),
         vocab_size=settings.vocab_size,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         chunk_size=settings.chunk_size,
+        scale=scale,
     )
     return torch.cat([total[None], log_probs.detach()])
 
@@ -125,7 +146,8 @@ def _loss(
     one = torch.ones((), device=log_probs.device) / settings.scale
     report["rmt rl loss"] = torch.stack([loss.policy, one])
     report["rmt warm-up loss"] = torch.stack([loss.supervised, one])
-    report["rmt logprob difference"] = torch.stack([difference.sum(), tree.sampled.float().sum()])
+    update.difference = torch.stack([difference.sum(), tree.sampled.float().sum()])
+    report["rmt logprob difference"] = update.difference
     report = {key: value.to(log_probs.device).float() for key, value in report.items()}
     one_token = torch.ones((), dtype=torch.int, device=log_probs.device)
     # The value of the loss with the gradient of the sum.

@@ -29,9 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp
 
-# Weight rows converted to fp32 at a time where the matmul itself cannot return fp32: the block
-# stays in the cache, so the conversion is free beside the product.
-_CONVERSION_BLOCK = 1024
+from megatron_rmt import head_sweeps
+from megatron_rmt.head_products import WeightedSums, multiply_scores, score_dtype
 
 
 def vocab_range(
@@ -64,11 +63,12 @@ def token_statistics(
     vocab_size: int,
     tp_group: ProcessGroup | None,
     chunk_size: int,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of the target and entropy of each row, differentiable in hidden and weight.
 
     Collectives: forward one MAX of [rows] and one SUM of [3, rows], backward one SUM of
-    [rows, hidden], for any number of chunks. Memory: two buffers [chunk_size, vocab/tp], and in
+    [rows, hidden], for any number of chunks. Memory: scores [chunk_size, vocab/tp], and in
     backward the fp32 gradients of ``hidden`` and ``weight``. An output that the loss does not use
     costs nothing in backward. Inputs are not modified.
 
@@ -79,6 +79,7 @@ def token_statistics(
         vocab_size: the true vocabulary size, padding excluded.
         tp_group: the tensor-parallel group; None for a single process.
         chunk_size: rows whose scores are held at a time.
+        scale: [rows], a constant factor of each row's scores (1 / temperature); None for 1.
 
     Returns:
         (log_probs [rows], entropies [rows]), nats, fp32 (fp64 for fp64 inputs), entropies >= 0.
@@ -90,7 +91,9 @@ def token_statistics(
     """
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
     _check_targets(hidden, targets, vocab_size)
-    return _TokenStatistics.apply(hidden, weight, targets, shard)
+    _check_constants(targets, scale=scale)
+    scale = None if scale is None else scale.detach().to(score_dtype(hidden, weight))
+    return _TokenStatistics.apply(hidden, weight, targets, scale, shard)
 
 
 def weighted_log_prob_sum(
@@ -98,40 +101,46 @@ def weighted_log_prob_sum(
     weight: Tensor,
     targets: Tensor,
     coefficients: Tensor,
+    entropy_coefficients: Tensor | None = None,
     *,
     vocab_size: int,
     tp_group: ProcessGroup | None,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """sum_i coefficients_i log p(targets_i), with its gradients made in the same pass.
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """sum_i coefficients_i log p(targets_i) (+ entropy_coefficients_i H_i), differentiable.
 
-    For losses whose derivative by each log-probability is known beforehand: next-token prediction,
-    and the policy gradient exactly on policy, where the ratio is 1. Three matrix products instead
-    of the four of ``token_statistics``. The gradients are held from forward to backward.
+    Its gradients are made in the same pass: for losses whose derivative by each log-probability and
+    entropy is known beforehand. Such are next-token prediction, an entropy bonus, and the policy
+    gradient exactly on policy, where the ratio is 1. Three matrix products instead of the four of
+    ``token_statistics``. The gradients are held from forward to backward, which may run once.
 
-    Collectives: forward one MAX and one SUM ([3, chunk]) for each chunk and one SUM of
+    Collectives: forward one MAX [chunk] and one SUM [3, chunk] for each chunk and one SUM of
     [rows, hidden]; backward none.
 
     Args:
         coefficients: [rows], constants: no gradient flows to them.
+        entropy_coefficients: likewise; None: no entropies are computed, which is faster.
         others: as for ``token_statistics``.
 
     Returns:
-        (sum [], log_probs [rows], entropies [rows]); only the sum is differentiable.
+        (sum [], log_probs [rows], entropies [rows] or None); only the sum is differentiable.
 
     Raises:
         ValueError: as ``token_statistics``.
     """
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
     _check_targets(hidden, targets, vocab_size)
-    if coefficients.shape != targets.shape:
-        raise ValueError(
-            f"coefficients has shape {list(coefficients.shape)}; give one per target: "
-            f"{list(targets.shape)}."
-        )
-    with_gradients = torch.is_grad_enabled()
+    _check_constants(
+        targets, coefficients=coefficients, entropy_coefficients=entropy_coefficients, scale=scale
+    )
+    dtype = score_dtype(hidden, weight)
+    constants = (
+        None if values is None else values.detach().to(dtype)
+        for values in (coefficients, entropy_coefficients, scale)
+    )
     return _WeightedLogProbSum.apply(
-        hidden, weight, targets, coefficients.detach(), shard, with_gradients
+        hidden, weight, targets, *constants, shard, torch.is_grad_enabled()
     )
 
 
@@ -164,16 +173,16 @@ def token_entropies(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; give at least 1, or None for the whole vocabulary.")
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
-    rows, dtype = hidden.shape[0], _score_dtype(hidden, weight)
+    rows, dtype = hidden.shape[0], score_dtype(hidden, weight)
     count = 1 if top_k is None else min(top_k, vocab_size)
     statistics = hidden.new_empty(4, rows, dtype=dtype)
     largest = hidden.new_full((rows, count), torch.finfo(dtype).min, dtype=dtype)
     best = torch.full((rows,), vocab_size, dtype=torch.int64, device=hidden.device)
-    for chunk, scores, buffer in _score_chunks(hidden, weight, shard):
+    for chunk, scores in _score_chunks(hidden, weight, None, shard):
         if shard.columns > 0:
             best[chunk] = scores.argmax(-1) + shard.start
         if top_k is None:
-            statistics[:, chunk] = _local_statistics(scores, buffer, None)
+            statistics[:, chunk] = head_sweeps.statistics(scores, None)
         else:
             values = scores.topk(min(count, shard.columns), sorted=False).values
             largest[chunk, : values.shape[1]] = values
@@ -197,9 +206,9 @@ def selected_logits(
         ValueError: as ``token_statistics``.
     """
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size=1)
-    dtype = _score_dtype(hidden, weight)
+    dtype = score_dtype(hidden, weight)
     scores = hidden.new_empty(hidden.shape[0], shard.columns, dtype=dtype)
-    _scores(hidden, weight[: shard.columns], scores)
+    multiply_scores(hidden, weight[: shard.columns], scores)
     return scores
 
 
@@ -249,133 +258,41 @@ def _check_targets(hidden: Tensor, targets: Tensor, vocab_size: int) -> None:
             )
 
 
-def _score_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    return torch.promote_types(dtype, torch.float32)
+def _check_constants(targets: Tensor, **constants: Tensor | None) -> None:
+    for name, values in constants.items():
+        if values is not None and values.shape != targets.shape:
+            raise ValueError(
+                f"{name} has shape {list(values.shape)}; give one per target: "
+                f"{list(targets.shape)}."
+            )
 
 
 def _score_chunks(
-    hidden: Tensor, weight: Tensor, shard: _Shard
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, scores, buffer) of each chunk; both [chunk, columns], both overwritten by the next."""
+    hidden: Tensor, weight: Tensor, scale: Tensor | None, shard: _Shard
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, scores [chunk, columns]) of each chunk; the scores are overwritten by the next."""
     rows = hidden.shape[0]
-    held = min(rows, shard.chunk_size)
     # Rows as long as the padded shard, of which padding is cut: a GPU wants them aligned.
-    buffers = hidden.new_empty(2, held, weight.shape[0], dtype=_score_dtype(hidden, weight))
-    scores, buffer = buffers[:, :, : shard.columns]
+    held = hidden.new_empty(
+        min(rows, shard.chunk_size), weight.shape[0], dtype=score_dtype(hidden, weight)
+    )
     for start in range(0, rows, shard.chunk_size):
         chunk = slice(start, min(rows, start + shard.chunk_size))
-        size = chunk.stop - start
-        _scores(hidden[chunk], weight[: shard.columns], scores[:size])
-        yield chunk, scores[:size], buffer[:size]
-
-
-def _scores(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [rows, columns] = hidden @ weight.T, summed and returned in the dtype of ``out``."""
-    if hidden.dtype == weight.dtype == out.dtype:
-        torch.mm(hidden, weight.t(), out=out)
-    elif _multiplies_into_fp32(hidden, weight):
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    else:
-        hidden = hidden.to(out.dtype)
-        for block in _blocks(weight):
-            torch.mm(hidden, weight[block].to(out.dtype).t(), out=out[:, block])
-
-
-def _multiplies_into_fp32(left: Tensor, right: Tensor) -> bool:
-    """Whether torch can multiply these half-precision matrices without rounding the result."""
-    half = left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
-    return half and left.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out")
-
-
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    for start in range(0, weight.shape[0], _CONVERSION_BLOCK):
-        yield slice(start, min(weight.shape[0], start + _CONVERSION_BLOCK))
-
-
-class _Gradients:
-    """Sums of the gradients of ``hidden`` and ``weight`` over the chunks, fp32 or fp64."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, shard: _Shard, needed: list[bool]) -> None:
-        self.inputs = hidden, weight
-        self.shard = shard
-        dtype = _score_dtype(hidden, weight)
-        self.hidden = torch.empty_like(hidden, dtype=dtype) if needed[0] else None
-        self.weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
-
-    def add(self, chunk: slice, score_gradient: Tensor) -> None:
-        """Adds what the rows of ``chunk`` give.
-
-        Args:
-            score_gradient: [chunk, columns]. Tensor cores read it in the dtype of the weight, as
-                they read Megatron's own gradients of logits.
-        """
-        hidden, weight = self.inputs[0][chunk], self.inputs[1][: self.shard.columns]
-        dtype = score_gradient.dtype
-        fast = _multiplies_into_fp32(hidden, weight)
-        if fast:
-            rounded = score_gradient.new_empty(
-                score_gradient.shape[0], self.inputs[1].shape[0], dtype=weight.dtype
-            )
-            score_gradient = rounded[:, : self.shard.columns].copy_(score_gradient)
-        if self.hidden is not None:
-            out = self.hidden[chunk]
-            if fast:
-                torch.mm(score_gradient, weight, out_dtype=dtype, out=out)
-            elif weight.dtype == dtype:
-                torch.mm(score_gradient, weight, out=out)
-            else:
-                out.zero_()
-                for block in _blocks(weight):
-                    out.addmm_(score_gradient[:, block], weight[block].to(dtype))
-        if self.weight is not None:
-            out = self.weight[: self.shard.columns]
-            if fast:
-                out += torch.mm(score_gradient.t(), hidden, out_dtype=dtype)
-            else:
-                out.addmm_(score_gradient.t(), hidden.to(dtype))
-
-    def sum_over_ranks(self) -> None:
-        """Each rank knows what its own columns give; ``hidden`` needs all of them."""
-        if self.hidden is not None:
-            self.shard.reduce(self.hidden, ReduceOp.SUM)
-
-
-def _target_columns(targets: Tensor, shard: _Shard) -> tuple[Tensor, Tensor]:
-    """(column of each target, clamped into this shard; whether the target is in this shard)."""
-    columns = targets - shard.start
-    held = (columns >= 0) & (columns < shard.columns)
-    return columns.clamp(0, max(0, shard.columns - 1)), held
-
-
-def _local_statistics(
-    scores: Tensor, buffer: Tensor, targets: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """[4, chunk] over this rank's columns: m, Z, sum exp(z - m) (z - m), and z of the target or 0.
-
-    Leaves exp(z - m) in ``buffer``, and nothing of use in ``scores``.
-    """
-    statistics = scores.new_zeros(4, scores.shape[0])
-    maxima, normaliser, moment, target_score = statistics
-    if scores.shape[1] == 0:
-        maxima.fill_(torch.finfo(scores.dtype).min)  # finite: 0 * -inf would be NaN
-        return statistics
-    torch.amax(scores, -1, out=maxima)
-    if targets is not None:
-        columns, held = targets
-        torch.mul(scores.gather(1, columns[:, None])[:, 0], held, out=target_score)
-    scores.sub_(maxima[:, None])
-    torch.exp(scores, out=buffer)
-    torch.sum(buffer, -1, out=normaliser)
-    torch.sum(scores.mul_(buffer), -1, out=moment)
-    return statistics
+        scores = held[: chunk.stop - start, : shard.columns]
+        own, own_scale = hidden[chunk], None if scale is None else scale[chunk, None]
+        if own_scale is not None and hidden.dtype == scores.dtype:
+            own, own_scale = own * own_scale, None  # cheaper, and as exact, before the product
+        multiply_scores(own, weight[: shard.columns], scores)
+        yield chunk, scores if own_scale is None else scores.mul_(own_scale)
 
 
 def _combine(statistics: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor]:
     """(log-normaliser, log-prob of the target, entropy) [rows] of the whole vocabulary.
 
+    The entropy means nothing where the moment was not taken.
+
     Args:
-        statistics: [4, rows] of this rank, from ``_local_statistics``. Overwritten.
+        statistics: [4, rows] of this rank, from ``head_sweeps``. Overwritten.
     """
     maxima, normaliser, moment, target_score = statistics
     overall = maxima.clone()
@@ -390,12 +307,10 @@ def _combine(statistics: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor]
     return log_normaliser, target_score - log_normaliser, entropies
 
 
-def _add_at_targets(
-    score_gradient: Tensor, by_log_prob: Tensor, targets: tuple[Tensor, Tensor]
-) -> None:
-    columns, held = targets
-    if score_gradient.shape[1] > 0:
-        score_gradient.scatter_add_(1, columns[:, None], (by_log_prob * held)[:, None])
+def _sum_over_ranks(gradients: WeightedSums, shard: _Shard) -> None:
+    """Each rank knows what its own columns give; ``hidden`` needs all of them."""
+    if gradients.hidden is not None:
+        shard.reduce(gradients.hidden, ReduceOp.SUM)
 
 
 def _entropy_of_largest(largest: Tensor, shard: _Shard) -> Tensor:
@@ -417,18 +332,27 @@ def _first_with_maximum(ids: Tensor, maxima: Tensor, shard: _Shard) -> Tensor:
     return first
 
 
+def _scaled(values: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    return values if values is None or scale is None else values * scale
+
+
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: _Shard
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor | None,
+        shard: _Shard,
     ) -> tuple[Tensor, Tensor]:
-        columns, held = _target_columns(targets, shard)
-        statistics = hidden.new_empty(4, hidden.shape[0], dtype=_score_dtype(hidden, weight))
-        for chunk, scores, buffer in _score_chunks(hidden, weight, shard):
+        columns, held = head_sweeps.target_columns(targets, shard.start, shard.columns)
+        statistics = hidden.new_empty(4, hidden.shape[0], dtype=score_dtype(hidden, weight))
+        for chunk, scores in _score_chunks(hidden, weight, scale, shard):
             targeted = columns[chunk], held[chunk]
-            statistics[:, chunk] = _local_statistics(scores, buffer, targeted)
+            statistics[:, chunk] = head_sweeps.statistics(scores, targeted)
         log_normaliser, log_probs, entropies = _combine(statistics, shard)
-        ctx.save_for_backward(hidden, weight, columns, held, log_normaliser, entropies)
+        ctx.save_for_backward(hidden, weight, columns, held, scale, log_normaliser, entropies)
         ctx.shard = shard
         ctx.set_materialize_grads(False)
         return log_probs, entropies
@@ -436,25 +360,25 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None) -> tuple:
-        hidden, weight, columns, held, log_normaliser, entropies = ctx.saved_tensors
-        gradients = _Gradients(hidden, weight, ctx.shard, ctx.needs_input_grad)
+        hidden, weight, columns, held, scale, log_normaliser, entropies = ctx.saved_tensors
+        gradients = WeightedSums(hidden, weight, ctx.shard.columns, ctx.needs_input_grad[:2])
         if by_log_prob is None:
             by_log_prob = torch.zeros_like(log_normaliser)
-        for chunk, scores, buffer in _score_chunks(hidden, weight, ctx.shard):
-            log_p = scores.sub_(log_normaliser[chunk, None])
-            p = torch.exp(log_p, out=buffer)
-            if by_entropy is None:
-                score_gradient = p.mul_(-by_log_prob[chunk, None])
-            else:
-                from_sums = by_log_prob[chunk] + by_entropy[chunk] * entropies[chunk]
-                score_gradient = log_p.mul_(-by_entropy[chunk, None]).sub_(from_sums[:, None])
-                score_gradient.mul_(p)
-            _add_at_targets(score_gradient, by_log_prob[chunk], (columns[chunk], held[chunk]))
+        # d/d(h.w) = scale * d/d(scaled score), which is linear in both.
+        by_log_prob, by_entropy = _scaled(by_log_prob, scale), _scaled(by_entropy, scale)
+        for chunk, scores in _score_chunks(hidden, weight, scale, ctx.shard):
+            score_gradient = head_sweeps.score_gradient_(
+                scores,
+                log_normaliser[chunk],
+                by_log_prob[chunk],
+                None if by_entropy is None else (by_entropy[chunk], entropies[chunk]),
+                (columns[chunk], held[chunk]),
+            )
             gradients.add(chunk, score_gradient)
-        gradients.sum_over_ranks()
+        _sum_over_ranks(gradients, ctx.shard)
         by_hidden = None if gradients.hidden is None else gradients.hidden.to(hidden.dtype)
         by_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
-        return by_hidden, by_weight, None, None
+        return by_hidden, by_weight, None, None, None
 
 
 class _WeightedLogProbSum(torch.autograd.Function):
@@ -465,39 +389,62 @@ class _WeightedLogProbSum(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         coefficients: Tensor,
+        entropy_coefficients: Tensor | None,
+        scale: Tensor | None,
         shard: _Shard,
         with_gradients: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        columns, held = _target_columns(targets, shard)
-        dtype = _score_dtype(hidden, weight)
-        coefficients = coefficients.to(dtype)
-        log_probs = hidden.new_empty(hidden.shape[0], dtype=dtype)
-        entropies = torch.empty_like(log_probs)
-        needed = [with_gradients and needs for needs in ctx.needs_input_grad]
-        gradients = _Gradients(hidden, weight, shard, needed)
-        for chunk, scores, buffer in _score_chunks(hidden, weight, shard):
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        columns, held = head_sweeps.target_columns(targets, shard.start, shard.columns)
+        log_probs = hidden.new_empty(hidden.shape[0], dtype=score_dtype(hidden, weight))
+        entropies = None if entropy_coefficients is None else torch.empty_like(log_probs)
+        by_log_prob = _scaled(coefficients, scale)
+        by_entropy = _scaled(entropy_coefficients, scale)
+        needed = tuple(with_gradients and needs for needs in ctx.needs_input_grad[:2])
+        gradients = WeightedSums(hidden, weight, shard.columns, needed)
+        for chunk, scores in _score_chunks(hidden, weight, scale, shard):
             targeted = columns[chunk], held[chunk]
-            statistics = _local_statistics(scores, buffer, targeted)
+            keeps_exponentials = entropies is None and not head_sweeps.uses_kernels(scores)
+            sweep = head_sweeps.exponentiate_ if keeps_exponentials else head_sweeps.statistics
+            statistics = sweep(scores, targeted)
             local_maxima = statistics[0].clone()
-            log_normaliser, log_probs[chunk], entropies[chunk] = _combine(statistics, shard)
-            if any(needed):
-                weights = coefficients[chunk]
+            log_normaliser, log_probs[chunk], chunk_entropies = _combine(statistics, shard)
+            if entropies is not None:
+                entropies[chunk] = chunk_entropies
+            if not any(needed):
+                continue
+            if keeps_exponentials:
                 # exp(z - local maximum) is at hand: one factor per row makes it p.
                 to_p = torch.exp(local_maxima - log_normaliser)
-                score_gradient = buffer.mul_((-weights * to_p)[:, None])
-                _add_at_targets(score_gradient, weights, targeted)
-                gradients.add(chunk, score_gradient)
-        gradients.sum_over_ranks()
-        ctx.save_for_backward(gradients.hidden, gradients.weight)
+                scores.mul_((-by_log_prob[chunk] * to_p)[:, None])
+                head_sweeps.add_at_targets_(scores, by_log_prob[chunk], targeted)
+            else:
+                entropy_part = None if by_entropy is None else (by_entropy[chunk], chunk_entropies)
+                head_sweeps.score_gradient_(
+                    scores, log_normaliser, by_log_prob[chunk], entropy_part, targeted
+                )
+            gradients.add(chunk, scores)
+        _sum_over_ranks(gradients, shard)
+        ctx.gradients = gradients.hidden, gradients.weight
         ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.mark_non_differentiable(log_probs, entropies)
-        return torch.dot(coefficients, log_probs), log_probs, entropies
+        total = torch.dot(coefficients, log_probs)
+        if entropies is None:
+            ctx.mark_non_differentiable(log_probs)
+        else:
+            ctx.mark_non_differentiable(log_probs, entropies)
+            total += torch.dot(entropy_coefficients, entropies)
+        return total, log_probs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_sum: Tensor, *_: Any) -> tuple:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "weighted_log_prob_sum: backward ran a second time, but the gradients that the "
+                "forward pass made were given away; run the forward pass again."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
         by_inputs = (
-            None if gradient is None else (gradient * by_sum).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if gradient is None else gradient.mul_(by_sum).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return *by_inputs, None, None, None, None
+        return *by_inputs, None, None, None, None, None, None

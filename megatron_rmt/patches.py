@@ -23,6 +23,7 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron_rmt import step as rmt_step
 from megatron_rmt.arguments import add_rmt_arguments, is_enabled, readable_help, versions
 from megatron_rmt.forward_step import Update, make_forward_step
+from megatron_rmt.logprob_check import check_log_probs, logprob_tolerance
 from megatron_rmt.metrics import metrics_path, write_metrics
 from megatron_rmt.user_batch import take_batches
 from megatron_rmt.validation import check_rmt_arguments
@@ -171,7 +172,9 @@ def run_step(
 
     call["forward_step_func"] = make_forward_step(collected.settings)
     call["data_iterator"] = RerunDataIterator(iter(updates))
-    call["forward_backward_func"] = _with_tree_lengths(call["forward_backward_func"], updates)
+    call["forward_backward_func"] = _for_trees(
+        call["forward_backward_func"], updates, logprob_tolerance(options)
+    )
     result = original(**call)
     if parallel_state.is_pipeline_last_stage() and result[0]:
         report = result[0]
@@ -187,14 +190,21 @@ def run_step(
     return result
 
 
-def _with_tree_lengths(schedule: Callable[..., Any], updates: list[Update]) -> Callable[..., Any]:
-    """The schedule, told how long the packed trees are (pipeline stages exchange that size)."""
+def _for_trees(
+    schedule: Callable[..., Any], updates: list[Update], tolerance: float
+) -> Callable[..., Any]:
+    """The schedule, told how long the packed trees are (pipeline stages exchange that size).
+
+    After it, so before the optimizer's step, the log-probs are compared with those of the rollouts.
+    """
     length = updates[0].tree.tokens.shape[0]
 
     @functools.wraps(schedule)
     def forward_backward(**arguments: Any) -> Any:
         arguments |= {"seq_length": length, "decoder_seq_length": length, "micro_batch_size": 1}
-        return schedule(**arguments)
+        result = schedule(**arguments)
+        check_log_probs(updates, tolerance)
+        return result
 
     return forward_backward
 

@@ -6,6 +6,7 @@ itself exactly, and the draws do not depend on how the work is laid out over dat
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -126,8 +127,13 @@ def _weigh_(logits: Tensor, maxima: Tensor, temperature: float) -> Tensor:
     return logits.mul_(_WEIGHT_SCALE).floor_()
 
 
-def _block_sums(logits: Tensor, maxima: Tensor, temperature: float) -> Tensor:
-    """Sums of the weights of each block of columns: float64 [rows, blocks], exact."""
+def _block_sums(
+    logits: Tensor, maxima: Tensor, temperature: float, least: Tensor | None = None
+) -> Tensor:
+    """Sums of the weights of each block of columns: float64 [rows, blocks], exact.
+
+    least: smallest weight [rows] that counts.
+    """
     rows, columns = logits.shape
     blocks = -(-columns // _BLOCK)
     sums = torch.empty(rows, blocks, dtype=torch.float64, device=logits.device)
@@ -136,9 +142,51 @@ def _block_sums(logits: Tensor, maxima: Tensor, temperature: float) -> Tensor:
     buffer = logits.new_zeros(min(rows, chunks[0].stop), blocks * _BLOCK)
     for chunk in chunks:
         part = buffer[: len(logits[chunk])]
-        _weigh_(part[:, :columns].copy_(logits[chunk]), maxima[chunk], temperature)
+        weights = _weigh_(part[:, :columns].copy_(logits[chunk]), maxima[chunk], temperature)
+        if least is not None:
+            weights.mul_(weights >= least[chunk, None])
         torch.sum(part.view(-1, blocks, _BLOCK), -1, dtype=torch.float64, out=sums[chunk])
     return sums
+
+
+def _kth_weight(
+    logits: Tensor, maxima: Tensor, temperature: float, k: int, tp_group: ProcessGroup | None
+) -> Tensor:
+    """Weight [rows] of the ``k`` th most probable token."""
+    largest = logits.topk(min(k, logits.shape[1]), sorted=False).values
+    largest = F.pad(largest, (0, k - largest.shape[1]), value=-torch.inf)
+    tp_size = _parallel_size(tp_group)
+    if tp_size > 1:
+        rows = len(logits)
+        gathered = largest.new_empty(tp_size * rows, k)
+        torch.distributed.all_gather_into_tensor(gathered, largest.contiguous(), group=tp_group)
+        largest = gathered.view(tp_size, rows, k).transpose(0, 1).reshape(rows, -1)
+        largest = largest.topk(k, sorted=False).values
+    return _weigh_(largest.amin(1, keepdim=True), maxima, temperature)[:, 0]
+
+
+def _nucleus_weight(
+    logits: Tensor,
+    maxima: Tensor,
+    temperature: float,
+    mass: Tensor,
+    tp_group: ProcessGroup | None,
+) -> Tensor:
+    """The largest weight [rows] such that the tokens that reach it weigh at least ``mass`` [rows].
+
+    Bisection of the whole numbers up to the largest weight, as a sort of the vocabulary would have
+    to gather it: 35 passes over the logits, one all-reduce of [rows] each.
+    """
+    low = torch.zeros_like(mass)  # reached by all: heavy enough
+    high = torch.full_like(mass, _WEIGHT_SCALE + 1)  # reached by none
+    for _ in range(int(_WEIGHT_SCALE).bit_length()):
+        middle = ((low + high) / 2).floor()
+        reached = _block_sums(logits, maxima, temperature, middle).sum(1)
+        if _parallel_size(tp_group) > 1:
+            torch.distributed.all_reduce(reached, group=tp_group)
+        heavy = reached >= mass
+        low, high = torch.where(heavy, middle, low), torch.where(heavy, high, middle)
+    return low
 
 
 def sample_tokens(
@@ -148,15 +196,17 @@ def sample_tokens(
     temperature: float,
     vocab_start: int,
     tp_group: ProcessGroup | None,
-) -> Tensor:
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Sample one token a row from softmax(logits / temperature) by inverse CDF in two levels.
 
     The cumulative sum is taken over sums of blocks of 256 columns, then inside the one block that
     the uniform number falls into. The vocabulary is never gathered: tensor parallelism takes one
     all-reduce of the maxima [rows], one all-gather of the shards' sums [tp, rows] and one
-    all-reduce of the ids [rows]. All sums are exact (weights are multiples of 2^-34), so the token
-    does not depend on how the vocabulary is split. A token whose probability is below 2^-34 (6e-11)
-    of the most probable one's is never drawn.
+    all-reduce of ids and scores [2, rows]. All sums are exact (weights are multiples of 2^-34), so
+    the token does not depend on how the vocabulary is split. A token whose probability is below
+    2^-34 (6e-11) of the most probable one's is never drawn.
 
     Args:
         logits: float32 [rows, vocab/tp], without padded columns; not modified.
@@ -164,13 +214,19 @@ def sample_tokens(
         temperature: above 0 (`greedy_tokens` is the limit at 0).
         vocab_start: global id of this rank's first column.
         tp_group: tensor-parallel group in the order of the vocabulary, or None for one rank.
+        top_k: draw only from tokens that are at least as probable as the `top_k` th (None: all).
+        top_p: and only from the most probable tokens that together have probability `top_p` of
+            what `top_k` leaves; a token as probable as the last of them counts with them.
 
     Returns:
-        int64 [rows] global token ids, equal on all ranks. A row with NaN or +inf, or with nothing
-        finite, gives an arbitrary id without an error (no synchronisation with the device).
+        (int64 [rows] global token ids, float32 [rows] their log-probs), equal on all ranks. The
+        log-probs are those of softmax(logits / temperature) before `top_k` and `top_p`, to within
+        vocab * 2^-34. A row with NaN or +inf, or with nothing finite, gives an arbitrary id without
+        an error (no synchronisation with the device).
 
     Raises:
-        ValueError: wrong shape or dtype, temperature not above 0, vocabulary above 2^19.
+        ValueError: wrong shape or dtype, temperature not above 0, vocabulary above 2^19, `top_k`
+            below 1, `top_p` not in (0, 1].
     """
     _check_logits(logits)
     rows, columns = logits.shape
@@ -180,6 +236,10 @@ def sample_tokens(
         )
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; pass a number above 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; pass 1 or more, or None for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; pass a number in (0, 1], or None for all tokens")
     tp_size = _parallel_size(tp_group)
     if vocab_start + columns > _MAXIMUM_VOCABULARY:
         raise ValueError(
@@ -187,28 +247,29 @@ def sample_tokens(
             f"{_MAXIMUM_VOCABULARY} can be summed exactly"
         )
     if rows == 0:
-        return torch.empty(0, dtype=torch.int64, device=logits.device)
+        nothing = torch.empty(0, device=logits.device)
+        return nothing.long(), nothing
 
     maxima = logits.amax(1)
     if tp_size > 1:
         torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=tp_group)
     cumulative = _block_sums(logits, maxima, temperature).cumsum(1)
-    shard_sum = cumulative[:, -1].contiguous()
-    if tp_size > 1:
-        shard_sums = shard_sum.new_empty(tp_size * rows)
-        torch.distributed.all_gather_into_tensor(shard_sums, shard_sum, group=tp_group)
-        shard_sums = shard_sums.view(tp_size, rows)
-        rank = torch.distributed.get_rank(tp_group)
-        total = shard_sums.sum(0)
-        offset = shard_sums[:rank].sum(0)
-    else:
-        total = shard_sum
-        offset = torch.zeros_like(total)
+    offset, total = _shard_offset(cumulative[:, -1], tp_group)
+    whole, least = total, None
+    if top_k is not None:
+        least = _kth_weight(logits, maxima, temperature, top_k, tp_group)
+        cumulative = _block_sums(logits, maxima, temperature, least).cumsum(1)
+        offset, total = _shard_offset(cumulative[:, -1], tp_group)
+    if top_p is not None:
+        nucleus = _nucleus_weight(logits, maxima, temperature, top_p * total, tp_group)
+        least = nucleus if least is None else torch.maximum(least, nucleus)
+        cumulative = _block_sums(logits, maxima, temperature, least).cumsum(1)
+        offset, total = _shard_offset(cumulative[:, -1], tp_group)
 
     # The token is the first column whose cumulative sum exceeds this whole number, which is below
     # the total: no uniform number exceeds 1 - 2^-53, so the product does not round up to the total.
     target = (uniforms * total).floor() - offset
-    owned = (target >= 0) & (target < shard_sum)
+    owned = (target >= 0) & (target < cumulative[:, -1])
 
     target = target.unsqueeze(1)
     block = (cumulative <= target).sum(1, keepdim=True).clamp_(max=cumulative.shape[1] - 1)
@@ -216,13 +277,30 @@ def sample_tokens(
     column = block * _BLOCK + torch.arange(_BLOCK, device=logits.device)
     # Beyond the end the last column repeats, behind every column that the search can stop at.
     weights = _weigh_(logits.gather(1, column.clamp(max=columns - 1)), maxima, temperature)
+    if least is not None:
+        weights.mul_(weights >= least[:, None])
     inside = weights.cumsum(1, dtype=torch.float64)
     step = (inside <= target - before).sum(1).clamp_(max=_BLOCK - 1)
-    token = (block.squeeze(1) * _BLOCK + step).clamp_(max=columns - 1) + vocab_start
+    column = (block.squeeze(1) * _BLOCK + step).clamp_(max=columns - 1)
+    # Ids are below 2^19, so one float64 sum carries them and the scores.
+    drawn = torch.stack([column + vocab_start, logits.gather(1, column[:, None])[:, 0]]).double()
     if tp_size > 1:
-        token = torch.where(owned, token, 0)
-        torch.distributed.all_reduce(token, torch.distributed.ReduceOp.MAX, group=tp_group)
-    return token
+        drawn = torch.where(owned, drawn, 0.0)
+        torch.distributed.all_reduce(drawn, group=tp_group)
+    log_probs = (drawn[1] - maxima) / temperature - (whole / _WEIGHT_SCALE).log()
+    return drawn[0].long(), log_probs.float()
+
+
+def _shard_offset(shard_sum: Tensor, tp_group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """(sum of the weights [rows] of the shards before this one, sum over all shards)."""
+    tp_size = _parallel_size(tp_group)
+    if tp_size == 1:
+        return torch.zeros_like(shard_sum), shard_sum
+    shard_sums = shard_sum.new_empty(tp_size * len(shard_sum))
+    torch.distributed.all_gather_into_tensor(shard_sums, shard_sum.contiguous(), group=tp_group)
+    shard_sums = shard_sums.view(tp_size, -1)
+    rank = torch.distributed.get_rank(tp_group)
+    return shard_sums[:rank].sum(0), shard_sums.sum(0)
 
 
 def greedy_tokens(logits: Tensor, *, vocab_start: int, tp_group: ProcessGroup | None) -> Tensor:

@@ -1,7 +1,8 @@
 """One training step of RMT, as data flows through it.
 
     user's batches -> trunk pass (entropies, keys and values) -> tiers, curriculum, positions
-    -> budget, stems, rollouts -> rewards, advantages -> trees -> Megatron's own train_step
+    -> budget, stems, rollouts -> rewards, advantages -> (packing ->) trees
+    -> Megatron's own train_step
 
 ``prepare`` builds once what does not change during a run; ``collect`` turns the user's
 micro-batches of a step into the ``Update``s that Megatron's schedules then consume. Nothing is kept
@@ -25,14 +26,18 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_rmt.advantages import group_advantages
-from megatron_rmt.attention import KeyValueStore, attach_tree_attention
+from megatron_rmt.attention import attach_tree_attention
 from megatron_rmt.budget import token_budget
 from megatron_rmt.curriculum import choose_positions, tier_probabilities, tiers
+from megatron_rmt.decoding import KeyValueStore
 from megatron_rmt.entropy import entropy_percentiles, read_trunk
 from megatron_rmt.forward_step import LossSettings, Metric, Update
+from megatron_rmt.live_rollouts import RolloutPosition
 from megatron_rmt.losses import LossWeights, response_weights
+from megatron_rmt.packing import TreeSource, repack, tree_cost
 from megatron_rmt.rewards import length_reward, total_reward
-from megatron_rmt.rollout import RolloutPosition, RolloutSettings, generate
+from megatron_rmt.rollout import RolloutSettings, expert_sharing_group, generate
+from megatron_rmt.rollout_memory import GIB, KeyValuePlan, key_value_bytes
 from megatron_rmt.template import (
     Response,
     ResponseGrammar,
@@ -43,6 +48,7 @@ from megatron_rmt.template import (
 )
 from megatron_rmt.token_bytes import token_bytes
 from megatron_rmt.tree import NO_LABEL, Responses, Tree, Trunk, build_trunk, grow_tree, pad_tree
+from megatron_rmt.tree_attention import check_backend
 from megatron_rmt.user_batch import UserBatch
 
 # Tokens of the true continuation that a prediction is compared with.
@@ -106,10 +112,13 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     """Attach tree attention to ``model`` and read the vocabulary and the prompt.
 
     Raises:
-        ValueError: the prompt and the longest thought do not fit, or the vocabularies disagree.
+        ValueError: the prompt and the longest thought do not fit, the vocabularies disagree,
+            --rmt-attention cannot train on the model's device, or --rmt-max-tokens is less than
+            what a micro-batch holds before the rollouts.
     """
     attach_tree_attention(model)
     device = next(model.parameters()).device
+    check_backend(args.rmt_attention, device)
     template = prompt_template(args, tokenizer)
     bytes_of = token_bytes(tokenizer)
     if len(bytes_of) > args.padded_vocab_size:
@@ -118,6 +127,14 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
             f"{args.padded_vocab_size} rows of embedding; pass the tokenizer of the checkpoint."
         )
     stop = sorted({int(i) for i in (tokenizer.eod, _eos(tokenizer)) if i is not None})
+    head = encode_prompt(tokenizer, template.head)
+    held = args.micro_batch_size * (args.seq_length + len(head))
+    if args.rmt_max_tokens is not None and args.rmt_max_tokens < held:
+        raise ValueError(
+            f"--rmt-max-tokens is {args.rmt_max_tokens}, but {args.micro_batch_size} samples of "
+            f"{args.seq_length} tokens and their prompt take {held} before any rollout; raise it "
+            "or lower --micro-batch-size (which gives more micro-batches) or --seq-length."
+        )
     training = MidTraining(
         args=args,
         model=model,
@@ -126,7 +143,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
         bytes_of=bytes_of,
         has_bytes=torch.tensor([len(text) > 0 for text in bytes_of]),
         grammar=ResponseGrammar(template, bytes_of, stop).to(device),
-        head=encode_prompt(tokenizer, template.head),
+        head=head,
         close=encode_prompt(tokenizer, template.close),
         stop=stop,
         longest_position=longest_position(args, tokenizer, template),
@@ -135,7 +152,51 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     problem = position_problem(args, training.longest_position)
     if problem:
         raise ValueError(problem)
+    _plan_memory(training)
     return training
+
+
+def _kv_bound(args: Namespace) -> int | None:
+    """``--rmt-rollout-kv-gib`` in bytes."""
+    return None if args.rmt_rollout_kv_gib is None else int(args.rmt_rollout_kv_gib * GIB)
+
+
+def _plan_memory(training: MidTraining) -> None:
+    """Print what the rollouts' keys and values will take at the longest thoughts.
+
+    Raises:
+        ValueError: they cannot fit into ``--rmt-rollout-kv-gib``, or, without it, into the device.
+    """
+    args = training.args
+    budget = max(args.rmt_initial_budget, args.rmt_minimum_budget)
+    samples = args.global_batch_size // parallel_state.get_data_parallel_world_size()
+    plan = KeyValuePlan(
+        token_bytes=key_value_bytes(training.model),
+        trunk_tokens=samples * (args.seq_length + len(training.head)),
+        rows=samples * args.rmt_positions_per_sample * args.rmt_group_size,
+        rows_per_position=args.rmt_group_size,
+        tail_tokens=len(training.stem(budget))
+        + 2 * budget
+        + len(training.close) * args.rmt_force_close
+        + args.rmt_answer_tokens,
+        in_flight=parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    bound = _kv_bound(args)
+    at_once = plan.positions_at_once(bound)
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if bound is None and plan.total_bytes > memory:
+        raise ValueError(
+            f"the keys and values of the rollouts take {plan.total_bytes / GIB:.1f} GiB "
+            f"({plan.describe()}) but the device has {memory / GIB:.1f} GiB; pass "
+            "--rmt-rollout-kv-gib, so that they are generated in waves that fit."
+        )
+    waves = max(1, -(-plan.positions // at_once))
+    if dist.get_rank() == 0:
+        print(
+            f"RMT: keys and values of a step's rollouts, a rank, at most: {plan.describe()}; "
+            f"{waves} wave(s) of {min(at_once, plan.positions)} positions.",
+            flush=True,
+        )
 
 
 def _eos(tokenizer: Any) -> int | None:
@@ -243,6 +304,7 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
             longest_position=training.longest_position,
             chunk_size=args.rmt_head_chunk_size,
             top_k=args.rmt_entropy_top_k,
+            attention=args.rmt_attention,
         )
         rows, tier = _choose(training, trunk, entropies, sample_index[index], step)
         chosen.append(rows)
@@ -270,16 +332,28 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
     ends = [0]
     for rows in chosen:
         ends.append(ends[-1] + len(rows))
+    sources = []
+    for trunk, rows, first, limit, metric in zip(
+        trunks, chosen, ends, ends[1:], metrics, strict=False
+    ):
+        own = responses.positions(first, limit)
+        advantages, reward_metrics = _score(training, trunk, rows, own, step)
+        keys = [(position.sample, position.column) for position in positions[first:limit]]
+        metric |= reward_metrics | {"rmt rollout checksum": _checksum(keys, own)}
+        sources.append(TreeSource(trunk, rows, own, advantages))
+    if args.rmt_max_tokens is not None:
+        sources = _repack(training, sources, len(stem))
     trees = [
         grow_tree(
-            trunk,
-            rows,
+            source.trunk,
+            source.rows,
             stem,
-            responses.positions(first, limit) if rows else None,
+            source.responses,
             longest_position=training.longest_position,
             device=next(training.model.parameters()).device,
+            attention=args.rmt_attention,
         )
-        for trunk, rows, first, limit in zip(trunks, chosen, ends, ends[1:], strict=False)
+        for source in sources
     ]
     trees = _aligned(training, trees)
 
@@ -290,16 +364,11 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
 
     slots = float(len(batches) * parallel_state.get_data_parallel_world_size())
     updates = []
-    for trunk, rows, tree, first, limit, metric in zip(
-        trunks, chosen, trees, ends, ends[1:], metrics, strict=False
-    ):
-        own = responses.positions(first, limit)
-        advantages, reward_metrics = _score(training, trunk, rows, own, step)
-        weights = _weights(training, tree, advantages, all_positions, ntp_tokens, step)
-        keys = [(position.sample, position.column) for position in positions[first:limit]]
-        metric |= reward_metrics | {"rmt rollout checksum": _checksum(keys, own)}
+    for source, tree, metric in zip(sources, trees, metrics, strict=True):
+        weights = _weights(training, tree, source.advantages, all_positions, ntp_tokens, step)
         metric |= {f"rmt entropy p{p}": (value, 1.0) for p, value in percentiles.items()}
-        metric |= _token_metrics(trunk, tree, len(rows) * len(stem), slots)
+        metric |= _token_metrics(source.trunk, tree, len(source.rows) * len(stem), slots)
+        metric |= _size_metrics(args, source.trunk, tree)
         updates.append(Update(tree, weights, metric))
     settings = LossSettings(
         ntp_coefficient=0.0 if args.rmt_no_ntp else args.rmt_ntp_coefficient,
@@ -401,7 +470,7 @@ def _rollouts(
     step: StepPlan,
 ) -> Responses:
     args = training.args
-    if not positions:
+    if not positions and expert_sharing_group(training.model) is None:
         empty = torch.empty(0, args.rmt_group_size, 0)
         return Responses(empty.long(), empty.long()[..., :0].sum(-1), empty.bool(), empty)
     return generate(
@@ -417,6 +486,9 @@ def _rollouts(
             answer_tokens=args.rmt_answer_tokens,
             force_close=args.rmt_force_close,
             greedy=args.rmt_greedy,
+            top_k=args.rmt_top_k,
+            top_p=args.rmt_top_p,
+            kv_bytes=_kv_bound(args),
         ),
         budget=step.budget,
         vocab_size=training.vocab_size,
@@ -465,6 +537,28 @@ def _labelled(trunk: Trunk) -> Tensor:
     return (trunk.labels != NO_LABEL) & (trunk.loss_mask > 0)
 
 
+def _repack(
+    training: MidTraining, sources: Sequence[TreeSource], stem_length: int
+) -> list[TreeSource]:
+    return repack(
+        sources,
+        tree_cost(training.model.config, training.vocab_size),
+        stem_length=stem_length,
+        max_tokens=training.args.rmt_max_tokens,
+        use_all=parallel_state.get_pipeline_model_parallel_world_size() > 1,
+        group=parallel_state.get_data_parallel_group(),
+        device=torch.device(torch.cuda.current_device()),
+    )
+
+
+def _size_metrics(args: Namespace, trunk: Trunk, tree: Tree) -> dict[str, Metric]:
+    """Share of a micro-batch's rows that are padding, and its tokens above the limit."""
+    rows, tokens = float(tree.tokens.shape[0]), float(tree.plan.tokens)
+    real = tokens - float((trunk.samples < 0).sum())
+    excess = 0.0 if args.rmt_max_tokens is None else max(0.0, tokens - args.rmt_max_tokens)
+    return {"rmt padding": (rows - real, rows), "rmt tokens above limit": (excess, 1.0)}
+
+
 def _trunk_metrics(
     trunk: Trunk,
     entropies: Tensor,
@@ -493,10 +587,10 @@ def _trunk_metrics(
 def _token_metrics(trunk: Trunk, tree: Tree, stem_tokens: int, slots: float) -> dict[str, Metric]:
     """Tokens of the whole global batch; ``slots``: how many micro-batches report."""
     tokens = {
-        "trunk": len(trunk),
+        # The one token of a micro-batch that packing left empty is of no sample.
+        "trunk": int((trunk.samples >= 0).sum()),
         "stem": stem_tokens,
         "branch": tree.plan.tokens - len(trunk) - stem_tokens,
-        "padding": tree.tokens.shape[0] - tree.plan.tokens,
     }
     return {f"rmt {name} tokens": (float(count), 1 / slots) for name, count in tokens.items()}
 
@@ -533,7 +627,11 @@ def _score(
     by_length = length_reward(lengths, step.budget, args.rmt_length_reward_maximum)
     weight = 0.0 if args.rmt_no_length_reward else args.rmt_length_reward_weight
     rewards = total_reward(match, by_length, weight)
-    advantages = torch.zeros_like(rewards) if step.warm_up else group_advantages(rewards)
+    if step.warm_up:
+        # The answers are given; what is drawn, the thoughts, learns to last until the budget.
+        # Else models soon close every thought at once, as closing is all that they are shown.
+        rewards = total_reward(torch.zeros_like(match), by_length, weight)
+    advantages = group_advantages(rewards)
 
     count = float(positions * group)
     # In the warm-up the answers are given, so there is nothing to report of them.
@@ -638,11 +736,16 @@ def gpt_model(chunks: Sequence[torch.nn.Module]) -> GPTModel:
 def generating(model: GPTModel) -> Iterator[None]:
     """Evaluation mode for rollouts; the training mode comes back even after an error."""
     was_training = model.training
-    if model.config.fp8:
-        # Transformer Engine would go on with FP8 weights cached before the last optimizer step.
+    quantized = model.config.fp8 or model.config.fp4
+    if quantized:
+        # Transformer Engine would go on with weights quantized before the last optimizer step.
         model.set_is_first_microbatch()
     model.eval()
     try:
         yield
     finally:
         model.train(was_training)
+        if quantized:
+            # Made without gradient they may lack what the backward pass needs.
+            for module in model.modules():
+                getattr(module, "_fp8_workspaces", {}).clear()

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_rmt.attention import Block, TreePlan, position_block
+from megatron_rmt.attention import TreePlan
+from megatron_rmt.tree_attention import Block, position_block
 
 NO_LABEL = -1
 
@@ -93,9 +95,9 @@ def build_trunk(
     return Trunk(**whole, documents=tuple(documents))
 
 
-def trunk_blocks(trunk: Trunk) -> list[Block]:
+def trunk_blocks(trunk: Trunk) -> tuple[Block, ...]:
     """One causal block per document."""
-    return [Block(first, limit) for first, limit in trunk.documents]
+    return tuple(Block(first, limit) for first, limit in trunk.documents)
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,22 @@ class Responses:
         return Responses(
             self.tokens[span], self.lengths[span], self.sampled[span], self.log_probs[span]
         )
+
+
+def join_responses(parts: Sequence[Responses]) -> Responses:
+    """The responses of several lists of positions, one after the other."""
+    longest = max(part.tokens.shape[2] for part in parts)
+
+    def joined(name: str) -> Tensor:
+        padded = (F.pad(getattr(part, name), (0, longest - part.tokens.shape[2])) for part in parts)
+        return torch.cat(list(padded))
+
+    return Responses(
+        joined("tokens"),
+        torch.cat([p.lengths for p in parts]),
+        joined("sampled"),
+        joined("log_probs"),
+    )
 
 
 @dataclass(frozen=True)
@@ -151,15 +169,17 @@ def grow_tree(
     *,
     longest_position: int,
     device: torch.device,
+    attention: str = "auto",
 ) -> Tree:
     """Append the stems and branches of the chosen trunk ``rows`` and list every prediction.
 
     rows: the trunk row of each chosen position; its label is the token to be predicted, and no NTP
     loss falls on it (the paper's mask m_pos). responses: of the same positions (None if there are
-    none). longest_position: bound on every position id, sizes the rotary table.
+    none). longest_position: bound on every position id, sizes the rotary table. attention: a name
+    of ``--rmt-attention``.
     """
     tokens, positions = [trunk.tokens], [trunk.positions]
-    blocks = trunk_blocks(trunk)
+    blocks = [*trunk_blocks(trunk)]
     predicting, targets, rollouts, sampled, log_probs = [], [], [], [], []
     stem_tokens = torch.tensor(list(stem), dtype=torch.int64)
     size = len(trunk)
@@ -170,7 +190,7 @@ def grow_tree(
         after = trunk.positions[row] + 1
         blocks.append(
             position_block(
-                size, int(trunk.document_first[row]), row + 1, len(stem_tokens), branches, device
+                size, int(trunk.document_first[row]), row + 1, len(stem_tokens), branches
             )
         )
         tokens.append(stem_tokens)
@@ -191,7 +211,7 @@ def grow_tree(
     chosen = torch.zeros(len(trunk), dtype=torch.bool)
     chosen[list(rows)] = True
     trunk_rows = ((trunk.labels != NO_LABEL) & (trunk.loss_mask > 0) & ~chosen).nonzero()[:, 0]
-    plan = TreePlan(tokens=size, blocks=blocks)
+    plan = TreePlan(tokens=size, blocks=tuple(blocks), attention=attention)
     plan.use_positions(torch.cat(positions).to(device), longest_position)
     return Tree(
         tokens=torch.cat(tokens).to(device),

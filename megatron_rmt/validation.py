@@ -16,6 +16,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron_rmt.arguments import FLAGS, is_enabled
 from megatron_rmt.step import longest_position, position_problem, prompt_template
 from megatron_rmt.token_bytes import token_bytes
+from megatron_rmt.tree_attention import BACKENDS
 
 # Tokens of each data file that are compared with the vocabulary.
 SAMPLED_TOKENS = 1_000_000
@@ -70,6 +71,31 @@ def _settings(args: Namespace) -> Iterator[str]:
         0 < args.rmt_temperature < math.inf,
         "--rmt-temperature",
         "pass more than 0, also with --rmt-greedy",
+    )
+    yield from require(
+        args.rmt_top_k is None or args.rmt_top_k >= 1, "--rmt-top-k", "pass 1 or more"
+    )
+    yield from require(
+        args.rmt_top_p is None or 0 < args.rmt_top_p <= 1, "--rmt-top-p", "pass a number in (0, 1]"
+    )
+    yield from require(
+        args.rmt_logprob_tolerance is None or args.rmt_logprob_tolerance > 0,
+        "--rmt-logprob-tolerance",
+        "pass more than 0 (inf never stops)",
+    )
+    yield from require(
+        args.rmt_rollout_kv_gib is None or args.rmt_rollout_kv_gib > 0,
+        "--rmt-rollout-kv-gib",
+        "pass more than 0, or leave it out for no bound",
+    )
+    yield from require(
+        args.rmt_max_tokens is None or args.rmt_max_tokens >= 1,
+        "--rmt-max-tokens",
+        "pass 1 or more, or leave it out",
+    )
+    attentions = ("auto", *BACKENDS)
+    yield from require(
+        args.rmt_attention in attentions, "--rmt-attention", f"pass one of {', '.join(attentions)}"
     )
     yield from require(
         0 < args.rmt_budget_decay <= 1, "--rmt-budget-decay", "pass a number in (0, 1]"
@@ -154,7 +180,6 @@ def _unsupported(args: Namespace) -> Iterator[str]:
         "--log-max-attention-logit": (False, "tree attention does not record its largest score"),
         "--cuda-graph-impl": ("none", "every tree has another shape"),
         "--overlap-moe-expert-parallel-comm": (False, "its schedule bypasses the forward step"),
-        "--use-mup": (False, "the fused head does not scale"),
         "--perform-rl-step": (False, "Megatron's own reinforcement learning replaces the step too"),
         "--sft": (False, "its samples are packed, and RMT packs trees"),
         "--dataloader-inter-document-masking": (
@@ -173,6 +198,12 @@ def _unsupported(args: Namespace) -> Iterator[str]:
         if value != needed and not (needed is None and not value):
             without = "it left out" if needed is None else needed
             yield f"{flag} is {value}; RMT needs {without}: {why}."
+    if args.expert_model_parallel_size > 1 and args.moe_token_dispatcher_type == "allgather":
+        yield (
+            "--moe-token-dispatcher-type is allgather; with --expert-model-parallel-size "
+            f"{args.expert_model_parallel_size} ranks hold different numbers of rollouts, pass "
+            "alltoall."
+        )
     if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
         yield (
             f"--position-embedding-type is {args.position_embedding_type}; RMT supports rope, "

@@ -4,9 +4,11 @@ Without a GPU the CPU stands in for CUDA in the test process (``tests.distribute
 never load a Hugging Face model in it: use a subprocess.
 """
 
+from pathlib import Path
+
 import pytest
 
-from tests import distributed, tiny_run
+from tests import distributed, tiny_checkpoints, tiny_run
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,3 +29,9 @@ def single_process_megatron() -> None:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tiny_run.TinyInputs:
     """A tiny model's checkpoint and corpus, for whole runs."""
     return tiny_run.build_inputs(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session", name="tiny_checkpoints")
+def make_tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the tiny Hugging Face models of ``tests.tiny_checkpoints``."""
+    return tiny_checkpoints.make_models(tmp_path_factory.mktemp("huggingface"))

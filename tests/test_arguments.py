@@ -74,7 +74,7 @@ def test_a_percent_sign_in_a_help_text_does_not_break_help():
     assert "hidden" not in text
 
 
-UNITLESS = {"--rmt-config", "--rmt-template", "--rmt-seed", "--rmt-metrics-file"}
+UNITLESS = {"--rmt-config", "--rmt-template", "--rmt-seed", "--rmt-metrics-file", "--rmt-attention"}
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)

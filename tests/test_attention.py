@@ -1,4 +1,4 @@
-"""Attention by plan against dense masked attention in float64; stock calls stay stock."""
+"""Plans in a model's own attention; stock calls stay stock."""
 
 import math
 
@@ -8,17 +8,11 @@ from torch import Tensor
 
 from megatron_rmt.attention import (
     ROTARY_TABLE_STEP,
-    Block,
-    DecodePlan,
-    KeyValueStore,
     Plan,
-    StemPlan,
     TreePlan,
-    TrunkGroup,
-    TrunkPlan,
     attach_tree_attention,
-    position_block,
 )
+from megatron_rmt.tree_attention import Block
 from tests.tiny_model import build_model, stock_logits
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
@@ -44,135 +38,6 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor
 
 def _close(value: Tensor, reference: Tensor) -> None:
     torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("branches", [[3, 2], [0, 1, 4], [0, 0], []])
-@pytest.mark.parametrize("stem", [1, 3])
-def test_block_of_a_position(branches, stem):
-    block = position_block(20, 4, 9, stem, branches)
-    assert (block.first, block.limit) == (20, 20 + stem + sum(branches))
-    assert (block.trunk_first, block.trunk_limit) == (4, 9)
-    owner = [-1] * stem + [b for b, length in enumerate(branches) for _ in range(length)]
-    for row, mine in enumerate(owner):
-        for column, theirs in enumerate(owner):
-            expected = column <= row and theirs in (-1, mine)
-            assert bool(block.mask[row, 5 + column]) == expected
-    assert block.mask[:, :5].all()
-
-
-def test_tree_attention_and_its_gradients_equal_dense_attention():
-    blocks = [
-        Block(0, 6),
-        Block(6, 10),
-        position_block(10, 0, 1, 2, [3, 1]),
-        position_block(16, 0, 6, 1, [2, 2]),
-        position_block(21, 6, 9, 2, [0, 4]),
-    ]
-    visible = torch.zeros(27, 27, dtype=torch.bool)
-    for first, limit in ((0, 6), (6, 10)):
-        visible[first:limit, first:limit] = torch.ones(limit - first, limit - first).tril().bool()
-    for block in blocks[2:]:
-        split = block.trunk_limit - block.trunk_first
-        visible[block.first : block.limit, block.trunk_first : block.trunk_limit] = True
-        visible[block.first : block.limit, block.first : block.limit] = block.mask[:, split:]
-    inputs = [x.requires_grad_() for x in _qkv(27)]
-    output = TreePlan(tokens=27, blocks=blocks).attend(1, *inputs, SCALE)
-    reference = _dense(*inputs, visible)
-    _close(output, reference)
-    by_output = torch.randn_like(reference)
-    for gradient, expected in zip(
-        torch.autograd.grad(output, inputs, by_output),
-        torch.autograd.grad(reference, inputs, by_output),
-        strict=True,
-    ):
-        _close(gradient, expected)
-
-
-def _stored_trunk(trunk_tokens: int, layers: tuple[int, ...] = (1,)) -> tuple[KeyValueStore, dict]:
-    """A store filled in two micro-batches, and its keys and values per layer."""
-    store, contents = KeyValueStore(trunk_tokens), {}
-    first = trunk_tokens // 3
-    for layer in layers:
-        query, key, value = _qkv(trunk_tokens, seed=layer)
-        for start, limit in ((0, first), (first, trunk_tokens)):
-            plan = TrunkPlan(
-                tokens=limit - start,
-                blocks=[Block(0, limit - start)],
-                store=store,
-                first_row=start,
-            )
-            rows = slice(start, limit)
-            output = plan.attend(layer, query[rows], key[rows], value[rows], SCALE)
-            causal = torch.ones(limit - start, limit - start, dtype=torch.bool).tril()
-            _close(output, _dense(query[rows], key[rows], value[rows], causal))
-        contents[layer] = (key, value)
-    return store, contents
-
-
-def test_the_trunk_pass_attends_and_keeps_keys_and_values_of_each_layer():
-    store, contents = _stored_trunk(12, layers=(1, 2))
-    for layer, (key, value) in contents.items():
-        assert torch.equal(store.trunk[layer][0].transpose(0, 1), key)
-        assert torch.equal(store.trunk[layer][1].transpose(0, 1), value)
-
-
-def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left():
-    """Three positions of two samples, groups of two, three steps; rollouts leave in between."""
-    store, contents = _stored_trunk(12)
-    trunk_key, trunk_value = contents[1]
-    visible, stem, group = [(0, 3), (2, 4), (4, 11)], 2, 2
-    store.capacity = stem + 3
-
-    query, key, value = _qkv(len(visible) * stem, seed=7)
-    plan = StemPlan(tokens=len(query), store=store, visible=visible, group=group)
-    output = plan.attend(1, query, key, value, SCALE)
-    tails = []
-    for index, (first, limit) in enumerate(visible):
-        rows = slice(index * stem, (index + 1) * stem)
-        keys = torch.cat([trunk_key[first:limit], key[rows]])
-        values = torch.cat([trunk_value[first:limit], value[rows]])
-        seen = torch.ones(stem, limit - first + stem).tril(limit - first).bool()
-        _close(output[rows], _dense(query[rows], keys, values, seen))
-        tails += [(keys, values)] * group
-
-    batch = torch.arange(len(visible) * group)
-    for step, staying in enumerate([[0, 1, 2, 4, 5], [0, 2, 3, 4], None]):
-        query, key, value = _qkv(len(batch), seed=20 + step)
-        for row, rollout in enumerate(batch.tolist()):
-            keys, values = tails[rollout]
-            keys, values = torch.cat([keys, key[row, None]]), torch.cat([values, value[row, None]])
-            tails[rollout] = (keys, values)
-        plan = DecodePlan(
-            tokens=len(batch),
-            store=store,
-            groups=_groups(visible, batch // group, samples=[0, 0, 1]),
-            column=stem + step,
-        )
-        output = plan.attend(1, query, key, value, SCALE)
-        for row, rollout in enumerate(batch.tolist()):
-            keys, values = tails[rollout]
-            everything = torch.ones(1, len(keys), dtype=torch.bool)
-            reference = _dense(query[row, None], keys, values, everything)
-            # Decoding makes its scores in fp32, whatever the dtype.
-            torch.testing.assert_close(output[row, None], reference, rtol=1e-5, atol=1e-6)
-        if staying is not None:
-            store.keep(torch.tensor(staying))
-            batch = batch[staying]
-
-
-def _groups(
-    visible: list[tuple[int, int]], positions: Tensor, samples: list[int]
-) -> list[TrunkGroup]:
-    groups = []
-    for sample in sorted(set(samples)):
-        rows = [row for row, p in enumerate(positions.tolist()) if samples[p] == sample]
-        spans = [visible[int(positions[row])] for row in rows]
-        first, limit = min(s[0] for s in spans), max(s[1] for s in spans)
-        bias = torch.full((len(rows), 1, limit - first), -math.inf)
-        for index, span in enumerate(spans):
-            bias[index, 0, span[0] - first : span[1] - first] = 0
-        groups.append(TrunkGroup(rows[0], rows[-1] + 1, first, limit, bias))
-    return groups
 
 
 @pytest.mark.usefixtures("single_process_megatron")
@@ -206,7 +71,7 @@ def test_the_softmax_scale_is_the_models_own(change):
     attached.load_state_dict(stock.state_dict())
     attach_tree_attention(attached)
     tokens = torch.arange(1, 15)
-    plan = TreePlan(tokens=14, blocks=[Block(0, 14)])
+    plan = TreePlan(tokens=14, blocks=(Block(0, 14),))
     plan.use_positions(torch.arange(14), 14)
     output = attached(tokens[None], plan.positions[None], None, packed_seq_params=plan)
     _close(output[0, :, :53], stock_logits(stock, tokens))
@@ -217,7 +82,7 @@ def test_padding_rows_get_zeros_and_real_rows_what_they_get_without():
     model = build_model()
     attach_tree_attention(model)
     attention = model.decoder.layers[0].self_attention.core_attention
-    plan = TreePlan(tokens=10, blocks=[Block(0, 10)])
+    plan = TreePlan(tokens=10, blocks=(Block(0, 10),))
     query, key, value = (x[:, None] for x in _qkv(13))
     output = attention(query, key, value, None, packed_seq_params=plan)
     assert output.shape == (13, 1, HEADS * WIDTH)

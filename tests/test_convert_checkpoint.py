@@ -3,76 +3,40 @@
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from tests.distributed import REPOSITORY, run_distributed
+from tests.distributed import run_distributed
+from tests.tiny_checkpoints import (
+    EXPERTS,
+    MODELS,
+    TOKENS,
+    TOOLS,
+    assert_bit_equal,
+    tensors,
+)
 
-TOOLS = REPOSITORY / "tools"
 sys.path.insert(0, str(TOOLS))
 
-import convert_checkpoint  # noqa: E402
-import weight_names  # noqa: E402
-from checkpoint_logits import megatron_logits  # noqa: E402
+import convert_checkpoint
+import weight_names
+from checkpoint_logits import build_megatron_model, megatron_logits
+from model_config import read_config
 
 pytestmark = pytest.mark.multiprocess
 
-MODELS = ("llama", "llama-tied", "llama3.1", "qwen2", "qwen3")
-TOKENS = 48
-# Random tiny models; made in a process of its own, where the CPU does not stand in for CUDA.
-MAKE_MODELS = """
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
-    Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
-
-root, tokens = Path(sys.argv[1]), int(sys.argv[2])
-common = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6,
-    bos_token_id=0, eos_token_id=1)
-scaling = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0,
-    high_freq_factor=4.0, original_max_position_embeddings=8192)
-built = {
-    "llama": LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False)),
-    "llama-tied": LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=True)),
-    "llama3.1": LlamaForCausalLM(LlamaConfig(**common, rope_parameters=scaling)),
-    "qwen2": Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=True)),
-    "qwen3": Qwen3ForCausalLM(Qwen3Config(**common, head_dim=16)),
-}
-vocabulary = {"<begin>": 0, "<end>": 1} | {f"w{i}": i for i in range(2, 97)}
-words = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-words.pre_tokenizer = pre_tokenizers.Whitespace()
-tokenizer = PreTrainedTokenizerFast(
-    tokenizer_object=words, bos_token="<begin>", eos_token="<end>", unk_token="<end>")
-for name, model in built.items():
-    generator = torch.Generator().manual_seed(len(name))
-    with torch.no_grad():
-        for key, weight in model.named_parameters():
-            weight.normal_(1.0 if "norm" in key else 0.0, 0.2, generator=generator)
-        logits = model.eval()(torch.arange(tokens)[None]).logits
-    model.save_pretrained(root / name)
-    tokenizer.save_pretrained(root / name)
-    torch.save(logits, root / f"{name}.pt")
-"""
-
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tiny_checkpoints: Path) -> Path:
     """A directory with one Hugging Face directory, and a file of logits, for each model."""
-    root = tmp_path_factory.mktemp("huggingface")
-    subprocess.run([sys.executable, "-c", MAKE_MODELS, str(root), str(TOKENS)], check=True)
-    return root
+    return tiny_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -84,31 +48,42 @@ def converted(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a Hugging Face directory."""
-    return {k: v for path in directory.glob("*.safetensors") for k, v in load_file(path).items()}
-
-
-def assert_bit_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert ours[name].dtype == value.dtype, name
-        assert torch.equal(ours[name], value), name
-
-
-def _logits(directories: list[str], flags: list[str]) -> list[torch.Tensor | None]:
-    """Megatron's logits of several checkpoints, one after the other on the same ranks."""
+def _logits(
+    directories: list[str], flags: list[str]
+) -> list[tuple[torch.Tensor | None, list[str]]]:
+    """Megatron's logits, and its checkpoint's keys, of several models, on the same ranks."""
     torch.set_num_threads(1)
-    logits = []
+    found = []
     for directory in directories:
-        logits.append(megatron_logits(Path(directory), torch.arange(TOKENS)[None], flags))
-        from megatron.core import parallel_state, rerun_state_machine
-        from megatron.training import global_vars
+        model = build_megatron_model(Path(directory), TOKENS, flags)
+        found.append((megatron_logits(model, torch.arange(TOKENS)[None]), _keys_of(model)))
+        _forget_megatron()
+    return found
 
-        global_vars.unset_global_variables()
-        rerun_state_machine.destroy_rerun_state_machine()
-        parallel_state.destroy_model_parallel()
-    return logits
+
+def _forget_megatron() -> None:
+    """Let Megatron be initialised once more in this process."""
+    from megatron.core import parallel_state, rerun_state_machine
+    from megatron.training import global_vars
+
+    global_vars.unset_global_variables()
+    rerun_state_machine.destroy_rerun_state_machine()
+    parallel_state.destroy_model_parallel()
+
+
+def _keys_of(model: torch.nn.Module) -> list[str]:
+    """The keys, of tensors and of objects, under which Megatron itself would save a model."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
+    from megatron.training import get_args
+    from megatron.training.checkpointing import _build_sharded_state_dict_metadata
+
+    state = model.sharded_state_dict(metadata=_build_sharded_state_dict_metadata(get_args()))
+    apply_factories(state)
+    return [
+        value.unique_key if isinstance(value, ShardedObject) else value.key
+        for value in nested_values(state)
+    ]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -119,42 +94,130 @@ def test_round_trip_is_bit_equal(models: Path, converted: Path, tmp_path: Path, 
         (models / name / "config.json").read_text()
     )
     assert (tmp_path / "back/tokenizer.json").exists()
+    generation = json.loads((tmp_path / "back/generation_config.json").read_text())
+    assert generation["eos_token_id"] == 1
 
 
-def assert_megatron_agrees(
-    models: Path, converted: Path, names: Sequence[str], ranks: int, *flags: str
-) -> None:
-    """Megatron's logits on the last rank equal those of transformers."""
+Found = Mapping[str, list[tuple[torch.Tensor | None, list[str]]]]
+
+
+def run_megatron(converted: Path, names: Sequence[str], ranks: int, *flags: str) -> Found:
+    """For each model, what every rank found."""
     directories = [str(converted / name) for name in names]
-    found = run_distributed(ranks, _logits, directories, list(flags))[-1]
-    for name, logits in zip(names, found, strict=True):
+    by_rank = run_distributed(ranks, _logits, directories, list(flags))
+    return {name: [found[i] for found in by_rank] for i, name in enumerate(names)}
+
+
+def assert_logits_are_those_of_transformers(models: Path, found: Found) -> None:
+    """On the last rank, to 1e-5, with the same most probable token everywhere."""
+    for name, by_rank in found.items():
+        logits, _ = by_rank[-1]
         expected = torch.load(models / f"{name}.pt")
         assert expected.std() > 0.3
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5, msg=name)
+        assert torch.equal(logits.argmax(-1), expected.argmax(-1)), name
 
 
-def test_megatron_gives_the_logits_of_transformers(models: Path, converted: Path):
-    assert_megatron_agrees(models, converted, MODELS, 1)
+@pytest.fixture(scope="module")
+def alone(converted: Path) -> Found:
+    """All models on one rank."""
+    return run_megatron(converted, MODELS, 1)
+
+
+def test_megatron_gives_the_logits_of_transformers(models: Path, alone: Found):
+    assert_logits_are_those_of_transformers(models, alone)
+
+
+def written_keys(converted: Path, name: str) -> set[str]:
+    """What the converter writes beside Megatron's common state."""
+    weights = convert_checkpoint.MegatronWeights(converted / name / "release")
+    return weights.keys() - {"common_state/shard_0_1"}
+
+
+def test_keys_are_those_of_megatrons_local_specification(converted: Path, alone: Found):
+    for name, [(_, keys)] in alone.items():
+        spare = written_keys(converted, name) - set(keys)
+        assert not set(keys) - written_keys(converted, name), name
+        # Local norms have no state, those of Transformer Engine have; see also Weight.alias.
+        others = {key for key in spare if "layernorm._extra_state" not in key}
+        assert others == ({PRE_MLP_NORM} if name in EXPERTS else set()), name
+
+
+# Keys of ``GPTModel.sharded_state_dict`` with ``get_gpt_layer_with_transformer_engine_spec``, taken
+# from Transformer Engine 2.20.2's Python modules. [] stands for the shards of an object.
+PRE_MLP_NORM = "decoder.layers.pre_mlp_layernorm.weight"
+ATTENTION = "decoder.layers.self_attention"
+TRANSFORMER_ENGINE = f"""
+embedding.word_embeddings.weight decoder.final_layernorm.weight
+{ATTENTION}.linear_proj._extra_state[] {ATTENTION}.linear_proj.weight
+{ATTENTION}.linear_qkv._extra_state[] {ATTENTION}.linear_qkv.layer_norm_weight
+{ATTENTION}.linear_qkv.weight"""
+DENSE_MLP = """
+decoder.layers.mlp.linear_fc1._extra_state[] decoder.layers.mlp.linear_fc1.layer_norm_weight
+decoder.layers.mlp.linear_fc1.weight decoder.layers.mlp.linear_fc2._extra_state[]
+decoder.layers.mlp.linear_fc2.weight"""
+EXPERT_MLP = f"""
+decoder.layers.mlp.router.weight {PRE_MLP_NORM} decoder.layers.pre_mlp_layernorm._extra_state[]
+decoder.layers.mlp.experts.experts.linear_fc1._extra_state[]
+decoder.layers.mlp.experts.experts.linear_fc1.weight
+decoder.layers.mlp.experts.experts.linear_fc2._extra_state[]
+decoder.layers.mlp.experts.experts.linear_fc2.weight"""
+QUERY_KEY_NORMS = f"""
+{ATTENTION}.q_layernorm.weight {ATTENTION}.q_layernorm._extra_state[]
+{ATTENTION}.k_layernorm.weight {ATTENTION}.k_layernorm._extra_state[]"""
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("llama", DENSE_MLP + " output_layer.weight"),
+        ("smollm2", DENSE_MLP),
+        ("mistral", DENSE_MLP + " output_layer.weight"),
+        ("qwen2", DENSE_MLP + f" {ATTENTION}.linear_qkv.bias"),
+        ("qwen3", DENSE_MLP + QUERY_KEY_NORMS + " output_layer.weight"),
+        ("mixtral", EXPERT_MLP + " output_layer.weight"),
+        ("qwen3-moe", EXPERT_MLP + QUERY_KEY_NORMS + " output_layer.weight"),
+    ],
+)
+def test_keys_are_those_of_the_transformer_engine_specification(
+    converted: Path, name: str, keys: str
+):
+    expected = set((TRANSFORMER_ENGINE + keys).split())
+    written = {re.sub(r"/shard_.*", "[]", key) for key in written_keys(converted, name)}
+    alias = {"decoder.layers.mlp.linear_fc1.layer_norm_weight"} if name in EXPERTS else set()
+    assert written - alias == expected
 
 
 def test_logits_are_those_of_transformers_at_tensor_parallel_size_2(models: Path, converted: Path):
+    names = [name for name in MODELS if name != "smollm2"]
     flags = ("--tensor-model-parallel-size", "2")
-    assert_megatron_agrees(models, converted, ("llama", "qwen2", "qwen3"), 2, *flags)
+    assert_logits_are_those_of_transformers(models, run_megatron(converted, names, 2, *flags))
 
 
 def test_logits_are_those_of_transformers_at_pipeline_parallel_size_2(
     models: Path, converted: Path
 ):
     flags = ("--pipeline-model-parallel-size", "2")
-    assert_megatron_agrees(models, converted, ("llama-tied",), 2, *flags)
+    assert_logits_are_those_of_transformers(models, run_megatron(converted, MODELS, 2, *flags))
 
 
-def _train_and_save(checkpoint: str, save: str, flags: list[str]) -> None:
-    """One optimizer step of learning rate 0 from a converted checkpoint, saved as iteration 7."""
+def test_logits_are_those_of_transformers_at_expert_parallel_size_2(models: Path, converted: Path):
+    flags = ("--expert-model-parallel-size", "2")
+    assert_logits_are_those_of_transformers(models, run_megatron(converted, EXPERTS, 2, *flags))
+
+
+def _train_and_save(jobs: list[tuple[str, str, list[str]]]) -> None:
+    """For each job one optimizer step of learning rate 0, saved as iteration 7."""
     torch.set_num_threads(1)
     # Megatron saves through a process of its own, which a daemon, such as this rank, may not start.
     multiprocessing.current_process()._config["daemon"] = False
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    for checkpoint, save, flags in jobs:
+        _step_and_save(checkpoint, save, flags)
+        _forget_megatron()
+
+
+def _step_and_save(checkpoint: str, save: str, flags: list[str]) -> None:
     words = shlex.split(convert_checkpoint.flags_of(Path(checkpoint)))
     words += shlex.split(
         f"--load {checkpoint} --finetune --save {save} --save-interval 1 --ckpt-format torch_dist "
@@ -189,33 +252,43 @@ def _train_and_save(checkpoint: str, save: str, flags: list[str]) -> None:
     save_checkpoint(7, model, optimizer, scheduler, 0)
 
 
-def test_a_training_jobs_checkpoint_with_optimizer_state_converts_back(
+JOBS = {
+    "qwen2": ["--tensor-model-parallel-size", "2"],
+    "llama": ["--pipeline-model-parallel-size", "2"],
+    "mixtral": ["--expert-model-parallel-size", "2"],
+}
+
+
+def test_checkpoints_of_training_jobs_with_optimizer_state_convert_back(
     models: Path, converted: Path, tmp_path: Path
 ):
-    run_distributed(
-        2,
-        _train_and_save,
-        str(converted / "llama-tied"),
-        str(tmp_path / "run"),
-        ["--tensor-model-parallel-size", "2", "--use-distributed-optimizer"],
-    )
-    saved = convert_checkpoint.MegatronWeights(tmp_path / "run/iter_0000007")
-    assert any(key.startswith("optimizer.") for key in saved.stored)
-    # The job saved beside the converted checkpoint: its arguments lead to config.json.
-    convert_checkpoint.to_huggingface(tmp_path / "run", tmp_path / "back", iteration=7)
-    assert_bit_equal(tensors(tmp_path / "back"), tensors(models / "llama-tied"))
+    jobs = [
+        (str(converted / name), str(tmp_path / name), [*flags, "--use-distributed-optimizer"])
+        for name, flags in JOBS.items()
+    ]
+    run_distributed(2, _train_and_save, jobs)
+    for name in JOBS:
+        saved = convert_checkpoint.MegatronWeights(tmp_path / name / "iter_0000007")
+        assert any("optimizer" in key for key in saved.stored)
+        # The job saved beside the converted checkpoint: its arguments lead to config.json.
+        back = tmp_path / f"{name}-back"
+        convert_checkpoint.to_huggingface(tmp_path / name, back, iteration=7)
+        assert_bit_equal(tensors(back), tensors(models / name))
+        note = json.loads((back / "provenance.json").read_text())
+        assert note["source"] == str(tmp_path / name)
+        assert note["iteration"] == 7
+        assert note["training"]["load"] == str(converted / name)
+        assert "rmt" not in note
 
 
-def test_command_line_converts_prints_flags_and_verifies(models: Path, tmp_path: Path):
-    command = [sys.executable, TOOLS / "convert_checkpoint.py", "to-megatron", "--verify"]
-    command += ["--source", models / "qwen3", "--target", tmp_path / "qwen3", "--print-flags"]
-    output = subprocess.run(
-        list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
-    ).stdout
-    difference = float(output.split("largest difference ")[1].split(",")[0])
-    assert difference < 1e-5
-    assert "--qk-layernorm" in output
-    assert (tmp_path / "qwen3/model_flags.txt").read_text() in output
+def test_verify_compares_the_way_back_of_a_mixture_of_experts(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["to-huggingface", "--source", str(converted / "mixtral"), "--verify"]
+    convert_checkpoint.main([*words, "--target", str(tmp_path / "back")])
+    output = capsys.readouterr().out
+    assert float(output.split("largest difference ")[1].split(",")[0]) < 1e-5
+    assert "same argmax 100.0%" in output
 
 
 def test_weights_larger_than_one_file_are_indexed_and_read_again(converted: Path, tmp_path: Path):
@@ -241,7 +314,7 @@ def test_flags_follow_a_moved_checkpoint(converted: Path, tmp_path: Path):
 
 
 def test_qkv_rows_are_queries_key_value_of_each_group_in_turn():
-    shape = weight_names.read_config(
+    shape = read_config(
         {
             "model_type": "llama",
             "num_hidden_layers": 1,
@@ -281,112 +354,3 @@ def test_padded_vocabulary_suits_every_tensor_parallel_size(
         rotary_base=10000, rotary_scaling=False,
     )  # fmt: skip
     assert shape.padded_vocabulary == padded
-
-
-@pytest.fixture
-def source(models: Path, tmp_path: Path) -> Path:
-    """A copy of a model, to be spoiled."""
-    return Path(shutil.copytree(models / "llama", tmp_path / "source"))
-
-
-def edit_config(source: Path, **changes: object) -> None:
-    config = json.loads((source / "config.json").read_text()) | changes
-    (source / "config.json").write_text(json.dumps(config))
-
-
-def edit_tensors(source: Path, **changes: torch.Tensor | None) -> None:
-    """Replace tensors; None removes one."""
-    edited = tensors(source) | {name.replace("__", "."): value for name, value in changes.items()}
-    kept = {name: value for name, value in edited.items() if value is not None}
-    save_file(kept, source / "model.safetensors")
-
-
-def refuse(source: Path, sentence: str) -> None:
-    """``to_megatron`` raises one sentence and leaves nothing behind."""
-    target = source.parent / "target"
-    with pytest.raises(ValueError, match=sentence) as caught:
-        convert_checkpoint.to_megatron(source, target)
-    assert "\n" not in str(caught.value)
-    assert [path.name for path in source.parent.iterdir()] == [source.name]
-
-
-def test_missing_unexpected_and_misshapen_tensors_are_named(source: Path):
-    edit_tensors(source, model__norm__weight=None)
-    refuse(source, r"model\.norm\.weight is missing")
-    edit_tensors(source, model__norm__weight=torch.ones(31))
-    refuse(source, r"model\.norm\.weight has shape \[31\], not \[32\]")
-    edit_tensors(source, model__norm__weight=torch.ones(32), model__extra=torch.ones(1))
-    refuse(source, r"model\.extra is unexpected")
-
-
-def test_truncated_file_is_refused(source: Path):
-    content = (source / "model.safetensors").read_bytes()
-    (source / "model.safetensors").write_bytes(content[: len(content) // 2])
-    refuse(source, r"model\.safetensors is not a complete safetensors file")
-
-
-def test_missing_shard_is_named(converted: Path, tmp_path: Path):
-    source = tmp_path / "source"
-    convert_checkpoint.to_huggingface(converted / "llama", source, shard_bytes=20_000)
-    sorted(source.glob("*.safetensors"))[1].unlink()
-    refuse(source, r"model-00002-of-\d+\.safetensors is missing")
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"model_type": "mixtral"}, "'mixtral' .* supported families: llama, qwen2, qwen3"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary scaling .*'yarn'"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.5}}, "rope_theta=1.5"),
-        ({"vocab_size": 90}, r"has shape \[100, 32\], not \[90, 32\]"),
-    ],
-)
-def test_configuration_without_megatron_form_is_refused(
-    source: Path, change: dict[str, object], sentence: str
-):
-    edit_config(source, **change)
-    refuse(source, sentence)
-
-
-def test_rotary_scaling_other_than_megatrons_constants_is_refused(models: Path, tmp_path: Path):
-    source = Path(shutil.copytree(models / "llama3.1", tmp_path / "source"))
-    rope = json.loads((source / "config.json").read_text())["rope_parameters"]
-    edit_config(source, rope_parameters=rope | {"factor": 32.0})
-    refuse(source, "'factor': 32.0")
-
-
-def test_pickled_weights_are_refused(source: Path):
-    (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    refuse(source, "pickled")
-
-
-def test_tokenizer_with_more_tokens_than_embeddings_is_refused(source: Path):
-    edit_config(source, vocab_size=60)
-    cut = {name: value[:60] for name, value in tensors(source).items() if len(value) == 100}
-    edit_tensors(source, **{name.replace(".", "__"): v.clone() for name, v in cut.items()})
-    refuse(source, "has 97 tokens, but .* vocab_size=60")
-
-
-def test_existing_target_is_kept(models: Path, tmp_path: Path):
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target/mine").write_text("mine")
-    with pytest.raises(ValueError, match="exists"):
-        convert_checkpoint.to_megatron(models / "llama", tmp_path / "target")
-    assert (tmp_path / "target/mine").read_text() == "mine"
-
-
-def test_way_back_refuses_what_is_not_there(converted: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="--iteration 3 is not in"):
-        convert_checkpoint.to_huggingface(converted / "llama", tmp_path / "back", iteration=3)
-    with pytest.raises(ValueError, match=r"layers\.self_attention\.q_layernorm\.weight is missing"):
-        convert_checkpoint.to_huggingface(
-            converted / "llama", tmp_path / "back", companions=converted / "qwen3/huggingface"
-        )
-    shutil.copytree(converted / "llama", tmp_path / "cut")
-    (tmp_path / "cut/release/metadata.json").unlink()
-    with pytest.raises(ValueError, match="not a complete torch_dist checkpoint"):
-        convert_checkpoint.to_huggingface(tmp_path / "cut", tmp_path / "back")
-    assert not (tmp_path / "back").exists()

@@ -9,7 +9,8 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_rmt.attention import KeyValueStore, attach_tree_attention
+from megatron_rmt.attention import attach_tree_attention
+from megatron_rmt.decoding import KeyValueStore
 from megatron_rmt.entropy import entropy_percentiles, read_trunk
 from megatron_rmt.tree import Trunk, build_trunk
 from tests.distributed import run_distributed

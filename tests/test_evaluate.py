@@ -13,6 +13,7 @@ import pytest
 
 from megatron_rmt import cpu_platform
 from tests.distributed import REPOSITORY, run_distributed
+from tests.test_evaluation import record, settings
 from tests.test_token_bytes import byte_level_bpe
 
 TOOLS = REPOSITORY / "tools"
@@ -20,6 +21,7 @@ sys.path.insert(0, str(TOOLS))
 
 import convert_checkpoint  # noqa: E402
 import evaluate  # noqa: E402
+import evaluation  # noqa: E402
 
 TEXTS = [
     "Anna buys three apples for 6 euros; each apple costs 2 euros. Half of 84 is 42.",
@@ -198,7 +200,7 @@ def test_predictions_entropies_and_thoughts_are_those_of_transformers(
             total[split] += (exceeded > split).sum()
             right[split] += (correct & (exceeded > split)).sum()
     results = before[0]["results"]["next_token"]
-    for split, name in enumerate(evaluate.SPLITS):
+    for split, name in enumerate(evaluation.SPLITS):
         assert results[name]["positions"] == total[split] > 3
         assert results[name]["value"] == right[split] / total[split]
     for name in ("thought", "no_thought"):
@@ -273,7 +275,7 @@ def test_another_model_is_compared_on_the_positions_and_splits_of_the_first(
             assert one[name] == other[name], name
         assert one["next_token"] != other["next_token"]
         assert abs(one["entropy"] - other["entropy"]) > 0.01
-    table = evaluate.compare([root / "before.json", root / "after.json"])
+    table = evaluation.compare([root / "before.json", root / "after.json"])
     difference = (
         after["results"]["next_token"]["easy"]["value"]
         - before[0]["results"]["next_token"]["easy"]["value"]
@@ -284,74 +286,7 @@ def test_another_model_is_compared_on_the_positions_and_splits_of_the_first(
     spoiled["documents"][1]["positions"][0] += 1
     (root / "spoiled.json").write_text(json.dumps(spoiled))
     with pytest.raises(ValueError, match=r"not measured on the same positions; .*--positions-from"):
-        evaluate.compare([root / "before.json", root / "spoiled.json"])
-
-
-def record(difficulty: str, next_token: str, **others: Any) -> evaluate.Record:
-    common = {"line": 1, "id": "", "tokens": len(difficulty), "dropped": 0, "entropy": 1.0}
-    return evaluate.Record(
-        difficulty=difficulty, next_token=next_token, **common | {"positions": []} | others
-    )
-
-
-def test_splits_are_nested_and_average_is_the_mean_of_the_three():
-    records = [
-        record("-0123", "01101", positions=[2, 4], thought=[1, 2], no_thought=[0, 2]),
-        record("-3-1", "0111", positions=[1, 3], thought=[2, 0], no_thought=[0, 0]),
-    ]
-    right, total = evaluate.split_counts(records, "next_token", 2)
-    np.testing.assert_array_equal(total, [[3, 2, 1], [2, 1, 1]])
-    np.testing.assert_array_equal(right, [[2, 1, 1], [2, 1, 1]])
-    right, total = evaluate.split_counts(records, "thought", 2)
-    np.testing.assert_array_equal(total, [[4, 2, 2], [4, 2, 2]])
-    np.testing.assert_array_equal(right, [[3, 2, 2], [2, 2, 2]])
-    right, total = evaluate.split_counts(records, "next_token_sampled", 2)
-    np.testing.assert_array_equal(total, [[2, 1, 1], [2, 1, 1]])
-    np.testing.assert_array_equal(right, [[2, 1, 1], [2, 1, 1]])
-    values = evaluate.accuracies(np.ones((1, 2)), np.array([[1, 1, 1]] * 2), total)
-    np.testing.assert_allclose(values, [[0.5, 1.0, 1.0, 2.5 / 3]])
-
-
-def settings(**others: Any) -> dict[str, Any]:
-    return {"samples": 1, "seed": 3, "entropy_thresholds": [0.5, 1.0, 1.5]} | others
-
-
-def test_interval_of_independent_documents_is_that_of_a_binomial():
-    documents, share = 400, 0.3
-    records = [record("-3", f"0{int(i < share * documents)}") for i in range(documents)]
-    for estimate in evaluate.Measured(settings(), records).estimates()["next_token"]:
-        half = 1.96 * np.sqrt(share * (1 - share) / documents)
-        assert estimate.value == pytest.approx(share)
-        assert estimate.low == pytest.approx(share - half, abs=0.1 * half)
-        assert estimate.high == pytest.approx(share + half, abs=0.1 * half)
-
-
-def test_interval_counts_documents_not_the_positions_in_them():
-    single = [record("-3", f"0{i % 2}") for i in range(60)]
-    repeated = [record("-" + "3" * 20, "0" + str(i % 2) * 20) for i in range(60)]
-    one, other = (evaluate.Measured(settings(), records) for records in (single, repeated))
-    assert one.estimates()["next_token"] == other.estimates()["next_token"]
-
-
-def test_a_single_document_has_no_interval_and_an_empty_split_no_value():
-    found = evaluate.Measured(settings(), [record("-11", "010")]).estimates()["next_token"]
-    assert found[0].as_json() == {"value": 0.5, "low": None, "high": None}
-    assert found[2].as_json() == {"value": None, "low": None, "high": None}
-    assert [evaluate.shown(found[0]), evaluate.shown(found[2])] == ["50.0", "none"]
-
-
-def test_difference_is_paired_by_document():
-    generator = np.random.default_rng(0)
-    before, after = [], []
-    for _ in range(50):
-        right = generator.integers(0, 2)
-        before.append(record("-3333", f"0{right}{right}{right}0"))
-        after.append(record("-3333", f"0{right}{right}{right}1"))
-    measured = [evaluate.Measured(settings(), records) for records in (before, after)]
-    alone = measured[0].estimates()["next_token"][0]
-    assert alone.high - alone.low > 0.1
-    (change, *_) = evaluate.differences(*measured)["next_token"]
-    assert [change.value, change.low, change.high] == pytest.approx([0.25] * 3)
+        evaluation.compare([root / "before.json", root / "spoiled.json"])
 
 
 def test_positions_are_above_the_lowest_threshold_and_uniform():
@@ -451,22 +386,8 @@ def test_data_that_cannot_be_read_is_named_by_line(tmp_path: Path, lines: str, s
 
 def test_another_document_on_the_line_is_refused():
     documents = [evaluate.Document(4, [1, 2, 3], 0)]
-    earlier = evaluate.Measured(settings(), [record("-3", "01", line=4, id=documents[0].digest)])
+    earlier = evaluation.Measured(settings(), [record("-3", "01", line=4, id=documents[0].digest)])
     assert evaluate.documents_of(earlier, Path("b.json"), documents)[0][0] is documents[0]
     changed = [evaluate.Document(4, [1, 2, 4], 0)]
     with pytest.raises(ValueError, match=r"line 4, is not the document that b.json was measured"):
         evaluate.documents_of(earlier, Path("b.json"), changed)
-
-
-def test_output_comes_back_as_it_was_written(tmp_path: Path):
-    full = {"thought": [1], "thought_length": [3], "well_formed": [1], "closed_by_itself": [0]}
-    full |= {"no_thought": [0], "no_thought_well_formed": [1], "positions": [1]}
-    measured = evaluate.Measured(
-        settings(), [record("-3", "01", line=line, **full) for line in (1, 2)]
-    )
-    evaluate.write_output(tmp_path / "out.json", measured, 1.0)
-    again = evaluate.read_output(tmp_path / "out.json")
-    assert (again.settings, again.records) == (measured.settings, measured.records)
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"other.json is not an output of evaluate.py"):
-        evaluate.read_output(tmp_path / "other.json")

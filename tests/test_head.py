@@ -121,11 +121,12 @@ def test_padding_rows_of_the_weight_get_no_gradient_and_have_no_say():
     assert plain[3][VOCAB:].abs().max() == 0
 
 
-# Scores of bf16 inputs are made in fp32: the values are as good as those of fp32 inputs, and only
-# the gradients, which come back in bf16, are rounded (by at most 2^-9 each).
+# Scores of bf16 inputs are made in fp32: the values are as good as those of fp32 inputs. Gradients
+# come back in bf16 (rounded by at most 2^-9), made from gradients of scores that bf16 units read in
+# bf16 (the same again).
 @pytest.mark.parametrize(
     ("dtype", "value_bound", "gradient_bound"),
-    [(torch.float32, 1e-6, 1e-6), (torch.bfloat16, 1e-6, 2.0**-9), (torch.float16, 1e-6, 2.0**-12)],
+    [(torch.float32, 1e-6, 1e-6), (torch.bfloat16, 1e-6, 2.0**-8), (torch.float16, 1e-6, 2.0**-12)],
 )
 def test_half_precision_inputs_lose_nothing_but_the_rounding_of_gradients(
     dtype, value_bound, gradient_bound
@@ -140,12 +141,12 @@ def test_half_precision_inputs_lose_nothing_but_the_rounding_of_gradients(
 
 
 def test_conversion_in_blocks_covers_a_vocabulary_of_many_blocks(monkeypatch):
-    monkeypatch.setattr("megatron_rmt.head._CONVERSION_BLOCK", 7)
+    monkeypatch.setattr("megatron_rmt.head_products._CONVERSION_BLOCK", 7)
     problem = _problem(rows=6, dtype=torch.bfloat16)
     for value, reference in zip(
         _results(problem, 4, slice(None)), _reference_gradients(problem), strict=True
     ):
-        assert _relative(value, reference) < 2.0**-9
+        assert _relative(value, reference) < 2.0**-8
 
 
 def test_bf16_hidden_states_with_an_fp32_weight():
@@ -205,7 +206,10 @@ def test_a_frozen_weight_gets_no_gradient():
     torch.testing.assert_close(hidden.grad, _reference_gradients(problem)[2])
 
 
-def _one_pass(problem: dict[str, Tensor], shard: slice, group=None) -> list[Tensor]:
+def _one_pass(
+    problem: dict[str, Tensor], shard: slice, group=None, with_entropies: bool = True
+) -> list[Tensor]:
+    """Sum, log-probs, (entropies,) and three times the gradients."""
     hidden = problem["hidden"].clone().requires_grad_()
     weight = problem["weight"][shard].clone().requires_grad_()
     total, log_probs, entropies = weighted_log_prob_sum(
@@ -213,37 +217,57 @@ def _one_pass(problem: dict[str, Tensor], shard: slice, group=None) -> list[Tens
         weight,
         problem["targets"],
         problem["by_log_prob"],
+        problem["by_entropy"] if with_entropies else None,
         vocab_size=VOCAB,
         tp_group=group,
         chunk_size=5,
     )
-    assert not log_probs.requires_grad
-    assert not entropies.requires_grad
+    values = [log_probs, entropies] if with_entropies else [log_probs]
+    assert all(not value.requires_grad for value in values)
+    assert with_entropies or entropies is None
     gradients = torch.autograd.grad(3 * total, [hidden, weight])
-    return [total.detach(), log_probs, entropies, *gradients]
+    return [total.detach(), *values, *gradients]
 
 
-def _one_pass_reference(problem: dict[str, Tensor]) -> list[Tensor]:
-    problem = {**problem, "by_entropy": torch.zeros_like(problem["by_entropy"])}
-    log_probs, entropies, by_hidden, by_weight = _reference_gradients(problem)
-    total = (log_probs * problem["by_log_prob"]).sum()
-    return [total, log_probs, entropies, 3 * by_hidden, 3 * by_weight]
+def _one_pass_reference(problem: dict[str, Tensor], with_entropies: bool = True) -> list[Tensor]:
+    by_entropy = problem["by_entropy"] * with_entropies
+    log_probs, entropies, by_hidden, by_weight = _reference_gradients(
+        {**problem, "by_entropy": by_entropy}
+    )
+    total = (log_probs * problem["by_log_prob"]).sum() + (entropies * by_entropy).sum()
+    values = [log_probs, entropies] if with_entropies else [log_probs]
+    return [total, *values, 3 * by_hidden, 3 * by_weight]
 
 
+WITH_AND_WITHOUT_ENTROPIES = pytest.mark.parametrize(
+    "with_entropies", [True, False], ids=["entropies", "no entropies"]
+)
+
+
+@WITH_AND_WITHOUT_ENTROPIES
 @pytest.mark.parametrize("rows", [0, 13])
-def test_one_pass_equals_log_softmax(rows):
+def test_one_pass_equals_log_softmax(rows, with_entropies):
     problem = _problem(rows)
     for value, reference in zip(
-        _one_pass(problem, slice(None)), _one_pass_reference(problem), strict=True
+        _one_pass(problem, slice(None), None, with_entropies),
+        _one_pass_reference(problem, with_entropies),
+        strict=True,
     ):
         torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
 
 
-def test_one_pass_in_bf16_is_as_exact_as_the_two_passes():
-    problem = _problem(rows=40, dtype=torch.bfloat16)
-    bounds = [1e-5, 1e-6, 1e-6, 2**-9, 2**-9]
+@WITH_AND_WITHOUT_ENTROPIES
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-12)], ids=str
+)
+def test_one_pass_in_half_precision_is_as_exact_as_the_two_passes(dtype, rounding, with_entropies):
+    problem = _problem(rows=40, dtype=dtype)
+    bounds = [1e-5, 1e-6, *[1e-6] * with_entropies, rounding, rounding]
     for value, reference, bound in zip(
-        _one_pass(problem, slice(None)), _one_pass_reference(problem), bounds, strict=True
+        _one_pass(problem, slice(None), None, with_entropies),
+        _one_pass_reference(problem, with_entropies),
+        bounds,
+        strict=True,
     ):
         assert _relative(value, reference) < bound
 
@@ -251,18 +275,87 @@ def test_one_pass_in_bf16_is_as_exact_as_the_two_passes():
 def test_one_pass_without_grad_gives_the_same_numbers():
     problem = _problem()
     with torch.no_grad():
-        total, log_probs, _ = weighted_log_prob_sum(
+        total, log_probs, entropies = weighted_log_prob_sum(
             problem["hidden"],
             problem["weight"],
             problem["targets"],
             problem["by_log_prob"],
+            problem["by_entropy"],
             vocab_size=VOCAB,
             tp_group=None,
             chunk_size=5,
         )
-    reference = _one_pass_reference(problem)
-    torch.testing.assert_close(total, reference[0])
-    torch.testing.assert_close(log_probs, reference[1])
+    for value, reference in zip(
+        (total, log_probs, entropies), _one_pass_reference(problem), strict=False
+    ):
+        torch.testing.assert_close(value, reference)
+
+
+def test_one_pass_gives_its_gradients_once():
+    problem = _problem()
+    hidden = problem["hidden"].requires_grad_()
+    total, _, _ = weighted_log_prob_sum(
+        hidden,
+        problem["weight"],
+        problem["targets"],
+        problem["by_log_prob"],
+        vocab_size=VOCAB,
+        tp_group=None,
+        chunk_size=5,
+    )
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward ran a second time"):
+        total.backward()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2.0**-8)],
+    ids=str,
+)
+def test_a_scale_of_each_row_is_a_temperature(dtype, bound):
+    """Scores of bf16 hidden states are scaled after the product: nothing is rounded for it."""
+    problem = _problem(rows=40, dtype=dtype)
+    scale = torch.linspace(0.3, 1.7, 40, dtype=torch.float64)
+    hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
+    wide = [value.detach().double().requires_grad_() for value in (hidden, weight)]
+    log_probs, entropies = _reference(wide[0] * scale[:, None], wide[1], problem["targets"])
+    loss = (log_probs * problem["by_log_prob"]).sum() + (entropies * problem["by_entropy"]).sum()
+    references = torch.autograd.grad(loss, wide)
+    arguments = {"vocab_size": VOCAB, "tp_group": None, "chunk_size": 7, "scale": scale}
+    constants = problem["by_log_prob"], problem["by_entropy"]
+    total, *one_pass = weighted_log_prob_sum(
+        hidden, weight, problem["targets"], *constants, **arguments
+    )
+    recomputed = token_statistics(hidden, weight, problem["targets"], **arguments)
+    by_hand = sum((value * by).sum() for value, by in zip(recomputed, constants, strict=True))
+    alone = weighted_log_prob_sum(
+        hidden, weight, problem["targets"], problem["by_log_prob"], **arguments
+    )[1]
+    for values in (one_pass, recomputed, (alone,)):
+        for value, reference in zip(values, (log_probs, entropies), strict=False):
+            assert _relative(value.detach(), reference.detach()) < min(bound, 2e-6)
+    for loss in (total, by_hand):
+        for gradient, reference in zip(
+            torch.autograd.grad(loss, [hidden, weight]), references, strict=True
+        ):
+            assert _relative(gradient, reference) < bound
+
+
+@pytest.mark.parametrize("rows_in_cache", [1, 2, 3, 100])
+def test_sweeps_of_a_few_rows_at_a_time_cover_every_row(monkeypatch, rows_in_cache):
+    monkeypatch.setattr("megatron_rmt.head_sweeps._CPU_BLOCK", rows_in_cache * VOCAB + 1)
+    problem = _problem()
+    for value, reference in (
+        *zip(_results(problem, 7, slice(None)), _reference_gradients(problem), strict=True),
+        *zip(_one_pass(problem, slice(None)), _one_pass_reference(problem), strict=True),
+        *zip(
+            _one_pass(problem, slice(None), None, False),
+            _one_pass_reference(problem, False),
+            strict=True,
+        ),
+    ):
+        torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
 
 
 def _top_k_entropy(hidden: Tensor, weight: Tensor, k: int) -> Tensor:
@@ -328,6 +421,10 @@ def test_bad_coefficients_and_top_k_are_named():
     targets = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"coefficients has shape \[3\]; .* \[2\]"):
         weighted_log_prob_sum(hidden, weight, targets, torch.zeros(3), **arguments)
+    with pytest.raises(ValueError, match=r"entropy_coefficients has shape \[1\]; .* \[2\]"):
+        weighted_log_prob_sum(hidden, weight, targets, torch.zeros(2), torch.zeros(1), **arguments)
+    with pytest.raises(ValueError, match=r"scale has shape \[\]; .* \[2\]"):
+        token_statistics(hidden, weight, targets, scale=torch.ones(()), **arguments)
     with pytest.raises(ValueError, match="top_k is 0"):
         token_entropies(hidden, weight, top_k=0, **arguments)
 
@@ -360,6 +457,7 @@ def _on_rank(problem: dict[str, Tensor]) -> dict[str, object]:
     return {
         "statistics": _results(problem, 5, shard, group),
         "one_pass": _one_pass(problem, shard, group),
+        "one_pass_alone": _one_pass(problem, shard, group, with_entropies=False),
         "entropies": token_entropies(hidden, weight, **arguments),
         "top_k": {k: token_entropies(hidden, weight, top_k=k, **arguments) for k in (1, 16, 80)},
         "equal_scores": token_entropies(torch.ones_like(hidden), weight * 0 - 1, **arguments)[1],
@@ -383,6 +481,7 @@ def test_tensor_parallel_ranks_equal_a_single_process(ranks, count):
     for name, references in (
         ("statistics", _reference_gradients(problem)),
         ("one_pass", _one_pass_reference(problem)),
+        ("one_pass_alone", _one_pass_reference(problem, with_entropies=False)),
     ):
         for result in results:
             for value, reference in zip(result[name][:-1], references[:-1], strict=True):
@@ -401,21 +500,65 @@ def test_tensor_parallel_ranks_equal_a_single_process(ranks, count):
         assert torch.equal(result["equal_scores"], torch.zeros(count, dtype=torch.int64))
 
 
-def _count_collectives(problem: dict[str, Tensor]) -> list[tuple[str, list[int]]]:
-    seen = []
-    original = torch.distributed.all_reduce
+def _count_collectives(problem: dict[str, Tensor]) -> dict[str, list[tuple[str, list[int]]]]:
+    """(kind, shape) of the collectives of each function, in order."""
+    group = torch.distributed.group.WORLD
+    seen: list[tuple[str, list[int]]] = []
+    reduce, gather = torch.distributed.all_reduce, torch.distributed.all_gather
 
-    def counted(tensor: Tensor, *args: object, **kwargs: object) -> object:
+    def counted_reduce(tensor: Tensor, *args: object, **kwargs: object) -> object:
         seen.append((str(kwargs["op"]).rsplit(".", 1)[1], list(tensor.shape)))
-        return original(tensor, *args, **kwargs)
+        return reduce(tensor, *args, **kwargs)
 
-    torch.distributed.all_reduce = counted
-    _results(problem, 2, slice(0, PADDED), torch.distributed.group.WORLD)
-    return seen
+    def counted_gather(parts: list[Tensor], tensor: Tensor, *args: object, **kwargs: object):
+        seen.append(("GATHER", list(tensor.shape)))
+        return gather(parts, tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = counted_reduce
+    torch.distributed.all_gather = counted_gather
+    problem = {**problem, "vocab_size": 2 * PADDED}
+    hidden, weight = problem["hidden"].requires_grad_(), problem["weight"].requires_grad_()
+    arguments = {"vocab_size": 2 * PADDED, "tp_group": group, "chunk_size": 5}
+    counted = {}
+
+    def take(name: str) -> None:
+        counted[name] = seen.copy()
+        seen.clear()
+
+    log_probs, entropies = token_statistics(hidden, weight, problem["targets"], **arguments)
+    take("statistics, forward")
+    (log_probs.sum() + entropies.sum()).backward()
+    take("statistics, backward")
+    for name, of_entropies in (("entropies", problem["by_entropy"]), ("alone", None)):
+        total, _, _ = weighted_log_prob_sum(
+            hidden, weight, problem["targets"], problem["by_log_prob"], of_entropies, **arguments
+        )
+        take(f"one pass, {name}, forward")
+        total.backward()
+        take(f"one pass, {name}, backward")
+    token_entropies(hidden, weight, **arguments)
+    take("entropies")
+    token_entropies(hidden, weight, top_k=4, **arguments)
+    take("top k")
+    selected_logits(hidden, weight, vocab_size=2 * PADDED, tp_group=group)
+    take("logits")
+    return counted
 
 
 @pytest.mark.multiprocess
-def test_three_all_reduces_for_any_number_of_chunks():
-    expected = [("MAX", [13]), ("SUM", [3, 13]), ("SUM", [13, HIDDEN])]
-    problem = {**_problem(), "vocab_size": 2 * PADDED}
-    assert run_distributed(2, _count_collectives, problem) == [expected] * 2
+def test_the_collectives_are_those_that_the_docstrings_name():
+    """13 rows in chunks of 5."""
+    chunks = [call for rows in (5, 5, 3) for call in (("MAX", [rows]), ("SUM", [3, rows]))]
+    one_pass = [*chunks, ("SUM", [13, HIDDEN])]
+    expected = {
+        "statistics, forward": [("MAX", [13]), ("SUM", [3, 13])],
+        "statistics, backward": [("SUM", [13, HIDDEN])],
+        "one pass, entropies, forward": one_pass,
+        "one pass, entropies, backward": [],
+        "one pass, alone, forward": one_pass,
+        "one pass, alone, backward": [],
+        "entropies": [("MAX", [13]), ("MIN", [13]), ("MAX", [13]), ("SUM", [3, 13])],
+        "top k": [("MAX", [13]), ("MIN", [13]), ("GATHER", [13, 4])],
+        "logits": [],
+    }
+    assert run_distributed(2, _count_collectives, _problem()) == [expected] * 2

@@ -7,23 +7,34 @@ thought and answer turn up by chance.
 
 import dataclasses
 import functools
+import itertools
+import re
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from megatron_rmt.attention import KeyValueStore, attach_tree_attention
+from megatron_rmt import rollout as rollout_module
+from megatron_rmt.attention import attach_tree_attention
+from megatron_rmt.decoding import DecodePlan, KeyValueStore, Tails
 from megatron_rmt.entropy import read_trunk
 from megatron_rmt.forward_step import LossSettings, Update, make_forward_step
+from megatron_rmt.live_rollouts import RolloutPosition
 from megatron_rmt.losses import LossWeights
-from megatron_rmt.rollout import RolloutPosition, RolloutSettings, generate
+from megatron_rmt.rollout import RolloutSettings, generate
 from megatron_rmt.sampling import greedy_tokens, sample_tokens, uniforms
 from megatron_rmt.template import ResponseGrammar, Template, read_response
 from megatron_rmt.token_bytes import token_bytes
-from megatron_rmt.tree import Responses, Trunk, build_trunk, grow_tree
+from megatron_rmt.tree import Responses, Trunk, build_trunk, grow_tree, join_responses
+from tests.distributed import run_distributed
 from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
 
 pytestmark = pytest.mark.usefixtures("single_process_megatron")
@@ -121,16 +132,6 @@ def _positions(chosen: list[tuple[int, int]]) -> list[RolloutPosition]:
     return positions
 
 
-class CountingStore(KeyValueStore):
-    """Counts how often rollouts have left the batch."""
-
-    compactions = 0
-
-    def keep(self, rows: Tensor) -> None:
-        self.compactions += 1
-        super().keep(rows)
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     answer: str = "boxed"
@@ -142,6 +143,7 @@ class Case:
     greedy: bool = False
     warm_up: bool = False
     spelled_close: bool = False
+    kv_bytes: int | None = None
 
     @property
     def close(self) -> list[int]:
@@ -162,12 +164,13 @@ class Case:
             answer_tokens=self.answer_tokens,
             force_close=self.force_close,
             greedy=self.greedy,
+            kv_bytes=self.kv_bytes,
         )
 
 
-def _filled_store() -> CountingStore:
+def _filled_store() -> KeyValueStore:
     trunks = _trunks()
-    store = CountingStore(sum(map(len, trunks)))
+    store = KeyValueStore(sum(map(len, trunks)))
     for index, trunk in enumerate(trunks):
         read_trunk(
             _models()[1],
@@ -239,7 +242,7 @@ def _slow_response(
         if case.greedy:
             token = int(greedy_tokens(logits, **shard))
         else:
-            token = int(sample_tokens(logits, draw, temperature=case.temperature, **shard))
+            token = int(sample_tokens(logits, draw, temperature=case.temperature, **shard)[0])
         log_prob = float((logits / case.temperature).log_softmax(-1)[0, token])
         ends = token == END or _answer_is_complete(text + _bytes()[token], case.answer)
         if case.warm_up and thinking and to_write is None and ends:
@@ -315,11 +318,15 @@ def _read(case: Case, responses: Responses) -> list:
     ]
 
 
-def test_the_cases_hold_what_can_happen():
+def test_the_cases_hold_what_can_happen(monkeypatch: pytest.MonkeyPatch):
     """Else the comparison above would prove less than it seems to."""
-    store = _filled_store()
-    responses = _read(CASES["boxed"], _generate(CASES["boxed"], CHOSEN, store))
-    assert store.compactions >= 2
+    kept: list[int] = []
+    keep = Tails.keep
+    monkeypatch.setattr(
+        Tails, "keep", lambda self, rows: (kept.append(len(rows)), keep(self, rows))
+    )
+    responses = _read(CASES["boxed"], _generate(CASES["boxed"], CHOSEN, _filled_store()))
+    assert len([rows for rows in kept if rows]) >= 2
     bound = 2 * CASES["boxed"].budget
     assert any(read.well_formed for _, read in responses)
     assert any(read.closed and not read.well_formed for _, read in responses)
@@ -461,3 +468,192 @@ def test_padding_of_the_vocabulary_is_never_drawn():
             weight.copy_(kept)
     assert responses.tokens.max() < VOCAB
     assert torch.equal(responses.tokens, _generate(CASES["hot"], CHOSEN, _filled_store()).tokens)
+
+
+# Keys and values of a token: two layers, two key heads of width 8, fp32.
+TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
+
+
+def _assert_same(responses: Responses, expected: Responses) -> None:
+    assert torch.equal(responses.lengths, expected.lengths)
+    assert torch.equal(responses.tokens, expected.tokens)
+    assert torch.equal(responses.sampled, expected.sampled)
+    torch.testing.assert_close(responses.log_probs, expected.log_probs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["boxed", "next, forced close", "warm-up"])
+def test_responses_do_not_depend_on_the_waves_that_a_memory_bound_makes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    case = CASES[name]
+    together = _generate(case, CHOSEN, _filled_store())
+    allocated: list[int] = []
+    start = Tails.start
+
+    def measured(tails: Tails, layer: int, *others: Any) -> None:
+        start(tails, layer, *others)
+        stored = [x.numel() * x.element_size() for pair in tails.stored.values() for x in pair]
+        allocated.append(sum(stored))
+
+    monkeypatch.setattr(Tails, "start", measured)
+    tail = len(STEM) + 2 * case.budget + case.answer_tokens + 12
+    bound = sum(map(len, _trunks())) * TOKEN_BYTES + 2 * case.group * tail * TOKEN_BYTES
+    _assert_same(
+        _generate(dataclasses.replace(case, kv_bytes=bound), CHOSEN, _filled_store()), together
+    )
+    assert len(allocated) >= 2 * 2, "two waves, two layers"
+    assert max(allocated) <= bound
+
+
+def test_a_bound_that_no_position_fits_in_is_refused():
+    with pytest.raises(ValueError, match=r"--rmt-rollout-kv-gib is 1\.86e-08"):
+        _generate(dataclasses.replace(CASES["boxed"], kv_bytes=20), CHOSEN, _filled_store())
+
+
+def test_the_host_waits_for_the_device_once_a_token(monkeypatch: pytest.MonkeyPatch):
+    """Reading a value back is what makes a host wait: each such read is counted."""
+    reads: list[str] = []
+    for name in ("tolist", "item", "__int__", "__bool__", "__float__", "nonzero", "numpy"):
+        original = getattr(Tensor, name)
+
+        def counted(tensor: Tensor, *args: Any, _original=original, _name=name, **kwargs: Any):
+            reads.append(_name)
+            return _original(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    steps: list[int] = []
+    attend = DecodePlan.attend
+
+    def attended(plan: DecodePlan, layer: int, *others: Any) -> Tensor:
+        if layer == 1:
+            steps.append(len(reads))
+        return attend(plan, layer, *others)
+
+    monkeypatch.setattr(DecodePlan, "attend", attended)
+    # What lies on the host anyway, to sort rows by sample.
+    grouped = _uncounted(rollout_module.trunk_groups, reads)
+    monkeypatch.setattr(rollout_module, "trunk_groups", grouped)
+    _generate(CASES["boxed"], CHOSEN, _filled_store())
+    assert len(steps) > 8
+    assert [b - a for a, b in itertools.pairwise(steps)] == [1] * (len(steps) - 1)
+
+
+def _uncounted(function: Callable[..., Any], reads: list[str]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        before = len(reads)
+        result = function(*args)
+        del reads[before:]
+        return result
+
+    return call
+
+
+def test_nothing_keeps_a_gradient_and_nothing_is_an_inference_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Transformer Engine's buffers that were first made in inference mode could not be trained."""
+    held: list[Tensor] = []
+    attend = DecodePlan.attend
+
+    def attended(plan: DecodePlan, layer: int, *tensors: Any) -> Tensor:
+        held.extend([*tensors[:3], *plan.tails.stored[layer]])
+        return attend(plan, layer, *tensors)
+
+    monkeypatch.setattr(DecodePlan, "attend", attended)
+    _generate(CASES["boxed"], CHOSEN, _filled_store())
+    assert held
+    assert not any(tensor.requires_grad or tensor.is_inference() for tensor in held)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_models_budgets_and_positions(seed: int, monkeypatch: pytest.MonkeyPatch):
+    """Also a budget of one, groups of one, the first and the last position."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*values: Any) -> Any:
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    case = Case(
+        answer=pick("boxed", "next"),
+        budget=pick(1, 1, 2, 7),
+        group=pick(1, 3),
+        answer_tokens=pick(1, 2, 5),
+        temperature=pick(0.5, 1.3),
+        force_close=pick(True, False),
+        spelled_close=pick(True, False),
+    )
+    torch.manual_seed(seed + 50)
+    stock, ours = build_model(torch.float32), build_model(torch.float32)
+    ours.load_state_dict(stock.state_dict())
+    attach_tree_attention(ours)
+    models_ = (stock.eval(), ours.eval())
+    monkeypatch.setattr(sys.modules[__name__], "_models", lambda: models_)
+    places = torch.randperm(12, generator=generator)[:2].tolist()
+    chosen = [(0, 1), *((pick(0, 1, 2, 3), place) for place in places), (3, 11)]
+    chosen = sorted(set(chosen))
+    responses = _generate(case, chosen, _filled_store())
+    for index, (sample, column) in enumerate(chosen):
+        rollout = case.group - 1
+        tokens, drawn, _ = _slow_response(case, sample, column, rollout)
+        length = int(responses.lengths[index, rollout])
+        assert responses.tokens[index, rollout, :length].tolist() == tokens
+        assert responses.sampled[index, rollout, :length].tolist() == drawn
+    for tokens, read in _read(case, responses):
+        forced = len(case.close) if case.force_close else 0
+        assert read.thought_length <= 2 * case.budget + forced
+        assert len(tokens) <= 2 * case.budget + forced + case.answer_tokens
+
+
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_load_balancing_type": "none",
+}
+
+
+def _with_experts(expert_ranks: int) -> GPTModel:
+    """The same weights whatever rank holds them."""
+    model = build_model(torch.float32, expert_model_parallel_size=expert_ranks, **EXPERTS)
+    first = parallel_state.get_expert_model_parallel_rank() * (4 // expert_ranks)
+    for name, parameter in model.named_parameters():
+        local = re.search(r"local_experts\.(\d+)\.", name)
+        if local:
+            name = name.replace(local[0], f"local_experts.{int(local[1]) + first}.")
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        with torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    attach_tree_attention(model)
+    return model.eval()
+
+
+def _rollouts_of_shares(shares: list[list[tuple[int, int]]], kv_bytes: int | None) -> Responses:
+    """This rank's share, with experts on all ranks; _models of a rank is its own."""
+    ranks = torch.distributed.get_world_size()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+    model = _with_experts(ranks)
+    globals()["_models"] = lambda: (None, model)
+    case = dataclasses.replace(CASES["boxed"], kv_bytes=kv_bytes)
+    return _generate(case, shares[torch.distributed.get_rank()], _filled_store())
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("share", [[CHOSEN[:1], CHOSEN[1:]], [CHOSEN, []]], ids=["uneven", "none"])
+@pytest.mark.parametrize("bound", [False, True], ids=["one wave", "waves"])
+def test_ranks_that_share_experts_wait_for_each_other(share, bound, monkeypatch):
+    """One has fewer rollouts, or none, and finishes earlier: no deadlock, and the same tokens."""
+    model = _with_experts(1)
+    monkeypatch.setattr(sys.modules[__name__], "_models", lambda: (None, model))
+    alone = _generate(CASES["boxed"], CHOSEN, _filled_store())
+    tail = len(STEM) + 2 * CASES["boxed"].budget + CASES["boxed"].answer_tokens
+    trunk = sum(map(len, _trunks()))
+    kv_bytes = (trunk + 2 * CASES["boxed"].group * tail) * TOKEN_BYTES if bound else None
+    results = run_distributed(2, _rollouts_of_shares, share, kv_bytes, timeout=60)
+    lengths = torch.cat([part.lengths for part in results])
+    assert torch.equal(lengths, alone.lengths)
+    joined = join_responses(results)
+    assert torch.equal(joined.tokens, alone.tokens)
+    torch.testing.assert_close(joined.log_probs, alone.log_probs, rtol=0, atol=1e-5)

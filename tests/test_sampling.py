@@ -30,7 +30,7 @@ def reference_cdf(logits: Tensor, temperature: float) -> Tensor:
 
 
 def sample(logits: Tensor, numbers: Tensor, temperature: float = 1.0) -> Tensor:
-    return sample_tokens(logits, numbers, temperature=temperature, vocab_start=0, tp_group=None)
+    return sample_tokens(logits, numbers, temperature=temperature, vocab_start=0, tp_group=None)[0]
 
 
 def test_mixing_gives_the_published_splitmix64_sequence():
@@ -212,11 +212,63 @@ def test_sampling_leaves_the_logits_alone_and_adds_the_vocabulary_offset():
     before = logits.clone()
     numbers = uniforms(0, 0, 0, 0, 0, torch.arange(30))
     tokens = sample(logits, numbers)
-    moved = sample_tokens(logits, numbers, temperature=1.0, vocab_start=1000, tp_group=None)
+    moved, _ = sample_tokens(logits, numbers, temperature=1.0, vocab_start=1000, tp_group=None)
     assert torch.equal(moved, tokens + 1000)
     greedy = greedy_tokens(logits, vocab_start=1000, tp_group=None)
     assert torch.equal(greedy, before.argmax(1) + 1000)
     assert torch.equal(logits, before)
+
+
+def test_log_probs_are_those_of_the_whole_softmax():
+    logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(4)) * 4
+    numbers = uniforms(0, 0, 0, 0, 0, torch.arange(40))
+    exact = (logits.double() / 0.7).log_softmax(1)
+    for truncation in ({}, {"top_k": 3}, {"top_p": 0.5}):
+        tokens, log_probs = sample_tokens(
+            logits, numbers, temperature=0.7, vocab_start=0, tp_group=None, **truncation
+        )
+        expected = exact.gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(log_probs.double(), expected, rtol=0, atol=2e-5)
+
+
+def reference_kept(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """bool [rows, vocab]: what ``top_k`` and ``top_p`` leave, by sorting."""
+    kept = torch.ones_like(logits, dtype=torch.bool)
+    if top_k is not None:
+        kept &= logits >= logits.sort(1, descending=True).values[:, [top_k - 1]]
+    if top_p is not None:
+        probs = logits.double().masked_fill(~kept, -math.inf).softmax(1)
+        falling = probs.sort(1, descending=True).values
+        last = (falling.cumsum(1) < top_p).sum(1, keepdim=True).clamp(max=logits.shape[1] - 1)
+        kept &= probs >= falling.gather(1, last)
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, None), (7, None), (None, 0.3), (None, 0.95), (20, 0.6), (500, 1.0)]
+)
+def test_truncated_draws_follow_the_renormalised_softmax(top_k, top_p):
+    logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(5)) * 2
+    logits[1, [3, 400]] = 9.0  # a tie at the top
+    kept = reference_kept(logits, top_k, top_p)
+    draws = 20000
+    numbers = uniforms(0, 0, 0, 0, torch.arange(3)[:, None], torch.arange(draws))
+    for row in range(3):
+        tokens, _ = sample_tokens(
+            logits[row].expand(draws, -1),
+            numbers[row],
+            temperature=1.0,
+            vocab_start=0,
+            tp_group=None,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        assert kept[row, tokens].all()
+        expected = logits[row].double().masked_fill(~kept[row], -math.inf).softmax(0)
+        frequency = torch.bincount(tokens, minlength=500) / draws
+        assert (frequency - expected).abs().max() < 0.02
+        likely = expected * draws > 20
+        assert (frequency[likely] > 0).all()
 
 
 def test_no_rows_give_no_tokens():
@@ -241,6 +293,9 @@ def test_greedy_takes_the_lowest_id_among_ties():
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"vocab_start": 2**19}, "columns"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):
@@ -270,15 +325,26 @@ def parallel_numbers() -> Tensor:
     return numbers
 
 
-def _sample_shard(bounds: list[int]) -> tuple[Tensor, Tensor]:
+TRUNCATION = {"top_k": 30, "top_p": 0.7}
+
+
+def _sample_shard(bounds: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rank = torch.distributed.get_rank()
     start, stop = bounds[rank : rank + 2]
     shard = parallel_logits()[:, start:stop].contiguous()
     group = torch.distributed.group.WORLD
-    tokens = sample_tokens(
+    tokens, _ = sample_tokens(
         shard, parallel_numbers(), temperature=0.8, vocab_start=start, tp_group=group
     )
-    return tokens, greedy_tokens(shard, vocab_start=start, tp_group=group)
+    truncated, log_probs = sample_tokens(
+        shard[:200],
+        parallel_numbers()[:200],
+        temperature=0.8,
+        vocab_start=start,
+        tp_group=group,
+        **TRUNCATION,
+    )
+    return tokens, greedy_tokens(shard, vocab_start=start, tp_group=group), truncated, log_probs
 
 
 @pytest.mark.multiprocess
@@ -287,6 +353,17 @@ def test_tokens_do_not_depend_on_the_split_of_the_vocabulary(bounds):
     sampled = sample(parallel_logits(), parallel_numbers(), 0.8)
     greedy = parallel_logits().argmax(1)
     assert greedy[10:12].tolist() == [100, 400]
-    for tokens, best in run_distributed(len(bounds) - 1, _sample_shard, bounds):
-        assert torch.equal(tokens, sampled)
-        assert torch.equal(best, greedy)
+    truncated, log_probs = sample_tokens(
+        parallel_logits()[:200],
+        parallel_numbers()[:200],
+        temperature=0.8,
+        vocab_start=0,
+        tp_group=None,
+        **TRUNCATION,
+    )
+    assert not torch.equal(truncated, sampled[:200])
+    for result in run_distributed(len(bounds) - 1, _sample_shard, bounds):
+        assert torch.equal(result[0], sampled)
+        assert torch.equal(result[1], greedy)
+        assert torch.equal(result[2], truncated)
+        assert torch.equal(result[3], log_probs)

@@ -12,6 +12,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch import Tensor
 
 from megatron_rmt import step as rmt_step
+from megatron_rmt.packing import empty_source
 from megatron_rmt.step import StepPlan, generating, global_sample_indices, gpt_model, plan_step
 from megatron_rmt.template import ResponseGrammar, Template, read_response
 from megatron_rmt.tree import NO_LABEL, Responses, Trunk, build_trunk, grow_tree, pad_tree
@@ -274,9 +275,16 @@ def test_without_the_length_reward_the_match_is_all():
     assert metrics["rmt reward"] == (2, 4)
 
 
-def test_the_warm_up_has_no_advantages_and_judges_nothing():
-    advantages, metrics, _ = _scored(warm_up=True)
-    assert not advantages.any()
+def test_the_warm_up_rewards_the_length_alone_and_judges_nothing():
+    advantages, metrics, (training, *others) = _scored(warm_up=True)
+    # Thoughts of 2 and 8, 1 and 4 tokens for a budget of 4, whatever the answers.
+    torch.testing.assert_close(advantages, torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+    *others, step = others
+    wrong = dataclasses.replace(others[-1], tokens=others[-1].tokens.clone())
+    wrong.tokens[1, 1, 5] = wrong.tokens[1, 0, 2]
+    unmoved, _ = rmt_step._score(training, *others[:-1], wrong, step)
+    assert torch.equal(unmoved, advantages)
+    assert not _scored(warm_up=True, rmt_no_length_reward=True)[0].any()
     for name in (
         "rmt match rate",
         "rmt well-formed rate",
@@ -382,4 +390,44 @@ def test_every_token_of_a_tree_is_counted_once():
     assert metrics["rmt trunk tokens"] == (len(trunk), 0.25)
     assert metrics["rmt stem tokens"] == (2, 0.25)
     assert metrics["rmt branch tokens"] == (int((responses.lengths - 1).sum()), 0.25)
-    assert sum(tokens for tokens, _ in metrics.values()) == 128
+    assert sum(tokens for tokens, _ in metrics.values()) == tree.plan.tokens
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+@pytest.mark.parametrize("precision", [None, "fp8", "fp4"])
+def test_quantized_weights_are_made_again_before_and_after_rollouts(precision):
+    """Else rollouts would read the weights of the step before, and the update those that were made
+    without gradient."""
+    model = build_model()
+    layer = model.decoder.layers[1].mlp.linear_fc1
+    # What Transformer Engine's layers have.
+    layer.is_first_microbatch = False
+    layer._fp8_workspaces = {"weight": torch.ones(1)}
+    if precision is not None:
+        setattr(model.config, precision, "e4m3")
+    with generating(model):
+        assert layer.is_first_microbatch == (precision is not None)
+        assert layer._fp8_workspaces
+    assert bool(layer._fp8_workspaces) == (precision is None)
+
+
+def test_padding_and_tokens_above_the_limit_are_reported():
+    _, _, (_, trunk, rows, responses, _) = _scored()
+    tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
+    tokens = tree.plan.tokens
+    padded = pad_tree(tree, tokens + 28)
+    unlimited = rmt_step._size_metrics(_args(rmt_max_tokens=None), trunk, padded)
+    assert unlimited == {"rmt padding": (28, tokens + 28), "rmt tokens above limit": (0, 1)}
+    limited = rmt_step._size_metrics(_args(rmt_max_tokens=tokens - 3), trunk, padded)
+    assert limited["rmt tokens above limit"] == (3, 1)
+
+    empty = empty_source(2)
+    grown = grow_tree(
+        empty.trunk, [], [3], empty.responses, longest_position=200, device=torch.device("cpu")
+    )
+    assert rmt_step._size_metrics(_args(rmt_max_tokens=5), empty.trunk, grown) == {
+        "rmt padding": (1, 1),
+        "rmt tokens above limit": (0, 1),
+    }
+    tokens_of = rmt_step._token_metrics(empty.trunk, grown, 0, 4.0)
+    assert [count for count, _ in tokens_of.values()] == [0, 0, 0]

@@ -1,5 +1,9 @@
 """The whole program: RMT inside Megatron's pretrain(), alike in every layout, resumed or not."""
 
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,6 +11,7 @@ import pytest
 import torch
 
 from tests.distributed import run_torchrun
+from tests.tiny_checkpoints import TOOLS
 from tests.tiny_run import (
     PRETRAIN,
     RMT,
@@ -18,6 +23,10 @@ from tests.tiny_run import (
     read_metrics,
     run,
 )
+
+sys.path.insert(0, str(TOOLS))
+
+import convert_checkpoint
 
 pytestmark = pytest.mark.multiprocess
 
@@ -42,14 +51,8 @@ COUNTED = (
     "branch tokens",
     "budget",
 )
-COMPUTED = (
-    "entropy",
-    "entropy p50",
-    "next-token accuracy",
-    "entropy of chosen",
-    "ntp loss",
-    "grad norm",
-)
+COMPUTED = ("entropy", "next-token accuracy", "entropy of chosen", "ntp loss", "grad norm")
+PACKED = ["--rmt-max-tokens", "600"]
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 SHARDED_OPTIMIZER = ["--use-distributed-optimizer"]
@@ -137,6 +140,12 @@ LAYOUTS = {
     "DP2, overlapped communication": (2, SHARDED_OPTIMIZER + OVERLAP),
     "DP2, loss per token": (2, ["--calculate-per-token-loss"]),
     "micro-batches of 2": (1, ["--micro-batch-size", "2"]),
+    "packed": (1, PACKED),
+    "packed, DP2": (2, PACKED),
+    "packed, PP2 x DP2, micro-batches of 2": (
+        4,
+        [*PACKED, *PP2, "--micro-batch-size", "2", "--global-batch-size", "4"],
+    ),
 }
 
 
@@ -268,6 +277,41 @@ def test_without_ntp_only_the_policy_loss_trains(start: Start, reference: Run):
     assert 0 < first["grad norm"] != pytest.approx(first_hybrid["grad norm"], rel=1e-3)
 
 
+MIXTURE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "48"]
+MIXTURE += ["--moe-router-load-balancing-type", "none", "--moe-token-dispatcher-type", "alltoall"]
+
+
+def test_experts_on_two_ranks_train_like_one_process(start: Start, tmp_path: Path):
+    """The ranks, which are also data-parallel, have rollouts of different lengths."""
+    flags = [*RMT, *MIXTURE]
+    first = ["--finetune", "--save", str(tmp_path), "--save-interval", "1", "--exit-interval", "1"]
+    no_checkpoint = ["--load", str(tmp_path / "none")]
+    start(1, [*flags, *first, *no_checkpoint])
+    # The optimizer of one process does not hold what two would load.
+    resumed = [*flags, "--exit-interval", "3", "--no-load-optim", "--no-load-rng"]
+    alone = start(1, resumed, resume_from=tmp_path)
+    assert [line["iteration"] for line in alone.metrics] == [2, 3]
+    experts = ["--expert-model-parallel-size", "2"]
+    assert_same_curve(start(2, [*resumed, *experts], resume_from=tmp_path).metrics, alone.metrics)
+
+
+def test_rollouts_in_waves_train_alike(start: Start, reference: Run):
+    """The bound holds the trunk and two positions at the longest thoughts."""
+    lines = start(1, [*RMT, "--rmt-rollout-kv-gib", "5e-4", "--exit-interval", "2"])
+    printed = re.search(r"RMT: keys and values .* (\d+) wave\(s\) of (\d+) positions", lines.log)
+    assert int(printed[1]) > 1, printed[0]
+    assert_same_curve(lines.metrics, reference.metrics[:2])
+
+
+def test_a_difference_above_the_tolerance_ends_every_rank_before_the_step(
+    start: Start, tmp_path: Path
+):
+    flags = ["--rmt-logprob-tolerance", "1e-12", "--save", str(tmp_path), "--save-interval", "1"]
+    with pytest.raises(AssertionError, match=r"more than --rmt-logprob-tolerance 1e-12;"):
+        start(2, [*RMT, *flags])
+    assert not (tmp_path / "latest_checkpointed_iteration.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "sentences"),
     [
@@ -296,3 +340,37 @@ def test_bad_settings_end_the_job_with_one_clear_sentence(
     assert "exit code 1" in output
     for sentence in sentences:
         assert sentence in output
+
+
+# A process of its own, where the CPU does not stand in for CUDA.
+GENERATE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model, loading = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+prompt = tokenizer("Solve for x", return_tensors="pt")
+ids = model.generate(**prompt, do_sample=False, min_new_tokens=8, max_new_tokens=8)
+print(ids.shape[1] - prompt["input_ids"].shape[1])
+"""
+
+
+def test_the_trained_checkpoint_converts_back_and_generates(
+    inputs: TinyInputs, reference: Run, saved: Path, tmp_path: Path
+):
+    convert_checkpoint.to_huggingface(saved, tmp_path / "back")
+    trained = checkpoint_tensors(saved, STEPS)["embedding.word_embeddings.weight"]
+    embedding = "model.embed_tokens.weight"
+    back = convert_checkpoint.HuggingFaceWeights(tmp_path / "back").read(embedding)
+    start = convert_checkpoint.HuggingFaceWeights(inputs.huggingface).read(embedding)
+    assert torch.equal(back, trained[: len(back)])
+    assert back.shape == start.shape
+    assert not torch.equal(back, start)
+    note = json.loads((tmp_path / "back/provenance.json").read_text())
+    assert note["iteration"] == STEPS
+    assert note["training"]["samples"] == 4 * STEPS
+    assert note["rmt"]["rmt_group_size"] == 4
+    command = [sys.executable, "-W", "ignore", "-c", GENERATE, str(tmp_path / "back")]
+    assert subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.strip() == b"8"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.tree import NO_LABEL, Responses, Tree, Trunk, build_trunk, grow_tree, pad_tree
+from megatron_rmt.tree_attention import visibility
 
 END_OF_DOCUMENT = 0
 CPU = torch.device("cpu")
@@ -95,17 +96,8 @@ def _name(node: Node) -> tuple:
 
 def _dense_mask(tree: Tree) -> Tensor:
     """``[tokens, tokens]`` bool, what each row of the plan sees."""
-    size = tree.plan.tokens
-    mask = torch.zeros(size, size, dtype=torch.bool)
-    for block in tree.plan.blocks:
-        rows = slice(block.first, block.limit)
-        count, split = block.limit - block.first, block.trunk_limit - block.trunk_first
-        own = block.mask
-        if own is None:
-            own = torch.ones(count, split + count, dtype=torch.bool).tril()
-        mask[rows, block.trunk_first : block.trunk_limit] = own[:, :split]
-        mask[rows, rows] = own[:, split:]
-    return mask
+    rows = torch.arange(tree.plan.tokens)
+    return visibility(tree.plan.blocks)(rows[:, None], rows)
 
 
 ROWS = [0, 3, 6, 14, 23]

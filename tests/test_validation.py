@@ -101,6 +101,15 @@ def test_all_stray_flags_are_named_at_once():
         check_rmt_arguments(_parse("--rmt-group-size", "4", "--rmt-no-rl"))
 
 
+def test_experts_on_several_ranks_need_a_dispatcher_of_unequal_numbers_of_tokens(tokenizer: str):
+    flags = ["--rmt", "--tokenizer-model", tokenizer, "--expert-model-parallel-size", "2"]
+    flags += ["--moe-token-dispatcher-type"]
+    refusal = _refusal(_parse(*flags, "allgather"))
+    assert "--moe-token-dispatcher-type is allgather;" in refusal
+    assert "pass alltoall." in refusal
+    check_rmt_arguments(_parse(*flags, "alltoall"))
+
+
 def test_the_ablation_without_rl_needs_nothing_of_rmt():
     args = _parse("--rmt", "--rmt-no-rl", "--attention-dropout", "0.1", "--rmt-group-size", "1")
     check_rmt_arguments(args)
@@ -157,7 +166,12 @@ BAD = {
     ("--log-max-attention-logit",): "--log-max-attention-logit is True; RMT needs False:",
     ("--cuda-graph-impl", "local"): "--cuda-graph-impl is local; RMT needs none:",
     ("--overlap-moe-expert-parallel-comm",): "--overlap-moe-expert-parallel-comm is True; RMT",
-    ("--use-mup",): "--use-mup is True; RMT needs False:",
+    ("--rmt-top-k", "0"): "--rmt-top-k is 0; pass 1 or more.",
+    ("--rmt-top-p", "1.5"): "--rmt-top-p is 1.5; pass a number in (0, 1].",
+    ("--rmt-logprob-tolerance", "0"): "--rmt-logprob-tolerance is 0.0; pass more than 0",
+    ("--rmt-rollout-kv-gib", "-1"): "--rmt-rollout-kv-gib is -1.0; pass more than 0",
+    ("--rmt-max-tokens", "0"): "--rmt-max-tokens is 0; pass 1 or more",
+    ("--rmt-attention", "dense"): "--rmt-attention is dense; pass one of auto, sdpa, lse, flex.",
     ("--perform-rl-step",): "--perform-rl-step is True; RMT needs False:",
     ("--sft",): "--sft is True; RMT needs False:",
     ("--dataloader-inter-document-masking",): "--dataloader-inter-document-masking is True; RMT",

@@ -19,9 +19,18 @@ LONGEST_POSITION = 200
 
 
 def build_model(
-    dtype: torch.dtype = torch.float64, position_embedding: str = "rope", **changes: Any
+    dtype: torch.dtype = torch.float64,
+    position_embedding: str = "rope",
+    tied: bool = False,
+    pre_process: bool = True,
+    post_process: bool = True,
+    **changes: Any,
 ) -> GPTModel:
-    """Two layers of width 32 with 4 query and 2 key heads, Llama's shape unless ``changes``."""
+    """Two layers of width 32 with 4 query and 2 key heads, Llama's shape unless ``changes``.
+
+    tied: the output layer is the embedding. pre_process, post_process: this pipeline stage has the
+    embedding, the head.
+    """
     options: dict[str, Any] = {
         "num_layers": 2,
         "hidden_size": 32,
@@ -54,8 +63,11 @@ def build_model(
         config,
         spec,
         vocab_size=PADDED_VOCAB,
+        pre_process=pre_process,
+        post_process=post_process,
         max_sequence_length=LONGEST_POSITION,
         position_embedding_type=position_embedding,
+        share_embeddings_and_output_weights=tied,
     )
     return model.to(dtype)
 

@@ -94,8 +94,9 @@ Line = dict[str, float | None]
 
 @dataclass(frozen=True)
 class TinyInputs:
-    """What every run reads: the converted checkpoint, the flags of its model, the corpus."""
+    """What every run reads: the model, its converted checkpoint and its flags, the corpus."""
 
+    huggingface: Path
     checkpoint: Path
     data: Path
 
@@ -120,7 +121,7 @@ def build_inputs(root: Path) -> TinyInputs:
         f"{tools}/preprocess_data.py --input {text} --output-prefix {tokens} "
         f"--tokenizer {huggingface}"
     )
-    return TinyInputs(megatron, tokens)
+    return TinyInputs(huggingface, megatron, tokens)
 
 
 def _python(words: str, *others: str | Path) -> None:

@@ -1,6 +1,7 @@
 """Logits of a model on a text, computed by transformers or by Megatron, for comparing the two.
 
-    python tools/checkpoint_logits.py huggingface HF_DIR --text ... --companions DIR --output FILE
+    python tools/checkpoint_logits.py huggingface HF_DIR \\
+        --text-file FILE --companions DIR --output FILE
     python tools/checkpoint_logits.py megatron MEGATRON_DIR ... [further Megatron flags]
 
 Each side needs a process of its own: a Hugging Face model must not be loaded where the CPU stands
@@ -14,6 +15,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,14 +36,14 @@ def huggingface_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
         return model(ids).logits
 
 
-def megatron_logits(directory: Path, ids: torch.Tensor, flags: list[str]) -> torch.Tensor | None:
-    """Logits ``[1, tokens, vocabulary]`` of Megatron; None on all but the last pipeline stage."""
+def build_megatron_model(directory: Path, sequence_length: int, flags: list[str]) -> Any:
+    """This rank's part of the model, from the checkpoint's own flags, with its weights loaded."""
     from convert_checkpoint import flags_of
 
     sys.argv[1:] = shlex.split(
         f"{flags_of(directory)} --load {shlex.quote(str(directory))} --finetune "
         "--ckpt-format torch_dist --exit-on-missing-checkpoint --micro-batch-size 1 --lr 1e-5 "
-        f"--train-iters 1 --seq-length {ids.shape[1]}"
+        f"--train-iters 1 --seq-length {sequence_length}"
     )
     sys.argv += flags
     # Megatron insists on it under tensor parallelism (it matters on GPUs before Blackwell).
@@ -54,7 +56,6 @@ def megatron_logits(directory: Path, ids: torch.Tensor, flags: list[str]) -> tor
 
     cpu_platform.install_if_no_cuda()
 
-    from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import get_args, initialize
     from megatron.training.argument_utils import gpt_config_from_args
@@ -66,13 +67,20 @@ def megatron_logits(directory: Path, ids: torch.Tensor, flags: list[str]) -> tor
     # Only data sets need the helpers that it compiles.
     initialize._compile_dependencies = lambda: None
     initialize.initialize_megatron()
-    args = get_args()
-    config = gpt_config_from_args(args)
+    config = gpt_config_from_args(get_args())
     config.parallel_output = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(config).build_model(groups).cuda().eval()
     load_checkpoint([model], None, None)
+    return model
 
+
+def megatron_logits(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    """Logits ``[1, tokens, vocabulary]`` of Megatron; None on all but the last pipeline stage."""
+    from megatron.core import parallel_state
+    from megatron.training import get_args
+
+    args = get_args()
     device = next(model.parameters()).device
     ids = ids.to(device)
     positions = torch.arange(ids.shape[1], device=device)
@@ -97,15 +105,20 @@ def main() -> None:
     )
     parser.add_argument("side", choices=("huggingface", "megatron"))
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--text", required=True)
+    parser.add_argument("--text-file", type=Path, required=True)
     parser.add_argument("--companions", type=Path, required=True, help="has the tokenizer")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="gets the logits")
+    parser.add_argument("--ids-output", type=Path, help="gets the token ids")
     arguments, flags = parser.parse_known_args()
-    ids = tokenize(arguments.text, arguments.companions)
+    ids = tokenize(arguments.text_file.read_text(encoding="utf-8"), arguments.companions)
+    if arguments.ids_output and int(os.environ.get("RANK", "0")) == 0:
+        torch.save(ids, arguments.ids_output)
     if arguments.side == "huggingface":
         logits = huggingface_logits(arguments.directory, ids)
     else:
-        logits = megatron_logits(arguments.directory, ids, flags)
+        logits = megatron_logits(
+            build_megatron_model(arguments.directory, ids.shape[1], flags), ids
+        )
     if logits is not None and int(os.environ.get("LOCAL_RANK", "0")) in (0, last_rank()):
         torch.save(logits, arguments.output)
 

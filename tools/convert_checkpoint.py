@@ -16,7 +16,8 @@ specification::
 ``to-huggingface`` reads such a directory, or any iteration that a training job saved from it, with
 whatever layout and optimizer state.
 
-No model is built: tensors pass through memory one at a time.
+No model is built: tensors pass through memory one at a time, and the directory gets its name only
+when it is complete. ``provenance.json`` in it says where the weights come from.
 
 The stored embedding has exactly the rows of config.json's ``vocab_size``, which may exceed the
 tokenizer's length. The flags fix ``--padded-vocab-size`` to the next value that is good for all
@@ -25,26 +26,26 @@ it fills the rows beyond the stored ones with zeros, and the way back cuts them 
 """
 
 import argparse
-import contextlib
-import json
-import os
 import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import megatron_bridge_backend
 import torch
+from complete_directory import complete_directory
+from huggingface_directory import (
+    check_tokenizer,
+    copy_companions,
+    huggingface_directory,
+    write_configuration,
+)
 from huggingface_weights import (
     DTYPES,
     SHARD_BYTES,
     HuggingFaceWeights,
-    check_tokenizer,
-    copy_companions,
-    huggingface_directory,
     read_json,
+    size_of,
     write_huggingface_weights,
 )
 from megatron_weights import (
@@ -54,35 +55,13 @@ from megatron_weights import (
     training_arguments,
     write_megatron_weights,
 )
-from weight_names import ModelShape, Weight, megatron_flags, read_config
+from model_config import megatron_flags, read_config
+from provenance import write_provenance
+from verify_checkpoint import VERIFY_TEXT, verify
+from weight_names import ModelShape, Place, Weight
 
 FLAGS = "model_flags.txt"
 HUGGINGFACE = "huggingface"
-VERIFY_TEXT = (
-    "The area of a circle of radius r is pi times r squared. If the radius is doubled, the area "
-    "grows by a factor of four: 4 - 1 = 3 times as much was added."
-)
-
-
-@contextlib.contextmanager
-def complete_directory(target: Path) -> Iterator[Path]:
-    """A new directory to fill, which takes the name ``target`` only if the block succeeds.
-
-    Raises:
-        ValueError: ``target`` exists and is not an empty directory.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--target {target} exists; remove it or choose another name.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    partial.chmod(0o755)
-    try:
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def companion_directory(source: Path, iteration: int | None = None) -> Path:
@@ -106,27 +85,31 @@ def companion_directory(source: Path, iteration: int | None = None) -> Path:
     )
 
 
-def to_megatron(source: Path, target: Path, dtype: str | None = None) -> None:
+def to_megatron(
+    source: Path, target: Path, dtype: str | None = None, origin: str | None = None
+) -> None:
     """Convert a Hugging Face directory to a Megatron checkpoint directory.
 
     Args:
         source: Directory with config.json, safetensors and tokenizer.
         target: Directory to create.
         dtype: ``"float32"`` or ``"bfloat16"``; None keeps what the source has.
+        origin: What provenance.json says of the source; None: its path.
 
     Raises:
         ValueError: The source is incomplete, inconsistent, unsupported, or the target exists.
     """
-    with complete_directory(target) as partial:
-        shape = read_config(read_json(source / "config.json"))
-        weights = HuggingFaceWeights(source)
-        weights.check(shape)
-        check_tokenizer(source, shape)
-        storage = DTYPES[dtype or weights.dtype()]
+    shape = read_config(read_json(source / "config.json"))
+    weights = HuggingFaceWeights(source)
+    weights.check(shape)
+    check_tokenizer(source, shape)
+    storage = DTYPES[dtype or weights.dtype()]
+    with complete_directory(target, size_of(shape, storage)) as partial:
         write_megatron_weights(partial / "release", weights.read, shape, storage)
         copy_companions(source, partial / HUGGINGFACE)
         line = shlex.join(checkpoint_flags(shape, target.resolve() / HUGGINGFACE))
         (partial / FLAGS).write_text(line + "\n")
+        write_provenance(partial, origin or str(source.resolve()))
         (partial / TRACKER).write_text("release")
 
 
@@ -165,49 +148,22 @@ def to_huggingface(
     Raises:
         ValueError: The source is incomplete or does not match, or the target exists.
     """
-    with complete_directory(target) as partial:
-        directory = iteration_directory(source, iteration)
-        companions = companions or companion_directory(source, iteration)
-        config = read_json(companions / "config.json")
-        shape = read_config(config)
-        weights = MegatronWeights(directory)
-        weights.check(shape)
-        storage = DTYPES[dtype] if dtype else weights.dtype(shape)
+    directory = iteration_directory(source, iteration)
+    companions = companions or companion_directory(source, iteration)
+    shape = read_config(read_json(companions / "config.json"))
+    weights = MegatronWeights(directory)
+    weights.check(shape)
+    storage = DTYPES[dtype] if dtype else weights.dtype(shape)
 
-        def read(weight: Weight, layer: int) -> torch.Tensor:
-            return weights.read(weight, layer, shape)
+    def read(weight: Weight, place: Place) -> torch.Tensor:
+        return weights.read(weight, place, shape)
 
+    with complete_directory(target, size_of(shape, storage)) as partial:
         write_huggingface_weights(partial, read, shape, storage, shard_bytes)
-        copy_companions(companions, partial)
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = str(storage).removeprefix("torch.")
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def verify(huggingface: Path, megatron: Path) -> float:
-    """Largest difference of logits between the two forms of a model on a sample text.
-
-    Each form is run by its own process in float32, Megatron through its own command line and
-    ``load_checkpoint``. Where ``--dtype`` rounded the weights, the rounding is part of the result.
-    """
-    script = Path(__file__).with_name("checkpoint_logits.py")
-    with tempfile.TemporaryDirectory(prefix="verify-") as directory:
-        files = {side: Path(directory) / f"{side}.pt" for side in ("huggingface", "megatron")}
-        for side, model in (("huggingface", huggingface), ("megatron", megatron)):
-            command = [sys.executable, script, side, "--text", VERIFY_TEXT]
-            command += ["--output", files[side], "--companions", companion_directory(megatron)]
-            quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
-            subprocess.run(
-                [*map(str, command), str(model)], check=True, stdout=subprocess.DEVNULL, env=quiet
-            )
-        ours, theirs = (torch.load(file, weights_only=True) for file in files.values())
-    difference = (ours - theirs).abs().max().item()
-    agreement = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
-    print(
-        f"logits of {ours.shape[-2]} tokens: largest difference {difference:.3g}, "
-        f"largest logit {ours.abs().max().item():.3g}, same argmax {agreement:.1%}"
-    )
-    return difference
+        write_configuration(companions, partial, str(storage).removeprefix("torch."))
+        write_provenance(
+            partial, str(source.resolve()), directory.name, training_arguments(directory)
+        )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -226,7 +182,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--target", required=True, type=Path)
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
     command.add_argument("--print-flags", action="store_true", help="print the Megatron flags")
-    command.add_argument("--verify", action="store_true", help="compare logits afterwards")
+    _add_shared_arguments(command)
 
     command = commands.add_parser("to-huggingface", help="Megatron to Hugging Face")
     command.add_argument("--source", required=True, type=Path)
@@ -236,34 +192,69 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tokenizer", type=Path, help="Hugging Face directory with config.json and tokenizer"
     )
     command.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's")
+    _add_shared_arguments(command)
 
     command = commands.add_parser("flags", help="print the Megatron flags of a checkpoint")
     command.add_argument("source", type=Path)
     return parser.parse_args(argv)
 
 
+def _add_shared_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--verify",
+        action="store_true",
+        help="run both forms on a text afterwards, compare logits and perplexity",
+    )
+    command.add_argument(
+        "--verify-text", type=Path, help="file with the text; default: a built-in sentence"
+    )
+    command.add_argument(
+        "--backend",
+        choices=("own", "megatron-bridge"),
+        default="own",
+        help="megatron-bridge hands over to NVIDIA's Megatron-Bridge, for other families",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run one command."""
+    if arguments.command == "flags":
+        print(flags_of(arguments.source))
+    elif arguments.backend == "megatron-bridge":
+        megatron_bridge_backend.run(arguments)
+    elif arguments.command == "to-megatron":
+        text = read_text(arguments.verify_text)
+        with huggingface_directory(arguments.source) as source:
+            origin = None if Path(arguments.source).is_dir() else arguments.source
+            to_megatron(source, arguments.target, arguments.dtype, origin)
+            if arguments.verify:
+                print(verify(source, arguments.target, arguments.target / HUGGINGFACE, text))
+        if arguments.print_flags:
+            print(flags_of(arguments.target))
+    else:
+        text = read_text(arguments.verify_text)
+        to_huggingface(
+            arguments.source,
+            arguments.target,
+            arguments.iteration,
+            arguments.tokenizer,
+            arguments.dtype,
+        )
+        if arguments.verify:
+            iteration = arguments.iteration
+            print(verify(arguments.target, arguments.source, arguments.target, text, iteration))
+
+
+def read_text(file: Path | None) -> str:
+    """The text of ``--verify``."""
+    return VERIFY_TEXT if file is None else file.read_text(encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; bad input ends it with one sentence."""
-    arguments = parse(argv)
     try:
-        if arguments.command == "to-megatron":
-            with huggingface_directory(arguments.source) as source:
-                to_megatron(source, arguments.target, arguments.dtype)
-                if arguments.verify:
-                    verify(source, arguments.target)
-            if arguments.print_flags:
-                print(flags_of(arguments.target))
-        elif arguments.command == "to-huggingface":
-            to_huggingface(
-                arguments.source,
-                arguments.target,
-                arguments.iteration,
-                arguments.tokenizer,
-                arguments.dtype,
-            )
-        else:
-            print(flags_of(arguments.source))
-    except (ValueError, subprocess.CalledProcessError) as error:
+        run(parse(argv))
+    except (ValueError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
 
 

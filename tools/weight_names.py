@@ -4,17 +4,22 @@ Each row of a family's table pairs one tensor of a Megatron checkpoint with the 
 that it is made of. Both directions of ``convert_checkpoint.py`` walk the same rows, so whatever is
 packed here is also unpacked here. Nothing in this module reads or writes a file.
 
-Megatron keys are those of a ``torch_dist`` checkpoint (``GPTModel.sharded_state_dict``), which are
-the same for the local and the Transformer Engine layer specification. The tensors of all layers are
-stacked under one key, ``[layers, ...]``; a row describes one layer of the stack.
+Megatron keys are those of a ``torch_dist`` checkpoint (``GPTModel.sharded_state_dict``). The local
+and the Transformer Engine layer specification, grouped and sequential experts have the same, but
+for the norm before experts (see ``Weight.alias``). The tensors of all layers are stacked under one
+key, ``[layers, ...]``, those of experts ``[layers, experts, ...]``; a row is one place of the
+stack.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+
+# Where a tensor is in its stack: (), (layer,) or (layer, expert).
+Place = tuple[int, ...]
 
 LAYER = "model.layers.{layer}."
 
@@ -36,6 +41,10 @@ class ModelShape:
     norm_epsilon: float
     rotary_base: int
     rotary_scaling: bool
+    experts: int = 0
+    expert_ffn: int = 0
+    experts_per_token: int = 0
+    normalised_routing: bool = True
 
     @property
     def padded_vocabulary(self) -> int:
@@ -56,6 +65,8 @@ class ModelShape:
             "query": self.heads * self.head,
             "key": self.groups * self.head,
             "head": self.head,
+            "experts": self.experts,
+            "expert_ffn": self.expert_ffn,
         }[dimension]
 
 
@@ -105,35 +116,49 @@ class Weight:
 
     Attributes:
         megatron: Key in the Megatron checkpoint.
-        parts: Hugging Face names, ``{layer}`` standing for the layer's number, each with the names
-            of its dimensions (see ``ModelShape.size``), slowest first.
+        parts: Hugging Face names, ``{layer}`` and ``{expert}`` standing for numbers, each with the
+            names of its dimensions (see ``ModelShape.size``), slowest first.
         packing: How the parts make up the Megatron tensor.
+        alias: Second key in the Megatron checkpoint, where the local and the Transformer Engine
+            specification differ; both are written, either is read.
     """
 
     megatron: str
     parts: tuple[tuple[str, str], ...]
     packing: Packing = STACKED
+    alias: str | None = None
 
     @property
-    def per_layer(self) -> bool:
-        """Whether the tensor exists once for each layer."""
-        return self.megatron.startswith("decoder.layers.")
+    def keys(self) -> tuple[str, ...]:
+        """All keys in the Megatron checkpoint."""
+        return (self.megatron,) if self.alias is None else (self.megatron, self.alias)
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether the tensor exists once for each expert of each layer."""
+        return ".experts.experts." in self.megatron
+
+    def stack(self, shape: ModelShape) -> tuple[int, ...]:
+        """How many layers, and experts in each, have the tensor; () where there is one."""
+        layers = (shape.layers,) if self.megatron.startswith("decoder.layers.") else ()
+        return (*layers, shape.experts) if self.per_expert else layers
 
     @property
     def per_vocabulary(self) -> bool:
         """Whether the first axis is the vocabulary, which Megatron pads."""
         return self.parts[0][1].startswith("vocabulary")
 
-    def names(self, layer: int) -> list[str]:
-        """Hugging Face names of the parts in ``layer``."""
-        return [name.format(layer=layer) for name, _ in self.parts]
+    def names(self, place: Place) -> list[str]:
+        """Hugging Face names of the parts at ``place``."""
+        numbers = dict(zip(("layer", "expert"), place, strict=False))
+        return [name.format(**numbers) for name, _ in self.parts]
 
     def part_shapes(self, shape: ModelShape) -> list[tuple[int, ...]]:
         """Shapes of the Hugging Face parts."""
         return [tuple(map(shape.size, dimensions.split())) for _, dimensions in self.parts]
 
     def megatron_shape(self, shape: ModelShape) -> tuple[int, ...]:
-        """Shape of the packed tensor of one layer, the vocabulary not padded."""
+        """Shape of the packed tensor at one place, the vocabulary not padded."""
         parts = self.part_shapes(shape)
         return (sum(part[0] for part in parts), *parts[0][1:])
 
@@ -212,6 +237,34 @@ GATED_MLP = (
 )
 
 
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
+    """The rows of a router and its experts, which replace the MLP."""
+    expert = LAYER + block + ".experts.{expert}."
+    return (
+        Weight(
+            "decoder.layers.pre_mlp_layernorm.weight",
+            ((LAYER + "post_attention_layernorm.weight", "hidden"),),
+            # What the local specification calls it, as if experts were one MLP.
+            alias="decoder.layers.mlp.linear_fc1.layer_norm_weight",
+        ),
+        Weight(
+            "decoder.layers.mlp.router.weight",
+            ((LAYER + block + ".gate.weight", "experts hidden"),),
+        ),
+        Weight(
+            "decoder.layers.mlp.experts.experts.linear_fc1.weight",
+            (
+                (f"{expert}{gate}.weight", "expert_ffn hidden"),
+                (f"{expert}{up}.weight", "expert_ffn hidden"),
+            ),
+        ),
+        Weight(
+            "decoder.layers.mlp.experts.experts.linear_fc2.weight",
+            ((f"{expert}{down}.weight", "hidden expert_ffn"),),
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """One Hugging Face ``model_type``: its table, its extra Megatron flags, what it cannot have.
@@ -219,38 +272,87 @@ class Family:
     Attributes:
         weights: Rows, without ``lm_head`` (see ``weights_of``).
         flags: Megatron flags beyond those that all families share.
-        stateful: Megatron modules that keep an ``_extra_state`` object in a checkpoint, for each
-            layer; empty here, but Megatron refuses a checkpoint without them.
+        stateful: Megatron modules that keep an ``_extra_state`` object in a checkpoint, at each
+            place; empty here, but Megatron refuses a checkpoint without them.
         refused: Configuration switches that must be off.
+        window_switch: Configuration switch without which ``sliding_window`` has no effect.
+        defaults: What transformers takes where ``config.json`` is silent, if it differs between
+            families.
     """
 
     weights: tuple[Weight, ...]
     flags: tuple[str, ...] = ()
     stateful: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    window_switch: str | None = None
+    defaults: Mapping[str, object] = field(default_factory=dict)
 
 
-LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj")
-LINEARS += ("mlp.linear_fc1", "mlp.linear_fc2")
+ATTENTION_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj")
+LINEARS = (*ATTENTION_LINEARS, "mlp.linear_fc1", "mlp.linear_fc2")
+EXPERT_MODULES = (
+    *ATTENTION_LINEARS,
+    "pre_mlp_layernorm",
+    "mlp.experts.experts.linear_fc1",
+    "mlp.experts.experts.linear_fc2",
+)
+STATEFUL_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 FAMILIES: Mapping[str, Family] = {
+    # SmolLM2 and R1-Distill-Llama are of this model_type.
     "llama": Family(
         weights=(EMBEDDING, *ATTENTION, *GATED_MLP, FINAL_NORM),
         stateful=LINEARS,
         refused=("attention_bias", "mlp_bias"),
     ),
+    "mistral": Family(
+        weights=(EMBEDDING, *ATTENTION, *GATED_MLP, FINAL_NORM),
+        stateful=LINEARS,
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "mixtral": Family(
+        weights=(
+            EMBEDDING,
+            *ATTENTION,
+            *_experts("block_sparse_moe", "w1", "w3", "w2"),
+            FINAL_NORM,
+        ),
+        stateful=EXPERT_MODULES,
+        defaults={"num_key_value_heads": 8, "rope_theta": 1e6},
+    ),
+    # Qwen2.5 and R1-Distill-Qwen are of this model_type.
     "qwen2": Family(
         weights=(EMBEDDING, *ATTENTION, *QKV_BIAS, *GATED_MLP, FINAL_NORM),
         flags=("--add-qkv-bias",),
         stateful=LINEARS,
-        refused=("use_sliding_window",),
+        window_switch="use_sliding_window",
     ),
     "qwen3": Family(
         weights=(EMBEDDING, *ATTENTION, *QUERY_KEY_NORMS, *GATED_MLP, FINAL_NORM),
         flags=("--qk-layernorm",),
-        stateful=(*LINEARS, "self_attention.q_layernorm", "self_attention.k_layernorm"),
-        refused=("attention_bias", "use_sliding_window"),
+        stateful=(*LINEARS, *STATEFUL_NORMS),
+        refused=("attention_bias",),
+        window_switch="use_sliding_window",
     ),
+    "qwen3_moe": Family(
+        weights=(
+            EMBEDDING,
+            *ATTENTION,
+            *QUERY_KEY_NORMS,
+            *_experts("mlp", "gate_proj", "up_proj", "down_proj"),
+            FINAL_NORM,
+        ),
+        flags=("--qk-layernorm",),
+        stateful=(*EXPERT_MODULES, *STATEFUL_NORMS),
+        refused=("attention_bias", "mlp_only_layers"),
+        window_switch="use_sliding_window",
+    ),
+}
+
+# Why a family that people ask for has no table.
+WITHOUT_TABLE: Mapping[str, str] = {
+    "olmo2": "it normalises the output of attention and of the MLP, and Megatron's GPT layer has "
+    "norms before them only",
 }
 
 
@@ -260,12 +362,15 @@ def weights_of(shape: ModelShape) -> tuple[Weight, ...]:
     return rows if shape.tied else (*rows, OUTPUT)
 
 
-def rows_of(shape: ModelShape) -> Iterator[tuple[Weight, int]]:
-    """Every row of the model with every layer that has it, layer by layer; 0 where there is one."""
+def rows_of(shape: ModelShape) -> Iterator[tuple[Weight, Place]]:
+    """Every row of the model with every place that has it, layer by layer."""
     for layer in range(shape.layers):
         for weight in weights_of(shape):
-            if weight.per_layer or layer == 0:
-                yield weight, layer
+            stack = weight.stack(shape)
+            if stack:
+                yield from ((weight, (layer, *rest)) for rest in np.ndindex(stack[1:]))
+            elif layer == 0:
+                yield weight, ()
 
 
 def summary(problems: Sequence[str], limit: int = 6) -> str:
@@ -273,119 +378,3 @@ def summary(problems: Sequence[str], limit: int = 6) -> str:
     problems = list(dict.fromkeys(problems))
     more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
     return "; ".join(problems[:limit]) + more
-
-
-def read_config(config: Mapping[str, Any]) -> ModelShape:
-    """The shape of the model that a Hugging Face ``config.json`` describes.
-
-    Raises:
-        ValueError: The family, or a switch of the configuration, has no Megatron form here.
-    """
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type {model_type!r} of config.json is not supported; "
-            f"supported families: {', '.join(sorted(FAMILIES))}."
-        )
-    for switch in FAMILIES[model_type].refused:
-        if config.get(switch):
-            raise ValueError(
-                f"config.json sets {switch}={config[switch]!r}, which has no Megatron form for "
-                f"the family {model_type}; convert a model without it."
-            )
-    if config.get("quantization_config"):
-        raise ValueError(
-            "config.json describes quantized weights (quantization_config); "
-            "dequantise the model and save it as safetensors first."
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(
-            f"config.json sets hidden_act={config['hidden_act']!r}; only 'silu' is supported."
-        )
-    rotary_base, rotary_scaling = _rotary(config)
-    try:
-        heads = config["num_attention_heads"]
-        return ModelShape(
-            family=model_type,
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            ffn=config["intermediate_size"],
-            heads=heads,
-            groups=config.get("num_key_value_heads") or heads,
-            head=config.get("head_dim") or config["hidden_size"] // heads,
-            vocabulary=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
-            maximum_positions=config["max_position_embeddings"],
-            norm_epsilon=config["rms_norm_eps"],
-            rotary_base=rotary_base,
-            rotary_scaling=rotary_scaling,
-        )
-    except KeyError as error:
-        raise ValueError(f"config.json lacks {error.args[0]!r}; is it complete?") from error
-
-
-# Llama 3.1's rotary scaling as Megatron has it. All four are constants there: even
-# --rope-scaling-factor does not reach the model (gpt_config_from_args drops it in 0.19).
-LLAMA3_SCALING = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-def _rotary(config: Mapping[str, Any]) -> tuple[int, bool]:
-    """Rotary base, and whether Llama 3.1's scaling is on; transformers 4 and 5 differ here."""
-    rope = {"rope_theta": config.get("rope_theta", 10000.0)}
-    rope |= config.get("rope_scaling") or {}
-    rope |= config.get("rope_parameters") or {}
-    base = rope["rope_theta"]
-    if base != int(base):
-        raise ValueError(f"config.json sets rope_theta={base!r}; Megatron needs a whole number.")
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise ValueError(
-            f"config.json sets partial_rotary_factor={partial!r}; only 1.0 is supported."
-        )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return int(base), False
-    if kind == "llama3" and all(rope.get(key) == value for key, value in LLAMA3_SCALING.items()):
-        return int(base), True
-    raise ValueError(
-        f"config.json sets rotary scaling {rope!r}; Megatron has 'default' and 'llama3' with "
-        f"{LLAMA3_SCALING} only."
-    )
-
-
-def megatron_flags(shape: ModelShape) -> list[str]:
-    """The Megatron command-line flags that build exactly this model, at any parallel layout.
-
-    Precision, parallel layout and the tokenizer are not part of it.
-    """
-    flags: dict[str, Any] = {
-        "--num-layers": shape.layers,
-        "--hidden-size": shape.hidden,
-        "--ffn-hidden-size": shape.ffn,
-        "--num-attention-heads": shape.heads,
-        "--group-query-attention": None,
-        "--num-query-groups": shape.groups,
-        "--kv-channels": shape.head,
-        "--max-position-embeddings": shape.maximum_positions,
-        "--position-embedding-type": "rope",
-        "--rotary-base": shape.rotary_base,
-        "--normalization": "RMSNorm",
-        "--norm-epsilon": shape.norm_epsilon,
-        "--swiglu": None,
-        "--disable-bias-linear": None,
-        "--attention-dropout": 0.0,
-        "--hidden-dropout": 0.0,
-        "--vocab-size": shape.vocabulary,
-        "--padded-vocab-size": shape.padded_vocabulary,
-    }
-    if shape.rotary_scaling:
-        flags["--use-rope-scaling"] = None
-    if not shape.tied:
-        flags["--untie-embeddings-and-output-weights"] = None
-    words = [str(word) for flag in flags.items() for word in flag if word is not None]
-    return [*words, *FAMILIES[shape.family].flags]

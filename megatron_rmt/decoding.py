@@ -1,0 +1,276 @@
+"""Attention while rollouts are generated: plans over keys and values that are stored for one step.
+
+The trunk is stored once and read by every rollout; what a rollout has of its own, its stem and its
+branch, is its tail. ``TrunkPlan`` reads trunks, ``StemPlan`` starts the tails, ``DecodePlan`` adds
+one token to each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rmt.attention import Plan, TreePlan
+
+
+class KeyValueStore:
+    """Keys and values of the trunks of one rank for one step of rollouts, per layer.
+
+    ``[kv heads, trunk tokens, dim]``, stored once and read by every rollout. Keys are rotated when
+    they are written.
+    """
+
+    def __init__(self, trunk_tokens: int) -> None:
+        self.trunk_tokens = trunk_tokens
+        self.trunk: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write_trunk(self, layer: int, first: int, key: Tensor, value: Tensor) -> None:
+        """Store ``[tokens, kv heads, dim]`` at trunk row ``first``."""
+        if layer not in self.trunk:
+            shape = (key.shape[1], self.trunk_tokens, key.shape[2])
+            self.trunk[layer] = (key.new_empty(shape), value.new_empty(shape))
+        for stored, new in zip(self.trunk[layer], (key, value), strict=True):
+            stored[:, first : first + new.shape[0]] = new.transpose(0, 1)
+
+
+class Tails:
+    """What each rollout of a batch has after the trunk, its stem and its branch, per layer.
+
+    Keys (rotated) and values ``[rollouts, kv heads, capacity, dim]``.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def start(self, layer: int, key: Tensor, value: Tensor, group: int) -> None:
+        """``group`` tails per position, each begun with ``[positions, stem, kv heads, dim]``."""
+        tails = []
+        for new in (key, value):
+            positions, length, heads, width = new.shape
+            tail = new.new_empty(positions * group, heads, self.capacity, width)
+            tail[:, :, :length] = new.transpose(1, 2).repeat_interleave(group, dim=0)
+            tails.append(tail)
+        self.stored[layer] = (tails[0], tails[1])
+
+    def write(self, layer: int, column: int, key: Tensor, value: Tensor) -> None:
+        """Store one token per rollout, ``[rollouts, kv heads, dim]``, at ``column``."""
+        for tail, new in zip(self.stored[layer], (key, value), strict=True):
+            tail[:, :, column] = new
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every tail but ``rows`` (int64 indices): finished rollouts leave the batch."""
+        for layer, (key, value) in self.stored.items():
+            self.stored[layer] = (key.index_select(0, rows), value.index_select(0, rows))
+
+
+@dataclass
+class TrunkPlan(TreePlan):
+    """Prefill of a micro-batch's trunks: documents attend causally, keys and values are kept.
+
+    first_row: where this micro-batch's trunk starts in the store.
+    """
+
+    store: KeyValueStore | None = None
+    first_row: int = 0
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self.store.write_trunk(layer, self.first_row, key, value)
+        return super().attend(layer, query, key, value, scale)
+
+
+@dataclass(frozen=True)
+class TrunkGroup:
+    """Rows ``[first, limit)`` of a batch, which all read trunk rows ``[trunk_first, trunk_limit)``.
+
+    bias: ``[rows, trunk rows]`` fp32, 0 where a row sees the trunk's row, else -inf.
+    """
+
+    first: int
+    limit: int
+    trunk_first: int
+    trunk_limit: int
+    bias: Tensor
+
+
+def trunk_groups(
+    visible: Sequence[tuple[int, int]], samples: Sequence[int], device: torch.device | None = None
+) -> list[TrunkGroup]:
+    """The groups of a batch: neighbouring rows of one sample share a pass over its trunk.
+
+    visible: of each row of the batch, the ``(first, limit)`` rows of the stored trunk that it sees.
+    samples: the sample that each row belongs to.
+    """
+    first, limit = torch.tensor(visible).view(-1, 2).unbind(1)
+    _, counts = torch.tensor(samples).unique_consecutive(return_counts=True)
+    groups, start = [], 0
+    for count in counts.tolist():
+        own = slice(start, start + count)
+        trunk_first, trunk_limit = int(first[own].min()), int(limit[own].max())
+        rows = torch.arange(trunk_first, trunk_limit)
+        seen = (rows >= first[own, None]) & (rows < limit[own, None])
+        bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(device)
+        groups.append(TrunkGroup(start, start + count, trunk_first, trunk_limit, bias))
+        start += count
+    return groups
+
+
+@dataclass
+class StoredTrunkPlan(Plan):
+    """Rows that each see a part of the stored trunk and a tail of their own.
+
+    groups: which trunk rows each row of the batch sees.
+    """
+
+    store: KeyValueStore | None = None
+    tails: Tails | None = None
+    groups: Sequence[TrunkGroup] = ()
+
+    def __post_init__(self) -> None:
+        self._biases: list[Tensor] = []
+
+    def _attend_trunk_and_tail(
+        self,
+        layer: int,
+        query: Tensor,
+        tail: tuple[Tensor, Tensor],
+        tail_bias: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Attention of ``query`` ``[rows, kv heads, queries, dim]``, and in that shape.
+
+        Query heads that share a key head are queries side by side, so that keys are read once and
+        not copied. tail: keys and values ``[rows, kv heads, length, dim]``. tail_bias:
+        ``[queries, length]`` fp32; None: all of the tail is seen.
+        """
+        queries = query.shape[2]
+        if not self._biases:
+            # The same in every layer.
+            self._biases = [
+                group.bias.to(query.dtype).repeat_interleave(queries, dim=0)
+                for group in self.groups
+            ]
+        one_pass = _one_pass_attention if query.device.type == "cpu" else _scores_attention
+        outputs = []
+        for group, bias in zip(self.groups, self._biases, strict=True):
+            rows = slice(group.first, group.limit)
+            trunk = tuple(
+                stored[:, group.trunk_first : group.trunk_limit]
+                for stored in self.store.trunk[layer]
+            )
+            own = tuple(stored[rows] for stored in tail)
+            outputs.append(one_pass(query[rows], trunk, bias, own, tail_bias, scale))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _one_pass_attention(
+    query: Tensor,
+    trunk: tuple[Tensor, Tensor],
+    trunk_bias: Tensor,
+    tail: tuple[Tensor, Tensor],
+    tail_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Attention over trunk and tail apart, by torch's fused kernel for CPUs, weighed together.
+
+    Each part's output is weighed by its share exp(l) of the denominator, where l is the logarithm
+    of the sum of exponentials that the kernel returns beside the output.
+    """
+    rows, kv_heads, queries, width = query.shape
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if tail_bias is not None:
+        tail_bias = tail_bias.to(query.dtype)[None, None]
+    on_tail, tail_sum = attend(query, *tail, attn_mask=tail_bias, scale=scale)
+    by_head = query.transpose(0, 1).reshape(1, kv_heads, rows * queries, width)
+    on_trunk, trunk_sum = attend(
+        by_head, *(part[None] for part in trunk), attn_mask=trunk_bias[None, None], scale=scale
+    )
+    on_trunk = on_trunk.view(kv_heads, rows, queries, width).transpose(0, 1)
+    trunk_sum = trunk_sum.view(kv_heads, rows, queries).transpose(0, 1)
+    share = (trunk_sum - tail_sum).sigmoid()[..., None].to(query.dtype)
+    return torch.lerp(on_tail, on_trunk, share)
+
+
+def _scores_attention(
+    query: Tensor,
+    trunk: tuple[Tensor, Tensor],
+    trunk_bias: Tensor,
+    tail: tuple[Tensor, Tensor],
+    tail_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The same with the scores written out, fp32, for devices without that kernel."""
+    rows, kv_heads, queries, width = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query = query * scale
+    by_head = query.transpose(0, 1).reshape(kv_heads, rows * queries, width)
+    on_trunk = torch.bmm(by_head, trunk[0].transpose(1, 2)).to(wide) + trunk_bias
+    on_tail = (query @ tail[0].transpose(2, 3)).to(wide)
+    if tail_bias is not None:
+        on_tail = on_tail + tail_bias
+    on_trunk = on_trunk.view(kv_heads, rows, queries, -1)
+    weights = torch.cat([on_trunk, on_tail.transpose(0, 1)], dim=-1).softmax(dim=-1)
+    from_trunk, from_tail = weights.to(query.dtype).split(
+        [on_trunk.shape[-1], on_tail.shape[-1]], dim=-1
+    )
+    read_trunk = torch.bmm(from_trunk.reshape(kv_heads, rows * queries, -1), trunk[1])
+    read_trunk = read_trunk.view(kv_heads, rows, queries, width).transpose(0, 1)
+    return read_trunk + from_tail.transpose(0, 1) @ tail[1]
+
+
+@dataclass
+class StemPlan(StoredTrunkPlan):
+    """Prefill of the stems, ``[positions * stem length]`` tokens, against the stored trunk.
+
+    The rows of ``groups`` are positions. group: rollouts that will share each stem.
+    """
+
+    group: int = 1
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        positions = self.groups[-1].limit
+        length, (kv_heads, width) = query.shape[0] // positions, key.shape[1:]
+        key, value = (x.view(positions, length, kv_heads, width) for x in (key, value))
+        self.tails.start(layer, key, value, self.group)
+        # [positions, kv heads, heads of a kv head * stem, dim]
+        query = query.view(positions, length, kv_heads, -1, width).permute(0, 2, 3, 1, 4)
+        repeats = query.shape[2]
+        causal = torch.full((length, length), -torch.inf, device=query.device).triu(1)
+        output = self._attend_trunk_and_tail(
+            layer,
+            query.flatten(2, 3),
+            (key.transpose(1, 2), value.transpose(1, 2)),
+            causal.repeat(repeats, 1),
+            scale,
+        )
+        output = output.view(positions, kv_heads, repeats, length, width).permute(0, 3, 1, 2, 4)
+        return output.reshape(positions * length, -1, width)
+
+
+@dataclass
+class DecodePlan(StoredTrunkPlan):
+    """One new token for each live rollout, ``[rollouts]`` tokens, all with equally long tails.
+
+    The rows of ``groups`` are rollouts. column: where this token's key and value go in the tails.
+    """
+
+    column: int = 0
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self.tails.write(layer, self.column, key, value)
+        rollouts, kv_heads, width = key.shape
+        key, value = (x[:, :, : self.column + 1] for x in self.tails.stored[layer])
+        query = query.view(rollouts, kv_heads, -1, width)
+        return self._attend_trunk_and_tail(layer, query, (key, value), None, scale).reshape(
+            rollouts, -1, width
+        )
+
+
+@dataclass
+class IdlePlan(Plan):
+    """No token at all, only padding: a rank that has nothing to do takes part in a pass of those
+    that share its experts."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return query

@@ -1,0 +1,131 @@
+"""Triton kernels of ``head_sweeps``: a chunk's scores are read once, and once more to be replaced.
+
+Imported only where the scores are on a GPU. Their arithmetic is tested against float64 under
+Triton's interpreter, on a CPU; their speed, and that they compile, is unverified on a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Columns that one program holds at a time.
+_STATISTICS_BLOCK = 4096
+_GRADIENT_BLOCK = 2048
+_WARPS = 8
+
+
+def statistics(scores: Tensor, targets: tuple[Tensor, Tensor] | None) -> Tensor:
+    """``head_sweeps.statistics`` for fp32 scores [rows, columns], both at least 1."""
+    rows, columns = scores.shape
+    result = scores.new_zeros(4, rows)
+    target_columns, held = targets or _no_targets(scores)
+    block = min(_STATISTICS_BLOCK, triton.next_power_of_2(columns))
+    _statistics[(rows,)](
+        scores,
+        scores.stride(0),
+        columns,
+        target_columns,
+        held,
+        result,
+        rows,
+        block=block,
+        num_warps=_WARPS,
+    )
+    return result
+
+
+def score_gradient_(
+    scores: Tensor,
+    log_normaliser: Tensor,
+    by_log_prob: Tensor,
+    entropy_part: tuple[Tensor, Tensor] | None,
+    targets: tuple[Tensor, Tensor],
+) -> Tensor:
+    """``head_sweeps.score_gradient_`` for fp32 scores [rows, columns], both at least 1."""
+    rows, columns = scores.shape
+    by_entropy, entropies = entropy_part or (by_log_prob, by_log_prob)
+    block = min(_GRADIENT_BLOCK, triton.next_power_of_2(columns))
+    _score_gradient[(rows, triton.cdiv(columns, block))](
+        scores,
+        scores.stride(0),
+        columns,
+        log_normaliser.contiguous(),
+        by_log_prob.contiguous(),
+        by_entropy.contiguous(),
+        entropies.contiguous(),
+        *(target.contiguous() for target in targets),
+        with_entropy=entropy_part is not None,
+        block=block,
+        num_warps=_WARPS,
+    )
+    return scores
+
+
+def _no_targets(scores: Tensor) -> tuple[Tensor, Tensor]:
+    columns = torch.zeros(scores.shape[0], dtype=torch.int64, device=scores.device)
+    return columns, columns.bool()
+
+
+@triton.jit
+def _statistics(scores, stride, columns, targets, held, result, rows, block: tl.constexpr):
+    """One program per row; ``result`` [4, rows]: m, Z, sum exp(z - m) (z - m), target's z."""
+    row = tl.program_id(0)
+    first = scores + row.to(tl.int64) * stride
+    lanes = tl.arange(0, block)
+    # The first block is apart, so that m is never infinite: 0 * inf would be NaN.
+    inside = lanes < columns
+    z = tl.load(first + lanes, mask=inside, other=-float("inf"))
+    maximum = tl.max(z, 0)
+    exponentials = tl.exp(z - maximum)
+    normaliser = tl.sum(exponentials, 0)
+    moment = tl.sum(tl.where(inside, exponentials * (z - maximum), 0.0), 0)
+    for start in range(block, columns, block):
+        inside = start + lanes < columns
+        z = tl.load(first + start + lanes, mask=inside, other=-float("inf"))
+        higher = tl.maximum(maximum, tl.max(z, 0))
+        shift = maximum - higher
+        shrunk = tl.exp(shift)
+        exponentials = tl.exp(z - higher)
+        moment = shrunk * (moment + normaliser * shift)
+        moment += tl.sum(tl.where(inside, exponentials * (z - higher), 0.0), 0)
+        normaliser = shrunk * normaliser + tl.sum(exponentials, 0)
+        maximum = higher
+    tl.store(result + row, maximum)
+    tl.store(result + rows + row, normaliser)
+    tl.store(result + 2 * rows + row, moment)
+    target = tl.load(targets + row)
+    is_held = tl.load(held + row) != 0
+    of_target = tl.load(first + target, mask=is_held, other=0.0)
+    tl.store(result + 3 * rows + row, of_target)
+
+
+@triton.jit
+def _score_gradient(
+    scores,
+    stride,
+    columns,
+    log_normaliser,
+    by_log_prob,
+    by_entropy,
+    entropies,
+    targets,
+    held,
+    with_entropy: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One program per row and block of columns; ``scores`` are replaced."""
+    row = tl.program_id(0)
+    lanes = tl.program_id(1) * block + tl.arange(0, block)
+    inside = lanes < columns
+    cells = scores + row.to(tl.int64) * stride + lanes
+    z = tl.load(cells, mask=inside, other=-float("inf"))
+    log_p = z - tl.load(log_normaliser + row)
+    weight = tl.load(by_log_prob + row)
+    at_target = (lanes == tl.load(targets + row)) & (tl.load(held + row) != 0)
+    factor = weight
+    if with_entropy:
+        of_entropy = tl.load(by_entropy + row)
+        factor += of_entropy * (log_p + tl.load(entropies + row))
+    gradient = tl.where(at_target, weight, 0.0) - tl.exp(log_p) * factor
+    tl.store(cells, gradient, mask=inside)

@@ -1,0 +1,446 @@
+"""Bad input to ``tools/convert_checkpoint.py``: one sentence each, and nothing left behind."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.tiny_checkpoints import TOOLS, tensors
+
+sys.path.insert(0, str(TOOLS))
+
+import convert_checkpoint
+
+Spoil = Callable[[Path], object]
+
+
+def files_below(directory: Path) -> dict[str, int]:
+    return {str(p.relative_to(directory)): p.lstat().st_size for p in directory.rglob("*")}
+
+
+def refuse(directory: Path, sentence: str, *words: str | Path) -> None:
+    """The command ends with one sentence that matches; ``directory`` stays as it was."""
+    before = files_below(directory)
+    with pytest.raises(SystemExit, match=sentence) as caught:
+        convert_checkpoint.main(list(map(str, words)))
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert files_below(directory) == before
+
+
+@pytest.fixture
+def source(tiny_checkpoints: Path, tmp_path: Path) -> Path:
+    """A copy of a model, to be spoiled."""
+    return Path(shutil.copytree(tiny_checkpoints / "llama", tmp_path / "source"))
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("megatron") / "llama"
+    convert_checkpoint.to_megatron(tiny_checkpoints / "llama", target)
+    return target
+
+
+def edit_json(name: str, **changes: object) -> Spoil:
+    """Change keys of a JSON file; ``...`` removes one."""
+
+    def spoil(directory: Path) -> None:
+        content = json.loads((directory / name).read_text()) | changes
+        kept = {key: value for key, value in content.items() if value is not ...}
+        (directory / name).write_text(json.dumps(kept))
+
+    return spoil
+
+
+def config(**changes: object) -> Spoil:
+    return edit_json("config.json", **changes)
+
+
+def edit_tensors(**changes: torch.Tensor | None) -> Spoil:
+    """Replace tensors; None removes one."""
+
+    def spoil(directory: Path) -> None:
+        edited = tensors(directory) | {n.replace("__", "."): v for n, v in changes.items()}
+        kept = {name: value for name, value in edited.items() if value is not None}
+        save_file(kept, directory / "model.safetensors")
+
+    return spoil
+
+
+def edit_bytes(name: str, edit: Callable[[bytes], bytes]) -> Spoil:
+    return lambda directory: (directory / name).write_bytes(edit((directory / name).read_bytes()))
+
+
+def cast_all(dtype: torch.dtype) -> Spoil:
+    return lambda directory: save_file(
+        {name: value.to(dtype) for name, value in tensors(directory).items()},
+        directory / "model.safetensors",
+    )
+
+
+def write(name: str, text: str) -> Spoil:
+    return lambda directory: (directory / name).write_text(text)
+
+
+def remove(*names: str) -> Spoil:
+    return lambda directory: [(directory / name).unlink() for name in names]
+
+
+def shards(spoil: Spoil) -> Spoil:
+    """Two files and an index instead of one file, then ``spoil``."""
+
+    def split(directory: Path) -> None:
+        found = tensors(directory)
+        names = sorted(found)
+        weight_map = {}
+        for number, part in enumerate((names[::2], names[1::2]), 1):
+            file = f"model-{number:05d}-of-00002.safetensors"
+            save_file({name: found[name] for name in part}, directory / file)
+            weight_map |= dict.fromkeys(part, file)
+        (directory / "model.safetensors").unlink()
+        index = {"metadata": {}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        spoil(directory)
+
+    return split
+
+
+def pickled(spoil: Spoil) -> Spoil:
+    """``pytorch_model.bin`` instead of safetensors, then ``spoil``."""
+
+    def pickle_weights(directory: Path) -> None:
+        torch.save(tensors(directory), directory / "pytorch_model.bin")
+        (directory / "model.safetensors").unlink()
+        spoil(directory)
+
+    return pickle_weights
+
+
+class _TouchesAFile:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def plant_code(directory: Path) -> None:
+    content = {"x": _TouchesAFile(directory.parent / "ran")}
+    torch.save(content, directory / "pytorch_model.bin")
+
+
+def copy_shard(directory: Path) -> None:
+    """The second file holds the tensors of the first as well."""
+    found = tensors(directory)
+    save_file(found, directory / "model-00002-of-00002.safetensors")
+
+
+ONE = "model.safetensors"
+SECOND = "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+NORM = "model__norm__weight"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
+    # Files.
+    "half a file": (edit_bytes(ONE, lambda b: b[: len(b) // 2]), "not a complete safetensors"),
+    "last byte missing": (edit_bytes(ONE, lambda b: b[:-1]), "not a complete safetensors"),
+    "header cut": (edit_bytes(ONE, lambda b: b[:4]), "not a complete safetensors"),
+    "empty file": (edit_bytes(ONE, lambda b: b""), "not a complete safetensors"),
+    "garbage": (edit_bytes(ONE, lambda b: b"\xff" * 64 + b[64:]), "not a complete safetensors"),
+    "no weights": (remove(ONE), "holds no weights"),
+    "shard missing": (shards(remove(SECOND)), f"{SECOND} is missing, but .*index.json names it"),
+    "shard cut": (shards(edit_bytes(SECOND, lambda b: b[:-9])), f"{SECOND} is not a complete"),
+    "shards overlap": (shards(copy_shard), "is in both model-00001-of-00002"),
+    "index not JSON": (shards(write(INDEX, "{")), "index.json is not valid JSON"),
+    "index empty": (shards(write(INDEX, "{}")), "has no weight_map"),
+    "index leads elsewhere": (
+        shards(edit_json(INDEX, weight_map={"a": "../stolen.safetensors"})),
+        "names '../stolen.safetensors', which is not a file beside it",
+    ),
+    "pickle runs code": (pickled(plant_code), "cannot be read as plain weights without running"),
+    "pickle cut": (
+        pickled(edit_bytes("pytorch_model.bin", lambda b: b[: len(b) // 2])),
+        "cannot be read as plain weights",
+    ),
+    "pickle of no model": (
+        pickled(lambda d: torch.save([1, 2], d / "pytorch_model.bin")),
+        "does not hold a model's tensors",
+    ),
+    "old pickle": (
+        pickled(lambda d: (d / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))),
+        "cannot be read as plain weights",
+    ),
+    # Tensors.
+    "tensor missing": (edit_tensors(**{NORM: None}), r"model\.norm\.weight is missing"),
+    "tensor extra": (edit_tensors(model__more=torch.ones(1)), r"model\.more is unexpected"),
+    "tensor of a third layer": (
+        edit_tensors(model__layers__2__input_layernorm__weight=torch.ones(32)),
+        r"model\.layers\.2\.input_layernorm\.weight is unexpected",
+    ),
+    "wrong shape": (edit_tensors(**{NORM: torch.ones(31)}), r"has shape \[31\], not \[32\]"),
+    "transposed": (
+        edit_tensors(model__layers__0__mlp__up_proj__weight=torch.ones(32, 48)),
+        r"up_proj\.weight has shape \[32, 48\], not \[48, 32\]",
+    ),
+    "bias of another family": (
+        edit_tensors(model__layers__0__self_attn__q_proj__bias=torch.ones(32)),
+        r"q_proj\.bias is unexpected",
+    ),
+    "integers": (cast_all(torch.int8), "is stored as I8, not as float32"),
+    "8-bit floats": (cast_all(torch.float8_e4m3fn), "is stored as F8_E4M3"),
+    "double precision": (cast_all(torch.float64), "is stored as F64"),
+    "float16": (cast_all(torch.float16), "stored as float16; choose --dtype"),
+    "mixed": (
+        edit_tensors(**{NORM: torch.ones(32, dtype=torch.bfloat16)}),
+        "stored as bfloat16/float32; choose --dtype",
+    ),
+    # Configuration.
+    "no configuration": (remove("config.json"), "config.json is missing"),
+    "configuration not JSON": (write("config.json", "{,}"), "config.json is not valid JSON"),
+    "configuration a list": (write("config.json", "[]"), "holds no JSON object"),
+    "key missing": (config(rms_norm_eps=...), "lacks 'rms_norm_eps'"),
+    "word for a number": (config(hidden_size="wide"), "hidden_size='wide'; it must be a pos"),
+    "no layers": (config(num_hidden_layers=0), "num_hidden_layers=0; it must be a positive"),
+    "half a layer": (config(num_hidden_layers=1.5), "num_hidden_layers=1.5; it must be a whole"),
+    "heads and groups": (config(num_key_value_heads=3), "must be a multiple of the second"),
+    "odd heads": (config(head_dim=7), "heads of size 7"),
+    "no family": (config(model_type=...), "model_type None .* supported families: llama, mistral"),
+    "unknown family": (config(model_type="gpt2"), "'gpt2' .* megatron-bridge may know others"),
+    "OLMo-2": (config(model_type="olmo2"), "'olmo2' .* normalises the output of attention"),
+    "own code": (config(auto_map={"AutoModel": "modeling.X"}), "auto_map"),
+    "attention bias": (config(attention_bias=True), "attention_bias=True"),
+    "quantized": (config(quantization_config={"bits": 4}), "quantization_config"),
+    "activation": (config(hidden_act="gelu"), "hidden_act='gelu'"),
+    "yarn": (config(rope_parameters={"rope_type": "yarn"}), "rotary scaling .*'yarn'"),
+    "rotary base": (config(rope_parameters={"rope_theta": 1.5}), "rope_theta=1.5"),
+    "rotary share": (config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    "vocabulary": (config(vocab_size=98), r"has shape \[100, 32\], not \[98, 32\]"),
+    "end token": (config(eos_token_id=[1, 128009]), "eos_token_id=128009, beyond vocab_size=100"),
+    "tied by mistake": (
+        lambda d: (edit_tensors(lm_head__weight=None)(d), config(tie_word_embeddings=False)(d)),
+        r"lm_head\.weight is missing",
+    ),
+    # Tokenizer.
+    "no tokenizer": (remove("tokenizer.json"), "holds no tokenizer"),
+    "tokenizer damaged": (write("tokenizer.json", "{"), "tokenizer in .* cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("case", HUGGING_FACE_CASES)
+def test_spoiled_model_is_refused(source: Path, case: str):
+    spoil, sentence = HUGGING_FACE_CASES[case]
+    spoil(source)
+    target = source.parent / "target"
+    refuse(source.parent, sentence, "to-megatron", "--source", source, "--target", target)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ({"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5, more than num_.*experts=4"),
+        ({"moe_intermediate_size": 25}, r"experts\.0\.gate_proj\.weight has shape \[24, 32\]"),
+    ],
+)
+def test_experts_without_megatron_form_are_refused(
+    tiny_checkpoints: Path, tmp_path: Path, change: dict[str, object], sentence: str
+):
+    source = Path(shutil.copytree(tiny_checkpoints / "qwen3-moe", tmp_path / "source"))
+    config(**change)(source)
+    refuse(tmp_path, sentence, "to-megatron", "--source", source, "--target", tmp_path / "target")
+
+
+def test_expert_that_is_missing_is_named(tiny_checkpoints: Path, tmp_path: Path):
+    source = Path(shutil.copytree(tiny_checkpoints / "mixtral", tmp_path / "source"))
+    name = "model__layers__1__block_sparse_moe__experts__3__w2__weight"
+    edit_tensors(**{name: None})(source)
+    sentence = r"layers\.1\.block_sparse_moe\.experts\.3\.w2\.weight is missing\."
+    refuse(tmp_path, sentence, "to-megatron", "--source", source, "--target", tmp_path / "target")
+
+
+def test_tokenizer_with_more_tokens_than_embeddings_is_refused(source: Path):
+    config(vocab_size=60)(source)
+    cut = {n: v[:60].clone() for n, v in tensors(source).items() if len(v) == 100}
+    edit_tensors(**{name.replace(".", "__"): value for name, value in cut.items()})(source)
+    target = source.parent / "target"
+    sentence = "has 97 tokens, but .* vocab_size=60"
+    refuse(source.parent, sentence, "to-megatron", "--source", source, "--target", target)
+
+
+def test_rotary_scaling_other_than_megatrons_constants_is_refused(
+    tiny_checkpoints: Path, tmp_path: Path
+):
+    source = Path(shutil.copytree(tiny_checkpoints / "llama3.1", tmp_path / "source"))
+    config(rope_parameters=LLAMA3)(source)
+    words = ("to-megatron", "--source", source, "--target", tmp_path / "target")
+    refuse(tmp_path, "'factor': 32.0", *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("nowhere", None, "neither a directory nor a .gguf file"),
+        ("nowhere.gguf", None, "does not exist"),
+        ("wrong.gguf", b"safetensors", "is not a GGUF file"),
+        ("cut.gguf", b"GGUF\x03\x00\x00\x00", "cannot be dequantised"),
+    ],
+)
+def test_source_that_is_no_model_is_refused(
+    tmp_path: Path, name: str, content: bytes | None, sentence: str
+):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    words = ("to-megatron", "--source", tmp_path / name, "--target", tmp_path / "target")
+    refuse(tmp_path, sentence, *words)
+
+
+def distcp(directory: Path) -> Path:
+    return max((directory / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+MEGATRON_CASES: dict[str, tuple[Spoil, str]] = {
+    "no tracker": (
+        remove("latest_checkpointed_iteration.txt"),
+        "is not a Megatron checkpoint: latest_checkpointed_iteration.txt is missing",
+    ),
+    "tracker garbled": (
+        write("latest_checkpointed_iteration.txt", "ten\n"),
+        "holds 'ten' instead of an iteration",
+    ),
+    "tracker ahead": (write("latest_checkpointed_iteration.txt", "9"), "says 9, but .* missing"),
+    "no metadata": (remove("release/metadata.json"), "not a complete torch_dist checkpoint"),
+    "no index": (remove("release/.metadata"), "not a complete torch_dist checkpoint"),
+    "index cut": (edit_bytes("release/.metadata", lambda b: b[:50]), ".metadata is damaged"),
+    "index garbled": (edit_bytes("release/.metadata", lambda b: b"\xff" + b), "is damaged"),
+    "data missing": (lambda d: distcp(d).unlink(), r"distcp is missing; copy it again"),
+    "data cut": (
+        lambda d: distcp(d).write_bytes(distcp(d).read_bytes()[:-20_000]),
+        "distcp is cut; copy it again",
+    ),
+    "no configuration": (remove("huggingface/config.json"), "with --tokenizer HF_DIR"),
+    "other width": (
+        edit_json("huggingface/config.json", hidden_size=64, head_dim=8),
+        r"has shape \[100, 32\], not \[100, 64\]",
+    ),
+    "one layer fewer": (
+        edit_json("huggingface/config.json", num_hidden_layers=1),
+        r"stacks \[2\] tensors, not \[1\]",
+    ),
+    "one layer more": (
+        edit_json("huggingface/config.json", num_hidden_layers=3),
+        r"at \(2,\) is missing",
+    ),
+    "larger vocabulary": (edit_json("huggingface/config.json", vocab_size=101), r"\[100, 32\]"),
+    "other family": (
+        edit_json("huggingface/config.json", model_type="qwen3", head_dim=8),
+        r"q_layernorm\.weight is missing",
+    ),
+    "tied": (
+        edit_json("huggingface/config.json", tie_word_embeddings=True),
+        r"output_layer\.weight is unexpected",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MEGATRON_CASES)
+def test_spoiled_checkpoint_is_refused(converted: Path, tmp_path: Path, case: str):
+    spoil, sentence = MEGATRON_CASES[case]
+    source = Path(shutil.copytree(converted, tmp_path / "source"))
+    spoil(source)
+    words = ("to-huggingface", "--source", source, "--target", tmp_path / "target")
+    refuse(tmp_path, sentence, *words)
+
+
+def test_iteration_that_was_not_saved_is_refused(converted: Path, tmp_path: Path):
+    words = ("--source", converted, "--target", tmp_path / "target", "--iteration", "3")
+    refuse(tmp_path, "--iteration 3 is not in .*; found: None", "to-huggingface", *words)
+
+
+def test_target_that_exists_is_kept(source: Path):
+    target = source.parent / "target"
+    words = ("to-megatron", "--source", source, "--target", target)
+    target.mkdir()
+    (target / "mine").write_text("mine")
+    refuse(source.parent, "exists; remove it or choose another name", *words)
+    shutil.rmtree(target)
+    target.write_text("mine")
+    refuse(source.parent, "exists; remove it or choose another name", *words)
+    target.unlink()
+    target.symlink_to("nowhere")
+    refuse(source.parent, "exists; remove it or choose another name", *words)
+    words = ("to-megatron", "--source", source, "--target", source / "config.json/target")
+    refuse(source.parent, "cannot be written .*config.json: ", *words)
+
+
+def test_megatron_bridge_is_asked_for_where_it_is_missing(source: Path):
+    words = ("to-megatron", "--source", source, "--target", source.parent / "target")
+    sentence = "megatron-bridge needs NVIDIA's Megatron-Bridge .* not installed"
+    refuse(source.parent, sentence, *words, "--backend", "megatron-bridge")
+    sentence = "--verify is not available with --backend megatron-bridge"
+    refuse(source.parent, sentence, *words, "--backend", "megatron-bridge", "--verify")
+
+
+def test_pickled_weights_give_what_safetensors_give(source: Path, tmp_path: Path):
+    convert_checkpoint.to_megatron(source, tmp_path / "plain")
+    pickled(lambda directory: None)(source)
+    convert_checkpoint.to_megatron(source, tmp_path / "pickled")
+    first, second = (distcp(tmp_path / name).read_bytes() for name in ("plain", "pickled"))
+    assert first == second
+
+
+@pytest.mark.parametrize("direction", ["to-megatron", "to-huggingface"])
+def test_file_that_cannot_be_written_to_its_end_leaves_nothing(
+    source: Path, converted: Path, direction: str
+):
+    """A limit on the size of files stops the writing half-way, as a full disk does."""
+    model = source if direction == "to-megatron" else converted
+    words = (direction, "--source", model, "--target", source.parent / "target")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        refuse(source.parent, "cannot be written .*File too large", *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("direction", ["to-megatron", "to-huggingface"])
+def test_disk_without_room_is_refused_before_anything_is_written(
+    source: Path, converted: Path, small_disk: Path, direction: str
+):
+    model = source if direction == "to-megatron" else converted
+    words = (direction, "--source", model, "--target", small_disk / "target")
+    refuse(small_disk, "needs 0.00 GiB in .*disk, and only 0.00 GiB are free", *words)

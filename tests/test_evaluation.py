@@ -1,0 +1,95 @@
+"""The statistics of tools/evaluation.py: splits, bootstrap intervals, paired differences."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "tools"))
+
+import evaluation
+
+
+def record(difficulty: str, next_token: str, **others: Any) -> evaluation.Record:
+    common = {"line": 1, "id": "", "tokens": len(difficulty), "dropped": 0, "entropy": 1.0}
+    return evaluation.Record(
+        difficulty=difficulty, next_token=next_token, **common | {"positions": []} | others
+    )
+
+
+def test_splits_are_nested_and_average_is_the_mean_of_the_three():
+    records = [
+        record("-0123", "01101", positions=[2, 4], thought=[1, 2], no_thought=[0, 2]),
+        record("-3-1", "0111", positions=[1, 3], thought=[2, 0], no_thought=[0, 0]),
+    ]
+    right, total = evaluation.split_counts(records, "next_token", 2)
+    np.testing.assert_array_equal(total, [[3, 2, 1], [2, 1, 1]])
+    np.testing.assert_array_equal(right, [[2, 1, 1], [2, 1, 1]])
+    right, total = evaluation.split_counts(records, "thought", 2)
+    np.testing.assert_array_equal(total, [[4, 2, 2], [4, 2, 2]])
+    np.testing.assert_array_equal(right, [[3, 2, 2], [2, 2, 2]])
+    right, total = evaluation.split_counts(records, "next_token_sampled", 2)
+    np.testing.assert_array_equal(total, [[2, 1, 1], [2, 1, 1]])
+    np.testing.assert_array_equal(right, [[2, 1, 1], [2, 1, 1]])
+    values = evaluation.accuracies(np.ones((1, 2)), np.array([[1, 1, 1]] * 2), total)
+    np.testing.assert_allclose(values, [[0.5, 1.0, 1.0, 2.5 / 3]])
+
+
+def settings(**others: Any) -> dict[str, Any]:
+    return {"samples": 1, "seed": 3, "entropy_thresholds": [0.5, 1.0, 1.5]} | others
+
+
+def test_interval_of_independent_documents_is_that_of_a_binomial():
+    documents, share = 400, 0.3
+    records = [record("-3", f"0{int(i < share * documents)}") for i in range(documents)]
+    for estimate in evaluation.Measured(settings(), records).estimates()["next_token"]:
+        half = 1.96 * np.sqrt(share * (1 - share) / documents)
+        assert estimate.value == pytest.approx(share)
+        assert estimate.low == pytest.approx(share - half, abs=0.1 * half)
+        assert estimate.high == pytest.approx(share + half, abs=0.1 * half)
+
+
+def test_interval_counts_documents_not_the_positions_in_them():
+    single = [record("-3", f"0{i % 2}") for i in range(60)]
+    repeated = [record("-" + "3" * 20, "0" + str(i % 2) * 20) for i in range(60)]
+    one, other = (evaluation.Measured(settings(), records) for records in (single, repeated))
+    assert one.estimates()["next_token"] == other.estimates()["next_token"]
+
+
+def test_a_single_document_has_no_interval_and_an_empty_split_no_value():
+    found = evaluation.Measured(settings(), [record("-11", "010")]).estimates()["next_token"]
+    assert found[0].as_json() == {"value": 0.5, "low": None, "high": None}
+    assert found[2].as_json() == {"value": None, "low": None, "high": None}
+    assert [evaluation.shown(found[0]), evaluation.shown(found[2])] == ["50.0", "none"]
+
+
+def test_difference_is_paired_by_document():
+    generator = np.random.default_rng(0)
+    before, after = [], []
+    for _ in range(50):
+        right = generator.integers(0, 2)
+        before.append(record("-3333", f"0{right}{right}{right}0"))
+        after.append(record("-3333", f"0{right}{right}{right}1"))
+    measured = [evaluation.Measured(settings(), records) for records in (before, after)]
+    alone = measured[0].estimates()["next_token"][0]
+    assert alone.high - alone.low > 0.1
+    (change, *_) = evaluation.differences(*measured)["next_token"]
+    assert [change.value, change.low, change.high] == pytest.approx([0.25] * 3)
+
+
+def test_output_comes_back_as_it_was_written(tmp_path: Path):
+    full = {"thought": [1], "thought_length": [3], "well_formed": [1], "closed_by_itself": [0]}
+    full |= {"no_thought": [0], "no_thought_well_formed": [1], "positions": [1]}
+    measured = evaluation.Measured(
+        settings(), [record("-3", "01", line=line, **full) for line in (1, 2)]
+    )
+    evaluation.write_output(tmp_path / "out.json", measured, 1.0)
+    again = evaluation.read_output(tmp_path / "out.json")
+    assert (again.settings, again.records) == (measured.settings, measured.records)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other.json is not an output of evaluate.py"):
+        evaluation.read_output(tmp_path / "other.json")

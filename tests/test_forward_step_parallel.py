@@ -1,0 +1,163 @@
+"""The tree step over tensor- and pipeline-parallel ranks: gradients of the naive single process."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from torch import Tensor
+
+from megatron_rmt.attention import attach_tree_attention
+from megatron_rmt.forward_step import make_forward_step
+from megatron_rmt.tree import pad_tree
+from tests import test_forward_step as step
+from tests.distributed import run_distributed, single_process_megatron
+from tests.tiny_model import build_model
+
+pytestmark = pytest.mark.multiprocess
+
+Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks divide the model. padding: rows appended to every tree."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+    recompute: bool = False
+    padding: int = 0
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline
+
+
+def _own_part(whole: Named, layout: Layout, tensor_rank: int, stage: int) -> Named:
+    """What a rank holds of the weights, or of the gradients, of the whole model."""
+    layers = 2 // layout.pipeline
+    part = {}
+    for name, value in whole.items():
+        if name.startswith("decoder.layers."):
+            _, _, layer, rest = name.split(".", 3)
+            if int(layer) // layers != stage:
+                continue
+            name = f"decoder.layers.{int(layer) % layers}.{rest}"
+        elif stage != (0 if name.startswith("embedding") else layout.pipeline - 1):
+            continue
+        part[name] = _shard(name, value, layout.tensor, tensor_rank)
+    return part
+
+
+def _shard(name: str, value: Tensor, ranks: int, rank: int) -> Tensor:
+    if "linear_proj" in name or "linear_fc2" in name:
+        return value.chunk(ranks, dim=1)[rank]
+    if "linear_fc1" in name:  # the gate, then what it gates, each divided
+        return torch.cat([half.chunk(ranks)[rank] for half in value.chunk(2)])
+    if "linear_qkv" in name or "embedding" in name or "output_layer" in name:
+        return value.chunk(ranks)[rank]
+    return value
+
+
+def _rank_gradients(layout: Layout, attention: str, weights: Named) -> Named:
+    """This rank's gradients of one step of Megatron's schedule."""
+    parallel_state.initialize_model_parallel(
+        layout.tensor, layout.pipeline, create_gloo_process_groups=False
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    if layout.sequence_parallel:
+        # Megatron refuses torch's norm there, as it does not mark its weight for the sum over
+        # ranks, which ``_expected`` does here.
+        WrappedTorchNorm.__new__ = lambda cls, config, hidden_size, eps=1e-5, **_: torch.nn.RMSNorm(
+            hidden_size, eps=eps
+        )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    changes: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "pipeline_dtype": torch.float64,
+        "sequence_parallel": layout.sequence_parallel,
+    }
+    model = build_model(
+        pre_process=stage == 0,
+        post_process=stage == layout.pipeline - 1,
+        **changes,
+        **(step.FULL_RECOMPUTE if layout.recompute else {}),
+    )
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    model.load_state_dict(_own_part(weights, layout, tensor_rank, stage), strict=False)
+    attach_tree_attention(model)
+    model.train()
+    updates = step._updates(_batches(attention, layout.padding), torch.float64, warm_up=False)
+    rows = len(updates[0].tree.tokens)
+    get_forward_backward_func()(
+        forward_step_func=make_forward_step(step._loss_settings(updates)),
+        data_iterator=iter(updates),
+        model=[model] if layout.pipeline == 1 else model,
+        num_microbatches=len(updates),
+        seq_length=rows,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    if layout.sequence_parallel:
+        for name in gradients:
+            if "norm" in name:
+                torch.distributed.all_reduce(gradients[name])
+    return gradients
+
+
+def _batches(attention: str, padding: int = 0) -> list[step.MicroBatch]:
+    batches = [step._micro_batch(seed, True, [11, 12], step.STEM, attention) for seed in (1, 2)]
+    for batch in batches:
+        batch.tree = pad_tree(batch.tree, len(batch.tree.tokens) + padding)
+    return batches
+
+
+def _weights_and_gradients() -> tuple[Named, Named]:
+    """Of the stock model in one process, each sequence by itself."""
+    single_process_megatron()
+    model: GPTModel = build_model().train()
+    gradients = step._naive_step(model, _batches("sdpa"), step.STEM)[1]
+    weights = {name: value for name, value in model.state_dict().items() if value is not None}
+    return {n: w for n, w in weights.items() if isinstance(w, Tensor)}, gradients
+
+
+LAYOUTS = {
+    "TP2": Layout(tensor=2),
+    "TP2, padding": Layout(tensor=2, padding=7),
+    "TP2, sequence parallel, padding": Layout(tensor=2, sequence_parallel=True, padding=8),
+    "PP2": Layout(pipeline=2),
+    "PP2, full recompute": Layout(pipeline=2, recompute=True),
+    "PP2, full recompute, padding": Layout(pipeline=2, recompute=True, padding=5),
+}
+
+
+@pytest.mark.parametrize("attention", ["lse", "sdpa"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_equal_one_sequence_at_a_time_in_one_process(layout, attention):
+    weights, reference = _weights_and_gradients()
+    chosen = LAYOUTS[layout]
+    # Sequence parallelism divides the rows.
+    if chosen.sequence_parallel:
+        chosen = Layout(**{**vars(chosen), "padding": 8 + _rows() % 2})
+    ranks = run_distributed(chosen.ranks, _rank_gradients, chosen, attention, weights)
+    seen = 0
+    for rank, gradients in enumerate(ranks):
+        stage, tensor_rank = divmod(rank, chosen.tensor)
+        expected = _own_part(reference, chosen, tensor_rank, stage)
+        assert gradients.keys() == expected.keys()
+        for name, value in expected.items():
+            error = float((gradients[name] - value).norm() / value.norm())
+            assert error < 1e-12, (rank, name, error)
+            seen += 1
+    assert seen >= len(reference)
+
+
+def _rows() -> int:
+    return len(_batches("sdpa")[0].tree.tokens)

@@ -1,0 +1,293 @@
+"""Forest packing: sizes, dealing out, the journey between ranks, which changes no sample."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rmt.packing import (
+    TreeCost,
+    TreeSize,
+    TreeSource,
+    deal_out,
+    empty_source,
+    from_integers,
+    join_samples,
+    repack,
+    split_samples,
+    to_integers,
+    tree_cost,
+    tree_size,
+)
+from megatron_rmt.tree import Responses, Tree, build_trunk, grow_tree
+from tests.distributed import run_distributed
+from tests.tiny_model import build_model
+
+GROUP = 3
+STEM = [7, 8]
+LENGTH = 12
+END = 0
+
+
+def _source(seed: int, samples: int = 3, positions: tuple[int, ...] = (2, 0, 1)) -> TreeSource:
+    """Samples with several documents each, ``positions`` of them chosen, one response empty."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, 50, (samples, LENGTH + 1), generator=generator)
+    text[0, 4] = text[-1, 7] = END
+    trunk = build_trunk(
+        text[:, :-1],
+        torch.arange(LENGTH).repeat(samples, 1) + seed,
+        text[:, 1:],
+        torch.rand(samples, LENGTH, generator=generator),
+        head=[11, 12],
+        end_of_document=END,
+        separate_documents=True,
+    )
+    rows = []
+    for sample, count in enumerate(positions):
+        own = ((trunk.samples == sample) & (trunk.columns >= 0)).nonzero()[:, 0]
+        rows += sorted(own[torch.randperm(len(own), generator=generator)[:count]].tolist())
+    shape = (len(rows), GROUP, 6)
+    lengths = torch.randint(1, 7, shape[:2], generator=generator)
+    if rows:
+        lengths[0, 1] = 0
+    real = torch.arange(6) < lengths[..., None]
+    responses = Responses(
+        tokens=torch.randint(50, shape, generator=generator) * real,
+        lengths=lengths,
+        sampled=(torch.rand(shape, generator=generator) < 0.7) & real,
+        log_probs=torch.randn(shape, generator=generator) * real,
+    )
+    return TreeSource(trunk, rows, responses, torch.randn(len(rows), GROUP, generator=generator))
+
+
+def _grow(source: TreeSource) -> Tree:
+    return grow_tree(
+        source.trunk,
+        source.rows,
+        STEM,
+        source.responses,
+        longest_position=100,
+        device=torch.device("cpu"),
+    )
+
+
+def _assert_equal(source: TreeSource, expected: TreeSource) -> None:
+    """All fields, but that responses may be padded to another length."""
+    assert source.rows == expected.rows
+    assert source.trunk.documents == expected.trunk.documents
+    pairs = [(source.advantages, expected.advantages)]
+    for field in dataclasses.fields(source.trunk):
+        if field.name != "documents":
+            pairs.append((getattr(source.trunk, field.name), getattr(expected.trunk, field.name)))
+    for field in dataclasses.fields(source.responses):
+        values = [getattr(s.responses, field.name) for s in (source, expected)]
+        if values[0].dim() == 3:
+            shortest = min(value.shape[2] for value in values)
+            assert not any(value[..., shortest:].any() for value in values)
+            values = [value[..., :shortest] for value in values]
+        pairs.append(tuple(values))
+    for value, reference in pairs:
+        assert value.dtype == reference.dtype
+        assert torch.equal(value, reference)
+
+
+def test_samples_are_split_and_joined_without_change():
+    source = _source(1)
+    parts = split_samples(source)
+    assert [len(part.rows) for part in parts] == [2, 0, 1]
+    assert [len(part.trunk.documents) for part in parts] == [2, 1, 2]
+    assert all(int(part.trunk.document_first[0]) == 0 for part in parts)
+    _assert_equal(join_samples(parts), source)
+    reordered = split_samples(join_samples([parts[2], parts[0], parts[1]]))
+    for part, index in zip(reordered, (2, 0, 1), strict=True):
+        _assert_equal(part, parts[index])
+
+
+@pytest.mark.parametrize("positions", [(2, 0, 1), (0, 0, 0), (5, 5, 5)])
+def test_a_sample_survives_the_journey_as_integers(positions):
+    for sample in split_samples(_source(2, positions=positions)):
+        _assert_equal(from_integers(to_integers(sample), GROUP), sample)
+
+
+def test_an_empty_micro_batch_predicts_nothing():
+    tree = _grow(empty_source(GROUP))
+    assert tree.tokens.shape == (1,)
+    assert len(tree.targets) == len(tree.predicting) == tree.trunk_predictions == 0
+
+
+def _ancestors(source: TreeSource) -> int:
+    """(query, key) pairs, by walking up from every token of the tree."""
+    trunk, pairs = source.trunk, 0
+    for first, limit in trunk.documents:
+        pairs += sum(row - first + 1 for row in range(first, limit))
+    for index, row in enumerate(source.rows):
+        prefix = row - int(trunk.document_first[row]) + 1
+        pairs += sum(prefix + depth + 1 for depth in range(len(STEM)))
+        for length in source.responses.lengths[index].tolist():
+            pairs += sum(prefix + len(STEM) + depth + 1 for depth in range(length - 1))
+    return pairs
+
+
+def test_sizes_are_those_of_the_grown_tree():
+    source = _source(3)
+    for whole in (source, *split_samples(source), empty_source(GROUP)):
+        tree, size = _grow(whole), tree_size(whole, len(STEM))
+        assert size.tokens == tree.plan.tokens
+        assert size.predictions == len(tree.targets)
+        assert size.pairs == _ancestors(whole)
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_the_cost_counts_the_matrices_of_the_model():
+    model = build_model()
+    matrices = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if "linear" in name
+    )
+    cost = tree_cost(model.config, 53)
+    # Two operations per weight and token; queries times keys and weights times values per pair.
+    assert cost == TreeCost(2 * matrices, 2 * 2 * 32 * 2, 2 * 32 * 53)
+    assert cost.of(TreeSize(3, 5, 7)) == 3 * cost.token + 5 * cost.pair + 7 * cost.prediction
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_only_the_experts_that_a_token_meets_cost():
+    config = build_model().config
+    dense = tree_cost(config, 53)
+    experts = SimpleNamespace(
+        **{
+            **vars(config),
+            "num_moe_experts": 8,
+            "moe_router_topk": 2,
+            "moe_ffn_hidden_size": config.ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": None,
+        }
+    )
+    one_more = 2 * 3 * config.hidden_size * config.ffn_hidden_size * config.num_layers
+    assert tree_cost(experts, 53).token == dense.token + one_more
+
+
+def _deal(tokens: list[int], ranks: int, micro_batches: int, limit: int, use_all: bool = False):
+    sizes = [TreeSize(count, 0, 0) for count in tokens]
+    return deal_out(
+        sizes, tokens, ranks=ranks, micro_batches=micro_batches, max_tokens=limit, use_all=use_all
+    )
+
+
+def _loads(plan: list[list[list[int]]], tokens: list[int]) -> list[list[int]]:
+    return [[sum(tokens[sample] for sample in part) for part in rank] for rank in plan]
+
+
+@pytest.mark.parametrize("use_all", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_every_sample_is_dealt_out_once_and_work_is_even(seed, use_all):
+    generator = torch.Generator().manual_seed(seed)
+    ranks, micro_batches = 4, 6
+    tokens = torch.randint(50, 400, (24,), generator=generator).tolist()
+    plan = _deal(tokens, ranks, micro_batches, 700, use_all)
+    assert [len(rank) for rank in plan] == [micro_batches] * ranks
+    dealt = sorted(itertools.chain.from_iterable(itertools.chain.from_iterable(plan)))
+    assert dealt == list(range(24))
+    loads = _loads(plan, tokens)
+    of_ranks = [sum(rank) for rank in loads]
+    # Longest first is within 4/3 of the best, which is at least the mean.
+    assert max(of_ranks) <= sum(tokens) / ranks * 4 / 3
+    in_order = [sum(tokens[r::ranks]) for r in range(ranks)]
+    assert max(of_ranks) <= max(in_order)
+    assert max(map(max, loads)) <= 700
+    for rank in loads:
+        assert rank == sorted(rank, reverse=True)
+        used = sum(load > 0 for load in rank)
+        assert used == 6 if use_all else used < 6
+
+
+def test_as_few_micro_batches_as_hold_the_tokens():
+    tokens = [300, 300, 300, 300, 100, 100]
+    assert _loads(_deal(tokens, 1, 6, 1400), tokens) == [[1400, 0, 0, 0, 0, 0]]
+    assert _loads(_deal(tokens, 1, 6, 700), tokens) == [[700, 700, 0, 0, 0, 0]]
+    # 3 would do for the tokens, but no three hold these samples.
+    assert _loads(_deal(tokens, 1, 6, 500), tokens) == [[400, 400, 300, 300, 0, 0]]
+
+
+def test_what_does_not_fit_is_spread_over_all_micro_batches():
+    tokens = [300, 300, 300, 900]
+    assert _loads(_deal(tokens, 1, 2, 400), tokens) == [[900, 900]]
+    assert _loads(_deal(tokens, 1, 3, 400), tokens) == [[900, 600, 300]]
+
+
+def test_equal_costs_are_dealt_out_in_order():
+    assert _deal([5] * 4, 2, 2, 5) == [[[0], [2]], [[1], [3]]]
+
+
+def _repacked(micro_batches: int, limit: int, use_all: bool) -> list[TreeSource]:
+    rank = torch.distributed.get_rank()
+    sources = [
+        _source(10 * rank + index, positions=((2, 0, 1), (0, 0, 0), (9, 9, 9))[(rank + index) % 3])
+        for index in range(micro_batches)
+    ]
+    return repack(
+        sources,
+        TreeCost(1000, 1, 500),
+        stem_length=len(STEM),
+        max_tokens=limit,
+        use_all=use_all,
+        group=torch.distributed.group.WORLD,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("ranks", "limit", "use_all"), [(2, 10_000, False), (3, 200, True)])
+def test_samples_arrive_unchanged_on_the_rank_that_they_were_dealt_to(ranks, limit, use_all):
+    micro_batches = 2
+    results = run_distributed(ranks, _repacked, micro_batches, limit, use_all)
+    samples = [
+        sample
+        for rank in range(ranks)
+        for index in range(micro_batches)
+        for sample in split_samples(
+            _source(
+                10 * rank + index,
+                positions=((2, 0, 1), (0, 0, 0), (9, 9, 9))[(rank + index) % 3],
+            )
+        )
+    ]
+    sizes = [tree_size(sample, len(STEM)) for sample in samples]
+    cost = TreeCost(1000, 1, 500)
+    plan = deal_out(
+        sizes,
+        [cost.of(size) for size in sizes],
+        ranks=ranks,
+        micro_batches=micro_batches,
+        max_tokens=limit,
+        use_all=use_all,
+    )
+    per_rank = len(samples) // ranks
+    moved = 0
+    for rank, (parts, sources) in enumerate(zip(plan, results, strict=True)):
+        assert len(sources) == micro_batches
+        for part, source in zip(parts, sources, strict=True):
+            moved += sum(sample // per_rank != rank for sample in part)
+            expected = [samples[sample] for sample in part]
+            _assert_equal(source, join_samples(expected) if part else empty_source(GROUP))
+    assert moved > 0
+    assert any(not part for rank in plan for part in rank) != use_all
+
+
+def _visible(tree: Tree) -> dict[str, Tensor]:
+    return {"tokens": tree.tokens, "positions": tree.plan.positions, "targets": tree.targets}
+
+
+def test_a_joined_tree_holds_the_trees_of_its_samples():
+    """Row by row: each sample's tokens at the same positions, the same targets, all of them."""
+    parts = split_samples(_source(4, positions=(2, 3, 1)))
+    whole = _grow(join_samples(parts))
+    trees = [_grow(part) for part in parts]
+    for name, value in _visible(whole).items():
+        own = torch.cat([_visible(tree)[name] for tree in trees])
+        assert torch.equal(value.sort().values, own.sort().values), name
+    torch.testing.assert_close(whole.ntp_mask, torch.cat([tree.ntp_mask for tree in trees]))
+    assert torch.equal(whole.sampled, torch.cat([tree.sampled for tree in trees]))

@@ -1,0 +1,81 @@
+"""Hugging Face ``generate`` on request: one JSON question a line on stdin, one answer on stdout.
+
+Started by ``benchmark_rollout.py``, as a Hugging Face model needs a process in which the CPU does
+not stand in for CUDA. The first question names the model's directory, the prompts (token ids) and
+the number of threads; the others ``tokens`` (new ones), ``rows`` (the last rows of the batch, null
+for all), ``dtype`` and ``cache``.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, ``[rows, longest]`` each."""
+    longest = max(map(len, prompts))
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return tokens, mask
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that the cache holds."""
+    return sum(
+        held.numel() * held.element_size()
+        for layer in cache.layers
+        for held in (layer.keys, layer.values)
+    )
+
+
+@torch.no_grad()
+def generate(model: Any, prompts: list[list[int]], tokens: int, cache: str) -> dict[str, Any]:
+    """Sample exactly ``tokens`` for each prompt at temperature 0.8."""
+    ids, mask = left_padded(prompts)
+    began = time.perf_counter()
+    output = model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=0.8,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        **({"cache_implementation": "static"} if cache == "static" else {}),
+    )
+    seconds = time.perf_counter() - began
+    assert output.sequences.shape[1] == ids.shape[1] + tokens
+    return {"seconds": seconds, "key_value_bytes": cache_bytes(output.past_key_values)}
+
+
+def main() -> None:
+    start = json.loads(sys.stdin.readline())
+    torch.set_num_threads(start["threads"])
+    models: dict[str, Any] = {}
+    print("{}", flush=True)
+    for line in sys.stdin:
+        question = json.loads(line)
+        dtype = question["dtype"]
+        if dtype not in models:
+            models[dtype] = AutoModelForCausalLM.from_pretrained(
+                start["directory"], dtype=DTYPES[dtype]
+            ).eval()
+        prompts = start["prompts"][-(question["rows"] or len(start["prompts"])) :]
+        answer = generate(models[dtype], prompts, question["tokens"], question["cache"])
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

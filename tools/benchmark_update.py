@@ -1,0 +1,555 @@
+"""One update of RMT (embedding, layers, head; forward and backward) against how others lay it out.
+
+The model is Megatron's GPTModel in the shape of SmolLM2-135M with random weights; every case runs
+the project's own forward step, head and attention kernels on it, and gives the same loss and the
+same gradients. Only the layout of the rollouts differs:
+
+tree                        each document once, stems shared by a group (this project)
+prefix shared per position  each position's prefix and stem once for its group of rollouts
+naive packed                each rollout with its whole prefix, sequences of their own end to end
+naive padded                the same, each padded to the longest
+
+Only rows that predict something reach the head, also in the baselines. The FLOP ratio is that of
+the products a layout asks for: linear layers by tokens, attention by visible pairs, head by
+predictions.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from megatron_rmt import cpu_platform
+
+if not torch.cuda.is_available():
+    cpu_platform.install()
+
+import torch.nn.functional as F
+from measurement import Report, interleaved, median
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_rmt.attention import TreePlan, attach_tree_attention
+from megatron_rmt.forward_step import LossSettings, Update, make_forward_step
+from megatron_rmt.losses import LossWeights, response_weights
+from megatron_rmt.tree import Tree
+from megatron_rmt.tree_attention import Block, attended_pairs, check_backend, position_block
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+LAYERS, VOCABULARY = 30, 49152
+HIDDEN, FFN, HEADS, KV_HEADS, WIDTH = 576, 1536, 9, 3, 64
+TEMPERATURE, NTP_COEFFICIENT = 0.8, 0.1
+MEBIBYTE = 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``benchmark.py update``."""
+    sizes = {
+        "--trunk-tokens": (512, "tokens S of the document"),
+        "--positions": (16, "chosen positions K, evenly spaced"),
+        "--group": (8, "rollouts G per position"),
+        "--branch-tokens": (32, "tokens R of a rollout after its prefix, stem included"),
+        "--stem-tokens": (8, "of those, tokens of the stem, which a group shares"),
+        "--layers": (LAYERS, "layers; the vocabulary shrinks with them, to keep the head's share"),
+    }
+    for name, (default, meaning) in sizes.items():
+        parser.add_argument(name, type=int, default=default, help=f"{meaning} (default {default})")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default fp32")
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "sdpa", "lse", "flex"],
+        default="auto",
+        help="attention of all cases, as --rmt-attention (default auto)",
+    )
+    parser.add_argument(
+        "--one-in",
+        type=int,
+        default=1,
+        help="time one in N of the naive rollouts, evenly spread, and scale by FLOPs (default 1)",
+    )
+    parser.add_argument(
+        "--shared-one-in",
+        type=int,
+        default=1,
+        help="the same for the positions of 'prefix shared per position' (default 1)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=None,
+        help="most tokens of a micro-batch of the baselines (default: those of the tree)",
+    )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One document and its rollouts. rows: the chosen trunk rows. responses: ``[positions, group,
+    tokens]`` int64. advantages: ``[positions, group]``."""
+
+    document: Tensor
+    rows: tuple[int, ...]
+    stem: Tensor
+    responses: Tensor
+    advantages: Tensor
+    vocab_size: int
+
+    @property
+    def group(self) -> int:
+        """Rollouts per position."""
+        return self.responses.shape[1]
+
+
+def make_problem(
+    trunk_tokens: int,
+    positions: int,
+    group: int,
+    branch_tokens: int,
+    stem_tokens: int,
+    vocab_size: int,
+) -> Problem:
+    """Random tokens and advantages; positions in the middles of equal parts of the document."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(*shape: int) -> Tensor:
+        return torch.randint(vocab_size, shape, generator=generator)
+
+    return Problem(
+        document=tokens(trunk_tokens),
+        rows=tuple((2 * k + 1) * trunk_tokens // (2 * positions) - 1 for k in range(positions)),
+        stem=tokens(stem_tokens),
+        responses=tokens(positions, group, branch_tokens - stem_tokens),
+        advantages=torch.randn(positions, group, generator=generator),
+        vocab_size=vocab_size,
+    )
+
+
+@dataclass
+class Layout:
+    """One micro-batch under construction. Every list holds what successive rows or predictions
+    need; see ``Tree``."""
+
+    problem: Problem
+    tokens: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    predicting: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+    rollouts: list[Tensor] = field(default_factory=list)
+    trunk_predictions: int = 0
+    size: int = 0
+
+    def rows(self, tokens: Tensor, position: int) -> int:
+        """Append rows whose first is at ``position``; returns the first row."""
+        first = self.size
+        self.tokens.append(tokens)
+        self.positions.append(position + torch.arange(len(tokens)))
+        self.size += len(tokens)
+        return first
+
+    def trunk(self) -> None:
+        """The document with the NTP predictions of the rows that were not chosen."""
+        document = self.problem.document
+        first = self.rows(document, 0)
+        self.blocks.append(Block(first, self.size))
+        predicts = torch.ones(len(document), dtype=torch.bool)
+        predicts[[*self.problem.rows, -1]] = False
+        rows = predicts.nonzero()[:, 0]
+        self.predicting.append(first + rows)
+        self.targets.append(document[rows + 1])
+        self.trunk_predictions = len(rows)
+
+    def prefix(self, position: int) -> int:
+        """A copy of what a position sees of the document, as a document; returns its first row."""
+        limit = self.problem.rows[position] + 1
+        first = self.rows(self.problem.document[:limit], 0)
+        self.blocks.append(Block(first, self.size))
+        return first
+
+    def position(self, position: int, trunk_first: int) -> None:
+        """Stem and branches of a position whose trunk begins at row ``trunk_first``."""
+        stem, group = self.problem.stem, self.problem.group
+        limit = self.problem.rows[position] + 1
+        first = self.rows(stem, limit)
+        last_of_stem = self.size - 1
+        for rollout in range(group):
+            response = self.problem.responses[position, rollout]
+            branch = self.rows(response[:-1], limit + len(stem))
+            self._response(position * group + rollout, last_of_stem, branch)
+        branches = [self.problem.responses.shape[2] - 1] * group
+        self.blocks.append(
+            position_block(first, trunk_first, trunk_first + limit, len(stem), branches)
+        )
+
+    def sequence(self, rollout: int, length: int | None = None) -> None:
+        """A rollout with its whole prefix, padded to ``length``."""
+        position, index = divmod(rollout, self.problem.group)
+        limit = self.problem.rows[position] + 1
+        response = self.problem.responses[position, index]
+        before = torch.cat([self.problem.document[:limit], self.problem.stem])
+        tokens = torch.cat([before, response[:-1]])
+        padding = 0 if length is None else length - len(tokens)
+        first = self.rows(F.pad(tokens, (0, padding)), 0)
+        self.blocks.append(Block(first, self.size))
+        self._response(rollout, first + len(before) - 1, first + len(before))
+
+    def _response(self, rollout: int, before: int, branch: int) -> None:
+        response = self.problem.responses.flatten(0, 1)[rollout]
+        self.predicting += [torch.tensor([before]), branch + torch.arange(len(response) - 1)]
+        self.targets.append(response)
+        self.rollouts.append(torch.full((len(response),), rollout))
+
+    def update(self, attention: str, device: torch.device) -> Update:
+        """The finished micro-batch, with the weights of the loss of the whole problem."""
+        problem = self.problem
+        plan = TreePlan(tokens=self.size, blocks=tuple(self.blocks), attention=attention)
+        longest = len(problem.document) + len(problem.stem) + problem.responses.shape[2]
+        plan.use_positions(torch.cat(self.positions).to(device), longest)
+        rollouts = torch.cat([torch.empty(0, dtype=torch.int64), *self.rollouts])
+        drawn = torch.ones(len(rollouts), dtype=torch.bool)
+        policy = response_weights(
+            problem.advantages.flatten(), rollouts, drawn, positions=problem.advantages.numel()
+        )
+        ntp_mask = torch.ones(self.trunk_predictions)
+        tree = Tree(
+            tokens=torch.cat(self.tokens).to(device),
+            plan=plan,
+            predicting=torch.cat(self.predicting).to(device),
+            targets=torch.cat(self.targets).to(device),
+            trunk_predictions=self.trunk_predictions,
+            ntp_mask=ntp_mask.to(device),
+            rollouts=rollouts.to(device),
+            sampled=drawn.to(device),
+            sampled_log_probs=torch.zeros(len(rollouts), device=device),
+        )
+        weights = LossWeights(
+            ntp=(ntp_mask / ntp_predictions(problem)).to(device),
+            policy=policy.to(device),
+            supervised=torch.zeros_like(policy).to(device),
+        )
+        return Update(tree, weights, {})
+
+
+def ntp_predictions(problem: Problem) -> int:
+    """Rows of the document whose next token is learnt by teacher forcing."""
+    return len(problem.document) - len({*problem.rows, len(problem.document) - 1})
+
+
+def tree_layouts(problem: Problem) -> list[Layout]:
+    """One micro-batch: the document, and stem and branches of every position."""
+    layout = Layout(problem)
+    layout.trunk()
+    for position in range(len(problem.rows)):
+        layout.position(position, 0)
+    return [layout]
+
+
+def trunk_layouts(problem: Problem) -> list[Layout]:
+    """The document alone, which every baseline needs once for its NTP loss."""
+    layout = Layout(problem)
+    layout.trunk()
+    return [layout]
+
+
+def packed_layouts(problem: Problem, rollouts: Sequence[int], most: int) -> list[Layout]:
+    """Each of ``rollouts`` a sequence of its own, in micro-batches of at most ``most`` tokens."""
+    return _divided(problem, rollouts, most, lambda layout, rollout: layout.sequence(rollout))
+
+
+def padded_layouts(problem: Problem, rollouts: Sequence[int], most: int) -> list[Layout]:
+    """As ``packed_layouts``, each sequence padded to the longest of the problem."""
+    longest = problem.rows[-1] + len(problem.stem) + problem.responses.shape[2]
+    return _divided(problem, rollouts, most, lambda layout, index: layout.sequence(index, longest))
+
+
+def shared_layouts(problem: Problem, positions: Sequence[int], most: int) -> list[Layout]:
+    """Each of ``positions`` with a copy of its prefix, which its group shares."""
+    return _divided(
+        problem,
+        positions,
+        most,
+        lambda layout, position: layout.position(position, layout.prefix(position)),
+    )
+
+
+def _divided(
+    problem: Problem, items: Sequence[int], most: int, append: Callable[[Layout, int], None]
+) -> list[Layout]:
+    layouts: list[Layout] = []
+    for item in items:
+        alone = Layout(problem)
+        append(alone, item)
+        if not layouts or layouts[-1].size + alone.size > most:
+            layouts.append(alone)
+        else:
+            append(layouts[-1], item)
+    return layouts
+
+
+def evenly(count: int, one_in: int) -> list[int]:
+    """One in ``one_in`` of ``range(count)``, from the middles of equal parts."""
+    parts = -(-count // one_in)
+    return [(2 * part + 1) * count // (2 * parts) for part in range(parts)]
+
+
+def flops(layouts: Sequence[Layout], layers: int) -> float:
+    """Multiplications and additions of forward and backward, as flash attention and the one-pass
+    head do them: 6 per weight and token, 14 per visible pair and channel, 6 per prediction, channel
+    and token of the vocabulary."""
+    projections = HIDDEN * (2 * HEADS + 2 * KV_HEADS) * WIDTH + 3 * HIDDEN * FFN
+    total = 0.0
+    for layout in layouts:
+        predictions = sum(len(targets) for targets in layout.targets)
+        total += 6 * layers * projections * layout.size
+        total += 14 * layers * HEADS * WIDTH * attended_pairs(layout.blocks)
+        total += 6 * HIDDEN * layout.problem.vocab_size * predictions
+    return total
+
+
+def build_model(layers: int, vocab_size: int, dtype: torch.dtype, longest: int) -> GPTModel:
+    """SmolLM2-135M's shape with random weights and tree attention."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "gloo" if cpu_platform.is_installed() else "nccl",
+            store=torch.distributed.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    torch.manual_seed(1)
+    config = TransformerConfig(
+        num_layers=layers,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=FFN,
+        num_attention_heads=HEADS,
+        num_query_groups=KV_HEADS,
+        kv_channels=WIDTH,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        use_cpu_initialization=cpu_platform.is_installed(),
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+    )
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=vocab_size,
+        max_sequence_length=longest,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=True,
+    )
+    attach_tree_attention(model)
+    return model.to(dtype).to(torch.cuda.current_device()).train()
+
+
+def run_update(model: GPTModel, problem: Problem, updates: Sequence[Update]) -> Tensor:
+    """Forward and backward of all micro-batches; gradients are added up. Returns the loss."""
+    settings = LossSettings(
+        ntp_coefficient=NTP_COEFFICIENT,
+        temperature=TEMPERATURE,
+        vocab_size=problem.vocab_size,
+        chunk_size=256,
+        ntp_tokens=float(ntp_predictions(problem)),
+        scale=1.0,
+    )
+    forward_step = make_forward_step(settings)
+    iterator: Iterator[Update] = iter(updates)
+    total = torch.zeros((), device=updates[0].tree.tokens.device)
+    for _ in updates:
+        output, loss_function = forward_step(iterator, model)
+        loss = loss_function(output)[0]
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def run(flags: argparse.Namespace) -> Report:
+    """Time the four layouts.
+
+    Raises:
+        ValueError: sizes that make no sense.
+    """
+    _check(flags)
+    vocab_size = -(-VOCABULARY * flags.layers // LAYERS // 64) * 64
+    problem = make_problem(
+        flags.trunk_tokens,
+        flags.positions,
+        flags.group,
+        flags.branch_tokens,
+        flags.stem_tokens,
+        vocab_size,
+    )
+    model = build_model(
+        flags.layers, vocab_size, DTYPES[flags.dtype], flags.trunk_tokens + flags.branch_tokens
+    )
+    device = next(model.parameters()).device
+    check_backend(flags.backend, device)
+
+    tree = tree_layouts(problem)
+    most = flags.max_tokens or tree[0].size
+    rollouts, positions = range(problem.responses[..., 0].numel()), range(flags.positions)
+    some, some_positions = (
+        evenly(len(rollouts), flags.one_in),
+        evenly(len(positions), flags.shared_one_in),
+    )
+    # Whole layouts, and those that are timed in their place.
+    cases = {
+        "tree": (tree, tree),
+        "document alone": (trunk_layouts(problem), trunk_layouts(problem)),
+        "prefix shared per position": (
+            shared_layouts(problem, positions, most),
+            shared_layouts(problem, some_positions, most),
+        ),
+        "naive packed": (
+            packed_layouts(problem, rollouts, most),
+            packed_layouts(problem, some, most),
+        ),
+        "naive padded": (
+            padded_layouts(problem, rollouts, most),
+            padded_layouts(problem, some, most),
+        ),
+    }
+
+    def timed(layouts: Sequence[Layout]) -> Callable[[], object]:
+        def update() -> Tensor:
+            model.zero_grad()
+            # Made anew: what a backend prepares for a micro-batch belongs to its time.
+            updates = [layout.update(flags.backend, device) for layout in layouts]
+            return run_update(model, problem, updates)
+
+        return update
+
+    runs = {name: timed(measured) for name, (_, measured) in cases.items()}
+    memory = {}
+    for name, case in runs.items():
+        case()
+        memory[name] = _peak_memory(case, device) / MEBIBYTE
+    times = interleaved(runs, flags.repeats, warm_ups=0)
+
+    work = {name: flops(whole, flags.layers) for name, (whole, _) in cases.items()}
+    seconds = {
+        name: median(times[name]) * work[name] / flops(measured, flags.layers)
+        for name, (_, measured) in cases.items()
+    }
+    baselines = [name for name in cases if name not in ("tree", "document alone")]
+    for name in baselines:
+        work[name] += work["document alone"]
+        seconds[name] += seconds["document alone"]
+    table = []
+    for name in ["tree", *baselines]:
+        ratio, of_flops = seconds[name] / seconds["tree"], work[name] / work["tree"]
+        whole = cases[name][0] + (cases["document alone"][0] if name in baselines else [])
+        table.append(
+            [
+                name,
+                f"{sum(layout.size for layout in whole)}",
+                f"{len(whole)}",
+                f"{seconds[name]:.2f}",
+                f"{work[name] / seconds[name] / 1e9:.0f}",
+                f"{ratio:.2f}",
+                f"{of_flops:.2f}",
+                f"{ratio / of_flops:.2f}",
+                f"{memory[name]:.0f}",
+            ]
+        )
+    return Report(
+        title=f"One update: S={flags.trunk_tokens}, K={flags.positions}, G={flags.group}, "
+        f"R={flags.branch_tokens} (stem {flags.stem_tokens}), {flags.layers} layers, "
+        f"vocabulary {vocab_size}, {flags.dtype}, attention {flags.backend}",
+        columns=[
+            "layout",
+            "tokens",
+            "micro-batches",
+            "seconds",
+            "GFLOP/s",
+            "of tree",
+            "FLOPs of tree",
+            "of FLOP ratio",
+            "peak MB",
+        ],
+        rows=table,
+        notes=_notes(flags, len(some), len(rollouts), len(some_positions)),
+        data={"seconds": times, "flops": work, "peak_mebibytes": memory, "flags": _plain(flags)},
+    )
+
+
+def _check(flags: argparse.Namespace) -> None:
+    for name in ("trunk_tokens", "positions", "group", "stem_tokens", "layers", "one_in"):
+        if getattr(flags, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(flags, name)}; pass 1 or more."
+            )
+    if flags.shared_one_in < 1:
+        raise ValueError(f"--shared-one-in is {flags.shared_one_in}; pass 1 or more.")
+    if flags.branch_tokens <= flags.stem_tokens:
+        raise ValueError(
+            f"--branch-tokens is {flags.branch_tokens}; pass more than --stem-tokens "
+            f"({flags.stem_tokens}), which it includes."
+        )
+    if 2 * flags.positions > flags.trunk_tokens:
+        raise ValueError(
+            f"--positions is {flags.positions}; pass at most half of --trunk-tokens "
+            f"({flags.trunk_tokens})."
+        )
+
+
+def _notes(
+    flags: argparse.Namespace, rollouts: int, all_rollouts: int, positions: int
+) -> list[str]:
+    return [
+        "'of tree': seconds over the tree's; 'FLOPs of tree': what the arithmetic alone would "
+        "give; 'of FLOP ratio': the first over the second.",
+        f"Naive cases: {rollouts} of {all_rollouts} rollouts timed; prefix shared: {positions} of "
+        f"{flags.positions} positions; both scaled by FLOPs, and the document's own pass for the "
+        "NTP loss, timed apart, added.",
+        "Peak: most bytes of a micro-batch beyond the weights; the baselines' micro-batches hold "
+        "at most as many tokens as the tree.",
+    ] + (
+        [
+            f"{flags.layers} of {LAYERS} layers with a vocabulary of {flags.layers}/{LAYERS}: the "
+            "head keeps its share."
+        ]
+        if flags.layers != LAYERS
+        else []
+    )
+
+
+def _plain(flags: argparse.Namespace) -> dict[str, object]:
+    return {name: str(value) for name, value in vars(flags).items()}
+
+
+def _peak_memory(case: Callable[[], object], device: torch.device) -> int:
+    """Most bytes held at a time beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        case()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        case()
+    held = peak = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted(
+        (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
