@@ -18,6 +18,7 @@ setup(
         "safetensors",
         "sentencepiece",
         "numpy",
+        "pyyaml",
         "tqdm",
         "matplotlib",
         "tensorboard",

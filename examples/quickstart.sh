@@ -48,7 +48,8 @@ stage() {
 
 # SmolLM2 is small and has never reasoned: the thought stands inline behind the raw document, is
 # closed at its bound, and the first steps teach the format. These depart from the paper, as do the
-# short budget and the higher learning rate; everything else is as the paper has it.
+# short budget, the higher learning rate and the weight of the next-token loss that keeps it from
+# unlearning the text; everything else is as the paper has it.
 reasoning=(--rmt-template inline --rmt-force-close --rmt-answer-tokens 1)
 train=(
     env "CHECKPOINT=$run/smollm2" "DATA=$run/tokens/train" "SAVE=$run/checkpoint" NPROC_PER_NODE=1
@@ -63,6 +64,7 @@ train=(
     --min-lr 2e-5
     --lr-decay-style cosine
     "${reasoning[@]}"
+    --rmt-ntp-coefficient 1
     --rmt-warmup-iters 8
     --rmt-positions-per-sample 8
     --rmt-initial-budget 16
