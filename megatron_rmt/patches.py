@@ -20,11 +20,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
 
-from megatron_rmt import step as rmt_step
 from megatron_rmt.arguments import add_rmt_arguments, is_enabled, readable_help, versions
 from megatron_rmt.forward_step import Update, make_forward_step
 from megatron_rmt.logprob_check import check_log_probs, logprob_tolerance
 from megatron_rmt.metrics import metrics_path, write_metrics
+from megatron_rmt.mid_training import MidTraining, generating, gpt_model, prepare
+from megatron_rmt.schedules import plan_step
+from megatron_rmt.step import collect
 from megatron_rmt.user_batch import take_batches
 from megatron_rmt.validation import check_rmt_arguments
 
@@ -118,7 +120,7 @@ def _compile_helpers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
-    prepared: list[rmt_step.MidTraining] = []
+    prepared: list[MidTraining] = []
 
     @functools.wraps(original)
     def train_step(*args: Any, **kwargs: Any) -> Any:
@@ -129,17 +131,15 @@ def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
         if not is_enabled(options):
             return original(*args, **kwargs)
         call = signature.bind(*args, **kwargs).arguments
-        model = rmt_step.gpt_model(call["model"])
+        model = gpt_model(call["model"])
         if not prepared or prepared[0].model is not model:
-            prepared[:] = [rmt_step.prepare(options, model, get_tokenizer())]
+            prepared[:] = [prepare(options, model, get_tokenizer())]
         return run_step(original, call, prepared[0])
 
     return train_step
 
 
-def run_step(
-    original: Callable[..., Any], call: dict[str, Any], training: rmt_step.MidTraining
-) -> Any:
+def run_step(original: Callable[..., Any], call: dict[str, Any], training: MidTraining) -> Any:
     """Roll out, then let Megatron's ``train_step`` (``call``: its arguments) train on the trees.
 
     The rollouts come first, because inside ``train_step`` Megatron's rerun state machine may run
@@ -163,10 +163,10 @@ def run_step(
     if isinstance(call["data_iterator"], RerunDataIterator):
         # Megatron advances the iterator that it is given, which will be another one.
         call["data_iterator"].advance()
-    plan = rmt_step.plan_step(options, iteration)
+    plan = plan_step(options, iteration)
     began_collecting = time.perf_counter()
-    with rmt_step.generating(training.model):
-        collected = rmt_step.collect(training, batches, plan)
+    with generating(training.model):
+        collected = collect(training, batches, plan)
     updates = collected.updates
     began_update = time.perf_counter()
 

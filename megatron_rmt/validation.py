@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_rmt.arguments import FLAGS, is_enabled
-from megatron_rmt.step import longest_position, position_problem, prompt_template
+from megatron_rmt.mid_training import longest_position, position_problem, prompt_template
 from megatron_rmt.token_bytes import token_bytes
 from megatron_rmt.tree_attention import BACKENDS
 

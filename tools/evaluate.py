@@ -218,7 +218,7 @@ def quiet_unless_it_fails() -> Iterator[None]:
 
 
 def start_megatron(flags: Sequence[str]) -> Any:
-    """Load the model by Megatron's own initialisation; a ``megatron_rmt.step.MidTraining``.
+    """Load the model by Megatron's own initialisation; a ``megatron_rmt.mid_training.MidTraining``.
 
     Raises:
         ValueError: Megatron or RMT cannot work with these flags.
@@ -248,7 +248,7 @@ def start_megatron(flags: Sequence[str]) -> Any:
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron_rmt.step import gpt_model, prepare
+    from megatron_rmt.mid_training import gpt_model, prepare
 
     try:
         parse_and_validate_args()
@@ -425,7 +425,7 @@ def _judge(
     training: Any, document: Document, record: Record, token: int, responses: Any, thinking: bool
 ) -> None:
     """Read the responses at one position and append their sums to ``record``."""
-    from megatron_rmt.step import CONTINUATION_TOKENS
+    from megatron_rmt.scoring import CONTINUATION_TOKENS
     from megatron_rmt.template import read_response
 
     truth: list[bytes] = []
@@ -475,7 +475,7 @@ def measure(
     from megatron.core import parallel_state
 
     from megatron_rmt.decoding import KeyValueStore
-    from megatron_rmt.step import generating
+    from megatron_rmt.mid_training import generating
 
     # Replicas that share experts must run forward passes together, so they do the same work.
     shared_experts = training.args.expert_model_parallel_size > 1

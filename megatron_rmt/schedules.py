@@ -1,0 +1,43 @@
+"""What is decided before a step: the schedules of budget and curriculum, and the warm-up."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+from megatron_rmt.budget import token_budget
+from megatron_rmt.curriculum import tier_probabilities
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What is decided before a step: iteration (0 for the first), budget B_t, probabilities of the
+    tiers (None: uniform), whether this is a step of format warm-up."""
+
+    iteration: int
+    budget: int
+    probabilities: tuple[float, float, float] | None
+    warm_up: bool
+
+
+def plan_step(args: Namespace, iteration: int) -> StepPlan:
+    """The schedules at ``iteration``; after ``--train-iters`` they stay at their end."""
+    iteration_in_range = min(iteration, args.train_iters)
+    budget = args.rmt_initial_budget
+    if not args.rmt_no_budget_decay:
+        budget = token_budget(
+            iteration_in_range,
+            args.train_iters,
+            initial=args.rmt_initial_budget,
+            minimum=args.rmt_minimum_budget,
+            decay=args.rmt_budget_decay,
+        )
+    probabilities = None
+    if not args.rmt_no_curriculum:
+        probabilities = tier_probabilities(
+            iteration_in_range,
+            args.train_iters,
+            args.rmt_curriculum_start,
+            args.rmt_curriculum_end,
+            tuple(args.rmt_start_probabilities),
+            tuple(args.rmt_end_probabilities),
+        )
+    return StepPlan(iteration, budget, probabilities, iteration < args.rmt_warmup_iters)

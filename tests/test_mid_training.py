@@ -1,0 +1,55 @@
+"""What a run needs in every step: the model in its wrappers, evaluation mode, FP8 weights."""
+
+import pytest
+import torch
+
+from megatron_rmt.mid_training import generating, gpt_model
+from tests.tiny_model import build_model
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_generating_comes_back_to_training_also_after_an_error():
+    model = build_model().train()
+    with generating(model):
+        assert not model.training
+    assert model.training
+    with pytest.raises(ZeroDivisionError), generating(model):
+        1 / 0  # noqa: B018
+    assert model.training
+    assert all(module.training for module in model.modules())
+    with generating(model.eval()):
+        pass
+    assert not model.training
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_the_model_is_found_inside_its_wrappers_or_refused():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    model = build_model()
+    assert gpt_model([model]) is gpt_model([Wrapper(Wrapper(model))]) is model
+    with pytest.raises(ValueError, match=r"this rank holds 2 model chunks; leave out virtual"):
+        gpt_model([model, model])
+    with pytest.raises(ValueError, match=r"the model is a Linear; RMT trains a GPTModel"):
+        gpt_model([Wrapper(torch.nn.Linear(1, 1))])
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+@pytest.mark.parametrize("precision", [None, "fp8", "fp4"])
+def test_quantized_weights_are_made_again_before_and_after_rollouts(precision):
+    """Else rollouts would read the weights of the step before, and the update those that were made
+    without gradient."""
+    model = build_model()
+    layer = model.decoder.layers[1].mlp.linear_fc1
+    # What Transformer Engine's layers have.
+    layer.is_first_microbatch = False
+    layer._fp8_workspaces = {"weight": torch.ones(1)}
+    if precision is not None:
+        setattr(model.config, precision, "e4m3")
+    with generating(model):
+        assert layer.is_first_microbatch == (precision is not None)
+        assert layer._fp8_workspaces
+    assert bool(layer._fp8_workspaces) == (precision is None)
