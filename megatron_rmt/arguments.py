@@ -163,6 +163,15 @@ FLAGS: tuple[Flag, ...] = (
         "steps",
     ),
     Flag(
+        "--rmt-warmup-thought",
+        "Thoughts of the warm-up: drawn by the model, with the answer alone supervised, or text: "
+        "the text's own next B_t tokens, supervised like the answer, so that the model learns to "
+        "draft the text and to answer from the draft",
+        "ours",
+        str,
+        "drawn",
+    ),
+    Flag(
         "--rmt-length-reward-weight",
         "w: reward = (1-w) * match + w * length reward",
         "ours",

@@ -10,12 +10,16 @@ from megatron_rmt.curriculum import tier_probabilities
 @dataclass(frozen=True)
 class StepPlan:
     """What is decided before a step: iteration (0 for the first), budget B_t, probabilities of the
-    tiers (None: uniform), whether this is a step of format warm-up."""
+    tiers (None: uniform), most positions chosen in a sample, responses to each (G), whether this is
+    a step of format warm-up, and whether its thoughts are taken from the text."""
 
     iteration: int
     budget: int
     probabilities: tuple[float, float, float] | None
+    positions_per_sample: int
+    group: int
     warm_up: bool
+    thought_from_text: bool
 
 
 def plan_step(args: Namespace, iteration: int) -> StepPlan:
@@ -40,4 +44,17 @@ def plan_step(args: Namespace, iteration: int) -> StepPlan:
             tuple(args.rmt_start_probabilities),
             tuple(args.rmt_end_probabilities),
         )
-    return StepPlan(iteration, budget, probabilities, iteration < args.rmt_warmup_iters)
+    warm_up = iteration < args.rmt_warmup_iters
+    from_text = warm_up and args.rmt_warmup_thought == "text"
+    # Responses that are written are all alike, so one shows as much as a group: the same number of
+    # responses is spread over more positions.
+    positions, group = args.rmt_positions_per_sample, args.rmt_group_size
+    return StepPlan(
+        iteration=iteration,
+        budget=budget,
+        probabilities=probabilities,
+        positions_per_sample=positions * group if from_text else positions,
+        group=1 if from_text else group,
+        warm_up=warm_up,
+        thought_from_text=from_text,
+    )

@@ -21,11 +21,13 @@ from megatron_rmt.tree import NO_LABEL, Responses, Trunk
 CONTINUATION_TOKENS = 64
 
 
-def continuation(training: MidTraining, trunk: Trunk, row: int) -> list[int]:
-    """The true next tokens from ``row`` on, to the end of the document."""
+def continuation(
+    training: MidTraining, trunk: Trunk, row: int, most: int = CONTINUATION_TOKENS
+) -> list[int]:
+    """At most ``most`` of the true next tokens from ``row`` on, to the end of the document."""
     limit = next(end for first, end in trunk.documents if first <= row < end)
     tokens = []
-    for token in trunk.labels[row : min(limit, row + CONTINUATION_TOKENS)].tolist():
+    for token in trunk.labels[row : min(limit, row + most)].tolist():
         if token == NO_LABEL or not training.bytes_of[token]:
             break
         tokens.append(token)
@@ -41,30 +43,69 @@ def true_answer(training: MidTraining, trunk: Trunk, row: int) -> tuple[int, ...
     return tuple(encode_prompt(training.tokenizer, f"\n\\boxed{{{text}}}"))
 
 
+def responses_from_text(
+    training: MidTraining, trunk: Trunk, rows: Sequence[int], step: StepPlan
+) -> Responses:
+    """One response to each of ``rows``, all written: the text's next B_t tokens as the thought, its
+    end, the true answer (``--rmt-warmup-thought text``)."""
+    written = [
+        [
+            *continuation(training, trunk, row, step.budget),
+            *training.close,
+            *true_answer(training, trunk, row),
+        ]
+        for row in rows
+    ]
+    shape = (len(written), 1, max(map(len, written), default=0))
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    for index, response in enumerate(written):
+        tokens[index, 0, : len(response)] = torch.tensor(response)
+    lengths = torch.tensor([len(response) for response in written], dtype=torch.int64)
+    return Responses(
+        tokens, lengths[:, None], torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+    )
+
+
+def read_responses(training: MidTraining, responses: Responses) -> list[list[Response]]:
+    """What each response says, ``[positions][group]``."""
+    return [
+        [
+            read_response(
+                tokens[:length],
+                training.template,
+                training.bytes_of,
+                training.stop,
+                training.args.rmt_answer_tokens,
+            )
+            for tokens, length in zip(group, lengths, strict=True)
+        ]
+        for group, lengths in zip(
+            responses.tokens.tolist(), responses.lengths.tolist(), strict=True
+        )
+    ]
+
+
+def thought_lengths(read: Sequence[Sequence[Response]], group: int) -> Tensor:
+    """``[positions, group]`` fp32, in tokens."""
+    lengths = [[response.thought_length for response in own] for own in read]
+    return torch.tensor(lengths, dtype=torch.float32).view(len(read), group)
+
+
 def score(
     training: MidTraining, trunk: Trunk, rows: list[int], responses: Responses, step: StepPlan
 ) -> tuple[Tensor, dict[str, Metric]]:
     """Advantages ``[positions, group]`` fp32 and what to report of the responses."""
     args = training.args
-    positions, group = len(rows), args.rmt_group_size
+    positions, group = len(rows), step.group
     match = torch.zeros(positions, group)
-    lengths = torch.zeros(positions, group)
-    read: list[Response] = []
+    by_position = read_responses(training, responses)
+    lengths = thought_lengths(by_position, group)
+    read = [response for own in by_position for response in own]
     truncated = 0
     for index, row in enumerate(rows):
         truth = [training.bytes_of[token] for token in continuation(training, trunk, row)]
         boundaries = torch.tensor([len(text) for text in truth]).cumsum(0).tolist()
-        for rollout in range(group):
-            length = int(responses.lengths[index, rollout])
-            response = read_response(
-                responses.tokens[index, rollout, :length].tolist(),
-                training.template,
-                training.bytes_of,
-                training.stop,
-                args.rmt_answer_tokens,
-            )
-            read.append(response)
-            lengths[index, rollout] = response.thought_length
+        for rollout, response in enumerate(by_position[index]):
             truncated += is_truncated(training, response, responses, index, rollout, step)
             if response.well_formed:
                 match[index, rollout] = training.template.match(
@@ -82,13 +123,15 @@ def score(
     count = float(positions * group)
     # In the warm-up the answers are given, so there is nothing to report of them.
     judged = 0.0 if step.warm_up else count
+    # Nor of the thoughts, where they are taken from the text.
+    thought = 0.0 if step.thought_from_text else count
     closed = torch.tensor([r.closed for r in read], dtype=torch.bool).view(positions, group)
     metrics = {
         "rmt match rate": (float(match.sum()) * (judged > 0), judged),
         "rmt well-formed rate": (sum(r.well_formed for r in read) * (judged > 0), judged),
-        "rmt closed by itself": (float((closed & ~_forced(responses)).sum()), count),
-        "rmt thought length": (float(lengths.sum()), count),
-        "rmt length reward": (float(by_length.sum()), count),
+        "rmt closed by itself": (float((closed & ~_forced(responses)).sum()), thought),
+        "rmt thought length": (float(lengths.sum()) * (thought > 0), thought),
+        "rmt length reward": (float(by_length.sum()) * (thought > 0), thought),
         "rmt reward": (float(rewards.sum()) * (judged > 0), judged),
         "rmt truncated": (float(truncated) * (judged > 0), judged),
         "rmt zero-variance groups": (

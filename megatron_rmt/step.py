@@ -30,8 +30,24 @@ from megatron_rmt.mid_training import MidTraining, kv_bound
 from megatron_rmt.packing import TreeSource, repack, tree_cost
 from megatron_rmt.rollout import RolloutSettings, expert_sharing_group, generate
 from megatron_rmt.schedules import StepPlan
-from megatron_rmt.scoring import checksum, score, true_answer
-from megatron_rmt.tree import NO_LABEL, Responses, Tree, Trunk, build_trunk, grow_tree, pad_tree
+from megatron_rmt.scoring import (
+    checksum,
+    read_responses,
+    responses_from_text,
+    score,
+    thought_lengths,
+    true_answer,
+)
+from megatron_rmt.tree import (
+    NO_LABEL,
+    Responses,
+    Tree,
+    Trunk,
+    build_trunk,
+    grow_tree,
+    join_responses,
+    pad_tree,
+)
 from megatron_rmt.user_batch import UserBatch
 
 
@@ -95,7 +111,15 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
     times.append(time.perf_counter())
 
     stem = training.stem(step.budget)
-    responses = _rollouts(training, store, positions, stem, step)
+    if step.thought_from_text:
+        responses = join_responses(
+            [
+                responses_from_text(training, trunk, rows, step)
+                for trunk, rows in zip(trunks, chosen, strict=True)
+            ]
+        )
+    else:
+        responses = _rollouts(training, store, positions, stem, step)
     _check_ranks_agree(chosen, responses)
     times.append(time.perf_counter())
 
@@ -135,7 +159,7 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
     slots = float(len(batches) * parallel_state.get_data_parallel_world_size())
     updates = []
     for source, tree, metric in zip(sources, trees, metrics, strict=True):
-        weights = _weights(training, tree, source.advantages, all_positions, ntp_tokens, step)
+        weights = _weights(training, source, tree, all_positions, ntp_tokens, step)
         metric |= {f"rmt entropy p{p}": (value, 1.0) for p, value in percentiles.items()}
         metric |= _token_metrics(source.trunk, tree, len(source.rows) * len(stem), slots)
         metric |= _size_metrics(args, source.trunk, tree)
@@ -203,7 +227,7 @@ def _choose(
         picked = choose_positions(
             tier[own],
             step.probabilities,
-            args.rmt_positions_per_sample,
+            step.positions_per_sample,
             seed=training.seed,
             iteration=step.iteration,
             sample=index,
@@ -221,7 +245,7 @@ def _rollouts(
 ) -> Responses:
     args = training.args
     if not positions and expert_sharing_group(training.model) is None:
-        empty = torch.empty(0, args.rmt_group_size, 0)
+        empty = torch.empty(0, step.group, 0)
         return Responses(empty.long(), empty.long()[..., :0].sum(-1), empty.bool(), empty)
     return generate(
         training.model,
@@ -231,7 +255,7 @@ def _rollouts(
         training.close,
         training.grammar,
         RolloutSettings(
-            group=args.rmt_group_size,
+            group=step.group,
             temperature=args.rmt_temperature,
             answer_tokens=args.rmt_answer_tokens,
             force_close=args.rmt_force_close,
@@ -347,21 +371,36 @@ def _token_metrics(trunk: Trunk, tree: Tree, stem_tokens: int, slots: float) -> 
 
 def _weights(
     training: MidTraining,
+    source: TreeSource,
     tree: Tree,
-    advantages: Tensor,
     positions: float,
     ntp_tokens: float,
     step: StepPlan,
 ) -> LossWeights:
-    device = tree.tokens.device
-    group = training.args.rmt_group_size
-    values = advantages.flatten().to(device)
-    policy = response_weights(values, tree.rollouts, tree.sampled, positions=positions * group)
+    """``positions``, ``ntp_tokens``: of the global batch."""
+    values = source.advantages.flatten().to(tree.tokens.device)
+    rollouts = positions * step.group
+    policy = response_weights(values, tree.rollouts, tree.sampled, positions=rollouts)
     supervised = torch.zeros_like(policy)
     if step.warm_up:
-        supervised = response_weights(
-            torch.ones_like(values), tree.rollouts, ~tree.sampled, positions=positions * group
-        )
+        ones, written = torch.ones_like(values), ~tree.sampled
+        thought = torch.zeros_like(written)
+        if step.thought_from_text:
+            thought = _thought_tokens(training, source, tree)
+        # Thought and answer each have their own mean, so that a long thought leaves the one token
+        # of the answer its weight.
+        for part in (written & thought, written & ~thought):
+            supervised += response_weights(ones, tree.rollouts, part, positions=rollouts)
     return LossWeights(
         ntp=tree.ntp_mask / max(ntp_tokens, 1.0), policy=policy, supervised=supervised
     )
+
+
+def _thought_tokens(training: MidTraining, source: TreeSource, tree: Tree) -> Tensor:
+    """``[response predictions]`` bool: the predicted token belongs to a thought."""
+    read = read_responses(training, source.responses)
+    lengths = thought_lengths(read, source.responses.tokens.shape[1]).flatten()
+    # Predictions stand in the order of their rollouts.
+    first = torch.searchsorted(tree.rollouts, tree.rollouts)
+    index = torch.arange(len(tree.rollouts), device=tree.rollouts.device) - first
+    return index < lengths.to(index.device)[tree.rollouts]

@@ -65,6 +65,11 @@ def _settings(args: Namespace) -> Iterator[str]:
         yield from require(_value(args, flag) >= 1, flag, "pass 1 or more")
     yield from require(args.rmt_warmup_iters >= 0, "--rmt-warmup-iters", "pass 0 or more")
     yield from require(
+        args.rmt_warmup_thought in ("drawn", "text"),
+        "--rmt-warmup-thought",
+        "pass drawn or text",
+    )
+    yield from require(
         args.rmt_group_size >= 2, "--rmt-group-size", "an advantage needs 2 or more rollouts"
     )
     yield from require(

@@ -74,7 +74,14 @@ def test_a_percent_sign_in_a_help_text_does_not_break_help():
     assert "hidden" not in text
 
 
-UNITLESS = {"--rmt-config", "--rmt-template", "--rmt-seed", "--rmt-metrics-file", "--rmt-attention"}
+UNITLESS = {
+    "--rmt-attention",
+    "--rmt-config",
+    "--rmt-metrics-file",
+    "--rmt-seed",
+    "--rmt-template",
+    "--rmt-warmup-thought",
+}
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)

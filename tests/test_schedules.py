@@ -33,4 +33,15 @@ def test_ablations_and_warm_up_of_the_schedules():
     assert plan_step(step_args(rmt_initial_budget=2), 100).budget == 1
     assert plan_step(step_args(rmt_no_curriculum=True), 0).probabilities is None
     args = step_args(rmt_warmup_iters=3)
-    assert [plan_step(args, iteration).warm_up for iteration in range(5)] == [1, 1, 1, 0, 0]
+    plans = [plan_step(args, iteration) for iteration in range(5)]
+    assert [plan.warm_up for plan in plans] == [1, 1, 1, 0, 0]
+    assert not any(plan.thought_from_text for plan in plans)
+    assert {(plan.positions_per_sample, plan.group) for plan in plans} == {(4, 2)}
+
+
+def test_responses_from_the_text_are_spread_over_more_positions():
+    args = step_args(rmt_warmup_iters=3, rmt_warmup_thought="text")
+    plans = [plan_step(args, iteration) for iteration in range(5)]
+    assert [plan.thought_from_text for plan in plans] == [1, 1, 1, 0, 0]
+    shapes = [(plan.positions_per_sample, plan.group) for plan in plans]
+    assert shapes == [(8, 1)] * 3 + [(4, 2)] * 2

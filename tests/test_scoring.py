@@ -70,6 +70,33 @@ def test_the_warm_up_rewards_the_length_alone_and_judges_nothing():
         assert metrics[name] == (0, 0)
 
 
+def test_responses_from_the_text_are_its_next_tokens_and_the_answer():
+    text = torch.tensor([[2, 3, 4, 5, 6, 7, 0, 8, 9, 2, 3]])
+    trunk = build_trunk(
+        text[:, :-1],
+        torch.arange(10)[None],
+        text[:, 1:],
+        torch.ones(1, 10),
+        head=[],
+        end_of_document=0,
+        separate_documents=True,
+    )
+    training = tiny_training(step_args())
+    step = step_plan(budget=3, group=1, warm_up=True, thought_from_text=True)
+    responses = scoring.responses_from_text(training, trunk, [0, 3, 8], step)
+    # Thought, its end (10), the next token; the first document ends behind token 7.
+    assert responses.lengths.tolist() == [[5], [4], [4]]
+    assert responses.tokens[0, 0].tolist() == [3, 4, 5, 10, 3]
+    assert responses.tokens[1, 0].tolist() == [6, 7, 10, 6, 0]
+    assert responses.tokens[2, 0].tolist() == [2, 3, 10, 2, 0]
+    assert not responses.sampled.any()
+
+    advantages, metrics = scoring.score(training, trunk, [0, 3, 8], responses, step)
+    assert advantages.tolist() == [[0.0]] * 3
+    for name in ("rmt match rate", "rmt reward", "rmt thought length", "rmt closed by itself"):
+        assert metrics[name] == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("tokens", "sampled", "template", "truncated"),
     [

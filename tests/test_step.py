@@ -9,11 +9,20 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch import Tensor
 
 from megatron_rmt import step as rmt_step
-from megatron_rmt.packing import empty_source
+from megatron_rmt.packing import TreeSource, empty_source
+from megatron_rmt.scoring import responses_from_text, score
 from megatron_rmt.step import global_sample_indices
 from megatron_rmt.tree import NO_LABEL, Trunk, grow_tree, pad_tree
 from tests.distributed import run_distributed
-from tests.tiny_step import BYTES, scored, step_args, step_plan, tiny_training, tiny_trunk
+from tests.tiny_step import (
+    BYTES,
+    readable_rows,
+    scored,
+    step_args,
+    step_plan,
+    tiny_training,
+    tiny_trunk,
+)
 
 
 def _indices_of_rank(size: int, micro_batches: int) -> list[list[int]]:
@@ -57,7 +66,7 @@ def _entropies(trunk: Trunk) -> Tensor:
 
 @pytest.mark.parametrize("probabilities", [(0.6, 0.3, 0.1), None], ids=["curriculum", "uniform"])
 def test_chosen_rows_are_labelled_unmasked_readable_and_uncertain(probabilities):
-    training, trunk = tiny_training(step_args(rmt_positions_per_sample=6)), tiny_trunk()
+    training, trunk = tiny_training(step_args()), tiny_trunk()
     entropies = _entropies(trunk)
     eligible = [
         row
@@ -70,7 +79,7 @@ def test_chosen_rows_are_labelled_unmasked_readable_and_uncertain(probabilities)
     ]
     seen = set()
     for iteration in range(60):
-        step = step_plan(iteration, probabilities=probabilities)
+        step = step_plan(iteration, probabilities=probabilities, positions_per_sample=6)
         rows, tier = rmt_step._choose(training, trunk, entropies, [7, 8], step)
         assert rows == sorted(set(rows))
         assert set(rows) <= set(eligible)
@@ -113,7 +122,8 @@ def test_a_sample_without_uncertain_tokens_has_no_position():
 def test_weights_hold_the_means_of_the_global_batch(warm_up):
     advantages, _, (training, trunk, rows, responses, step) = scored(warm_up=warm_up)
     tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
-    weights = rmt_step._weights(training, tree, advantages, 6.0, 50.0, step)
+    source = TreeSource(trunk, rows, responses, advantages)
+    weights = rmt_step._weights(training, source, tree, 6.0, 50.0, step)
     torch.testing.assert_close(weights.ntp, tree.ntp_mask / 50)
     token = 0
     for position in range(2):
@@ -129,6 +139,21 @@ def test_weights_hold_the_means_of_the_global_batch(warm_up):
                 )
                 token += 1
     assert token == len(weights.policy) == len(weights.supervised)
+
+
+def test_thought_and_answer_from_the_text_weigh_the_same():
+    training, trunk = tiny_training(step_args()), tiny_trunk([])
+    rows = readable_rows(trunk, 3)
+    step = step_plan(budget=3, group=1, warm_up=True, thought_from_text=True)
+    responses = responses_from_text(training, trunk, rows, step)
+    advantages, _ = score(training, trunk, rows, responses, step)
+    tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
+    source = TreeSource(trunk, rows, responses, advantages)
+    weights = rmt_step._weights(training, source, tree, 6.0, 50.0, step)
+    assert not weights.policy.any()
+    # Three tokens of thought, then its end and the answer; 6 positions in the global batch.
+    expected = [1 / 3 / 6] * 3 + [1 / 2 / 6] * 2
+    torch.testing.assert_close(weights.supervised, torch.tensor(expected * 3))
 
 
 def test_every_token_of_a_tree_is_counted_once():

@@ -295,6 +295,29 @@ def test_experts_on_two_ranks_train_like_one_process(start: Start, tmp_path: Pat
     assert_same_curve(start(2, [*resumed, *experts], resume_from=tmp_path).metrics, alone.metrics)
 
 
+def test_a_warm_up_with_the_texts_own_thoughts_trains_alike_in_every_layout(
+    start: Start, reference: Run
+):
+    flags = [
+        *RMT,
+        "--rmt-warmup-iters",
+        "2",
+        "--rmt-warmup-thought",
+        "text",
+        "--exit-interval",
+        "3",
+    ]
+    lines = start(1, flags).metrics
+    first = reference.metrics[0]
+    # As many responses as in other steps, each at a position of its own and asking for 6 tokens.
+    assert lines[0]["stem tokens"] == first["stem tokens"] * 4
+    assert lines[0]["rl loss"] == lines[1]["rl loss"] == 0
+    assert "match rate" in lines[2]
+    assert lines[0]["warm-up loss"] > lines[1]["warm-up loss"] > 0
+    for flags_of_layout, ranks in ((TP2 + PP2, 4), (PACKED, 2)):
+        assert_same_curve(start(ranks, [*flags, *flags_of_layout]).metrics, lines)
+
+
 def test_rollouts_in_waves_train_alike(start: Start, reference: Run):
     """The bound holds the trunk and two positions at the longest thoughts."""
     lines = start(1, [*RMT, "--rmt-rollout-kv-gib", "5e-4", "--exit-interval", "2"])

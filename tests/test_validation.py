@@ -152,6 +152,7 @@ BAD = {
     ("--rmt-ntp-coefficient", "-1"): "--rmt-ntp-coefficient is -1.0; pass 0 or more.",
     ("--rmt-ntp-coefficient", "inf"): "--rmt-ntp-coefficient is inf; pass 0 or more.",
     ("--rmt-warmup-iters", "-1"): "--rmt-warmup-iters is -1; pass 0 or more.",
+    ("--rmt-warmup-thought", "model"): "--rmt-warmup-thought is model; pass drawn or text.",
     ("--rmt-warmup-iters", "11"): "--rmt-warmup-iters is 11; pass at most --train-iters (10).",
     ("--rmt-metrics-file", "."): "--rmt-metrics-file is ., a folder; pass a file in it.",
     ("--attention-dropout", "0.1"): "--attention-dropout is 0.1; RMT needs 0.0:",

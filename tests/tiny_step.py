@@ -26,6 +26,7 @@ def step_args(**changes: Any) -> Namespace:
         "rmt_end_probabilities": [0.1, 0.3, 0.6],
         "rmt_no_curriculum": False,
         "rmt_warmup_iters": 0,
+        "rmt_warmup_thought": "drawn",
         "rmt_entropy_thresholds": [0.5, 1.0, 1.5],
         "rmt_positions_per_sample": 4,
         "rmt_group_size": 2,
@@ -77,20 +78,32 @@ def tiny_trunk(head: list[int] = (9, 9), length: int = 40) -> Trunk:
 
 
 def step_plan(iteration: int = 0, **changes: Any) -> StepPlan:
-    options = {"budget": 4, "probabilities": (0.6, 0.3, 0.1), "warm_up": False}
+    options = {
+        "budget": 4,
+        "probabilities": (0.6, 0.3, 0.1),
+        "positions_per_sample": 4,
+        "group": 2,
+        "warm_up": False,
+        "thought_from_text": False,
+    }
     return StepPlan(iteration, **options | changes)
+
+
+def readable_rows(trunk: Trunk, count: int) -> list[int]:
+    """Rows with three tokens of text behind them in their document."""
+    return [
+        row
+        for row in range(1, len(trunk) - 3)
+        if all(BYTES[label] for label in trunk.labels[row : row + 3].tolist())
+        and trunk.document_first[row] == trunk.document_first[row + 3]
+    ][:count]
 
 
 def scored(warm_up: bool = False, **changes: Any) -> tuple[Tensor, dict[str, Any], tuple]:
     """Two positions, a group of two: right after 2 tokens of 4; never closed; wrong; right."""
     training, trunk = tiny_training(step_args(**changes)), tiny_trunk([])
     labels = trunk.labels
-    rows = [
-        row
-        for row in range(1, len(trunk) - 3)
-        if all(BYTES[label] for label in labels[row : row + 3].tolist())
-        and trunk.document_first[row] == trunk.document_first[row + 3]
-    ][:2]
+    rows = readable_rows(trunk, 2)
     right = [int(labels[row]) for row in rows]
     wrong = 2 if right[1] != 2 else 3
     texts = [[[2, 2, 10, right[0]], [2] * 8], [[2, 10, wrong], [2, 2, 2, 2, 10, right[1]]]]
