@@ -98,12 +98,12 @@ def assert_same_curve(lines: Sequence[Line], expected: Sequence[Line]) -> None:
         assert line.keys() == reference_line.keys()
         assert line["iteration"] == reference_line["iteration"]
         assert line["rollout checksum"] == reference_line["rollout checksum"], step
-        for name in COUNTED:
-            expected_value = pytest.approx(reference_line[name], rel=1e-6, abs=1e-7)
-            assert line[name] == expected_value, (step, name)
-        for name in COMPUTED:
-            expected_value = pytest.approx(reference_line[name], rel=TOLERANCE)
-            assert line[name] == expected_value, (step, name)
+        for names, tolerance in ((COUNTED, 1e-6), (COMPUTED, TOLERANCE)):
+            for name in names:
+                expected_value = reference_line[name]
+                if expected_value is not None:
+                    expected_value = pytest.approx(expected_value, rel=tolerance, abs=1e-7)
+                assert line[name] == expected_value, (step, name)
         # With the ratio at 1 the policy loss is the mean advantage: 0 but for rounding.
         assert abs(line["rl loss"]) < 1e-6, step
         assert line["largest logprob difference"] < 1e-4, step
@@ -313,7 +313,7 @@ def test_a_warm_up_with_the_texts_own_thoughts_trains_alike_in_every_layout(
     assert lines[0]["stem tokens"] == first["stem tokens"] * 4
     assert lines[0]["rl loss"] == lines[1]["rl loss"] == 0
     assert "match rate" in lines[2]
-    assert lines[0]["warm-up loss"] > lines[1]["warm-up loss"] > 0
+    assert [line["warm-up loss"] > 0 for line in lines] == [True, True, False]
     for flags_of_layout, ranks in ((TP2 + PP2, 4), (PACKED, 2)):
         assert_same_curve(start(ranks, [*flags, *flags_of_layout]).metrics, lines)
 
