@@ -336,7 +336,9 @@ def test_qkv_rows_are_queries_key_value_of_each_group_in_turn():
         rows += [key[4 * group + i] for i in range(4)]
         rows += [value[4 * group + i] for i in range(4)]
     (weight,) = (w for w in weight_names.ATTENTION if w.megatron.endswith("linear_qkv.weight"))
-    packed = weight.pack([query, key, value], shape)
+    names = weight.names((0,))
+    parts = dict(zip(names, (query, key, value), strict=True))
+    packed = weight.pack(parts.__getitem__, (0,), shape, torch.float32)
     assert torch.equal(packed, torch.stack(rows))
     for part, original in zip(weight.unpack(packed, shape), (query, key, value), strict=True):
         assert torch.equal(part, original)
