@@ -287,13 +287,21 @@ def test_tokenizer_with_more_tokens_than_embeddings_is_refused(source: Path):
     refuse(source.parent, sentence, "to-megatron", "--source", source, "--target", target)
 
 
-def test_rotary_scaling_other_than_megatrons_constants_is_refused(
-    tiny_checkpoints: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"low_freq_factor": 2.0}, "'low_freq_factor': 2.0.*; Megatron has"),
+        ({"original_max_position_embeddings": 4096}, "embeddings': 4096.*; Megatron has"),
+        ({"factor": -1.0}, "factor=-1.0; it must be a positive number"),
+        ({"factor": None}, "lacks 'factor'"),
+    ],
+)
+def test_rotary_scaling_without_megatron_form_is_refused(
+    source: Path, change: dict[str, object], sentence: str
 ):
-    source = Path(shutil.copytree(tiny_checkpoints / "llama3.1", tmp_path / "source"))
-    config(rope_parameters=LLAMA3)(source)
-    words = ("to-megatron", "--source", source, "--target", tmp_path / "target")
-    refuse(tmp_path, "'factor': 32.0", *words)
+    config(rope_parameters=LLAMA3 | change)(source)
+    words = ("to-megatron", "--source", source, "--target", source.parent / "target")
+    refuse(source.parent, sentence, *words)
 
 
 @pytest.mark.parametrize(

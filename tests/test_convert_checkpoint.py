@@ -308,6 +308,16 @@ def test_bfloat16_rounds_once(models: Path, tmp_path: Path):
     assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_rotary_factor_that_megatron_drops_is_cautioned_about(
+    converted: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name, words in (("llama3.1", "8.0"), ("llama3.2", "32.0")):
+        convert_checkpoint.main(["flags", str(converted / name)])
+        printed = capsys.readouterr()
+        assert f"--use-rope-scaling --rope-scaling-factor {words} " in printed.out
+        assert ("config.rope_scaling_factor = args" in printed.err) == (name == "llama3.2")
+
+
 def test_flags_follow_a_moved_checkpoint(converted: Path, tmp_path: Path):
     shutil.copytree(converted / "llama", tmp_path / "moved")
     assert str(tmp_path / "moved/huggingface") in convert_checkpoint.flags_of(tmp_path / "moved")
@@ -353,6 +363,6 @@ def test_padded_vocabulary_suits_every_tensor_parallel_size(
     shape = weight_names.ModelShape(
         family="llama", layers=1, hidden=1, ffn=1, heads=groups, groups=groups, head=1,
         vocabulary=vocabulary, tied=True, maximum_positions=1, norm_epsilon=1e-5,
-        rotary_base=10000, rotary_scaling=False,
+        rotary_base=10000, rotary_scaling=None,
     )  # fmt: skip
     assert shape.padded_vocabulary == padded

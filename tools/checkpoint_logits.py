@@ -68,6 +68,8 @@ def build_megatron_model(directory: Path, sequence_length: int, flags: list[str]
     initialize._compile_dependencies = lambda: None
     initialize.initialize_megatron()
     config = gpt_config_from_args(get_args())
+    # Megatron 0.19 drops it (github.com/NVIDIA/Megatron-LM/issues/6305).
+    config.rope_scaling_factor = get_args().rope_scaling_factor
     config.parallel_output = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(config).build_model(groups).cuda().eval()

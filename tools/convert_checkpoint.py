@@ -55,7 +55,7 @@ from megatron_weights import (
     training_arguments,
     write_megatron_weights,
 )
-from model_config import megatron_flags, read_config
+from model_config import caution, megatron_flags, read_config
 from provenance import write_provenance
 from verify_checkpoint import VERIFY_TEXT, verify
 from weight_names import ModelShape, Place, Weight
@@ -99,7 +99,7 @@ def to_megatron(
     Raises:
         ValueError: The source is incomplete, inconsistent, unsupported, or the target exists.
     """
-    shape = read_config(read_json(source / "config.json"))
+    shape = shape_of(source)
     weights = HuggingFaceWeights(source)
     weights.check(shape)
     check_tokenizer(source, shape)
@@ -122,9 +122,19 @@ def checkpoint_flags(shape: ModelShape, companions: Path) -> list[str]:
 def flags_of(source: Path) -> str:
     """The flags of a Megatron checkpoint as one line; right even if the directory was moved."""
     companions = companion_directory(source).resolve()
-    return shlex.join(
-        checkpoint_flags(read_config(read_json(companions / "config.json")), companions)
-    )
+    return shlex.join(checkpoint_flags(shape_of(companions), companions))
+
+
+def shape_of(directory: Path) -> ModelShape:
+    """The shape of the model whose config.json is there."""
+    return read_config(read_json(directory / "config.json"))
+
+
+def caution_about(source: Path) -> None:
+    """Say on stderr what Megatron does not do with the flags of a Megatron checkpoint."""
+    sentence = caution(shape_of(companion_directory(source)))
+    if sentence is not None:
+        print(f"{Path(__file__).name}: {sentence}", file=sys.stderr)
 
 
 def to_huggingface(
@@ -150,7 +160,7 @@ def to_huggingface(
     """
     directory = iteration_directory(source, iteration)
     companions = companions or companion_directory(source, iteration)
-    shape = read_config(read_json(companions / "config.json"))
+    shape = shape_of(companions)
     weights = MegatronWeights(directory)
     weights.check(shape)
     storage = DTYPES[dtype] if dtype else weights.dtype(shape)
@@ -220,6 +230,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run one command."""
     if arguments.command == "flags":
         print(flags_of(arguments.source))
+        caution_about(arguments.source)
     elif arguments.backend == "megatron-bridge":
         megatron_bridge_backend.run(arguments)
     elif arguments.command == "to-megatron":
@@ -227,6 +238,7 @@ def run(arguments: argparse.Namespace) -> None:
         with huggingface_directory(arguments.source) as source:
             origin = None if Path(arguments.source).is_dir() else arguments.source
             to_megatron(source, arguments.target, arguments.dtype, origin)
+            caution_about(arguments.target)
             if arguments.verify:
                 print(verify(source, arguments.target, arguments.target / HUGGINGFACE, text))
         if arguments.print_flags:

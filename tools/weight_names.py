@@ -26,7 +26,10 @@ LAYER = "model.layers.{layer}."
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a Hugging Face ``config.json`` says of the model, in Megatron's terms."""
+    """What a Hugging Face ``config.json`` says of the model, in Megatron's terms.
+
+    ``rotary_scaling`` is the factor of Llama 3's scaling; None where there is no scaling.
+    """
 
     family: str
     layers: int
@@ -40,7 +43,7 @@ class ModelShape:
     maximum_positions: int
     norm_epsilon: float
     rotary_base: int
-    rotary_scaling: bool
+    rotary_scaling: float | None
     experts: int = 0
     expert_ffn: int = 0
     experts_per_token: int = 0
