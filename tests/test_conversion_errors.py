@@ -225,7 +225,7 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
     "odd heads": (config(head_dim=7), "heads of size 7"),
     "no family": (config(model_type=...), "model_type None .* supported families: llama, mistral"),
     "unknown family": (config(model_type="gpt2"), "'gpt2' .* megatron-bridge may know others"),
-    "OLMo-2": (config(model_type="olmo2"), "'olmo2' .* normalises the output of attention"),
+    "OLMo-2": (config(model_type="olmo2"), "'olmo2' .* normalises what attention and MLP give"),
     "own code": (config(auto_map={"AutoModel": "modeling.X"}), "auto_map"),
     "attention bias": (config(attention_bias=True), "attention_bias=True"),
     "quantized": (config(quantization_config={"bits": 4}), "quantization_config"),

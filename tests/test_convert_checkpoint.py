@@ -284,9 +284,13 @@ def test_checkpoints_of_training_jobs_with_optimizer_state_convert_back(
 def test_verify_compares_the_way_back_of_a_mixture_of_experts(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    (tmp_path / "text").write_text(" ".join(f"w{2 + i % 90}" for i in range(100)))
     words = ["to-huggingface", "--source", str(converted / "mixtral"), "--verify"]
-    convert_checkpoint.main([*words, "--target", str(tmp_path / "back")])
+    words += ["--verify-text", str(tmp_path / "text"), "--target", str(tmp_path / "back")]
+    convert_checkpoint.main(words)
     output = capsys.readouterr().out
+    # The model has positions for no more.
+    assert "logits of 64 tokens" in output
     assert float(output.split("largest difference ")[1].split(",")[0]) < 1e-5
     assert "same argmax 100.0%" in output
 

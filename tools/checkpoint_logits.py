@@ -18,13 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_weights import read_json
+from model_config import read_config
+
+# Of a longer text the beginning is compared, which bounds the memory that the logits take.
+MAXIMUM_TOKENS = 4096
 
 
 def tokenize(text: str, companions: Path) -> torch.Tensor:
-    """Token ids ``[1, tokens]``."""
+    """Token ids ``[1, tokens]``, no more than the model has positions for."""
     from transformers import AutoTokenizer
 
-    return torch.tensor([AutoTokenizer.from_pretrained(companions).encode(text)])
+    shape = read_config(read_json(companions / "config.json"))
+    limit = min(MAXIMUM_TOKENS, shape.maximum_positions)
+    return torch.tensor([AutoTokenizer.from_pretrained(companions).encode(text)[:limit]])
 
 
 def huggingface_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:

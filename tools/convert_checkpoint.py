@@ -216,7 +216,9 @@ def _add_shared_arguments(command: argparse.ArgumentParser) -> None:
         help="run both forms on a text afterwards, compare logits and perplexity",
     )
     command.add_argument(
-        "--verify-text", type=Path, help="file with the text; default: a built-in sentence"
+        "--verify-text",
+        type=Path,
+        help="file with the text, of which at most 4096 tokens are taken; default: a sentence",
     )
     command.add_argument(
         "--backend",

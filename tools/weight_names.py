@@ -356,8 +356,8 @@ FAMILIES: Mapping[str, Family] = {
 
 # Why a family that people ask for has no table.
 WITHOUT_TABLE: Mapping[str, str] = {
-    "olmo2": "it normalises the output of attention and of the MLP, and Megatron's GPT layer has "
-    "norms before them only",
+    "olmo2": "it normalises what attention and MLP give, and queries and keys over all heads "
+    "together; Megatron's GPT layer normalises what they get, and each head by itself",
 }
 
 
