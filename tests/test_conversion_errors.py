@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from tests.tiny_checkpoints import TOOLS, tensors
 
 sys.path.insert(0, str(TOOLS))
 
+import complete_directory
 import convert_checkpoint
 
 Spoil = Callable[[Path], object]
@@ -434,11 +435,11 @@ def test_file_that_cannot_be_written_to_its_end_leaves_nothing(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    """A file system of 1 MiB."""
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, less than a tiny model takes; only root may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("this user may not mount a tmpfs")
     yield disk
@@ -452,3 +453,18 @@ def test_disk_without_room_is_refused_before_anything_is_written(
     model = source if direction == "to-megatron" else converted
     words = (direction, "--source", model, "--target", small_disk / "target")
     refuse(small_disk, "needs 0.00 GiB in .*disk, and only 0.00 GiB are free", *words)
+
+
+@pytest.mark.parametrize("direction", ["to-megatron", "to-huggingface"])
+def test_disk_that_fills_up_meanwhile_is_named_and_nothing_is_left(
+    source: Path,
+    converted: Path,
+    small_disk: Path,
+    direction: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # As if there had been room when the conversion began.
+    monkeypatch.setattr(complete_directory, "SPARE_BYTES", -(2**30))
+    model = source if direction == "to-megatron" else converted
+    words = (direction, "--source", model, "--target", small_disk / "target")
+    refuse(small_disk, "cannot be written .*No space left on device.*; nothing was left", *words)

@@ -16,8 +16,10 @@ specification::
 ``to-huggingface`` reads such a directory, or any iteration that a training job saved from it, with
 whatever layout and optimizer state.
 
-No model is built: tensors pass through memory one at a time, and the directory gets its name only
-when it is complete. ``provenance.json`` in it says where the weights come from.
+No model is built: tensors pass through memory one at a time, so that a conversion takes at most
+twice the largest of Megatron's (one layer's, or the embedding), whatever the size of the model. The
+directory gets its name only when it is complete. ``provenance.json`` in it says where the weights
+come from.
 
 The stored embedding has exactly the rows of config.json's ``vocab_size``, which may exceed the
 tokenizer's length. The flags fix ``--padded-vocab-size`` to the next value that is good for all
