@@ -126,8 +126,11 @@ def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
 def main() -> None:
     """Parse Megatron's flags and train."""
     args = parse_and_validate_args()
+    config = gpt_config_from_args(args)
+    # Megatron 0.19 drops it (github.com/NVIDIA/Megatron-LM/issues/6305).
+    config.rope_scaling_factor = args.rope_scaling_factor
     pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        pretrain_cfg_container_from_args(args, config),
         datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,

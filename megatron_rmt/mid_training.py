@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_rmt.attention import attach_tree_attention
 from megatron_rmt.rollout_memory import GIB, KeyValuePlan, key_value_bytes
+from megatron_rmt.rotary import check_rotary_scaling
 from megatron_rmt.template import (
     ResponseGrammar,
     Template,
@@ -81,10 +82,12 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     """Attach tree attention to ``model`` and read the vocabulary and the prompt.
 
     Raises:
-        ValueError: the prompt and the longest thought do not fit, the vocabularies disagree,
-            --rmt-attention cannot train on the model's device, or --rmt-max-tokens is less than
-            what a micro-batch holds before the rollouts.
+        ValueError: --rope-scaling-factor did not reach the model, the prompt and the longest
+            thought do not fit, the vocabularies disagree, --rmt-attention cannot train on the
+            model's device, or --rmt-max-tokens is less than what a micro-batch holds before the
+            rollouts.
     """
+    check_rotary_scaling(args, model)
     attach_tree_attention(model)
     device = next(model.parameters()).device
     check_backend(args.rmt_attention, device)

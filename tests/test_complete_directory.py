@@ -26,7 +26,8 @@ from weight_names import rows_of
 
 MIB = 2**20
 LARGEST = 40 * MIB
-LAYER = 45 * MIB
+# Buffers, the index, the progress bar; not a tensor more.
+CONSTANT = 8 * MIB
 CONFIG = {
     "model_type": "llama",
     "num_hidden_layers": 3,
@@ -37,7 +38,7 @@ CONFIG = {
     "vocab_size": LARGEST // 4 // 1024,
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
 # Prints by how much the peak of resident memory exceeds what was resident before, in bytes, for
 # each direction. A tiny conversion comes first, so that imports are not counted.
@@ -67,7 +68,7 @@ print(extra(convert_checkpoint.to_huggingface, target / "large", target / "large
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of 190 MiB whose largest tensor has 40 MiB."""
+    """A random model of 218 MiB; its two largest tensors have 40 MiB each."""
     directory = tmp_path_factory.mktemp("large")
     shape = read_config(CONFIG)
     shapes = {
@@ -95,11 +96,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_memory_does_not_grow_with_the_model(large: Path, tiny_checkpoints: Path, tmp_path: Path):
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, TOOLS, tiny_checkpoints / "llama"]
     command += [large, tmp_path]
-    printed = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE).stdout
+    # Freed blocks go back to the system at once; glibc else keeps up to 64 MiB of small ones.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    printed = subprocess.run(
+        list(map(str, command)), check=True, stdout=subprocess.PIPE, env=environment
+    ).stdout
     to_megatron, to_huggingface = map(int, printed.split())
-    assert LARGEST / 2 < to_huggingface < 2 * LARGEST + 16 * MIB
-    # torch's allocator keeps a block of each size that occurs in a layer.
-    assert LARGEST / 2 < to_megatron < 2 * LARGEST + LAYER + 24 * MIB
+    assert LARGEST / 2 < to_megatron < 2 * LARGEST + CONSTANT
+    assert LARGEST / 2 < to_huggingface < 2 * LARGEST + CONSTANT
     # What is written has the same bytes for each tensor.
     back = convert_checkpoint.HuggingFaceWeights(tmp_path / "large-back")
     original = convert_checkpoint.HuggingFaceWeights(large)

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from tests.tiny_checkpoints import TOOLS, tensors
 
 sys.path.insert(0, str(TOOLS))
 
+import complete_directory
 import convert_checkpoint
 
 Spoil = Callable[[Path], object]
@@ -225,7 +226,7 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
     "odd heads": (config(head_dim=7), "heads of size 7"),
     "no family": (config(model_type=...), "model_type None .* supported families: llama, mistral"),
     "unknown family": (config(model_type="gpt2"), "'gpt2' .* megatron-bridge may know others"),
-    "OLMo-2": (config(model_type="olmo2"), "'olmo2' .* normalises the output of attention"),
+    "OLMo-2": (config(model_type="olmo2"), "'olmo2' .* normalises what attention and MLP give"),
     "own code": (config(auto_map={"AutoModel": "modeling.X"}), "auto_map"),
     "attention bias": (config(attention_bias=True), "attention_bias=True"),
     "quantized": (config(quantization_config={"bits": 4}), "quantization_config"),
@@ -287,13 +288,21 @@ def test_tokenizer_with_more_tokens_than_embeddings_is_refused(source: Path):
     refuse(source.parent, sentence, "to-megatron", "--source", source, "--target", target)
 
 
-def test_rotary_scaling_other_than_megatrons_constants_is_refused(
-    tiny_checkpoints: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"low_freq_factor": 2.0}, "'low_freq_factor': 2.0.*; Megatron has"),
+        ({"original_max_position_embeddings": 4096}, "embeddings': 4096.*; Megatron has"),
+        ({"factor": -1.0}, "factor=-1.0; it must be a positive number"),
+        ({"factor": None}, "lacks 'factor'"),
+    ],
+)
+def test_rotary_scaling_without_megatron_form_is_refused(
+    source: Path, change: dict[str, object], sentence: str
 ):
-    source = Path(shutil.copytree(tiny_checkpoints / "llama3.1", tmp_path / "source"))
-    config(rope_parameters=LLAMA3)(source)
-    words = ("to-megatron", "--source", source, "--target", tmp_path / "target")
-    refuse(tmp_path, "'factor': 32.0", *words)
+    config(rope_parameters=LLAMA3 | change)(source)
+    words = ("to-megatron", "--source", source, "--target", source.parent / "target")
+    refuse(source.parent, sentence, *words)
 
 
 @pytest.mark.parametrize(
@@ -426,11 +435,11 @@ def test_file_that_cannot_be_written_to_its_end_leaves_nothing(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    """A file system of 1 MiB."""
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, less than a tiny model takes; only root may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("this user may not mount a tmpfs")
     yield disk
@@ -444,3 +453,18 @@ def test_disk_without_room_is_refused_before_anything_is_written(
     model = source if direction == "to-megatron" else converted
     words = (direction, "--source", model, "--target", small_disk / "target")
     refuse(small_disk, "needs 0.00 GiB in .*disk, and only 0.00 GiB are free", *words)
+
+
+@pytest.mark.parametrize("direction", ["to-megatron", "to-huggingface"])
+def test_disk_that_fills_up_meanwhile_is_named_and_nothing_is_left(
+    source: Path,
+    converted: Path,
+    small_disk: Path,
+    direction: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # As if there had been room when the conversion began.
+    monkeypatch.setattr(complete_directory, "SPARE_BYTES", -(2**30))
+    model = source if direction == "to-megatron" else converted
+    words = (direction, "--source", model, "--target", small_disk / "target")
+    refuse(small_disk, "cannot be written .*No space left on device.*; nothing was left", *words)

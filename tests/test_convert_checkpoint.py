@@ -284,9 +284,13 @@ def test_checkpoints_of_training_jobs_with_optimizer_state_convert_back(
 def test_verify_compares_the_way_back_of_a_mixture_of_experts(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    (tmp_path / "text").write_text(" ".join(f"w{2 + i % 90}" for i in range(100)))
     words = ["to-huggingface", "--source", str(converted / "mixtral"), "--verify"]
-    convert_checkpoint.main([*words, "--target", str(tmp_path / "back")])
+    words += ["--verify-text", str(tmp_path / "text"), "--target", str(tmp_path / "back")]
+    convert_checkpoint.main(words)
     output = capsys.readouterr().out
+    # The model has positions for no more.
+    assert "logits of 64 tokens" in output
     assert float(output.split("largest difference ")[1].split(",")[0]) < 1e-5
     assert "same argmax 100.0%" in output
 
@@ -306,6 +310,16 @@ def test_bfloat16_rounds_once(models: Path, tmp_path: Path):
     rounded = {name: value.bfloat16() for name, value in tensors(models / "qwen2").items()}
     assert_bit_equal(tensors(tmp_path / "back"), rounded)
     assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_rotary_factor_that_megatron_drops_is_cautioned_about(
+    converted: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name, words in (("llama3.1", "8.0"), ("llama3.2", "32.0")):
+        convert_checkpoint.main(["flags", str(converted / name)])
+        printed = capsys.readouterr()
+        assert f"--use-rope-scaling --rope-scaling-factor {words} " in printed.out
+        assert ("config.rope_scaling_factor = args" in printed.err) == (name == "llama3.2")
 
 
 def test_flags_follow_a_moved_checkpoint(converted: Path, tmp_path: Path):
@@ -336,7 +350,9 @@ def test_qkv_rows_are_queries_key_value_of_each_group_in_turn():
         rows += [key[4 * group + i] for i in range(4)]
         rows += [value[4 * group + i] for i in range(4)]
     (weight,) = (w for w in weight_names.ATTENTION if w.megatron.endswith("linear_qkv.weight"))
-    packed = weight.pack([query, key, value], shape)
+    names = weight.names((0,))
+    parts = dict(zip(names, (query, key, value), strict=True))
+    packed = weight.pack(parts.__getitem__, (0,), shape, torch.float32)
     assert torch.equal(packed, torch.stack(rows))
     for part, original in zip(weight.unpack(packed, shape), (query, key, value), strict=True):
         assert torch.equal(part, original)
@@ -351,6 +367,6 @@ def test_padded_vocabulary_suits_every_tensor_parallel_size(
     shape = weight_names.ModelShape(
         family="llama", layers=1, hidden=1, ffn=1, heads=groups, groups=groups, head=1,
         vocabulary=vocabulary, tied=True, maximum_positions=1, norm_epsilon=1e-5,
-        rotary_base=10000, rotary_scaling=False,
+        rotary_base=10000, rotary_scaling=None,
     )  # fmt: skip
     assert shape.padded_vocabulary == padded

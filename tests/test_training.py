@@ -365,6 +365,18 @@ def test_bad_settings_end_the_job_with_one_clear_sentence(
         assert sentence in output
 
 
+def test_a_rotary_factor_reaches_the_model_or_the_run_ends(start: Start, tmp_path: Path):
+    """It does in examples/pretrain_rmt.py, and not where Megatron alone reads the flags."""
+    llama32 = [*RMT, "--use-rope-scaling", "--rope-scaling-factor", "32", "--train-iters", "1"]
+    assert len(start(1, llama32).metrics) == 1
+    program = PRETRAIN.read_text(encoding="utf-8")
+    line = "    config.rope_scaling_factor = args.rope_scaling_factor\n"
+    assert program.count(line) == 1
+    (tmp_path / "pretrain.py").write_text(program.replace(line, ""), encoding="utf-8")
+    with pytest.raises(AssertionError, match="--rope-scaling-factor 32 did not reach the model"):
+        start(1, llama32, program=tmp_path / "pretrain.py")
+
+
 # A process of its own, where the CPU does not stand in for CUDA.
 GENERATE = """
 import sys

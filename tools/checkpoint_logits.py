@@ -18,13 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_weights import read_json
+from model_config import read_config
+
+# Of a longer text the beginning is compared, which bounds the memory that the logits take.
+MAXIMUM_TOKENS = 4096
 
 
 def tokenize(text: str, companions: Path) -> torch.Tensor:
-    """Token ids ``[1, tokens]``."""
+    """Token ids ``[1, tokens]``, no more than the model has positions for."""
     from transformers import AutoTokenizer
 
-    return torch.tensor([AutoTokenizer.from_pretrained(companions).encode(text)])
+    shape = read_config(read_json(companions / "config.json"))
+    limit = min(MAXIMUM_TOKENS, shape.maximum_positions)
+    return torch.tensor([AutoTokenizer.from_pretrained(companions).encode(text)[:limit]])
 
 
 def huggingface_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -68,6 +75,8 @@ def build_megatron_model(directory: Path, sequence_length: int, flags: list[str]
     initialize._compile_dependencies = lambda: None
     initialize.initialize_megatron()
     config = gpt_config_from_args(get_args())
+    # Megatron 0.19 drops it (github.com/NVIDIA/Megatron-LM/issues/6305).
+    config.rope_scaling_factor = get_args().rope_scaling_factor
     config.parallel_output = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(config).build_model(groups).cuda().eval()

@@ -16,8 +16,10 @@ specification::
 ``to-huggingface`` reads such a directory, or any iteration that a training job saved from it, with
 whatever layout and optimizer state.
 
-No model is built: tensors pass through memory one at a time, and the directory gets its name only
-when it is complete. ``provenance.json`` in it says where the weights come from.
+No model is built: tensors pass through memory one at a time, so that a conversion takes at most
+twice the largest of Megatron's (one layer's, or the embedding), whatever the size of the model. The
+directory gets its name only when it is complete. ``provenance.json`` in it says where the weights
+come from.
 
 The stored embedding has exactly the rows of config.json's ``vocab_size``, which may exceed the
 tokenizer's length. The flags fix ``--padded-vocab-size`` to the next value that is good for all
@@ -55,7 +57,7 @@ from megatron_weights import (
     training_arguments,
     write_megatron_weights,
 )
-from model_config import megatron_flags, read_config
+from model_config import caution, megatron_flags, read_config
 from provenance import write_provenance
 from verify_checkpoint import VERIFY_TEXT, verify
 from weight_names import ModelShape, Place, Weight
@@ -99,7 +101,7 @@ def to_megatron(
     Raises:
         ValueError: The source is incomplete, inconsistent, unsupported, or the target exists.
     """
-    shape = read_config(read_json(source / "config.json"))
+    shape = shape_of(source)
     weights = HuggingFaceWeights(source)
     weights.check(shape)
     check_tokenizer(source, shape)
@@ -122,9 +124,19 @@ def checkpoint_flags(shape: ModelShape, companions: Path) -> list[str]:
 def flags_of(source: Path) -> str:
     """The flags of a Megatron checkpoint as one line; right even if the directory was moved."""
     companions = companion_directory(source).resolve()
-    return shlex.join(
-        checkpoint_flags(read_config(read_json(companions / "config.json")), companions)
-    )
+    return shlex.join(checkpoint_flags(shape_of(companions), companions))
+
+
+def shape_of(directory: Path) -> ModelShape:
+    """The shape of the model whose config.json is there."""
+    return read_config(read_json(directory / "config.json"))
+
+
+def caution_about(source: Path) -> None:
+    """Say on stderr what Megatron does not do with the flags of a Megatron checkpoint."""
+    sentence = caution(shape_of(companion_directory(source)))
+    if sentence is not None:
+        print(f"{Path(__file__).name}: {sentence}", file=sys.stderr)
 
 
 def to_huggingface(
@@ -150,7 +162,7 @@ def to_huggingface(
     """
     directory = iteration_directory(source, iteration)
     companions = companions or companion_directory(source, iteration)
-    shape = read_config(read_json(companions / "config.json"))
+    shape = shape_of(companions)
     weights = MegatronWeights(directory)
     weights.check(shape)
     storage = DTYPES[dtype] if dtype else weights.dtype(shape)
@@ -206,7 +218,9 @@ def _add_shared_arguments(command: argparse.ArgumentParser) -> None:
         help="run both forms on a text afterwards, compare logits and perplexity",
     )
     command.add_argument(
-        "--verify-text", type=Path, help="file with the text; default: a built-in sentence"
+        "--verify-text",
+        type=Path,
+        help="file with the text, of which at most 4096 tokens are taken; default: a sentence",
     )
     command.add_argument(
         "--backend",
@@ -220,6 +234,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run one command."""
     if arguments.command == "flags":
         print(flags_of(arguments.source))
+        caution_about(arguments.source)
     elif arguments.backend == "megatron-bridge":
         megatron_bridge_backend.run(arguments)
     elif arguments.command == "to-megatron":
@@ -227,6 +242,7 @@ def run(arguments: argparse.Namespace) -> None:
         with huggingface_directory(arguments.source) as source:
             origin = None if Path(arguments.source).is_dir() else arguments.source
             to_megatron(source, arguments.target, arguments.dtype, origin)
+            caution_about(arguments.target)
             if arguments.verify:
                 print(verify(source, arguments.target, arguments.target / HUGGINGFACE, text))
         if arguments.print_flags:

@@ -259,7 +259,10 @@ def start_megatron(flags: Sequence[str]) -> Any:
     initialize_megatron()
     args = get_args()
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    chunks = GPTModelBuilder(gpt_config_from_args(args)).build_distributed_models(
+    config = gpt_config_from_args(args)
+    # Megatron 0.19 drops it (github.com/NVIDIA/Megatron-LM/issues/6305).
+    config.rope_scaling_factor = args.rope_scaling_factor
+    chunks = GPTModelBuilder(config).build_distributed_models(
         groups, wrap_with_ddp=False, data_parallel_random_init=False
     )
     load_checkpoint(chunks, None, None)

@@ -68,7 +68,12 @@ def write_megatron_weights(
         try:
             dcp.save(
                 {},
-                storage_writer=dcp.FileSystemWriter(directory, thread_count=1),
+                storage_writer=dcp.FileSystemWriter(
+                    directory,
+                    thread_count=1,
+                    # Each tensor is written before the next is asked for, with a GPU as well.
+                    per_thread_copy_ahead=0,
+                ),
                 planner=_StreamingPlanner(read, shape, dtype),
                 no_dist=True,
             )
@@ -89,7 +94,10 @@ def _cause(error: CheckpointException) -> BaseException:
 
 
 class _StreamingPlanner(dcp.DefaultSavePlanner):
-    """Writes one chunk for each place of each table row, made when its turn to be written comes."""
+    """Writes one chunk for each place of each table row, made when its turn to be written comes.
+
+    The writer must have written one before it asks for the next, whose memory may be the same.
+    """
 
     def __init__(
         self, read: Callable[[str], torch.Tensor], shape: ModelShape, dtype: torch.dtype
@@ -100,6 +108,7 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
             key: weight for weight in weights_of(shape) for key in weight.keys
         }
         self.objects = _objects(shape)
+        self.written = torch.empty(0)
         self.progress = tqdm(desc="to Megatron", unit=" tensors", disable=None)
 
     def create_local_plan(self) -> SavePlan:
@@ -137,10 +146,10 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
         weight = self.rows[key]
         depth = len(weight.stack(self.shape))
         place = tuple(write_item.index.offset[:depth])
-        packed = weight.pack([self.read(name) for name in weight.names(place)], self.shape)
-        # In memory of its own: one part alone is still mapped from a file, which the writer would
-        # copy while it holds the mapping.
-        return packed.to(self.dtype, copy=len(weight.parts) == 1)[(None,) * depth]
+        # The writer keeps a tensor of each key until its file is complete, long after writing it.
+        self.written.untyped_storage().resize_(0)
+        self.written = weight.pack(self.read, place, self.shape, self.dtype)
+        return self.written[(None,) * depth]
 
 
 def _objects(shape: ModelShape) -> dict[str, io.BytesIO]:

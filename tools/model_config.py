@@ -8,14 +8,15 @@ from typing import Any
 
 from weight_names import FAMILIES, WITHOUT_TABLE, ModelShape
 
-# Llama 3.1's rotary scaling as Megatron has it. All four are constants there: even
-# --rope-scaling-factor does not reach the model (gpt_config_from_args drops it in 0.19).
+# What is constant in Megatron's form of Llama 3's rotary scaling; the factor is a flag.
 LLAMA3_SCALING = {
-    "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# Megatron 0.19's gpt_config_from_args drops --rope-scaling-factor, and the model gets this one
+# (github.com/NVIDIA/Megatron-LM/issues/6305).
+DEFAULT_FACTOR = 8.0
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -152,8 +153,8 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
     return experts
 
 
-def _rotary(config: Mapping[str, Any]) -> tuple[int, bool]:
-    """Rotary base, and whether Llama 3.1's scaling is on; transformers 4 and 5 differ here."""
+def _rotary(config: Mapping[str, Any]) -> tuple[int, float | None]:
+    """Rotary base, and the factor of Llama 3's scaling; transformers 4 and 5 differ here."""
     rope = {"rope_theta": config.get("rope_theta", 10000.0)}
     rope |= config.get("rope_scaling") or {}
     rope |= config.get("rope_parameters") or {}
@@ -167,12 +168,12 @@ def _rotary(config: Mapping[str, Any]) -> tuple[int, bool]:
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return int(base), False
+        return int(base), None
     if kind == "llama3" and all(rope.get(key) == value for key, value in LLAMA3_SCALING.items()):
-        return int(base), True
+        return int(base), float(_positive(rope, "factor"))
     raise ValueError(
-        f"config.json sets rotary scaling {rope!r}; Megatron has 'default' and 'llama3' with "
-        f"{LLAMA3_SCALING} only."
+        f"config.json sets rotary scaling {rope!r}; Megatron has 'default', and 'llama3' with a "
+        f"factor and {LLAMA3_SCALING} only."
     )
 
 
@@ -201,8 +202,9 @@ def megatron_flags(shape: ModelShape) -> list[str]:
         "--vocab-size": shape.vocabulary,
         "--padded-vocab-size": shape.padded_vocabulary,
     }
-    if shape.rotary_scaling:
+    if shape.rotary_scaling is not None:
         flags["--use-rope-scaling"] = None
+        flags["--rope-scaling-factor"] = shape.rotary_scaling
     if not shape.tied:
         flags["--untie-embeddings-and-output-weights"] = None
     if shape.experts:
@@ -213,3 +215,14 @@ def megatron_flags(shape: ModelShape) -> list[str]:
             flags["--moe-router-pre-softmax"] = None
     words = [str(word) for flag in flags.items() for word in flag if word is not None]
     return [*words, *FAMILIES[shape.family].flags]
+
+
+def caution(shape: ModelShape) -> str | None:
+    """One sentence on what a script of one's own must do to build this model from the flags."""
+    if shape.rotary_scaling in (None, DEFAULT_FACTOR):
+        return None
+    return (
+        f"this model needs --rope-scaling-factor {shape.rotary_scaling:g}, which Megatron 0.19's "
+        "gpt_config_from_args drops; examples/pretrain_rmt.py passes it on, a script of your own "
+        "must set config.rope_scaling_factor = args.rope_scaling_factor."
+    )

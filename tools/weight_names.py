@@ -26,7 +26,10 @@ LAYER = "model.layers.{layer}."
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a Hugging Face ``config.json`` says of the model, in Megatron's terms."""
+    """What a Hugging Face ``config.json`` says of the model, in Megatron's terms.
+
+    ``rotary_scaling`` is the factor of Llama 3's scaling; None where there is no scaling.
+    """
 
     family: str
     layers: int
@@ -40,7 +43,7 @@ class ModelShape:
     maximum_positions: int
     norm_epsilon: float
     rotary_base: int
-    rotary_scaling: bool
+    rotary_scaling: float | None
     experts: int = 0
     expert_ffn: int = 0
     experts_per_token: int = 0
@@ -70,44 +73,25 @@ class ModelShape:
         }[dimension]
 
 
-def _join(parts: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
-    """Stack the parts on their first axis: one part alone, or gate above up."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+# Where the Hugging Face parts, of the given numbers of rows, are in a Megatron tensor: views of it,
+# one for each part, whose elements in order are those of the part.
+Packing = Callable[[torch.Tensor, Sequence[int], ModelShape], Sequence[torch.Tensor]]
 
 
-def _split(whole: torch.Tensor, rows: Sequence[int], shape: ModelShape) -> list[torch.Tensor]:
-    """The inverse of ``_join``: parts of the given numbers of rows."""
-    return list(whole.split(list(rows)))
+def _stacked(whole: torch.Tensor, rows: Sequence[int], shape: ModelShape) -> Sequence[torch.Tensor]:
+    """One part alone, or one above the other as gate and up are: ``[rows, ...]`` each."""
+    return whole.split(list(rows))
 
 
-def _interleave_groups(parts: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
+def _per_group(
+    whole: torch.Tensor, rows: Sequence[int], shape: ModelShape
+) -> Sequence[torch.Tensor]:
     """Megatron's ``linear_qkv``: for each KV group its query heads, its key and its value.
 
-    Args:
-        parts: Query ``[heads*head, ...]``, key and value ``[groups*head, ...]``.
+    The views are ``[groups, rows / groups, ...]``.
     """
-    grouped = [part.reshape(shape.groups, -1, *part.shape[1:]) for part in parts]
-    return torch.cat(grouped, dim=1).flatten(0, 1)
-
-
-def _separate_groups(
-    whole: torch.Tensor, rows: Sequence[int], shape: ModelShape
-) -> list[torch.Tensor]:
-    """The inverse of ``_interleave_groups``."""
-    grouped = whole.reshape(shape.groups, -1, *whole.shape[1:])
-    return [part.flatten(0, 1) for part in grouped.split([r // shape.groups for r in rows], dim=1)]
-
-
-@dataclass(frozen=True)
-class Packing:
-    """A way to make one Megatron tensor of Hugging Face tensors, and back."""
-
-    pack: Callable[[Sequence[torch.Tensor], ModelShape], torch.Tensor]
-    unpack: Callable[[torch.Tensor, Sequence[int], ModelShape], list[torch.Tensor]]
-
-
-STACKED = Packing(_join, _split)
-PER_GROUP = Packing(_interleave_groups, _separate_groups)
+    grouped = whole.view(shape.groups, -1, *whole.shape[1:])
+    return grouped.split([count // shape.groups for count in rows], dim=1)
 
 
 @dataclass(frozen=True)
@@ -118,14 +102,14 @@ class Weight:
         megatron: Key in the Megatron checkpoint.
         parts: Hugging Face names, ``{layer}`` and ``{expert}`` standing for numbers, each with the
             names of its dimensions (see ``ModelShape.size``), slowest first.
-        packing: How the parts make up the Megatron tensor.
+        packing: Where the parts are in the Megatron tensor.
         alias: Second key in the Megatron checkpoint, where the local and the Transformer Engine
             specification differ; both are written, either is read.
     """
 
     megatron: str
     parts: tuple[tuple[str, str], ...]
-    packing: Packing = STACKED
+    packing: Packing = _stacked
     alias: str | None = None
 
     @property
@@ -162,14 +146,35 @@ class Weight:
         parts = self.part_shapes(shape)
         return (sum(part[0] for part in parts), *parts[0][1:])
 
-    def pack(self, parts: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
-        """The Megatron tensor, ``megatron_shape``, of the Hugging Face parts."""
-        return self.packing.pack(parts, shape).contiguous()
+    def pack(
+        self,
+        read: Callable[[str], torch.Tensor],
+        place: Place,
+        shape: ModelShape,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The Megatron tensor, ``megatron_shape``, in memory of its own.
+
+        Args:
+            read: Gives a Hugging Face part by its name; only one is held at a time.
+            dtype: Of the result.
+        """
+        whole = torch.empty(self.megatron_shape(shape), dtype=dtype)
+        for name, part in zip(self.names(place), self._parts_in(whole, shape), strict=True):
+            part.copy_(read(name).reshape(part.shape))
+        return whole
 
     def unpack(self, whole: torch.Tensor, shape: ModelShape) -> list[torch.Tensor]:
         """The Hugging Face parts of the Megatron tensor, in the order of ``parts``."""
-        rows = [part[0] for part in self.part_shapes(shape)]
-        return [part.contiguous() for part in self.packing.unpack(whole, rows, shape)]
+        return [
+            part.reshape(part_shape).contiguous()
+            for part, part_shape in zip(
+                self._parts_in(whole, shape), self.part_shapes(shape), strict=True
+            )
+        ]
+
+    def _parts_in(self, whole: torch.Tensor, shape: ModelShape) -> Sequence[torch.Tensor]:
+        return self.packing(whole, [part[0] for part in self.part_shapes(shape)], shape)
 
 
 EMBEDDING = Weight(
@@ -190,7 +195,7 @@ ATTENTION = (
             (LAYER + "self_attn.k_proj.weight", "key hidden"),
             (LAYER + "self_attn.v_proj.weight", "key hidden"),
         ),
-        PER_GROUP,
+        _per_group,
     ),
     Weight(
         "decoder.layers.self_attention.linear_proj.weight",
@@ -205,7 +210,7 @@ QKV_BIAS = (
             (LAYER + "self_attn.k_proj.bias", "key"),
             (LAYER + "self_attn.v_proj.bias", "key"),
         ),
-        PER_GROUP,
+        _per_group,
     ),
 )
 QUERY_KEY_NORMS = (
@@ -351,8 +356,8 @@ FAMILIES: Mapping[str, Family] = {
 
 # Why a family that people ask for has no table.
 WITHOUT_TABLE: Mapping[str, str] = {
-    "olmo2": "it normalises the output of attention and of the MLP, and Megatron's GPT layer has "
-    "norms before them only",
+    "olmo2": "it normalises what attention and MLP give, and queries and keys over all heads "
+    "together; Megatron's GPT layer normalises what they get, and each head by itself",
 }
 
 
