@@ -1,12 +1,13 @@
 """Measure a whole run: matrix products of each phase of each step, and the peak of its memory.
 
-A program for ``tests.tiny_run.run``: it runs examples/pretrain_rmt.py, unchanged but watched, and
-leaves a JSON line for each step in the file that the environment variable MEASURED names.
+``main`` runs examples/pretrain_rmt.py, unchanged but watched; a program for ``tests.tiny_run.run``
+is two lines that call it.
 """
 
+import contextlib
 import ctypes
+import functools
 import json
-import os
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,9 @@ def _attention(query: torch.Tensor, key: torch.Tensor, causal: bool, products: i
     return 2 * products * batch * heads * pairs * width
 
 
+_FORMULAS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+
+
 class FlopCount(TorchDispatchMode):
     """Counts the operations of torch's own products, by torch's own formulas, as they run; torch
     has none for attention on the CPU, of which two and five products are counted."""
@@ -42,8 +46,8 @@ class FlopCount(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         packet = func._overloadpacket
-        if packet in flop_registry:
-            self.total += flop_registry[packet](*args, **kwargs, out_val=result)
+        if packet in _FORMULAS:
+            self.total += _FORMULAS[packet](*args, **kwargs, out_val=result)
         elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             causal = args[4] if len(args) > 4 else kwargs.get("is_causal", False)
             self.total += _attention(args[0], args[1], causal, products=2)
@@ -72,20 +76,22 @@ def _return_what_is_freed() -> None:
 class Watch:
     """Operations and peak memory, phase by phase."""
 
-    def __init__(self, count: FlopCount | None) -> None:
-        self.count = count
+    def __init__(self, target: Path, counts_flops: bool) -> None:
+        self.target, self.counts_flops = target, counts_flops
         self.baseline = 0
         self.measured: dict[str, int] = {}
 
     def phase(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, with what it takes added under ``name``."""
 
+        @functools.wraps(function)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            before = self.count.total if self.count else 0
+            count = FlopCount()
             _forget_peak()
-            result = function(*args, **kwargs)
-            flops = self.count.total - before if self.count else 0
-            self.measured[f"{name} flops"] = self.measured.get(f"{name} flops", 0) + flops
+            with count if self.counts_flops else contextlib.nullcontext():
+                result = function(*args, **kwargs)
+            flops = self.measured.get(f"{name} flops", 0) + count.total
+            self.measured[f"{name} flops"] = flops
             peak = max(_memory("VmHWM") - self.baseline, self.measured.get(f"{name} bytes", 0))
             self.measured[f"{name} bytes"] = peak
             return result
@@ -93,6 +99,7 @@ class Watch:
         return watched
 
     def before_the_model(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
         def building(*args: Any, **kwargs: Any) -> Any:
             self.baseline = _memory("VmRSS")
             return function(*args, **kwargs)
@@ -100,36 +107,33 @@ class Watch:
         return building
 
     def step(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.measured = {}
             result = function(*args, **kwargs)
-            with open(os.environ["MEASURED"], "a", encoding="utf-8") as file:
+            with open(self.target, "a", encoding="utf-8") as file:
                 file.write(json.dumps(self.measured) + "\n")
             return result
 
         return watched
 
 
-def main() -> None:
+def main(target: Path, counts_flops: bool) -> None:
+    """Run examples/pretrain_rmt.py with the flags of ``sys.argv``.
+
+    target: gets a JSON line for each step. counts_flops: takes long, so it is left out where memory
+    alone is of interest.
+    """
     from megatron.training import training
 
     from megatron_rmt import patches, step
 
     _return_what_is_freed()
-    counting = "flops" in os.environ["MEASURE"]
-    watch = Watch(FlopCount() if counting else None)
+    watch = Watch(target, counts_flops)
     step.read_trunk = watch.phase("trunk", step.read_trunk)
     step.generate = watch.phase("rollout", step.generate)
     # What RMT's step calls once its rollouts are done.
     training.train_step = watch.phase("update", training.train_step)
     patches.run_step = watch.step(patches.run_step)
     training.setup_model_and_optimizer = watch.before_the_model(training.setup_model_and_optimizer)
-    if watch.count is None:
-        runpy.run_path(str(PRETRAIN), run_name="__main__")
-        return
-    with watch.count:
-        runpy.run_path(str(PRETRAIN), run_name="__main__")
-
-
-if __name__ == "__main__":
-    main()
+    runpy.run_path(str(PRETRAIN), run_name="__main__")

@@ -380,7 +380,8 @@ def _verdict(request: Request, plan: Plan) -> list[str]:
             f"their bound ({bound:.1f} GiB). To be safe:"
         )
     else:
-        first = f"Does not fit into {limit:g} GiB ({assumed:.1f} to {bound:.1f} GiB). Change:"
+        peaks = f"{assumed:.1f}" if bound - assumed < 0.1 else f"{assumed:.1f} to {bound:.1f}"
+        first = f"Does not fit into {limit:g} GiB: it takes {peaks} GiB. Change:"
     return [first, *advice(request, plan, limit)]
 
 

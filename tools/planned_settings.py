@@ -200,6 +200,9 @@ def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: P
     for name in ("seq_length", "micro_batch_size"):
         if getattr(args, name) is None:
             raise ValueError(f"{_flag(name)} is not set; pass it as to the run.")
+    for name in ("rmt_positions_per_sample", "rmt_group_size", "rmt_answer_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{_flag(name)} is {getattr(args, name)}; pass 1 or more.")
     args.world_size, args.on_cpu = world_size, on_cpu
     _derive_layout(args)
     _derive_model(args, prompt)
@@ -217,6 +220,12 @@ def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: P
     problem = position_problem(args, needed)
     if problem:
         raise ValueError(problem)
+    held = args.micro_batch_size * (args.seq_length + prompt.head)
+    if args.rmt_max_tokens is not None and args.rmt_max_tokens < held:
+        raise ValueError(
+            f"--rmt-max-tokens is {args.rmt_max_tokens}, but a micro-batch has {held} tokens "
+            "before any rollout; raise it, or lower --micro-batch-size or --seq-length."
+        )
     return args
 
 
