@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rmt.packing import TreeSource, tree_size
+from megatron_rmt.packing import TreeSize, TreeSource, deal_out, tree_size
 from megatron_rmt.tree import Responses, build_trunk
 from tests.distributed import REPOSITORY
 from tests.tiny_model import PADDED_VOCAB, VOCAB, build_model
@@ -20,8 +20,8 @@ from tests.tiny_run import RMT, TRAINING, Run, TinyInputs, run
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
 import plan
-from planned_memory import key_value_plan, model_parameters, parameters
-from planned_work import Lengths, documents_in_samples, sample_work
+from planned_memory import key_value_plan, micro_batch, model_parameters, parameters
+from planned_work import Lengths, Pass, SampleWork, Tokens, documents_in_samples, sample_work
 
 RECIPES = REPOSITORY / "examples/recipes"
 # A sample of 12 tokens with documents of 5, 4 and 3, prompt heads of 2 and stems of 3.
@@ -66,6 +66,34 @@ def test_tokens_and_pairs_are_the_mean_over_all_positions(separate: bool):
     pairs = mean([n * (n + 1) / 2 for n in alone]) * 2 + document
     assert work.naive_update.pairs == pytest.approx(pairs)
     assert work.naive_rollout.pairs == pytest.approx(pairs - document)
+
+
+@pytest.mark.parametrize("use_all", [False, True])
+@pytest.mark.parametrize("max_tokens", [50, 100, 250, 450, 10_000])
+def test_micro_batches_are_packed_as_in_a_run(max_tokens: int, use_all: bool):
+    own, tokens = 12, 100
+    dealt = deal_out(
+        [TreeSize(tokens, 0, 0)] * own,
+        [1] * own,
+        ranks=1,
+        micro_batches=6,
+        max_tokens=max_tokens,
+        use_all=use_all,
+    )
+    args = Namespace(
+        rmt_max_tokens=max_tokens,
+        global_batch_size=own,
+        data_parallel_size=1,
+        micro_batch_size=2,
+        micro_batches=6,
+        pipeline_model_parallel_size=2 if use_all else 1,
+    )
+    like = Pass(tokens, 0, 7)
+    naive = Tokens(80, 10, 10, 0, 0)
+    work = SampleWork(naive, like, like, like, like, like, like, span=0)
+    planned = micro_batch(args, work)
+    assert planned.rows == tokens * max(len(part) for part in dealt[0])
+    assert planned.trunk_rows == 2 * 80
 
 
 def test_documents_are_cut_where_samples_end():
@@ -265,7 +293,6 @@ def test_memory_is_that_of_a_run(inputs: TinyInputs, tmp_path: Path):
     length = finished.metrics[1]["thought length"]
     words = ["--hardware", "cpu", "--thought-length", length, *flags]
     memory = plan.make_plan(request(words)).memory
-    print("planned", plan.as_gib(memory), "measured", measured[1])
     assert memory.update_peak == pytest.approx(measured[1]["update bytes"], rel=0.15)
     assert memory.rollout_peak == pytest.approx(measured[1]["rollout bytes"], rel=0.15)
     # Activations made again would be another run: the check can fail.
@@ -274,13 +301,31 @@ def test_memory_is_that_of_a_run(inputs: TinyInputs, tmp_path: Path):
     assert again.update_peak != pytest.approx(measured[1]["update bytes"], rel=0.15)
 
 
+def test_seconds_follow_the_hardware():
+    """Arithmetic at the stated efficiency, and no rollout sooner than its weights can be read."""
+    words = ["--recipe", RECIPES / "qwen3-1.7b.args", "--efficiency", 0.5]
+    planned = plan.make_plan(request(words))
+    seconds, flops = planned.first.seconds, planned.first.flops
+    assert seconds.update == pytest.approx((flops.update + flops.recompute) / (0.5 * 989e12))
+    assert seconds.trunk == pytest.approx(flops.trunk / (0.5 * 989e12))
+    weights = parameters(planned.args, stage=0).total * 2
+    assert seconds.rollout > seconds.passes * weights / 3350e9
+    # Four waves: of the 64 positions 17 fit at a time.
+    assert seconds.passes == 4 * (planned.first.longest - 1)
+    slower = plan.make_plan(request([*words, "--bandwidth-efficiency", 0.1])).first.seconds
+    assert slower.rollout > 2 * seconds.rollout
+    assert slower.update == seconds.update
+
+
 def words_of(text: str) -> list[str]:
     return ["--recipe", str(RECIPES / "qwen3-14b.args"), *text.split()]
 
 
-def test_what_does_not_fit_comes_with_flags_that_do(capsys: pytest.CaptureFixture[str]):
+def test_what_does_not_fit_comes_with_flags_that_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     words = words_of("--world-size 16 --memory-gib 30")
-    sys.argv = ["plan.py", *words]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words])
     plan.main()
     printed = capsys.readouterr().out
     assert "Does not fit into 30 GiB" in printed
@@ -292,9 +337,11 @@ def test_what_does_not_fit_comes_with_flags_that_do(capsys: pytest.CaptureFixtur
     assert applied.memory_at_bound.peak < 30 * 2**30
 
 
-def test_json_holds_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_json_holds_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     words = words_of(f"--world-size 16 --json {tmp_path}/plan.json")
-    sys.argv = ["plan.py", *words]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words])
     plan.main()
     written = json.loads((tmp_path / "plan.json").read_text())
     made = plan.make_plan(request(words))
@@ -320,8 +367,10 @@ def test_json_holds_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("--world-size 16 --context-parallel-size 2", "--context-parallel-size is 2; RMT does not"),
     ],
 )
-def test_bad_input_ends_with_one_sentence(words: str, sentence: str):
-    sys.argv = ["plan.py", *words_of(words)]
+def test_bad_input_ends_with_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, words: str, sentence: str
+):
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words_of(words)])
     with pytest.raises(SystemExit) as ending:
         plan.main()
     assert str(ending.value).startswith("plan.py: ")

@@ -250,52 +250,61 @@ def _update(
     args: Namespace, batch: MicroBatch, held: Parameters, stage: int
 ) -> tuple[float, float, float]:
     """(activations, head, backward) of the update; the last two follow one another."""
-    size, layers = args.params_bytes, args.layers_per_stage
     row = _row(args)
     multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
     rows = -(-batch.rows // multiple) * multiple
-    full = args.recompute_granularity == "full"
-    if full:
-        kept_layers = 0.0
-        if args.recompute_method == "block":
-            kept_layers = max(0.0, layers - (args.recompute_num_layers or layers))
-            inputs = layers - kept_layers
-        else:
-            inputs = -(-layers // (args.recompute_num_layers or 1))
-        at_once = 1 if args.recompute_method == "block" else (args.recompute_num_layers or 1)
-        saved = inputs * row.hidden + kept_layers * row.saved
-        again = min(at_once, layers) * row.saved
-    else:
-        saved, again = layers * row.saved, 0.0
-        if args.recompute_granularity == "selective":
-            # Core attention runs again: its output is made anew, its log-sum-exp too.
-            width = args.query_width * size + args.num_attention_heads * FP32
-            saved -= layers * width / args.tensor_model_parallel_size
+    saved, again = _saved(args, row)
     last = args.pipeline_model_parallel_size - 1
-    in_flight = min(args.micro_batches, last + 1 - stage)
-    kept = in_flight * saved * rows
-    # A matrix's gradient before it is added to the gradient buffer.
-    weight_gradient = 0 if args.gradient_accumulation_fusion else held.largest * size
-    going_back = (again + row.inside) * rows + weight_gradient
+    activations = min(args.micro_batches, last + 1 - stage) * saved * rows
+    backward = (again + row.inside) * rows
+    if not args.gradient_accumulation_fusion:
+        # A matrix's gradient before it is added to the gradient buffer.
+        backward += held.largest * args.params_bytes
     if stage != last:
-        return kept, 0.0, going_back
+        return activations, 0.0, backward
+    if last == 0 and not args.untie_embeddings_and_output_weights:
+        # Autograd keeps the gradient of a tied head until the embedding's arrives.
+        backward += _table(args) * args.hidden_size * args.params_bytes
+    return activations + rows * row.norm, _head(args, batch.predictions, rows, row), backward
 
-    predictions, table = batch.predictions, args.padded_vocab_size / args.tensor_model_parallel_size
-    final_norm = rows * row.norm
-    picked = predictions * args.hidden_size
-    chunk = min(args.rmt_head_chunk_size, predictions) * table
-    weight = table * args.hidden_size
-    scores = chunk * (FP32 if args.on_cpu else FP32 + size)
-    sums = FP32 * (picked + weight)
-    product = 0 if args.on_cpu else FP32 * weight
-    gather = rows * row.gathered if args.sequence_parallel else 0
-    making = gather + picked * size + sums + scores + product
+
+def _saved(args: Namespace, row: _Row) -> tuple[float, float]:
+    """Bytes of a token that all layers of a stage save, and that are made again at a time."""
+    layers = args.layers_per_stage
+    if args.recompute_granularity == "full":
+        count = args.recompute_num_layers or 1
+        if args.recompute_method == "block":
+            count = min(count, layers)
+            return count * row.hidden + (layers - count) * row.saved, row.saved
+        return -(-layers // count) * row.hidden, min(count, layers) * row.saved
+    saved = layers * row.saved
+    if args.recompute_granularity == "selective":
+        # Core attention runs again: its output is made anew, its log-sum-exp too.
+        width = args.query_width * args.params_bytes + args.num_attention_heads * FP32
+        saved -= layers * width / args.tensor_model_parallel_size
+    return saved, 0.0
+
+
+def _table(args: Namespace) -> float:
+    """Rows of the embedding, or of the head, on a rank."""
+    return args.padded_vocab_size / args.tensor_model_parallel_size
+
+
+def _head(args: Namespace, predictions: float, rows: float, row: _Row) -> float:
+    """The larger of what the head holds while it makes its gradients and while it gives them to
+    autograd in the dtype of the weights."""
+    size = args.params_bytes
+    picked, weight = predictions * args.hidden_size, _table(args) * args.hidden_size
+    gradients = FP32 * (picked + weight)
+    chunk = min(args.rmt_head_chunk_size, predictions) * _table(args)
+    making = picked * size + gradients + FP32 * chunk
+    if not args.on_cpu:
+        # Scores rounded for the tensor cores, and one chunk's share of the weight's gradient.
+        making += chunk * size + FP32 * weight
+    if args.sequence_parallel:
+        making += rows * row.gathered
     converted = 0 if size == FP32 else size * (picked + weight)
-    handing_over = sums + converted
-    tied = not args.untie_embeddings_and_output_weights and last == 0
-    # Autograd keeps the gradient of a tied head until the embedding's arrives.
-    waiting = weight * size if tied else 0
-    return kept + final_norm, max(making, handing_over), going_back + waiting
+    return max(making, gradients + converted)
 
 
 def _rollouts(
@@ -317,9 +326,11 @@ def _rollouts(
     drawing = rows * columns * 2 * FP32
     scores = 0.0
     if not args.on_cpu:
-        own = args.rmt_positions_per_sample * args.rmt_group_size
-        seen = work.span + work.tokens.stem / args.rmt_positions_per_sample + longest
-        scores = own * args.num_attention_heads / tp * seen * (2 * FP32 + 2 * size)
+        # Of one sample at a time, written out; stems ask more queries than a group of rollouts.
+        stem = work.tokens.stem / args.rmt_positions_per_sample
+        queries = args.rmt_positions_per_sample * max(args.rmt_group_size, stem)
+        seen = work.span + stem + longest
+        scores = queries * args.num_attention_heads / tp * seen * (2 * FP32 + 2 * size)
     # Rows that leave are dropped by copying a layer's tails.
     copied = at_once * plan.position_bytes / max(1, args.layers_per_stage)
     return key_values, max(reading * through_a_layer, drawing + scores, copied)

@@ -91,7 +91,9 @@ def parse_flags(recipe: Path | None, words: Sequence[str], model: Sequence[str])
             try:
                 of_recipe = recipe_flags(recipe, words, environment)
             except ValueError as error:
-                raise ValueError(f"{error} For the model, --model or --model-flags do.") from None
+                if "variable CHECKPOINT" not in str(error):
+                    raise
+                raise ValueError(f"{error} Or name it by --model or --model-flags.") from None
     parser = ArgumentParser(allow_abbrev=False)
     # Megatron speaks of what it looks for.
     with redirect_stdout(io.StringIO()):
