@@ -1,0 +1,468 @@
+"""What a run of RMT will take, before it is started: tokens, FLOPs, memory of a rank, seconds.
+
+    python tools/plan.py --recipe examples/recipes/qwen3-14b.args --world-size 16
+    python tools/plan.py --recipe RECIPE --world-size N --model HF_DIR [any Megatron or RMT flag]
+
+Takes what the run takes: a recipe and flags that replace those in it. No model is built and no GPU
+is needed. The model is that of ``--model`` (a Hugging Face directory or its config.json), of
+``--model-flags`` (written by tools/convert_checkpoint.py), of the folder CHECKPOINT, else of the
+config.json that lies beside the recipe under its name. docs/planning.md says how the numbers are
+made and how far they were checked; times on a GPU never were.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TOOLS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TOOLS), str(TOOLS.parent)]
+# Importing Megatron without Transformer Engine or CUDA warns, which no plan needs.
+warnings.filterwarnings("ignore")
+for name in ("torch.utils.cpp_extension", "megatron", "transformers"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+from planned_memory import RankMemory, as_gib, largest_rank, micro_batch, model_parameters
+from planned_settings import (
+    Prompt,
+    complete_settings,
+    corpus_documents,
+    lengths_of_step,
+    model_words,
+    on_this_cpu,
+    parse_flags,
+    read_prompt,
+)
+from planned_time import HARDWARE, Hardware, StepSeconds, step_seconds
+from planned_work import Documents, SampleWork, StepFlops, sample_work, step_flops
+
+from megatron_rmt.schedules import plan_step
+
+# Steps at which the mean over a run is taken.
+SAMPLED_STEPS = 1000
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The planner's own flags; all others are the run's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--recipe", type=Path, help="file of flags, as RECIPE of examples/pretrain_rmt.sh")
+    add("--world-size", type=int, default=1, help="ranks of the run (default 1)")
+    add("--model", type=Path, help="Hugging Face directory or its config.json")
+    add("--model-flags", type=Path, help="model_flags.txt of a converted checkpoint, or its folder")
+    add("--hardware", choices=[*HARDWARE, "cpu"], default="h100", help="of a rank (default h100)")
+    add("--efficiency", type=float, default=0.4, help="share of peak FLOP/s (default 0.4)")
+    add(
+        "--bandwidth-efficiency",
+        type=float,
+        default=0.6,
+        help="share of peak bandwidth while decoding (default 0.6)",
+    )
+    add("--memory-gib", type=float, help="memory of a rank (default: of the hardware)")
+    add("--thought-length", type=float, help="mean thought in tokens (default: the budget B_t)")
+    add("--answer-length", type=float, help="mean answer in tokens (default: 8, or the most)")
+    add("--document-tokens", type=int, help="mean document (default: that of --data-path)")
+    add("--json", type=Path, help="write all numbers to this file too")
+    return parser
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is planned. given: the run's flags as parsed. thought, answer: None for the default."""
+
+    given: Namespace
+    prompt: Prompt
+    world_size: int
+    hardware: Hardware | None
+    memory_gib: float | None
+    efficiency: float
+    bandwidth_efficiency: float
+    thought: float | None
+    answer: float | None
+    document_tokens: int | None
+
+    def settings(self, **changes: Any) -> Namespace:
+        """The completed settings, with ``changes`` of flags."""
+        changed = Namespace(**vars(self.given) | changes)
+        return complete_settings(changed, self.world_size, self.hardware is None, self.prompt)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step. seconds: None where no hardware is known. longest: response. allocated: tokens of
+    a response that keys and values are held for."""
+
+    budget: int
+    thought: float
+    work: SampleWork
+    flops: StepFlops
+    seconds: StepSeconds | None
+    longest: float
+    allocated: float
+
+
+def step_at(
+    request: Request,
+    args: Namespace,
+    documents: Documents,
+    budget: int,
+    warm_up: bool = False,
+    at_bound: bool = False,
+) -> Step:
+    """A step with ``budget``. at_bound: every thought is as long as it may be."""
+    bound = budget if warm_up else 2 * budget
+    thought = budget if request.thought is None else request.thought
+    thought = min(bound, bound if at_bound else thought)
+    answer = min(8, args.rmt_answer_tokens) if request.answer is None else request.answer
+    lengths, longest, allocated = lengths_of_step(
+        args, request.prompt, budget, thought, answer, warm_up
+    )
+    work = sample_work(args, documents, lengths)
+    flops = step_flops(args, work)
+    seconds = None
+    if request.hardware is not None:
+        seconds = step_seconds(
+            args,
+            work,
+            flops,
+            longest,
+            request.hardware,
+            request.efficiency,
+            request.bandwidth_efficiency,
+        )
+    return Step(budget, thought, work, flops, seconds, longest, allocated)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """first, last: steps of the run. mean: of what ``numbers`` gives, over its steps. memory,
+    memory_at_bound: of the rank that needs most, in the first step."""
+
+    args: Namespace
+    documents: Documents
+    corpus: str
+    first: Step
+    last: Step
+    mean: dict[str, float]
+    memory: RankMemory
+    memory_at_bound: RankMemory
+
+
+def make_plan(request: Request, **changes: Any) -> Plan:
+    """The plan of ``request`` with ``changes`` of flags.
+
+    Raises:
+        ValueError: one sentence on what cannot be planned, or would be refused by the run.
+    """
+    args = request.settings(**changes)
+    documents, corpus = corpus_documents(args, request.document_tokens)
+    count = min(args.train_iters, SAMPLED_STEPS)
+    sampled = [plan_step(args, index * args.train_iters // count) for index in range(count)]
+    kinds = Counter((step.budget, step.warm_up) for step in sampled)
+    steps = {kind: step_at(request, args, documents, *kind) for kind in kinds}
+    last = plan_step(args, args.train_iters - 1)
+    all_numbers = {kind: numbers(args, step) for kind, step in steps.items()}
+    first = sampled[0].budget, sampled[0].warm_up
+    mean = {
+        name: sum(all_numbers[kind][name] * times for kind, times in kinds.items()) / count
+        for name in all_numbers[first]
+    }
+    longest = step_at(request, args, documents, first[0], at_bound=True)
+    return Plan(
+        args=args,
+        documents=documents,
+        corpus=corpus,
+        first=steps[first],
+        last=step_at(request, args, documents, last.budget, last.warm_up),
+        mean=mean,
+        memory=largest_rank(args, steps[first].work, steps[first].allocated),
+        memory_at_bound=largest_rank(args, longest.work, longest.allocated),
+    )
+
+
+def numbers(args: Namespace, step: Step) -> dict[str, float]:
+    """Of a step and its global batch: tokens, FLOPs, seconds of a rank."""
+    batch, tokens = args.global_batch_size, step.work.tokens
+    values = {
+        "budget": float(step.budget),
+        "thought length": step.thought,
+        "trunk tokens": batch * tokens.trunk,
+        "stem tokens": batch * tokens.stem,
+        "branch tokens": batch * tokens.branch,
+        "tokens of the update": batch * tokens.tree,
+        "tokens of the update, naive": batch * tokens.naive_update,
+        "tokens of the rollouts": batch * (tokens.stem + tokens.branch),
+        "tokens of the rollouts, naive": batch * tokens.naive_rollout,
+        "tokens of a micro-batch": micro_batch(args, step.work).rows,
+    }
+    flops = dataclasses.asdict(step.flops) | {"total": step.flops.total}
+    values |= {f"FLOPs, {name.replace('_', ' ')}": value for name, value in flops.items()}
+    if step.seconds is not None:
+        seconds = dataclasses.asdict(step.seconds) | {"total": step.seconds.total}
+        passes = seconds.pop("passes")
+        values |= {f"seconds, {name}": value for name, value in seconds.items()}
+        values["decode passes"] = passes
+    return values
+
+
+Change = tuple[str, dict[str, Any]]
+
+
+def possible_changes(plan: Plan, limit: float) -> Iterator[Change]:
+    """Flags that need less memory, those that cost the run least first. limit: GiB of a rank."""
+    args, memory = plan.args, plan.memory_at_bound
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if args.data_parallel_size > 1 and not args.use_distributed_optimizer:
+        yield "--use-distributed-optimizer", {"use_distributed_optimizer": True}
+    if tp > 1 and not args.sequence_parallel and not args.on_cpu:
+        yield "--sequence-parallel", {"sequence_parallel": True}
+    others = (memory.rollout_peak - memory.key_values) / 2**30
+    bound = int(2 * 0.95 * (limit - others)) / 2
+    if memory.rollout_peak > memory.update_peak and bound > 0:
+        yield f"--rmt-rollout-kv-gib {bound:g}", {"rmt_rollout_kv_gib": bound}
+    if args.recompute_granularity != "full":
+        flags = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        changes = {"recompute_method": "uniform", "recompute_num_layers": 1}
+        yield flags, changes | {"recompute_granularity": "full"}
+    if args.micro_batch_size > 1:
+        yield "--micro-batch-size 1", {"micro_batch_size": 1}
+    if args.rmt_max_tokens is not None:
+        yield "without --rmt-max-tokens", {"rmt_max_tokens": None}
+    if args.num_experts and args.expert_model_parallel_size < args.num_experts:
+        experts = 2 * args.expert_model_parallel_size
+        flag = f"--expert-model-parallel-size {experts}"
+        yield flag, {"expert_model_parallel_size": experts}
+    if tp < 8:
+        changes = {"tensor_model_parallel_size": 2 * tp, "sequence_parallel": not args.on_cpu}
+        together = " --sequence-parallel" if not args.on_cpu else ""
+        yield f"--tensor-model-parallel-size {2 * tp}{together}", changes
+    flag = f"--pipeline-model-parallel-size {2 * pp}"
+    yield flag, {"pipeline_model_parallel_size": 2 * pp}
+    for name, least in (
+        ("rmt_positions_per_sample", 1),
+        ("rmt_initial_budget", max(1, args.rmt_minimum_budget)),
+        ("seq_length", 128),
+    ):
+        half = getattr(args, name) // 2
+        if half >= least:
+            yield f"--{name.replace('_', '-')} {half}", {name: half}
+
+
+def advice(request: Request, plan: Plan, limit: float) -> list[str]:
+    """What to change for every thought at its bound to fit into ``limit`` GiB."""
+
+    def changed(changes: Mapping[str, Any]) -> Plan | None:
+        try:
+            return make_plan(request, **changes)
+        except ValueError:
+            # Sizes that do not divide, or positions that do not fit.
+            return None
+
+    def peak(of: Plan) -> float:
+        return of.memory_at_bound.peak / 2**30
+
+    lines = []
+    for flag, changes in possible_changes(plan, limit):
+        result = changed(changes)
+        if result is not None and peak(result) < 0.98 * peak(plan):
+            fits = "fits" if peak(result) <= limit else "not enough alone"
+            lines.append(f"  {flag}: {peak(result):.1f} GiB, {fits}")
+    total: dict[str, Any] = {}
+    flags: dict[str, str] = {}
+    current: Plan | None = plan
+    while current is not None and peak(current) > limit:
+        best = None
+        for flag, changes in possible_changes(current, limit):
+            result = changed(total | changes)
+            if result is not None and peak(result) < 0.98 * peak(current):
+                best = flag, changes, result
+                break
+        if best is None:
+            lines.append("  no such change suffices: take more ranks (--world-size).")
+            return lines
+        total |= best[1]
+        flags[best[0].split()[0]] = best[0]
+        current = best[2]
+    if len(flags) > 1:
+        lines.append(f"  together {' '.join(flags.values())}: {peak(current):.1f} GiB, fits")
+    return lines
+
+
+def report(request: Request, plan: Plan) -> str:
+    """The plan as text."""
+    args, prompt = plan.args, request.prompt
+    columns = {
+        "first step": numbers(args, plan.first),
+        "last step": numbers(args, plan.last),
+        "mean of the run": plan.mean,
+    }
+    moe = f", EP {args.expert_model_parallel_size}" if args.num_experts else ""
+    device = request.hardware.name if request.hardware else "CPU"
+    lengths = "counted by its tokenizer" if prompt.tokenizer else "estimated, no tokenizer here"
+    thoughts = "B_t tokens" if request.thought is None else f"{request.thought:g} tokens"
+    lines = [
+        f"Plan: {model_parameters(args) / 1e9:.3g} billion parameters on {args.world_size} x "
+        f"{device}, TP {args.tensor_model_parallel_size}, PP {args.pipeline_model_parallel_size}, "
+        f"DP {args.data_parallel_size}{moe}; {args.global_batch_size} samples of "
+        f"{args.seq_length} tokens, {args.rmt_positions_per_sample} positions x "
+        f"{args.rmt_group_size} rollouts in each.",
+        "All numbers are estimates. Assumed:",
+        f"  thoughts of {thoughts} (at most 2 * B_t), all positions found, uniform in the sample;",
+        f"  prompt {lengths}: head {prompt.head}, stem {prompt.stem(plan.first.budget)} tokens;",
+        f"  {plan.corpus}: {plan.documents.pieces:.3g} a sample.",
+        "",
+        _table(columns),
+        "",
+        _memory_table(plan),
+        "",
+        *_verdict(request, plan),
+    ]
+    if request.hardware is not None:
+        hours = plan.mean["seconds, total"] * args.train_iters / 3600
+        lines += [
+            "",
+            f"Time is an estimate, unverified on GPU: {request.efficiency:.0%} of "
+            f"{request.hardware.tflops:g} TFLOP/s, {request.bandwidth_efficiency:.0%} of "
+            f"{request.hardware.bandwidth:g} GB/s, each batch of rollouts decoded until one "
+            f"reaches its bound. {args.train_iters} steps: {hours:.1f} h, "
+            f"{hours * args.world_size:.0f} device hours.",
+        ]
+    return "\n".join(lines)
+
+
+def _table(columns: Mapping[str, Mapping[str, float]]) -> str:
+    names = [*next(iter(columns.values()))]
+    width = max(len(name) for name in names)
+    lines = [" " * width + "".join(f"{title:>17}" for title in columns)]
+    for name in names:
+        values = "".join(f"{_short(column[name]):>17}" for column in columns.values())
+        lines.append(f"{name:<{width}}{values}")
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    if value >= 1e7:
+        return f"{value:.3e}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _memory_table(plan: Plan) -> str:
+    assumed, bound = as_gib(plan.memory), as_gib(plan.memory_at_bound)
+    lines = [f"{'GiB of the fullest rank, first step':<37}{'as assumed':>12}{'all at 2 * B_t':>16}"]
+    for name, value in assumed.items():
+        lines.append(f"  {name.replace('_', ' '):<35}{value:>12.2f}{bound[name]:>16.2f}")
+    return "\n".join(lines)
+
+
+def _verdict(request: Request, plan: Plan) -> list[str]:
+    limit = request.memory_gib
+    if limit is None:
+        return ["No --memory-gib given: whether it fits is not judged."]
+    assumed, bound = plan.memory.peak / 2**30, plan.memory_at_bound.peak / 2**30
+    if bound <= limit:
+        return [f"Fits into {limit:g} GiB, even if every thought runs to its bound."]
+    if assumed <= limit:
+        first = (
+            f"Fits into {limit:g} GiB with thoughts as assumed, not if all of a micro-batch run to "
+            f"their bound ({bound:.1f} GiB). To be safe:"
+        )
+    else:
+        peaks = f"{assumed:.1f}" if bound - assumed < 0.1 else f"{assumed:.1f} to {bound:.1f}"
+        first = f"Does not fit into {limit:g} GiB: it takes {peaks} GiB. Change:"
+    return [first, *advice(request, plan, limit)]
+
+
+def write_json(request: Request, plan: Plan, path: Path) -> None:
+    """All numbers, replaced in one step."""
+    content = {
+        "estimates": True,
+        "settings": {name: value for name, value in vars(plan.args).items() if _is_plain(value)},
+        "prompt lengths are exact": request.prompt.tokenizer is not None,
+        "documents": dataclasses.asdict(plan.documents) | {"source": plan.corpus},
+        "first step": numbers(plan.args, plan.first),
+        "last step": numbers(plan.args, plan.last),
+        "mean of the run": plan.mean,
+        "memory of a rank in GiB": {
+            "thoughts as assumed": as_gib(plan.memory),
+            "every thought at its bound": as_gib(plan.memory_at_bound),
+            "limit": request.memory_gib,
+        },
+        "parameters": model_parameters(plan.args),
+        "hardware": None if request.hardware is None else dataclasses.asdict(request.hardware),
+        "efficiency": request.efficiency,
+        "bandwidth efficiency": request.bandwidth_efficiency,
+    }
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | list | None)
+
+
+def read_request(words: Sequence[str]) -> tuple[Request, Path | None]:
+    """The request that a command line makes, and where JSON is to go.
+
+    Raises:
+        ValueError: one sentence on what cannot be planned.
+    """
+    flags, others = arguments().parse_known_args(words)
+    for name in ("efficiency", "bandwidth_efficiency"):
+        if not 0 < getattr(flags, name) <= 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is {getattr(flags, name)}; pass a share above 0, at most 1.")
+    for name in ("memory_gib", "thought_length", "answer_length", "document_tokens"):
+        value = getattr(flags, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; pass a number above 0.")
+    hardware = HARDWARE.get(flags.hardware)
+    if hardware is None:
+        others = on_this_cpu(others)
+    model = model_words(flags.model, flags.model_flags, flags.recipe)
+    given = parse_flags(flags.recipe, others, model)
+    memory = flags.memory_gib
+    request = Request(
+        given=given,
+        prompt=read_prompt(given),
+        world_size=flags.world_size,
+        hardware=hardware,
+        memory_gib=memory or (hardware.memory if hardware else None),
+        efficiency=flags.efficiency,
+        bandwidth_efficiency=flags.bandwidth_efficiency,
+        thought=flags.thought_length,
+        answer=flags.answer_length,
+        document_tokens=flags.document_tokens,
+    )
+    return request, flags.json
+
+
+def main() -> None:
+    """Print a plan; bad input ends it with one sentence."""
+    try:
+        request, path = read_request(sys.argv[1:])
+        plan = make_plan(request)
+        text = report(request, plan)
+    except ValueError as error:
+        sys.exit(f"plan.py: {error}")
+    print(text)
+    if path:
+        write_json(request, plan, path)
+
+
+if __name__ == "__main__":
+    main()

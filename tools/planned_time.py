@@ -1,0 +1,148 @@
+"""Seconds of one step of RMT on stated hardware. Estimates: no GPU was at hand to measure one.
+
+The trunk pass and the update are bound by arithmetic: their operations at the stated share of the
+device's peak. Decoding is bound by memory and by the host: each token of the longest rollout takes
+one pass, which reads all weights, the trunk's and the rollouts' keys and values and the scores of
+attention, and launches every kernel anew. Data-parallel communication is taken to hide behind the
+update, which leaves out that ranks with short rollouts wait for others.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+from planned_memory import FP32, key_value_plan, parameters
+from planned_work import SampleWork, StepFlops, flops, model_cost
+
+from megatron_rmt.mid_training import kv_bound
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device, by its maker's data sheet. tflops: dense bf16. bandwidth: of its memory, GB/s.
+    memory: GiB that a program can have. link: to its neighbours in one direction, GB/s."""
+
+    name: str
+    tflops: float
+    bandwidth: float
+    memory: float
+    link: float
+
+
+HARDWARE = {
+    "h100": Hardware("H100 SXM", 989, 3350, 79, 450),
+    "h200": Hardware("H200 SXM", 989, 4800, 139, 450),
+    "a100": Hardware("A100 SXM 80 GB", 312, 2039, 79, 300),
+}
+# Megatron's layers run eagerly while rollouts are decoded: kernels of a layer without its
+# attention, of attention over one sample's trunk, and seconds of the host for each.
+LAYER_KERNELS, SAMPLE_KERNELS, LAUNCH = 35, 20, 5e-6
+# Of an all-reduce of a few kilobytes.
+COLLECTIVE = 15e-6
+# Bytes moved for each score of attention, which is written out in steps: product, fp32, bias,
+# joining trunk and tail, softmax, half precision, and two copies.
+SCORE_TRAFFIC = 44
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Wall seconds of the phases of a step. passes: decode passes, one after the other."""
+
+    trunk: float
+    rollout: float
+    update: float
+    passes: float
+
+    @property
+    def total(self) -> float:
+        return self.trunk + self.rollout + self.update
+
+
+def step_seconds(
+    args: Namespace,
+    work: SampleWork,
+    step: StepFlops,
+    longest: float,
+    hardware: Hardware,
+    efficiency: float,
+    bandwidth_efficiency: float,
+) -> StepSeconds:
+    """Of a step with ``work`` and ``step`` operations, where the longest response has ``longest``
+    tokens. efficiency, bandwidth_efficiency: attained shares of the peaks.
+
+    Raises:
+        ValueError: not even one position fits into ``--rmt-rollout-kv-gib``.
+    """
+    peak = hardware.tflops * 1e12 * efficiency * (2 if args.fp8 else 1)
+    stages, micro_batches = args.pipeline_model_parallel_size, args.micro_batches
+    samples = args.global_batch_size // args.data_parallel_size
+    layer = args.hidden_size * args.params_bytes * 2 * args.num_layers
+    tp = args.tensor_model_parallel_size
+    # Two all-reduces a layer and direction, each of which sends nearly twice its size.
+    all_reduced = 0.0
+    if tp > 1:
+        all_reduced = layer * 2 * (tp - 1) / tp / (hardware.link * 1e9 * bandwidth_efficiency)
+    trunk = step.trunk / (args.world_size * peak)
+    trunk += samples * work.tokens.trunk * all_reduced / stages
+    directions = 3 if step.recompute else 2
+    update = (step.update + step.recompute) / (args.world_size * peak)
+    update += directions * samples * work.update.tokens * all_reduced / stages
+    rollout, passes = _rollout(args, work, longest, hardware, peak, bandwidth_efficiency)
+    stems = flops(work.stems, model_cost(args)) * args.global_batch_size
+    return StepSeconds(
+        # Each micro-batch passes through all stages before the next.
+        trunk=trunk * stages,
+        rollout=rollout + stems / (args.world_size * peak),
+        # The stages' idle time at both ends of a 1F1B schedule.
+        update=update * (micro_batches + stages - 1) / micro_batches,
+        passes=passes,
+    )
+
+
+def _rollout(
+    args: Namespace,
+    work: SampleWork,
+    longest: float,
+    hardware: Hardware,
+    peak: float,
+    bandwidth_efficiency: float,
+) -> tuple[float, float]:
+    """(seconds, passes) of decoding all waves."""
+    samples = args.global_batch_size // args.data_parallel_size
+    positions = samples * args.rmt_positions_per_sample
+    stages, tp = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
+    plan = key_value_plan(args, work, longest)
+    at_once = min(plan.positions_at_once(kv_bound(args)), -(-positions // stages))
+    waves = -(-positions // at_once)
+    # Waves run ``stages`` at a time; each stage works at all of them in turn.
+    rounds = -(-waves // stages) * stages
+    passes = max(0.0, longest - 1)
+    mean = work.tokens.branch / (args.rmt_positions_per_sample * args.rmt_group_size)
+    # Rollouts end one after the other.
+    alive = min(1.0, mean / passes) if passes else 1.0
+    rows = at_once * args.rmt_group_size * alive
+    in_wave = at_once / args.rmt_positions_per_sample
+    stem = work.tokens.stem / args.rmt_positions_per_sample
+    tail = stem + passes / 2
+
+    held = [parameters(args, stage) for stage in range(stages)]
+    touched = 1.0
+    if args.num_moe_experts:
+        # Experts that no token of the ranks that share them was sent to are not read.
+        routed = rows * args.moe_router_topk * args.expert_model_parallel_size
+        touched = 1 - (1 - 1 / args.num_moe_experts) ** routed
+    # The embedding is looked up; a tied one is read by the head.
+    looked_up = args.padded_vocab_size * args.hidden_size / tp
+    tied = not args.untie_embeddings_and_output_weights and stages == 1
+    weights = max(part.dense + part.experts * touched for part in held)
+    weights -= 0 if tied or stages > 1 else looked_up
+    read = weights * args.params_bytes
+    read += plan.token_bytes * (in_wave * work.span + rows * tail)
+    scores = rows * (work.span + tail) * args.num_attention_heads / tp * args.layers_per_stage
+    read += scores * SCORE_TRAFFIC + rows * args.head_columns / tp * 3 * FP32
+    by_memory = read / (hardware.bandwidth * 1e9 * bandwidth_efficiency)
+    by_host = args.layers_per_stage * (LAYER_KERNELS + SAMPLE_KERNELS * in_wave) * LAUNCH
+    if tp > 1:
+        by_host += args.layers_per_stage * 2 * COLLECTIVE
+    of_all = flops(work.decode, model_cost(args)) * args.global_batch_size
+    by_arithmetic = of_all / (args.world_size * peak)
+    return max(rounds * passes * max(by_memory, by_host), by_arithmetic), rounds * passes
