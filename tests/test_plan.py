@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_rmt.packing import TreeSize, TreeSource, deal_out, tree_size
+from megatron_rmt.schedules import plan_step
 from megatron_rmt.tree import Responses, build_trunk
 from tests.distributed import REPOSITORY
 from tests.tiny_model import PADDED_VOCAB, VOCAB, build_model
@@ -187,11 +188,9 @@ def test_a_recipe_has_the_published_size_fits_its_devices_and_says_how(recipe: s
     )
     assert model_parameters(planned.args) == weights
     assert planned.memory.peak <= planned.memory_at_bound.peak < 79 * 2**30
-    assert planned.first.budget == 800
-    assert planned.last.budget == 160
-    first, last = (
-        plan.numbers(planned.args, step)["seconds, total"] for step in (planned.first, planned.last)
-    )
+    assert planned.first.plan.budget == 800
+    assert planned.last.plan.budget == 160
+    first, last = (plan.numbers(step)["seconds, total"] for step in (planned.first, planned.last))
     mean = planned.mean["seconds, total"]
     assert 0 < last < mean < first
     assert stated(recipe) == [
@@ -215,12 +214,27 @@ def measure(
     return finished, [json.loads(line) for line in target.read_text().splitlines()]
 
 
-def planned_step(flags: Sequence[str], line: dict[str, float]) -> tuple[Namespace, plan.Step]:
+def planned_step(flags: Sequence[str], line: dict[str, float]) -> plan.Step:
     """The step that a run did, given how long its thoughts were on average."""
     asked = request(["--hardware", "cpu", "--thought-length", line["thought length"], *flags])
     args = asked.settings()
     documents, _ = plan.corpus_documents(args, None)
-    return args, plan.step_at(asked, args, documents, int(line["budget"]))
+    return plan.step_at(asked, args, documents, plan_step(args, int(line["iteration"]) - 1))
+
+
+def test_a_warm_up_from_the_text_spreads_its_responses_and_rolls_nothing_out():
+    recipe = ["--recipe", RECIPES / "qwen3-14b.args", "--world-size", 16]
+    warm_up = ["--rmt-warmup-iters", 5, "--rmt-warmup-thought", "text"]
+    drawn, written = (
+        plan.make_plan(request([*recipe, *flags])) for flags in (warm_up[:2], warm_up)
+    )
+    first = plan.numbers(written.first)
+    assert first["stem tokens"] == 8 * plan.numbers(drawn.first)["stem tokens"]
+    assert first["branch tokens"] == plan.numbers(drawn.first)["branch tokens"]
+    for name in ("tokens of the rollouts", "FLOPs, rollout", "seconds, rollout", "decode passes"):
+        assert first[name] == 0 < plan.numbers(drawn.first)[name]
+    assert plan.numbers(written.last) == plan.numbers(drawn.last)
+    assert written.memory_at_bound.peak >= drawn.memory_at_bound.peak
 
 
 @pytest.mark.multiprocess
@@ -228,12 +242,13 @@ def test_tokens_and_operations_are_those_of_a_run(inputs: TinyInputs, tmp_path: 
     flags = [*inputs.flags(), *RMT]
     finished, measured = measure(flags, tmp_path, counts_flops=True)
     steps = [planned_step(flags, line) for line in finished.metrics]
-    for line, (args, step) in zip(finished.metrics, steps, strict=True):
-        tokens = plan.numbers(args, step)
+    for line, step in zip(finished.metrics, steps, strict=True):
+        assert step.plan.budget == line["budget"]
+        tokens = plan.numbers(step)
         for name in ("trunk tokens", "stem tokens", "branch tokens"):
             assert tokens[name] == pytest.approx(line[name], rel=0.02), (name, line["iteration"])
     planned = {"trunk": 0.0, "rollout": 0.0, "update": 0.0}
-    for _, step in steps:
+    for step in steps:
         planned["trunk"] += step.flops.trunk
         planned["rollout"] += step.flops.rollout
         planned["update"] += step.flops.update
@@ -247,14 +262,14 @@ def test_tokens_and_operations_are_those_of_a_run(inputs: TinyInputs, tmp_path: 
     assert planned["rollout"] < counted["rollout"]
 
     # What the planner assumes by itself is not what these thoughts were: the check can fail.
-    args, first = steps[0]
-    assumed = dict(finished.metrics[0]) | {"thought length": first.budget}
-    wrong = plan.numbers(args, planned_step(flags, assumed)[1])["branch tokens"]
+    first = steps[0]
+    assumed = dict(finished.metrics[0]) | {"thought length": first.plan.budget}
+    wrong = plan.numbers(planned_step(flags, assumed))["branch tokens"]
     assert wrong != pytest.approx(finished.metrics[0]["branch tokens"], rel=0.1)
 
     printed = re.search(r"number of parameters on .*: (\d+)", finished.log)
-    assert parameters(args, stage=0).total == int(printed[1])
-    keys_and_values = key_value_plan(args, first.work, first.allocated)
+    assert parameters(first.args, stage=0).total == int(printed[1])
+    keys_and_values = key_value_plan(first.args, first.work, first.allocated)
     assert f"at most: {keys_and_values.describe()};" in finished.log
 
 
@@ -346,7 +361,7 @@ def test_json_holds_the_same_numbers(
     written = json.loads((tmp_path / "plan.json").read_text())
     made = plan.make_plan(request(words))
     assert written["estimates"] is True
-    assert written["first step"] == plan.numbers(made.args, made.first)
+    assert written["first step"] == plan.numbers(made.first)
     assert written["mean of the run"] == made.mean
     peak = written["memory of a rank in GiB"]["every thought at its bound"]["peak"]
     assert peak == made.memory_at_bound.peak / 2**30

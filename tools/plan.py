@@ -43,9 +43,16 @@ from planned_settings import (
     read_prompt,
 )
 from planned_time import HARDWARE, Hardware, StepSeconds, step_seconds
-from planned_work import Documents, SampleWork, StepFlops, sample_work, step_flops
+from planned_work import (
+    Documents,
+    SampleWork,
+    StepFlops,
+    sample_work,
+    step_flops,
+    without_rollouts,
+)
 
-from megatron_rmt.schedules import plan_step
+from megatron_rmt.schedules import StepPlan, plan_step
 
 # Steps at which the mean over a run is taken.
 SAMPLED_STEPS = 1000
@@ -102,10 +109,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Step:
-    """One step. seconds: None where no hardware is known. longest: response. allocated: tokens of
-    a response that keys and values are held for."""
+    """One step. args: the settings, with the positions and the group of this step. seconds: None
+    where no hardware is known. longest: response. allocated: tokens of a response that keys and
+    values are held for."""
 
-    budget: int
+    args: Namespace
+    plan: StepPlan
     thought: float
     work: SampleWork
     flops: StepFlops
@@ -118,19 +127,29 @@ def step_at(
     request: Request,
     args: Namespace,
     documents: Documents,
-    budget: int,
-    warm_up: bool = False,
+    plan: StepPlan,
     at_bound: bool = False,
 ) -> Step:
-    """A step with ``budget``. at_bound: every thought is as long as it may be."""
+    """The step of ``plan``. at_bound: every thought is as long as it may be."""
+    args = Namespace(
+        **vars(args)
+        | {
+            "rmt_positions_per_sample": plan.positions_per_sample,
+            "rmt_group_size": plan.group,
+        }
+    )
+    budget, warm_up = plan.budget, plan.warm_up
     bound = budget if warm_up else 2 * budget
-    thought = budget if request.thought is None else request.thought
+    written = request.thought is None or plan.thought_from_text
+    thought = budget if written else request.thought
     thought = min(bound, bound if at_bound else thought)
     answer = min(8, args.rmt_answer_tokens) if request.answer is None else request.answer
     lengths, longest, allocated = lengths_of_step(
         args, request.prompt, budget, thought, answer, warm_up
     )
     work = sample_work(args, documents, lengths)
+    if plan.thought_from_text:
+        work = without_rollouts(work)
     flops = step_flops(args, work)
     seconds = None
     if request.hardware is not None:
@@ -143,13 +162,16 @@ def step_at(
             request.efficiency,
             request.bandwidth_efficiency,
         )
-    return Step(budget, thought, work, flops, seconds, longest, allocated)
+        if plan.thought_from_text:
+            seconds = dataclasses.replace(seconds, rollout=0.0, passes=0.0)
+    return Step(args, plan, thought, work, flops, seconds, longest, allocated)
 
 
 @dataclass(frozen=True)
 class Plan:
     """first, last: steps of the run. mean: of what ``numbers`` gives, over its steps. memory,
-    memory_at_bound: of the rank that needs most, in the first step."""
+    memory_at_bound: of the rank that needs most, in the first step or, if that is more, in the
+    first one after the warm-up."""
 
     args: Namespace
     documents: Documents
@@ -171,40 +193,51 @@ def make_plan(request: Request, **changes: Any) -> Plan:
     documents, corpus = corpus_documents(args, request.document_tokens)
     count = min(args.train_iters, SAMPLED_STEPS)
     sampled = [plan_step(args, index * args.train_iters // count) for index in range(count)]
-    kinds = Counter((step.budget, step.warm_up) for step in sampled)
-    steps = {kind: step_at(request, args, documents, *kind) for kind in kinds}
+    # Steps differ in nothing else that counts here.
+    kinds = Counter(dataclasses.replace(step, iteration=0, probabilities=None) for step in sampled)
+    steps = {kind: step_at(request, args, documents, kind) for kind in kinds}
     last = plan_step(args, args.train_iters - 1)
-    all_numbers = {kind: numbers(args, step) for kind, step in steps.items()}
-    first = sampled[0].budget, sampled[0].warm_up
+    all_numbers = {kind: numbers(step) for kind, step in steps.items()}
+    first = next(iter(kinds))
     mean = {
         name: sum(all_numbers[kind][name] * times for kind, times in kinds.items()) / count
         for name in all_numbers[first]
     }
-    longest = step_at(request, args, documents, first[0], at_bound=True)
+    # The first steps of either kind have the longest thoughts; without rollouts there is a rank's
+    # memory for them all the same.
+    fullest = [steps[first], *(step for kind, step in steps.items() if not kind.warm_up)][:2]
+    at_bound = [step_at(request, args, documents, step.plan, at_bound=True) for step in fullest]
     return Plan(
         args=args,
         documents=documents,
         corpus=corpus,
         first=steps[first],
-        last=step_at(request, args, documents, last.budget, last.warm_up),
+        last=step_at(request, args, documents, last),
         mean=mean,
-        memory=largest_rank(args, steps[first].work, steps[first].allocated),
-        memory_at_bound=largest_rank(args, longest.work, longest.allocated),
+        memory=_fullest(fullest),
+        memory_at_bound=_fullest(at_bound),
     )
 
 
-def numbers(args: Namespace, step: Step) -> dict[str, float]:
+def _fullest(steps: Sequence[Step]) -> RankMemory:
+    memories = [largest_rank(step.args, step.work, step.allocated) for step in steps]
+    return max(memories, key=lambda memory: memory.peak)
+
+
+def numbers(step: Step) -> dict[str, float]:
     """Of a step and its global batch: tokens, FLOPs, seconds of a rank."""
-    batch, tokens = args.global_batch_size, step.work.tokens
+    args, tokens = step.args, step.work.tokens
+    batch = args.global_batch_size
+    rolled_out = 0.0 if step.plan.thought_from_text else tokens.stem + tokens.branch
     values = {
-        "budget": float(step.budget),
+        "budget": float(step.plan.budget),
         "thought length": step.thought,
         "trunk tokens": batch * tokens.trunk,
         "stem tokens": batch * tokens.stem,
         "branch tokens": batch * tokens.branch,
         "tokens of the update": batch * tokens.tree,
         "tokens of the update, naive": batch * tokens.naive_update,
-        "tokens of the rollouts": batch * (tokens.stem + tokens.branch),
+        "tokens of the rollouts": batch * rolled_out,
         "tokens of the rollouts, naive": batch * tokens.naive_rollout,
         "tokens of a micro-batch": micro_batch(args, step.work).rows,
     }
@@ -305,13 +338,14 @@ def report(request: Request, plan: Plan) -> str:
     """The plan as text."""
     args, prompt = plan.args, request.prompt
     columns = {
-        "first step": numbers(args, plan.first),
-        "last step": numbers(args, plan.last),
+        "first step": numbers(plan.first),
+        "last step": numbers(plan.last),
         "mean of the run": plan.mean,
     }
     moe = f", EP {args.expert_model_parallel_size}" if args.num_experts else ""
     device = request.hardware.name if request.hardware else "CPU"
     lengths = "counted by its tokenizer" if prompt.tokenizer else "estimated, no tokenizer here"
+    stem = prompt.stem(plan.first.plan.budget)
     thoughts = "B_t tokens" if request.thought is None else f"{request.thought:g} tokens"
     lines = [
         f"Plan: {model_parameters(args) / 1e9:.3g} billion parameters on {args.world_size} x "
@@ -321,7 +355,7 @@ def report(request: Request, plan: Plan) -> str:
         f"{args.rmt_group_size} rollouts in each.",
         "All numbers are estimates. Assumed:",
         f"  thoughts of {thoughts} (at most 2 * B_t), all positions found, uniform in the sample;",
-        f"  prompt {lengths}: head {prompt.head}, stem {prompt.stem(plan.first.budget)} tokens;",
+        f"  prompt {lengths}: head {prompt.head}, stem {stem} tokens;",
         f"  {plan.corpus}: {plan.documents.pieces:.3g} a sample.",
         "",
         _table(columns),
@@ -392,8 +426,8 @@ def write_json(request: Request, plan: Plan, path: Path) -> None:
         "settings": {name: value for name, value in vars(plan.args).items() if _is_plain(value)},
         "prompt lengths are exact": request.prompt.tokenizer is not None,
         "documents": dataclasses.asdict(plan.documents) | {"source": plan.corpus},
-        "first step": numbers(plan.args, plan.first),
-        "last step": numbers(plan.args, plan.last),
+        "first step": numbers(plan.first),
+        "last step": numbers(plan.last),
         "mean of the run": plan.mean,
         "memory of a rank in GiB": {
             "thoughts as assumed": as_gib(plan.memory),

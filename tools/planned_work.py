@@ -170,6 +170,17 @@ def sample_work(args: Namespace, documents: Documents, lengths: Lengths) -> Samp
     )
 
 
+def without_rollouts(work: SampleWork) -> SampleWork:
+    """``work`` of a warm-up whose responses are written, not drawn."""
+    return dataclasses.replace(
+        work,
+        tokens=dataclasses.replace(work.tokens, naive_rollout=0.0),
+        stems=work.stems * 0,
+        decode=work.decode * 0,
+        naive_rollout=work.naive_rollout * 0,
+    )
+
+
 def _span(args: Namespace, documents: Documents, head: float) -> float:
     """Trunk tokens from the document of a sample's first chosen position to its last one, which
     every rollout of the sample is multiplied with while it is decoded."""
