@@ -63,7 +63,8 @@ def _settings(args: Namespace) -> Iterator[str]:
         "--rmt-head-chunk-size",
     ):
         yield from require(_value(args, flag) >= 1, flag, "pass 1 or more")
-    yield from require(args.rmt_warmup_iters >= 0, "--rmt-warmup-iters", "pass 0 or more")
+    for flag in ("--rmt-warmup-iters", "--rmt-log-samples-interval"):
+        yield from require(_value(args, flag) >= 0, flag, "pass 0 or more")
     yield from require(
         args.rmt_warmup_thought in ("drawn", "text"),
         "--rmt-warmup-thought",
@@ -294,7 +295,7 @@ def _widths(args: Namespace) -> Iterator[tuple[str, int, int]]:
 
 
 def _tracking(args: Namespace) -> Iterator[str]:
-    """What Megatron finds wrong with wandb on the last rank only, while the others wait."""
+    """What Megatron finds wrong with wandb on the last rank only while others wait, or never."""
     if not getattr(args, "wandb_project", None):
         return
     if not args.wandb_exp_name:
@@ -306,6 +307,11 @@ def _tracking(args: Namespace) -> Iterator[str]:
         yield (
             f"--wandb-project is {args.wandb_project} and there is no folder for its files; pass "
             "--wandb-save-dir or --save."
+        )
+    if not args.tensorboard_dir:
+        yield (
+            f"--wandb-project is {args.wandb_project} and --tensorboard-dir is not set; Megatron "
+            "sends its metrics to wandb only beside TensorBoard: pass --tensorboard-dir."
         )
 
 
