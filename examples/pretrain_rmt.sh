@@ -15,7 +15,8 @@
 #   NPROC_PER_NODE (number of GPUs, else 1); on several nodes, run it on each with the same NNODES,
 #   MASTER_ADDR (a node of them), MASTER_PORT (29500), RDZV_ID (rmt) and MAX_RESTARTS (3). Run it
 #   again on a node that was lost, within 10 minutes, and all resume from the last checkpoint; but
-#   the node at MASTER_ADDR must stay. torchrun's other flags are PET_<NAME>, as PET_LOCAL_ADDR
+#   the node at MASTER_ADDR must stay. torchrun's other flags are PET_<NAME>, as PET_LOCAL_ADDR.
+#   A torchrun of your own on several nodes wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 as well
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_rmt.arguments import FLAGS, is_enabled
@@ -228,6 +229,13 @@ def _unsupported(args: Namespace) -> Iterator[str]:
         yield (
             "--transformer-impl is local, whose fused weight gradient comes with NVIDIA's apex, "
             "which is not installed; pass --no-gradient-accumulation-fusion (RMT never needs apex)."
+        )
+    saves = args.save and not args.no_save_optim
+    loads = args.load and not (args.finetune or args.no_load_optim)
+    if args.use_distributed_optimizer and not HAVE_APEX_OR_TE and (saves or loads):
+        yield (
+            "--use-distributed-optimizer is on, whose saved state Megatron cannot load again with "
+            "PyTorch's optimizers; leave it out, or install Transformer Engine."
         )
 
 

@@ -191,6 +191,8 @@ BAD = {
     BLOCKWISE: "--hidden-size makes a linear layer 64 wide; --fp8-recipe blockwise needs a "
     "multiple of 128.",
     ("--fp4-format", "e2m1"): "--fp4-format is e2m1; it needs a Blackwell GPU:",
+    ("--use-distributed-optimizer", "--load", "run"): "--use-distributed-optimizer is on, whose "
+    "saved state Megatron cannot load again with PyTorch's optimizers; leave it out,",
     ("--wandb-project", "rmt"): "--wandb-project is rmt and --wandb-exp-name is not set; name",
     ("--wandb-project", "rmt", "--wandb-exp-name", "x"): "--wandb-project is rmt and there is no "
     "folder for its files; pass --wandb-save-dir or --save.",
