@@ -13,7 +13,10 @@
 #   ENTRY_POINT the script to run (examples/pretrain_rmt.py)
 #   WANDB_MODE  offline unless set (sync later with: wandb sync)
 #   NPROC_PER_NODE (number of GPUs, else 1); on several nodes, run it on each with the same NNODES,
-#   MASTER_ADDR (a node of them), MASTER_PORT (29500), RDZV_ID (rmt) and MAX_RESTARTS (3)
+#   MASTER_ADDR (a node of them), MASTER_PORT (29500), RDZV_ID (rmt) and MAX_RESTARTS (3). Run it
+#   again on a node that was lost, within 10 minutes, and all resume from the last checkpoint; but
+#   the node at MASTER_ADDR must stay. torchrun's other flags are PET_<NAME>, as PET_LOCAL_ADDR.
+#   A torchrun of your own on several nodes wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 as well
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -39,7 +42,9 @@ launcher=("$python" -m torch.distributed.run
 if [[ ${NNODES:-1} == 1 && -z ${MASTER_PORT:-} ]]; then
     launcher+=(--standalone)
 else
-    # A node that is lost and comes back joins again, and training resumes from its checkpoint.
+    # A node that is lost and comes back joins again, and training resumes from its checkpoint. The
+    # ranks then meet in a store of that time: torchrun's shared one may have died with the node.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     launcher+=(--nnodes "${NNODES:-1}" --max-restarts "${MAX_RESTARTS:-3}" --rdzv-backend c10d
         --rdzv-id "${RDZV_ID:-rmt}" --rdzv-endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}")
 fi

@@ -311,6 +311,15 @@ FLAGS: tuple[Flag, ...] = (
         None,
         unset="rmt_metrics.jsonl in --save",
     ),
+    Flag(
+        "--rmt-log-samples-interval",
+        "Write a few rollouts as text in the first step and every N th after it: into "
+        "rmt_samples.jsonl beside the metrics, and as a table to wandb; 0 writes none",
+        "ours",
+        int,
+        0,
+        "steps",
+    ),
 )
 
 

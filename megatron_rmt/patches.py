@@ -25,6 +25,7 @@ from megatron_rmt.forward_step import Update, make_forward_step
 from megatron_rmt.logprob_check import check_log_probs, logprob_tolerance
 from megatron_rmt.metrics import metrics_path, write_metrics
 from megatron_rmt.mid_training import MidTraining, generating, gpt_model, prepare
+from megatron_rmt.samples import write_samples
 from megatron_rmt.schedules import plan_step
 from megatron_rmt.step import collect
 from megatron_rmt.user_batch import take_batches
@@ -185,9 +186,16 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], training: MidTr
             report[f"rmt {phase} seconds"] = torch.tensor(
                 value, device=updates[0].tree.tokens.device
             )
-        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        if _is_last_rank():
             _write(options, iteration, result)
+    if _is_last_rank():
+        write_samples(options, collected.samples)
     return result
+
+
+def _is_last_rank() -> bool:
+    """Whether this is the rank that Megatron lets log."""
+    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
 
 
 def _for_trees(

@@ -93,8 +93,8 @@ def thought_lengths(read: Sequence[Sequence[Response]], group: int) -> Tensor:
 
 def score(
     training: MidTraining, trunk: Trunk, rows: list[int], responses: Responses, step: StepPlan
-) -> tuple[Tensor, dict[str, Metric]]:
-    """Advantages ``[positions, group]`` fp32 and what to report of the responses."""
+) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+    """Rewards and advantages, each ``[positions, group]`` fp32, and what to report of them."""
     args = training.args
     positions, group = len(rows), step.group
     match = torch.zeros(positions, group)
@@ -140,7 +140,7 @@ def score(
         ),
         "rmt budget": (float(step.budget) * positions, float(positions)),
     }
-    return advantages, metrics
+    return rewards, advantages, metrics
 
 
 def is_truncated(

@@ -29,6 +29,7 @@ from megatron_rmt.losses import LossWeights, response_weights
 from megatron_rmt.mid_training import MidTraining, kv_bound
 from megatron_rmt.packing import TreeSource, repack, tree_cost
 from megatron_rmt.rollout import RolloutSettings, expert_sharing_group, generate
+from megatron_rmt.samples import Sample, read_samples
 from megatron_rmt.schedules import StepPlan
 from megatron_rmt.scoring import (
     checksum,
@@ -54,11 +55,12 @@ from megatron_rmt.user_batch import UserBatch
 @dataclass(frozen=True)
 class Collected:
     """What the update of one step needs: its micro-batches, the loss, and the wall seconds that
-    each phase took on this rank."""
+    each phase took on this rank. samples: rollouts as text, in steps whose samples are logged."""
 
     updates: list[Update]
     settings: LossSettings
     seconds: dict[str, float]
+    samples: list[Sample]
 
 
 def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan) -> Collected:
@@ -126,15 +128,17 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
     ends = [0]
     for rows in chosen:
         ends.append(ends[-1] + len(rows))
-    sources = []
+    sources, rewards = [], []
     for trunk, rows, first, limit, metric in zip(
         trunks, chosen, ends, ends[1:], metrics, strict=False
     ):
         own = responses.positions(first, limit)
-        advantages, reward_metrics = score(training, trunk, rows, own, step)
+        reward, advantages, reward_metrics = score(training, trunk, rows, own, step)
         keys = [(position.sample, position.column) for position in positions[first:limit]]
         metric |= reward_metrics | {"rmt rollout checksum": checksum(keys, own)}
         sources.append(TreeSource(trunk, rows, own, advantages))
+        rewards.append(reward)
+    shown = read_samples(training, sources, rewards, step.iteration)
     if args.rmt_max_tokens is not None:
         sources = _repack(training, sources, len(stem))
     trees = [
@@ -175,7 +179,7 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
     times.append(time.perf_counter())
     phases = ("trunk", "rollout", "tree")
     seconds = {name: times[i + 1] - times[i] for i, name in enumerate(phases)}
-    return Collected(updates, settings, seconds)
+    return Collected(updates, settings, seconds, shown)
 
 
 def global_sample_indices(args: Namespace, micro_batches: int) -> list[list[int]]:

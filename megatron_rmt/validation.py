@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_rmt.arguments import FLAGS, is_enabled
@@ -63,7 +64,8 @@ def _settings(args: Namespace) -> Iterator[str]:
         "--rmt-head-chunk-size",
     ):
         yield from require(_value(args, flag) >= 1, flag, "pass 1 or more")
-    yield from require(args.rmt_warmup_iters >= 0, "--rmt-warmup-iters", "pass 0 or more")
+    for flag in ("--rmt-warmup-iters", "--rmt-log-samples-interval"):
+        yield from require(_value(args, flag) >= 0, flag, "pass 0 or more")
     yield from require(
         args.rmt_warmup_thought in ("drawn", "text"),
         "--rmt-warmup-thought",
@@ -228,6 +230,13 @@ def _unsupported(args: Namespace) -> Iterator[str]:
             "--transformer-impl is local, whose fused weight gradient comes with NVIDIA's apex, "
             "which is not installed; pass --no-gradient-accumulation-fusion (RMT never needs apex)."
         )
+    saves = args.save and not args.no_save_optim
+    loads = args.load and not (args.finetune or args.no_load_optim)
+    if args.use_distributed_optimizer and not HAVE_APEX_OR_TE and (saves or loads):
+        yield (
+            "--use-distributed-optimizer is on, whose saved state Megatron cannot load again with "
+            "PyTorch's optimizers; leave it out, or install Transformer Engine."
+        )
 
 
 def _precision(args: Namespace) -> Iterator[str]:
@@ -294,7 +303,7 @@ def _widths(args: Namespace) -> Iterator[tuple[str, int, int]]:
 
 
 def _tracking(args: Namespace) -> Iterator[str]:
-    """What Megatron finds wrong with wandb on the last rank only, while the others wait."""
+    """What Megatron finds wrong with wandb on the last rank only while others wait, or never."""
     if not getattr(args, "wandb_project", None):
         return
     if not args.wandb_exp_name:
@@ -306,6 +315,11 @@ def _tracking(args: Namespace) -> Iterator[str]:
         yield (
             f"--wandb-project is {args.wandb_project} and there is no folder for its files; pass "
             "--wandb-save-dir or --save."
+        )
+    if not args.tensorboard_dir:
+        yield (
+            f"--wandb-project is {args.wandb_project} and --tensorboard-dir is not set; Megatron "
+            "sends its metrics to wandb only beside TensorBoard: pass --tensorboard-dir."
         )
 
 

@@ -58,7 +58,7 @@ def test_the_warm_up_rewards_the_length_alone_and_judges_nothing():
     *others, step = others
     wrong = dataclasses.replace(others[-1], tokens=others[-1].tokens.clone())
     wrong.tokens[1, 1, 5] = wrong.tokens[1, 0, 2]
-    unmoved, _ = scoring.score(training, *others[:-1], wrong, step)
+    _, unmoved, _ = scoring.score(training, *others[:-1], wrong, step)
     assert torch.equal(unmoved, advantages)
     assert not scored(warm_up=True, rmt_no_length_reward=True)[0].any()
     for name in (
@@ -91,7 +91,7 @@ def test_responses_from_the_text_are_its_next_tokens_and_the_answer():
     assert responses.tokens[2, 0].tolist() == [2, 3, 10, 2, 0]
     assert not responses.sampled.any()
 
-    advantages, metrics = scoring.score(training, trunk, [0, 3, 8], responses, step)
+    _, advantages, metrics = scoring.score(training, trunk, [0, 3, 8], responses, step)
     assert advantages.tolist() == [[0.0]] * 3
     for name in ("rmt match rate", "rmt reward", "rmt thought length", "rmt closed by itself"):
         assert metrics[name] == (0, 0)

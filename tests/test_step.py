@@ -146,7 +146,7 @@ def test_thought_and_answer_from_the_text_weigh_the_same():
     rows = readable_rows(trunk, 3)
     step = step_plan(budget=3, group=1, warm_up=True, thought_from_text=True)
     responses = responses_from_text(training, trunk, rows, step)
-    advantages, _ = score(training, trunk, rows, responses, step)
+    _, advantages, _ = score(training, trunk, rows, responses, step)
     tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
     source = TreeSource(trunk, rows, responses, advantages)
     weights = rmt_step._weights(training, source, tree, 6.0, 50.0, step)
@@ -164,6 +164,26 @@ def test_every_token_of_a_tree_is_counted_once():
     assert metrics["rmt stem tokens"] == (2, 0.25)
     assert metrics["rmt branch tokens"] == (int((responses.lengths - 1).sum()), 0.25)
     assert sum(tokens for tokens, _ in metrics.values()) == tree.plan.tokens
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+@pytest.mark.parametrize(
+    ("fp8", "sequence_parallel", "multiple"),
+    [(None, False, 1), (None, True, 2), ("e4m3", False, 128), ("hybrid", True, 256)],
+)
+def test_trees_are_padded_to_what_fp8_and_sequence_parallel_ranks_want(
+    fp8: str | None, sequence_parallel: bool, multiple: int
+):
+    _, _, (training, trunk, rows, responses, _) = scored(
+        fp8=fp8, sequence_parallel=sequence_parallel, tensor_model_parallel_size=2
+    )
+    tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
+    odd = pad_tree(tree, tree.tokens.shape[0] + 1 - tree.tokens.shape[0] % 2)
+    for aligned in rmt_step._aligned(training, [tree, odd]):
+        size = aligned.tokens.shape[0]
+        assert size % multiple == 0
+        assert 0 <= size - tree.plan.tokens <= multiple
+        assert aligned.plan.tokens == tree.plan.tokens
 
 
 def test_padding_and_tokens_above_the_limit_are_reported():

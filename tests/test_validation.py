@@ -152,6 +152,7 @@ BAD = {
     ("--rmt-ntp-coefficient", "-1"): "--rmt-ntp-coefficient is -1.0; pass 0 or more.",
     ("--rmt-ntp-coefficient", "inf"): "--rmt-ntp-coefficient is inf; pass 0 or more.",
     ("--rmt-warmup-iters", "-1"): "--rmt-warmup-iters is -1; pass 0 or more.",
+    ("--rmt-log-samples-interval", "-1"): "--rmt-log-samples-interval is -1; pass 0 or more.",
     ("--rmt-warmup-thought", "model"): "--rmt-warmup-thought is model; pass drawn or text.",
     ("--rmt-warmup-iters", "11"): "--rmt-warmup-iters is 11; pass at most --train-iters (10).",
     ("--rmt-metrics-file", "."): "--rmt-metrics-file is ., a folder; pass a file in it.",
@@ -190,9 +191,21 @@ BAD = {
     BLOCKWISE: "--hidden-size makes a linear layer 64 wide; --fp8-recipe blockwise needs a "
     "multiple of 128.",
     ("--fp4-format", "e2m1"): "--fp4-format is e2m1; it needs a Blackwell GPU:",
+    ("--use-distributed-optimizer", "--load", "run"): "--use-distributed-optimizer is on, whose "
+    "saved state Megatron cannot load again with PyTorch's optimizers; leave it out,",
     ("--wandb-project", "rmt"): "--wandb-project is rmt and --wandb-exp-name is not set; name",
     ("--wandb-project", "rmt", "--wandb-exp-name", "x"): "--wandb-project is rmt and there is no "
     "folder for its files; pass --wandb-save-dir or --save.",
+    (
+        "--wandb-project",
+        "rmt",
+        "--wandb-exp-name",
+        "x",
+        "--wandb-save-dir",
+        "run",
+    ): "--wandb-project "
+    "is rmt and --tensorboard-dir is not set; Megatron sends its metrics to wandb only beside "
+    "TensorBoard: pass --tensorboard-dir.",
 }
 
 

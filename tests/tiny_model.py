@@ -4,13 +4,14 @@ The reference of the tests about trees and rollouts is always the stock model: s
 stock positions, one sequence at a time, with the same weights.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from torch import Tensor
 
 # The embedding is padded, as Megatron's is; padding must never be drawn nor count.
@@ -24,12 +25,13 @@ def build_model(
     tied: bool = False,
     pre_process: bool = True,
     post_process: bool = True,
+    make_spec: Callable[..., ModuleSpec] = get_gpt_layer_local_spec,
     **changes: Any,
 ) -> GPTModel:
     """Two layers of width 32 with 4 query and 2 key heads, Llama's shape unless ``changes``.
 
     tied: the output layer is the embedding. pre_process, post_process: this pipeline stage has the
-    embedding, the head.
+    embedding, the head. make_spec: Megatron's function that makes the specification of the layers.
     """
     options: dict[str, Any] = {
         "num_layers": 2,
@@ -54,11 +56,10 @@ def build_model(
         "apply_rope_fusion": False,
     }
     config = TransformerConfig(**options | changes)
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
-        qk_layernorm=config.qk_layernorm,
-        normalization=config.normalization,
-    )
+    named = {"num_experts": config.num_moe_experts, "qk_layernorm": config.qk_layernorm}
+    if make_spec is get_gpt_layer_local_spec:
+        named["normalization"] = config.normalization
+    spec = make_spec(**named)
     model = GPTModel(
         config,
         spec,

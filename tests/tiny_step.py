@@ -34,6 +34,7 @@ def step_args(**changes: Any) -> Namespace:
         "rmt_length_reward_weight": 0.25,
         "rmt_length_reward_maximum": 1.0,
         "rmt_no_length_reward": False,
+        "rmt_log_samples_interval": 1,
     }
     return Namespace(**options | changes)
 
@@ -117,5 +118,5 @@ def scored(warm_up: bool = False, **changes: Any) -> tuple[Tensor, dict[str, Any
     sampled[1, 1, 4] = False
     responses = Responses(tokens, lengths, sampled, torch.zeros(2, 2, 8))
     step = step_plan(warm_up=warm_up)
-    advantages, metrics = scoring.score(training, trunk, rows, responses, step)
+    _, advantages, metrics = scoring.score(training, trunk, rows, responses, step)
     return advantages, metrics, (training, trunk, rows, responses, step)
