@@ -17,7 +17,7 @@ MOST = 40
 
 def _benchmark() -> ModuleType:
     sys.path.insert(0, str(REPOSITORY / "tools"))
-    return importlib.import_module("benchmark_update")
+    return importlib.import_module("benchmarks.update")
 
 
 def _gradients_of_all_layouts() -> dict[str, tuple[Tensor, dict[str, Tensor], list[int]]]:

@@ -19,10 +19,10 @@ from tests.tiny_checkpoints import TOOLS
 sys.path.insert(0, str(TOOLS))
 
 import convert_checkpoint
-from complete_directory import complete_directory
-from model_config import read_config
-from safetensors_stream import write_safetensors
-from weight_names import rows_of
+from conversion.complete_directory import complete_directory
+from conversion.model_config import read_config
+from conversion.safetensors_stream import write_safetensors
+from conversion.weight_names import rows_of
 
 MIB = 2**20
 LARGEST = 40 * MIB

@@ -19,8 +19,8 @@ from tests.tiny_checkpoints import TOOLS, tensors
 
 sys.path.insert(0, str(TOOLS))
 
-import complete_directory
 import convert_checkpoint
+from conversion import complete_directory
 
 Spoil = Callable[[Path], object]
 

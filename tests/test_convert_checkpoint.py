@@ -26,9 +26,9 @@ from tests.tiny_checkpoints import (
 sys.path.insert(0, str(TOOLS))
 
 import convert_checkpoint
-import weight_names
-from checkpoint_logits import build_megatron_model, megatron_logits
-from model_config import read_config
+from conversion import weight_names
+from conversion.checkpoint_logits import build_megatron_model, megatron_logits
+from conversion.model_config import read_config
 
 pytestmark = pytest.mark.multiprocess
 

@@ -21,8 +21,8 @@ from tests.tiny_run import RMT, TRAINING, Run, TinyInputs, run
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
 import plan
-from planned_memory import key_value_plan, micro_batch, model_parameters, parameters
-from planned_work import Lengths, Pass, SampleWork, Tokens, documents_in_samples, sample_work
+from planning.memory import key_value_plan, micro_batch, model_parameters, parameters
+from planning.work import Lengths, Pass, SampleWork, Tokens, documents_in_samples, sample_work
 
 RECIPES = REPOSITORY / "examples/recipes"
 # A sample of 12 tokens with documents of 5, 4 and 3, prompt heads of 2 and stems of 3.

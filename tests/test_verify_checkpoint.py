@@ -13,8 +13,8 @@ from tests.tiny_checkpoints import TOOLS
 sys.path.insert(0, str(TOOLS))
 
 import convert_checkpoint
+from conversion.verify_checkpoint import compare
 from generate_corpus import draw_problems
-from verify_checkpoint import compare
 
 
 @pytest.mark.multiprocess

@@ -14,12 +14,12 @@ import importlib
 import sys
 from pathlib import Path
 
-from measurement import Report, write_report
+from benchmarks.measurement import Report, write_report
 
 COMMANDS = {
-    "update": "benchmark_update",
-    "head": "benchmark_head",
-    "rollout": "benchmark_rollout",
+    "update": "benchmarks.update",
+    "head": "benchmarks.head",
+    "rollout": "benchmarks.rollout",
 }
 
 

@@ -33,16 +33,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import megatron_bridge_backend
 import torch
-from complete_directory import complete_directory
-from huggingface_directory import (
+
+from conversion import megatron_bridge_backend
+from conversion.complete_directory import complete_directory
+from conversion.huggingface_directory import (
     check_tokenizer,
     copy_companions,
     huggingface_directory,
     write_configuration,
 )
-from huggingface_weights import (
+from conversion.huggingface_weights import (
     DTYPES,
     SHARD_BYTES,
     HuggingFaceWeights,
@@ -50,17 +51,17 @@ from huggingface_weights import (
     size_of,
     write_huggingface_weights,
 )
-from megatron_weights import (
+from conversion.megatron_weights import (
     TRACKER,
     MegatronWeights,
     iteration_directory,
     training_arguments,
     write_megatron_weights,
 )
-from model_config import caution, megatron_flags, read_config
-from provenance import write_provenance
-from verify_checkpoint import VERIFY_TEXT, verify
-from weight_names import ModelShape, Place, Weight
+from conversion.model_config import caution, megatron_flags, read_config
+from conversion.provenance import write_provenance
+from conversion.verify_checkpoint import VERIFY_TEXT, verify
+from conversion.weight_names import ModelShape, Place, Weight
 
 FLAGS = "model_flags.txt"
 HUGGINGFACE = "huggingface"

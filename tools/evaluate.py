@@ -48,6 +48,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
+
 from evaluation import (
     NOT_COUNTED,
     Measured,
@@ -57,7 +59,6 @@ from evaluation import (
     summary,
     write_output,
 )
-from tqdm import tqdm
 
 # Documents whose trunks are held at a time; their rollouts are bounded by --rollouts-at-once.
 DOCUMENTS_AT_ONCE = 16

@@ -31,8 +31,9 @@ warnings.filterwarnings("ignore")
 for name in ("torch.utils.cpp_extension", "megatron", "transformers"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
-from planned_memory import RankMemory, as_gib, largest_rank, micro_batch, model_parameters
-from planned_settings import (
+from megatron_rmt.schedules import StepPlan, plan_step
+from planning.memory import RankMemory, as_gib, largest_rank, micro_batch, model_parameters
+from planning.settings import (
     Prompt,
     complete_settings,
     corpus_documents,
@@ -42,8 +43,8 @@ from planned_settings import (
     parse_flags,
     read_prompt,
 )
-from planned_time import HARDWARE, Hardware, StepSeconds, step_seconds
-from planned_work import (
+from planning.time import HARDWARE, Hardware, StepSeconds, step_seconds
+from planning.work import (
     Documents,
     SampleWork,
     StepFlops,
@@ -51,8 +52,6 @@ from planned_work import (
     step_flops,
     without_rollouts,
 )
-
-from megatron_rmt.schedules import StepPlan, plan_step
 
 # Steps at which the mean over a run is taken.
 SAMPLED_STEPS = 1000

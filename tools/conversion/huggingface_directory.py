@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_weights import read_json
-from weight_names import ModelShape
+
+from conversion.huggingface_weights import read_json
+from conversion.weight_names import ModelShape
 
 # What a tokenizer may consist of, and the settings that travel with a model.
 COMPANIONS = (
@@ -108,7 +110,14 @@ def huggingface_directory(source: str) -> Iterator[Path]:
             raise ValueError(f"--source {source} is not a GGUF file; copy it again.")
     with tempfile.TemporaryDirectory(prefix="dequantised-") as directory:
         command = [sys.executable, __file__, str(path.resolve()), directory]
-        process = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+        search = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+        process = subprocess.run(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))},
+        )
         if process.returncode != 0:
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"--source {source} cannot be dequantised ({reason}).")

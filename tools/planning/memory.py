@@ -10,10 +10,9 @@ import dataclasses
 from argparse import Namespace
 from dataclasses import dataclass
 
-from planned_work import SampleWork
-
 from megatron_rmt.mid_training import kv_bound
 from megatron_rmt.rollout_memory import GIB, KeyValuePlan
+from planning.work import SampleWork
 
 FP32 = 4
 # CUDA's context, NCCL's buffers and what the allocator cannot reuse. An assumption, not measured.

@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from huggingface_directory import TOKENIZERS
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import add_megatron_arguments
-from model_config import megatron_flags, read_config
-from planned_work import Documents, Lengths, documents_in_samples
 
+from conversion.huggingface_directory import TOKENIZERS
+from conversion.model_config import megatron_flags, read_config
 from examples.recipe import recipe_flags
 from megatron_rmt.arguments import add_rmt_arguments
 from megatron_rmt.cpu_platform import add_required_flags
 from megatron_rmt.mid_training import encode_prompt, position_problem, prompt_template
 from megatron_rmt.template import Template, load_template
 from megatron_rmt.token_bytes import token_bytes
+from planning.work import Documents, Lengths, documents_in_samples
 
 # Without a tokenizer: letters of English to a token, and tokens of a chat's markers.
 LETTERS_PER_TOKEN, CHAT_TOKENS = 4, 24
@@ -180,7 +180,7 @@ def _indexed(words: Sequence[str]) -> str | None:
 
 
 def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: Prompt) -> Namespace:
-    """A copy of ``given`` with what Megatron derives, and what the planned_* modules read besides.
+    """A copy of ``given`` with what Megatron derives, and what the other modules read besides.
 
     Added: world_size, data_parallel_size, expert_data_parallel_size, micro_batches,
     layers_per_stage, query_width, key_width (of all heads, in numbers), params_bytes,

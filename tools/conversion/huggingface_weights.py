@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors_stream import write_safetensors
 from tqdm import tqdm
-from weight_names import ModelShape, Place, Weight, rows_of, summary
+
+from conversion.safetensors_stream import write_safetensors
+from conversion.weight_names import ModelShape, Place, Weight, rows_of, summary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

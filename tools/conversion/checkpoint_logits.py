@@ -1,8 +1,8 @@
 """Logits of a model on a text, computed by transformers or by Megatron, for comparing the two.
 
-    python tools/checkpoint_logits.py huggingface HF_DIR \\
+    python tools/conversion/checkpoint_logits.py huggingface HF_DIR \\
         --text-file FILE --companions DIR --output FILE
-    python tools/checkpoint_logits.py megatron MEGATRON_DIR ... [further Megatron flags]
+    python tools/conversion/checkpoint_logits.py megatron MEGATRON_DIR ... [further Megatron flags]
 
 Each side needs a process of its own: a Hugging Face model must not be loaded where the CPU stands
 in for CUDA. The Megatron side builds the model from the flags that ``convert_checkpoint.py flags``
@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_weights import read_json
-from model_config import read_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conversion.huggingface_weights import read_json
+from conversion.model_config import read_config
 
 # Of a longer text the beginning is compared, which bounds the memory that the logits take.
 MAXIMUM_TOKENS = 4096

@@ -10,10 +10,9 @@ update, which leaves out that ranks with short rollouts wait for others.
 from argparse import Namespace
 from dataclasses import dataclass
 
-from planned_memory import FP32, key_value_plan, parameters
-from planned_work import SampleWork, StepFlops, flops, model_cost
-
 from megatron_rmt.mid_training import kv_bound
+from planning.memory import FP32, key_value_plan, parameters
+from planning.work import SampleWork, StepFlops, flops, model_cost
 
 
 @dataclass(frozen=True)

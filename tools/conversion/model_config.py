@@ -6,7 +6,7 @@ Nothing is guessed: a setting that Megatron would not compute in the same way is
 from collections.abc import Mapping
 from typing import Any
 
-from weight_names import FAMILIES, WITHOUT_TABLE, ModelShape
+from conversion.weight_names import FAMILIES, WITHOUT_TABLE, ModelShape
 
 # What is constant in Megatron's form of Llama 3's rotary scaling; the factor is a flag.
 LLAMA3_SCALING = {

@@ -32,11 +32,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from measurement import Report, interleaved, median
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.measurement import Report, interleaved, median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_rmt.head import token_statistics, weighted_log_prob_sum
 

@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measurement import Report, interleaved, median
 
-HERE = Path(__file__).resolve().parent
+from benchmarks.measurement import Report, interleaved, median
+
+TOOLS = Path(__file__).resolve().parents[1]
 MEGATRON = (
     "--finetune --no-load-optim --no-load-rng --exit-on-missing-checkpoint --no-initialization "
     "--ckpt-format torch_dist --micro-batch-size 1 --train-iters 1 --lr 1e-5 --rmt "
@@ -128,7 +129,7 @@ def _tool(name: str, *arguments: str | Path) -> None:
     Raises:
         ValueError: it failed; the message ends with what it printed.
     """
-    command = [sys.executable, str(HERE / name), *map(str, arguments)]
+    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         raise ValueError(f"{name} failed: {process.stderr.strip()[-500:]}")
@@ -268,12 +269,12 @@ def plot_occupancy(path: Path, decoded: Sequence[int], live: Sequence[int]) -> N
 
 
 class HuggingFace:
-    """``benchmark_huggingface.py`` in a process of its own: where the CPU stands in for CUDA a
+    """``huggingface.py`` in a process of its own: where the CPU stands in for CUDA a
     Hugging Face model does not work."""
 
     def __init__(self, directory: Path, prompts: list[list[int]], threads: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "benchmark_huggingface.py")],
+            [sys.executable, str(TOOLS / "benchmarks/huggingface.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -293,7 +294,7 @@ class HuggingFace:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise ValueError("benchmark_huggingface.py ended; its error stands above.")
+            raise ValueError("benchmarks/huggingface.py ended; its error stands above.")
         return json.loads(answer)
 
     def generate(self, tokens: int, rows: int | None = None, **setting: Any) -> dict[str, Any]:

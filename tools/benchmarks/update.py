@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
@@ -30,13 +30,13 @@ if not torch.cuda.is_available():
     cpu_platform.install()
 
 import torch.nn.functional as F
-from measurement import Report, interleaved, median
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from benchmarks.measurement import Report, interleaved, median
 from megatron_rmt.attention import TreePlan, attach_tree_attention
 from megatron_rmt.forward_step import LossSettings, Update, make_forward_step
 from megatron_rmt.losses import LossWeights, response_weights

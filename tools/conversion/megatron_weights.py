@@ -35,7 +35,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from tqdm import tqdm
-from weight_names import (
+
+from conversion.weight_names import (
     FAMILIES,
     ModelShape,
     Place,

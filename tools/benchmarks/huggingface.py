@@ -1,6 +1,6 @@
 """Hugging Face ``generate`` on request: one JSON question a line on stdin, one answer on stdout.
 
-Started by ``benchmark_rollout.py``, as a Hugging Face model needs a process in which the CPU does
+Started by ``rollout.py``, as a Hugging Face model needs a process in which the CPU does
 not stand in for CUDA. The first question names the model's directory, the prompts (token ids) and
 the number of threads; the others ``tokens`` (new ones), ``rows`` (the last rows of the batch, null
 for all), ``dtype`` and ``cache``.

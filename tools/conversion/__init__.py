@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints of Hugging Face and of Megatron."""

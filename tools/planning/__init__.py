@@ -1,0 +1,1 @@
+"""What ``plan.py`` knows of settings, work, memory and time."""
