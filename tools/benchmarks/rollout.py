@@ -4,7 +4,7 @@
     python tools/benchmark.py rollout --lengths spread --tokens 64 --plot occupancy.png
 
 K positions of one document, G rollouts each. With ``--lengths even`` all have ``--tokens`` new
-tokens, with ``spread`` between 1 and that many, drawn evenly. Cases, interleaved:
+tokens, with ``spread`` 1 to that many, evenly. Cases, interleaved:
 
 - rollouts: the trunk pass (which also yields the entropies), the stems, and decoding;
 - no shared trunk: our engine, where each rollout owns a copy of its prefix (no entropies);
@@ -317,24 +317,31 @@ class HuggingFace:
         return f"{dtype}, {cache} cache"
 
 
-class Countdown:
-    """A grammar (``template.ResponseGrammar``) of responses whose lengths are known beforehand.
+class KnownLengths:
+    """A grammar (``template.ResponseGrammar``) of responses that are all thought.
 
-    A response has ``longest`` tokens, or, if they are ``spread``, between 1 and that many, by a
-    scrambled id of its first token. It is all thought.
+    They have ``longest`` tokens, or, if they are ``spread``, evenly 1 to that many: of those that
+    have s tokens, 1 of longest - s ends with the next one, by that token scrambled together with s.
     """
 
     def __init__(self, vocab: int, longest: int, spread: bool) -> None:
-        # State s has s tokens to go; the last state is the start.
-        left = torch.arange(longest + 2) - 1
-        self.next_state = left.clamp(min=0)[:, None].repeat(1, vocab).int()
-        first = torch.full((vocab,), longest)
+        # State s has written s tokens; the last one is the end.
+        written = torch.arange(longest + 1)[:, None]
+        ends = (written >= longest - 1).repeat(1, vocab)
         if spread:
-            first = torch.arange(vocab) * 2654435761 % 2**32 * longest // 2**32 + 1
-        self.next_state[-1] = first - 1
-        self.start = longest + 1
-        self.thinking = torch.ones(longest + 2, dtype=torch.bool)
-        self.done = torch.arange(longest + 2) == 0
+            ends |= scrambled(torch.arange(vocab), written) * (longest - written) < 2**32
+        self.next_state = torch.where(ends, longest, written + 1).int()
+        self.start = 0
+        self.thinking = torch.ones(longest + 1, dtype=torch.bool)
+        self.done = torch.arange(longest + 1) == longest
+
+
+def scrambled(token: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """A number in [0, 2^32) that looks random for each pair of int64."""
+    value = (token * 2654435761 + step * 0x9E3779B1 + 1) % 2**32
+    for _ in range(2):
+        value = ((value ^ (value >> 15)) * 0x2C1B3C6D) % 2**32
+    return value ^ (value >> 12)
 
 
 class Engine:
@@ -446,7 +453,7 @@ class Engine:
             positions,
             workload.stem,
             [],
-            Countdown(
+            KnownLengths(
                 training.vocab_size,
                 workload.longest,
                 workload.spread if spread is None else spread,
