@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup_environment.sh
 
 run=runs/quickstart
-steps=16
+steps=20
 seed=1234
 train_documents=2000
 heldout_documents=50
@@ -47,9 +47,9 @@ stage() {
 }
 
 # SmolLM2 is small and has never reasoned: the thought stands inline behind the raw document, is
-# closed at its bound, and the first steps teach the format. These depart from the paper, as do the
-# short budget, the higher learning rate and the weight of the next-token loss that keeps it from
-# unlearning the text; everything else is as the paper has it.
+# closed at its bound, and the first steps teach it to draft the text in its thought. These depart
+# from the paper, as do the short budget, the higher learning rate and the weight of the next-token
+# loss that keeps it from unlearning the text; everything else is as the paper has it.
 reasoning=(--rmt-template inline --rmt-force-close --rmt-answer-tokens 1)
 train=(
     env "CHECKPOINT=$run/smollm2" "DATA=$run/tokens/train" "SAVE=$run/checkpoint" NPROC_PER_NODE=1
@@ -60,14 +60,17 @@ train=(
     --logging-level 30
     --seq-length 256
     --global-batch-size 2
-    --lr 1e-4
+    --lr 2e-4
     --min-lr 2e-5
     --lr-decay-style cosine
+    --lr-warmup-iters 3
     "${reasoning[@]}"
     --rmt-ntp-coefficient 1
-    --rmt-warmup-iters 8
-    --rmt-positions-per-sample 8
-    --rmt-initial-budget 16
+    --rmt-warmup-iters 12
+    --rmt-warmup-thought text
+    --rmt-positions-per-sample 16
+    --rmt-initial-budget 8
+    --rmt-minimum-budget 3
 )
 # A training run's folder does not say what the model is; the converted checkpoint does.
 evaluate=(
