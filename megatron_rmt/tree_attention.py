@@ -65,9 +65,13 @@ def position_block(
     stem_length: int,
     branch_lengths: Sequence[int],
 ) -> Block:
-    """The block of one chosen position: its stem at row ``first``, then its branches."""
+    """The block of one chosen position: its stem at row ``first``, then its branches.
+
+    A single branch goes on with the stem: what both see is one causal segment.
+    """
     limit = first + stem_length + sum(branch_lengths)
-    return Block(first, limit, trunk_first, trunk_limit, tuple(branch_lengths))
+    branches = tuple(branch_lengths) if len(branch_lengths) > 1 else ()
+    return Block(first, limit, trunk_first, trunk_limit, branches)
 
 
 def attended_pairs(blocks: Sequence[Block]) -> int:

@@ -49,6 +49,7 @@ TREES: dict[str, tuple[Block, ...]] = {
     "both ends": _blocks([6], [(0, 1, 2, [3, 2]), (0, 6, 2, [1, 3])]),
     "empty branches": _blocks([6], [(0, 2, 1, [0, 4, 0]), (0, 3, 3, [0, 0]), (0, 4, 2, [])]),
     "no positions": _blocks([7], []),
+    "single branches": _blocks([6], [(0, 2, 2, [3]), (0, 5, 2, [4]), (0, 6, 3, [1, 2])]),
     "one row": _blocks([1], [(0, 1, 1, [1, 1])]),
     "packed documents": _blocks([5, 1, 5, 5], [(0, 4, 2, [2, 3]), (11, 16, 1, [1, 1])]),
     "prefix shared per position": _blocks([3], [(0, 3, 2, [4, 4])])
@@ -81,6 +82,15 @@ def _brute_force(blocks: tuple[Block, ...]) -> Tensor:
             seen = [theirs in (-1, mine) for theirs in owners[: index + 1]]
             visible[row, block.first : row + 1] = torch.tensor(seen)
     return visible
+
+
+@pytest.mark.parametrize("length", [0, 1, 4])
+def test_a_single_branch_sees_what_it_would_beside_others(length: int):
+    alone = (Block(0, 9), position_block(9, 2, 7, 3, [length]))
+    beside = (Block(0, 9), Block(9, 12 + length, 2, 7, (length,)))
+    assert not alone[1].branches
+    assert torch.equal(_brute_force(alone), _brute_force(beside))
+    assert attended_pairs(alone) == attended_pairs(beside)
 
 
 def _inputs(tokens: int, seed: int = 0) -> list[Tensor]:
