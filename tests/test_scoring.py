@@ -7,21 +7,26 @@ import torch
 
 from megatron_rmt import scoring
 from megatron_rmt.template import read_response
-from megatron_rmt.tree import Responses, build_trunk
+from megatron_rmt.tree import Responses, Trunk, build_trunk
 from tests.tiny_step import BYTES, TEMPLATE, scored, step_args, step_plan, tiny_training
 
 
-def test_the_continuation_stops_at_the_documents_end_and_at_tokens_without_bytes():
-    text = torch.tensor([[2, 3, 4, 1, 5, 6, 0, 7, 8, 9, 2]])
-    trunk = build_trunk(
+def _trunk(tokens: list[int]) -> Trunk:
+    """One sample, its documents ended by token 0."""
+    text = torch.tensor([tokens])
+    return build_trunk(
         text[:, :-1],
-        torch.arange(10)[None],
+        torch.arange(len(tokens) - 1)[None],
         text[:, 1:],
-        torch.ones(1, 10),
+        torch.ones(1, len(tokens) - 1),
         head=[],
         end_of_document=0,
         separate_documents=True,
     )
+
+
+def test_the_continuation_stops_at_the_documents_end_and_at_tokens_without_bytes():
+    trunk = _trunk([2, 3, 4, 1, 5, 6, 0, 7, 8, 9, 2])
     training = tiny_training(step_args())
     found = [scoring.continuation(training, trunk, row) for row in range(10)]
     assert found[:3] == [[3, 4], [4], []]
@@ -71,16 +76,7 @@ def test_the_warm_up_rewards_the_length_alone_and_judges_nothing():
 
 
 def test_responses_from_the_text_are_its_next_tokens_and_the_answer():
-    text = torch.tensor([[2, 3, 4, 5, 6, 7, 0, 8, 9, 2, 3]])
-    trunk = build_trunk(
-        text[:, :-1],
-        torch.arange(10)[None],
-        text[:, 1:],
-        torch.ones(1, 10),
-        head=[],
-        end_of_document=0,
-        separate_documents=True,
-    )
+    trunk = _trunk([2, 3, 4, 5, 6, 7, 0, 8, 9, 2, 3])
     training = tiny_training(step_args())
     step = step_plan(budget=3, group=1, warm_up=True, thought_from_text=True)
     responses = scoring.responses_from_text(training, trunk, [0, 3, 8], step)
