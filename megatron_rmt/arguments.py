@@ -313,8 +313,8 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(
         "--rmt-log-samples-interval",
-        "Write a few rollouts as text in the first step and every N th after it: into "
-        "rmt_samples.jsonl beside the metrics, and as a table to wandb; 0 writes none",
+        "Write a few rollouts as text in the first step after the warm-up and every N th after "
+        "that: into rmt_samples.jsonl beside the metrics, and as a table to wandb; 0 writes none",
         "ours",
         int,
         0,

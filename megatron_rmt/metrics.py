@@ -7,6 +7,7 @@ import json
 import math
 import os
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,17 @@ def write_metrics(path: Path, iteration: int, values: dict[str, Any]) -> None:
     for name, value in values.items():
         number = float(value)
         line[name.removeprefix(PREFIX)] = number if math.isfinite(number) else None
+    append_lines(path, [json.dumps(line)])
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Append whole lines to a file, made with its folder if it is not there.
+
+    One write, so that a crash leaves no half line behind a whole one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One write, so that a crash leaves no half line behind a whole one.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, (json.dumps(line) + "\n").encode())
+        os.write(descriptor, "".join(f"{line}\n" for line in lines).encode())
     finally:
         os.close(descriptor)

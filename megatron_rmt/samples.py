@@ -5,8 +5,8 @@ of its own samples, each with its whole group. As everything random in a step is
 step, a resumed run writes the same rows again.
 """
 
+import itertools
 import json
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,11 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_rmt.metrics import metrics_path
+from megatron_rmt.metrics import append_lines, metrics_path
 from megatron_rmt.mid_training import MidTraining
 from megatron_rmt.packing import TreeSource
-from megatron_rmt.scoring import continuation
-from megatron_rmt.template import read_response
+from megatron_rmt.scoring import continuation, read_responses
 from megatron_rmt.tree import Trunk
 
 POSITIONS = 4
@@ -52,13 +51,15 @@ def read_samples(
     iteration: int,
 ) -> list[Sample]:
     """All rollouts of the first ``POSITIONS`` positions of a rank's micro-batches, in the first
-    step and every ``--rmt-log-samples-interval`` th after it; none in the others.
+    step after the warm-up, whose answers are written, and every ``--rmt-log-samples-interval`` th
+    after that; none in the others.
 
     sources, rewards: of each micro-batch as read; rewards are ``[positions, group]`` fp32.
     iteration: 0 for the first step.
     """
     interval = training.args.rmt_log_samples_interval
-    if interval == 0 or iteration % interval:
+    since_warm_up = iteration - training.args.rmt_warmup_iters
+    if interval == 0 or since_warm_up < 0 or since_warm_up % interval:
         return []
     places = [
         (source, reward, index)
@@ -69,9 +70,13 @@ def read_samples(
     for source, reward, index in places[:POSITIONS]:
         row = source.rows[index]
         context = _context(training, source.trunk, row)
-        truth = _text(training, continuation(training, source.trunk, row)[:TRUTH_TOKENS])
-        for rollout in range(source.group):
-            thought, prediction = _read(training, source, index, rollout)
+        truth = _text(training, continuation(training, source.trunk, row, TRUTH_TOKENS))
+        own = source.responses.positions(index, index + 1)
+        (read,) = read_responses(training, own)
+        for rollout, response in enumerate(read):
+            tokens = own.tokens[0, rollout, : int(own.lengths[0, rollout])].tolist()
+            thought = _thought(training, tokens)
+            prediction = response.prediction.decode(errors="replace")
             value = round(float(reward[index, rollout]), 6)
             shown.append(Sample(iteration + 1, context, truth, thought, prediction, value))
     return shown
@@ -87,20 +92,11 @@ def _context(training: MidTraining, trunk: Trunk, row: int) -> str:
     return _text(training, document)[-CONTEXT_CHARACTERS:]
 
 
-def _read(
-    training: MidTraining, source: TreeSource, position: int, rollout: int
-) -> tuple[str, str]:
-    """Thought and prediction of one response."""
-    length = int(source.responses.lengths[position, rollout])
-    tokens = source.responses.tokens[position, rollout, :length].tolist()
-    template = training.template
-    response = read_response(
-        tokens, template, training.bytes_of, training.stop, training.args.rmt_answer_tokens
-    )
-    written = next((i for i, token in enumerate(tokens) if token in training.stop), length)
-    text = b"".join(training.bytes_of[token] for token in tokens[:written])
-    thought = text.partition(template.close.encode())[0]
-    return thought.decode(errors="replace"), response.prediction.decode(errors="replace")
+def _thought(training: MidTraining, tokens: Sequence[int]) -> str:
+    """Of a response: the text before the end of thought, without an end token and what follows."""
+    written = itertools.takewhile(lambda token: token not in training.stop, tokens)
+    text = b"".join(training.bytes_of[token] for token in written)
+    return text.partition(training.template.close.encode())[0].decode(errors="replace")
 
 
 def samples_path(args: Namespace) -> Path | None:
@@ -117,14 +113,7 @@ def write_samples(args: Namespace, shown: Sequence[Sample]) -> None:
         return
     path = samples_path(args)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in shown)
-        # One write, as for the metrics.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, lines.encode())
-        finally:
-            os.close(descriptor)
+        append_lines(path, [json.dumps(asdict(sample), ensure_ascii=False) for sample in shown])
     wandb = get_wandb_writer()
     if wandb:
         columns = [field.name for field in fields(Sample)]

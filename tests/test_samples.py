@@ -48,10 +48,21 @@ def test_only_the_first_positions_are_shown_each_with_its_group():
 
 
 @pytest.mark.parametrize(
-    ("interval", "expected"), [(0, []), (1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4]), (4, [0, 4])]
+    ("interval", "warm_up", "expected"),
+    [
+        (0, 0, []),
+        (1, 0, [0, 1, 2, 3, 4, 5]),
+        (2, 0, [0, 2, 4]),
+        (4, 0, [0, 4]),
+        (2, 3, [3, 5]),
+        (100, 3, [3]),
+        (100, 6, []),
+    ],
 )
-def test_the_first_step_is_shown_and_every_nth_after_it(interval: int, expected: list[int]):
-    training, source, rewards = _scored(rmt_log_samples_interval=interval)
+def test_the_first_step_after_the_warm_up_is_shown_and_every_nth_after_it(
+    interval: int, warm_up: int, expected: list[int]
+):
+    training, source, rewards = _scored(rmt_log_samples_interval=interval, rmt_warmup_iters=warm_up)
     shown = [step for step in range(6) if read_samples(training, [source], [rewards], step)]
     assert shown == expected
 
