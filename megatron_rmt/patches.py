@@ -132,9 +132,13 @@ def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
         if not is_enabled(options):
             return original(*args, **kwargs)
         call = signature.bind(*args, **kwargs).arguments
-        model = gpt_model(call["model"])
-        if not prepared or prepared[0].model is not model:
-            prepared[:] = [prepare(options, model, get_tokenizer())]
+        try:
+            model = gpt_model(call["model"])
+            if not prepared or prepared[0].model is not model:
+                prepared[:] = [prepare(options, model, get_tokenizer())]
+        except ValueError as error:
+            # What only the built model tells; all ranks find the same.
+            raise SystemExit(str(error)) from None
         return run_step(original, call, prepared[0])
 
     return train_step

@@ -373,8 +373,10 @@ def test_a_rotary_factor_reaches_the_model_or_the_run_ends(start: Start, tmp_pat
     line = "    config.rope_scaling_factor = args.rope_scaling_factor\n"
     assert program.count(line) == 1
     (tmp_path / "pretrain.py").write_text(program.replace(line, ""), encoding="utf-8")
-    with pytest.raises(AssertionError, match="--rope-scaling-factor 32 did not reach the model"):
+    sentence = "--rope-scaling-factor 32 did not reach the model"
+    with pytest.raises(AssertionError, match=sentence) as failure:
         start(1, llama32, program=tmp_path / "pretrain.py")
+    assert "ValueError" not in str(failure.value), "the sentence, without a traceback"
 
 
 # A process of its own, where the CPU does not stand in for CUDA.
