@@ -35,7 +35,7 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from benchmarks.measurement import Report, interleaved, median
+from benchmarks.measurement import Report, interleaved, median, peak_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -127,7 +127,7 @@ def _measure(
         cases = {name: case for name, case in cases.items() if name in flags.cases}
     memory, results = {}, {}
     for name, case in cases.items():
-        memory[name], gradients = _peak_memory(case, flags.device)
+        memory[name], gradients = peak_memory(case, flags.device)
         for group_of_cases in SAME_LOSS:
             if name in group_of_cases:
                 reference = results.setdefault(group_of_cases, gradients)
@@ -240,28 +240,6 @@ def _compare(
         error = float((value.float() - expected.float()).norm() / expected.float().norm())
         if not error < tolerance:
             raise RuntimeError(f"{name}: a gradient is off by {error:.1e}, relative.")
-
-
-def _peak_memory(
-    case: Callable[[], tuple[Tensor, ...]], device: str
-) -> tuple[int, tuple[Tensor, ...]]:
-    """(most bytes held at a time beyond what was there before, what the case returned)."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = case()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, result
-    with torch.profiler.profile(profile_memory=True) as profile:
-        result = case()
-    held = peak = 0
-    events = profile.profiler.kineto_results.events()
-    for event in sorted(
-        (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak, result
 
 
 def _report(flags: argparse.Namespace, results: list[dict[str, dict[str, object]]]) -> Report:

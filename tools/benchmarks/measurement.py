@@ -47,6 +47,29 @@ def median(times: Sequence[float]) -> float:
     return statistics.median(times)
 
 
+def peak_memory(case: Callable[[], Any], device: str) -> tuple[int, Any]:
+    """(most bytes held at a time beyond what was there before, what the case returned).
+
+    device: ``cuda``, whose allocator counts, or ``cpu``, where the profiler's events are added up.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = case()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, result
+    with torch.profiler.profile(profile_memory=True) as profile:
+        result = case()
+    held = peak = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted(
+        (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak, result
+
+
 @dataclass
 class Report:
     """A benchmark's result. rows: strings, one per column. data: anything that JSON can hold."""

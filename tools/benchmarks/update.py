@@ -36,7 +36,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from benchmarks.measurement import Report, interleaved, median
+from benchmarks.measurement import Report, interleaved, median, peak_memory
 from megatron_rmt.attention import TreePlan, attach_tree_attention
 from megatron_rmt.forward_step import LossSettings, Update, make_forward_step
 from megatron_rmt.losses import LossWeights, response_weights
@@ -440,7 +440,7 @@ def run(flags: argparse.Namespace) -> Report:
     memory = {}
     for name, case in runs.items():
         case()
-        memory[name] = _peak_memory(case, device) / MEBIBYTE
+        memory[name] = peak_memory(case, device.type)[0] / MEBIBYTE
     times = interleaved(runs, flags.repeats, warm_ups=0)
 
     work = {name: flops(whole, flags.layers) for name, (whole, _) in cases.items()}
@@ -533,23 +533,3 @@ def _notes(
 
 def _plain(flags: argparse.Namespace) -> dict[str, object]:
     return {name: str(value) for name, value in vars(flags).items()}
-
-
-def _peak_memory(case: Callable[[], object], device: torch.device) -> int:
-    """Most bytes held at a time beyond what was there before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        case()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        case()
-    held = peak = 0
-    events = profile.profiler.kineto_results.events()
-    for event in sorted(
-        (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
