@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -26,7 +27,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
-    LoadPlanner,
     ReadItem,
     SavePlan,
     TensorWriteData,
@@ -319,10 +319,11 @@ class MegatronWeights:
         return self.stored[weights_of(shape)[0].megatron].properties.dtype
 
 
-class _RegionPlanner(LoadPlanner):
+class _RegionPlanner(DefaultLoadPlanner):
     """Lets ``FileSystemReader.read_data`` copy into one tensor."""
 
     def __init__(self, target: torch.Tensor) -> None:
+        super().__init__()
         self.target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
@@ -332,20 +333,6 @@ class _RegionPlanner(LoadPlanner):
         ):
             region = region.narrow(axis, start, length)
         return region
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError
 
 
 def iteration_directory(source: Path, iteration: int | None) -> Path:
