@@ -202,8 +202,8 @@ def make_plan(request: Request, **changes: Any) -> Plan:
         name: sum(all_numbers[kind][name] * times for kind, times in kinds.items()) / count
         for name in all_numbers[first]
     }
-    # The first steps of either kind have the longest thoughts; without rollouts there is a rank's
-    # memory for them all the same.
+    # The first steps of either kind have the longest thoughts. A warm-up from the text is counted
+    # as if it rolled out, which is more than it takes.
     fullest = [steps[first], *(step for kind, step in steps.items() if not kind.warm_up)][:2]
     at_bound = [step_at(request, args, documents, step.plan, at_bound=True) for step in fullest]
     return Plan(
