@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.utils.data
 
+from megatron_rmt import fusion
+
 CPU = torch.device("cpu")
 
 # The Megatron flags without which its CUDA-only kernels would be chosen.
@@ -61,6 +63,10 @@ _FACTORIES = [
 
 _installed = False
 
+_ABSENT = object()
+# (owner, name, its own value there or _ABSENT, what ``install()`` put in its place).
+_replacements: list[tuple[Any, str, Any, Any]] = []
+
 
 def is_installed() -> bool:
     """Whether ``install()`` has been called in this process."""
@@ -72,6 +78,8 @@ def add_required_flags(argv: Sequence[str]) -> list[str]:
     given = {word.split("=", 1)[0] for word in argv}
     added: list[str] = []
     for flag, value in REQUIRED_FLAGS.items():
+        if flag == "--no-bias-swiglu-fusion" and fusion.is_available():
+            continue
         if flag not in given:
             added += [flag] if value is None else [flag, value]
     return [*argv, *added]
@@ -91,8 +99,6 @@ def install() -> None:
             "megatron_rmt.cpu_platform.install() was called although CUDA is available; "
             "remove the call, Megatron runs on the GPU as it is."
         )
-    # torch.compile cannot work once torch.cuda claims to be there.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     _share_cores_between_ranks()
     _answer_device_questions()
     _answer_stream_questions()
@@ -103,8 +109,35 @@ def install() -> None:
     _exchange_by_sizes_on_the_host()
     # torch.optim asks the (absent) driver whether a graph is being captured.
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
-        setattr(torch.optim.Optimizer, name, lambda self: None)
+        _replace(torch.optim.Optimizer, name, lambda self: None)
+    _stand_aside_while_torch_compiles()
     _installed = True
+    from megatron_rmt import cpu_kernels
+
+    cpu_kernels.install()
+
+
+def _replace(owner: Any, name: str, replacement: Any) -> None:
+    _replacements.append((owner, name, vars(owner).get(name, _ABSENT), replacement))
+    setattr(owner, name, replacement)
+
+
+def _stand_aside_while_torch_compiles() -> None:
+    """``torch.compile`` asks ``torch.cuda`` what to compile for, and must hear the truth."""
+
+    def put_originals_back(_: Any) -> None:
+        for owner, name, original, _ in reversed(_replacements):
+            if original is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+
+    def put_replacements_in(_: Any) -> None:
+        for owner, name, _, replacement in _replacements:
+            setattr(owner, name, replacement)
+
+    torch._dynamo.callback_handler.register_start_callback(put_originals_back)
+    torch._dynamo.callback_handler.register_end_callback(put_replacements_in)
 
 
 def _share_cores_between_ranks() -> None:
@@ -149,11 +182,11 @@ def _answer_device_questions() -> None:
         "_lazy_init": None,
     }
     for name, answer in answers.items():
-        setattr(cuda, name, _constant(answer))
-    cuda.memory_stats = lambda *args, **kwargs: {}
-    cuda._lazy_call = lambda function, **kwargs: function()
-    cuda.nvtx.range_push = _constant(None)
-    cuda.nvtx.range_pop = _constant(None)
+        _replace(cuda, name, _constant(answer))
+    _replace(cuda, "memory_stats", lambda *args, **kwargs: {})
+    _replace(cuda, "_lazy_call", lambda function, **kwargs: function())
+    _replace(cuda.nvtx, "range_push", _constant(None))
+    _replace(cuda.nvtx, "range_pop", _constant(None))
 
 
 def _constant(answer: Any) -> Callable[..., Any]:
@@ -193,10 +226,12 @@ class _Stream:
 def _answer_stream_questions() -> None:
     cuda = torch.cuda
     stream = _Stream()
-    cuda.Stream, cuda.Event = _Stream, _Event
-    cuda.current_stream = cuda.default_stream = _constant(stream)
-    cuda.set_stream = _constant(None)
-    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    _replace(cuda, "Stream", _Stream)
+    _replace(cuda, "Event", _Event)
+    _replace(cuda, "current_stream", _constant(stream))
+    _replace(cuda, "default_stream", _constant(stream))
+    _replace(cuda, "set_stream", _constant(None))
+    _replace(cuda, "stream", lambda *args, **kwargs: contextlib.nullcontext())
 
 
 class _Generators:
@@ -208,14 +243,22 @@ class _Generators:
 
 
 def _answer_random_state_questions() -> None:
+    def seed(value: int) -> torch.Generator:
+        return torch.default_generator.manual_seed(int(value))
+
+    def get(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def put(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
     cuda = torch.cuda
-    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(
-        int(seed)
-    )
-    get = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    put = cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    cuda.get_rng_state, cuda.set_rng_state = get, put
-    cuda.default_generators = _Generators()
+    for name in ("manual_seed", "manual_seed_all"):
+        _replace(cuda, name, seed)
+    for owner in (cuda, cuda.random):
+        _replace(owner, "get_rng_state", get)
+        _replace(owner, "set_rng_state", put)
+    _replace(cuda, "default_generators", _Generators())
 
 
 def _cpu_for_cuda(device: Any) -> Any:
@@ -231,12 +274,12 @@ def _cpu_for_cuda(device: Any) -> Any:
 
 def _let_cuda_device_mean_cpu() -> None:
     for name in _FACTORIES:
-        setattr(torch, name, _with_cpu_device(getattr(torch, name)))
+        _replace(torch, name, _with_cpu_device(getattr(torch, name)))
     for owner in (torch.Tensor, torch.nn.Module):
-        owner.to = _with_cpu_device(owner.to, first_may_be_device=True)
-        owner.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.new_empty = _with_cpu_device(torch.Tensor.new_empty)
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+        _replace(owner, "to", _with_cpu_device(owner.to, first_may_be_device=True))
+        _replace(owner, "cuda", lambda self, *args, **kwargs: self)
+    _replace(torch.Tensor, "new_empty", _with_cpu_device(torch.Tensor.new_empty))
+    _replace(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
 
 
 def _with_cpu_device(
@@ -265,7 +308,7 @@ def _name_cuda_tensor_types() -> None:
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
-    torch.Tensor.type = named
+    _replace(torch.Tensor, "type", named)
 
 
 def _load_data_without_pinned_memory() -> None:
@@ -278,7 +321,7 @@ def _load_data_without_pinned_memory() -> None:
         kwargs.pop("prefetch_factor", None)
         original(self, *args, **kwargs)
 
-    torch.utils.data.DataLoader.__init__ = construct
+    _replace(torch.utils.data.DataLoader, "__init__", construct)
 
 
 def _exchange_by_sizes_on_the_host() -> None:
@@ -292,7 +335,7 @@ def _exchange_by_sizes_on_the_host() -> None:
                 kwargs[name] = kwargs[name].tolist()
         return original(*args, **kwargs)
 
-    torch.distributed.all_to_all_single = exchange
+    _replace(torch.distributed, "all_to_all_single", exchange)
 
 
 def install_if_no_cuda() -> bool:

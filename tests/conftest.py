@@ -2,11 +2,19 @@
 
 Without a GPU the CPU stands in for CUDA in the test process (``tests.distributed`` installs it), so
 never load a Hugging Face model in it: use a subprocess.
+
+Nothing is compiled but where a test asks for it (``compiled``): each of the many processes would
+spend seconds on it.
 """
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
 import pytest
+import torch
 
 from tests import distributed, tiny_checkpoints, tiny_run
 
@@ -23,6 +31,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def single_process_megatron() -> None:
     """Megatron's parallel state in this process: TP = PP = DP = 1."""
     distributed.single_process_megatron()
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``fusion.fused`` functions are compiled in this process."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    with torch._dynamo.config.patch(disable=False):
+        yield
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def compiled(request: pytest.FixtureRequest) -> None:
+    """Once without and once with ``compiling``."""
+    if request.param == "compiled":
+        request.getfixturevalue("compiling")
 
 
 @pytest.fixture(scope="session")

@@ -190,3 +190,25 @@ def test_a_megatron_model_trains(single_process_megatron):
     loss.backward()
     assert loss.isfinite()
     assert all(p.device.type == "cpu" and p.grad is not None for p in model.parameters())
+
+
+@without_cuda
+@pytest.mark.usefixtures("compiling")
+def test_it_stands_aside_while_torch_compiles_also_when_that_fails():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append((torch.cuda.is_available(), torch.empty.__name__))
+        if len(seen) == 2:
+            raise RuntimeError("no code for this")
+        return graph.forward
+
+    replaced = torch.empty
+    assert torch.equal(
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2)), 2 * torch.ones(2)
+    )
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no code for this"):
+        torch.compile(lambda x: x * 3, backend=backend)(torch.ones(2))
+    assert [available for available, _ in seen] == [False, False]
+    assert torch.cuda.is_available()
+    assert torch.empty is replaced

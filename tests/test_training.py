@@ -180,10 +180,14 @@ def test_a_boxed_answer_after_an_instruction_trains_alike_in_every_layout(start:
     assert_same_curve(start(2, [*flags, *TP2]).metrics, alone.metrics)
 
 
-def test_a_real_torchrun_gives_the_curve_too(inputs: TinyInputs, reference: Run, tmp_path: Path):
+def test_a_real_torchrun_that_compiles_gives_the_curve_too(
+    inputs: TinyInputs, reference: Run, tmp_path: Path
+):
     metrics = tmp_path / "metrics.jsonl"
     flags = [*inputs.flags(), *RMT, *TP2, "--rmt-metrics-file", metrics, "--exit-interval", "2"]
-    run_torchrun(2, [PRETRAIN, *flags], env={"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
+    # Outside the tests functions are compiled (``fusion``).
+    env = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCHDYNAMO_DISABLE": "0"}
+    run_torchrun(2, [PRETRAIN, *flags], env=env)
     assert_same_curve(read_metrics(metrics), reference.metrics[:2])
 
 
