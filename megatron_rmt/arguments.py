@@ -300,7 +300,7 @@ FLAGS: tuple[Flag, ...] = (
         "Logits held at a time by the fused head",
         "ours",
         int,
-        256,
+        384,
         "rows",
     ),
     Flag(

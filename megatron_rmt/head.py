@@ -195,19 +195,29 @@ def token_entropies(
 
 @torch.no_grad()
 def selected_logits(
-    hidden: Tensor, weight: Tensor, *, vocab_size: int, tp_group: ProcessGroup | None
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: ProcessGroup | None,
+    memory: Tensor | None = None,
 ) -> Tensor:
     """This rank's scores of the given rows, for sampling: [rows, columns] fp32, no gradient.
 
     Column j is token ``start + j``, with (start, columns) = ``vocab_range(...)``: no padding.
     No collective.
 
+    Args:
+        memory: what an earlier call for at least as many rows returned; it is overwritten.
+        others: as for ``token_statistics``.
+
     Raises:
         ValueError: as ``token_statistics``.
     """
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size=1)
     dtype = score_dtype(hidden, weight)
-    scores = hidden.new_empty(hidden.shape[0], shard.columns, dtype=dtype)
+    rows = hidden.shape[0]
+    scores = hidden.new_empty(rows, shard.columns, dtype=dtype) if memory is None else memory[:rows]
     multiply_scores(hidden, weight[: shard.columns], scores)
     return scores
 
@@ -367,12 +377,14 @@ class _TokenStatistics(torch.autograd.Function):
         # d/d(h.w) = scale * d/d(scaled score), which is linear in both.
         by_log_prob, by_entropy = _scaled(by_log_prob, scale), _scaled(by_entropy, scale)
         for chunk, scores in _score_chunks(hidden, weight, scale, ctx.shard):
-            score_gradient = head_sweeps.score_gradient_(
+            score_gradient = gradients.memory_for(scores)
+            head_sweeps.score_gradient_(
                 scores,
                 log_normaliser[chunk],
                 by_log_prob[chunk],
                 None if by_entropy is None else (by_entropy[chunk], entropies[chunk]),
                 (columns[chunk], held[chunk]),
+                out=score_gradient,
             )
             gradients.add(chunk, score_gradient)
         _sum_over_ranks(gradients, ctx.shard)
@@ -403,7 +415,7 @@ class _WeightedLogProbSum(torch.autograd.Function):
         gradients = WeightedSums(hidden, weight, shard.columns, needed)
         for chunk, scores in _score_chunks(hidden, weight, scale, shard):
             targeted = columns[chunk], held[chunk]
-            keeps_exponentials = entropies is None and not head_sweeps.uses_kernels(scores)
+            keeps_exponentials = entropies is None and not head_sweeps.is_fused(scores)
             sweep = head_sweeps.exponentiate_ if keeps_exponentials else head_sweeps.statistics
             statistics = sweep(scores, targeted)
             local_maxima = statistics[0].clone()
@@ -412,17 +424,25 @@ class _WeightedLogProbSum(torch.autograd.Function):
                 entropies[chunk] = chunk_entropies
             if not any(needed):
                 continue
+            score_gradient = gradients.memory_for(scores)
             if keeps_exponentials:
                 # exp(z - local maximum) is at hand: one factor per row makes it p.
                 to_p = torch.exp(local_maxima - log_normaliser)
                 scores.mul_((-by_log_prob[chunk] * to_p)[:, None])
                 head_sweeps.add_at_targets_(scores, by_log_prob[chunk], targeted)
+                if score_gradient is not scores:
+                    score_gradient.copy_(scores)
             else:
                 entropy_part = None if by_entropy is None else (by_entropy[chunk], chunk_entropies)
                 head_sweeps.score_gradient_(
-                    scores, log_normaliser, by_log_prob[chunk], entropy_part, targeted
+                    scores,
+                    log_normaliser,
+                    by_log_prob[chunk],
+                    entropy_part,
+                    targeted,
+                    out=score_gradient,
                 )
-            gradients.add(chunk, scores)
+            gradients.add(chunk, score_gradient)
         _sum_over_ranks(gradients, shard)
         ctx.gradients = gradients.hidden, gradients.weight
         ctx.dtypes = hidden.dtype, weight.dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Weight rows converted to fp32 at a time: the block stays in the cache, so that the conversion is
 # nearly free beside the product.
-_CONVERSION_BLOCK = 2048
+_CONVERSION_BLOCK = 4096
 
 
 def multiply_scores(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -26,8 +26,8 @@ def multiply_scores(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     else:
         wide = hidden.to(out.dtype)
         with _rounding_inputs_to_bf16(_are_bf16(hidden, weight)):
-            for block in _blocks(weight):
-                torch.mm(wide, weight[block].to(out.dtype).t(), out=out[:, block])
+            for block, wide_weight in _wide_blocks(weight, out.dtype):
+                torch.mm(wide, wide_weight.t(), out=out[:, block])
 
 
 class WeightedSums:
@@ -46,42 +46,80 @@ class WeightedSums:
         self.padded_columns = weight.shape[0]
         dtype = score_dtype(hidden, weight)
         self.hidden = torch.empty_like(hidden, dtype=dtype) if needed[0] else None
-        self.weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
+        self.weight = torch.empty_like(weight, dtype=dtype) if needed[1] else None
+        if self.weight is not None:
+            # The first chunk overwrites what the later ones are added to.
+            self.weight[columns if len(hidden) else 0 :] = 0
+        self._added = False
+        self._rounded: Tensor | None = None
+
+    def memory_for(self, scores: Tensor) -> Tensor:
+        """Where to write the gradient by a chunk's ``scores`` [chunk, columns] for ``add``.
+
+        bf16 and fp16 units read it in the dtype of the weight, as they read Megatron's own
+        gradients of logits: then it is memory in that dtype, overwritten by the next chunk, else
+        ``scores`` itself.
+        """
+        hidden, weight = self.inputs
+        if not (_multiplies_into_fp32(hidden, weight) or _are_bf16(hidden, weight)):
+            return scores
+        if self._rounded is None:
+            # Rows as long as the padded weight, of which padding is cut: a GPU wants them aligned.
+            # Zeros, as a CPU's bf16 product of an odd number of columns reads the one behind them.
+            self._rounded = weight.new_zeros(len(scores), self.padded_columns)
+        return self._rounded[: len(scores), : len(weight)]
 
     def add(self, chunk: slice, score_gradient: Tensor) -> None:
         """Add what the rows of ``chunk`` give, and set ``hidden`` there.
 
         Args:
-            score_gradient: [chunk, columns] fp32. bf16 and fp16 units read it in the dtype of the
-                weight, as they read Megatron's own gradients of logits.
+            score_gradient: [chunk, columns], written into ``memory_for``.
         """
         hidden, weight = self.inputs[0][chunk], self.inputs[1]
-        if _multiplies_into_fp32(hidden, weight):
-            self._add_half(chunk, score_gradient)
-            return
-        dtype = score_gradient.dtype
-        with _rounding_inputs_to_bf16(_are_bf16(hidden, weight)):
+        if score_gradient.dtype not in (torch.bfloat16, torch.float16):
+            self._add_wide(chunk, score_gradient)
+        elif _multiplies_into_fp32(hidden, weight):
+            wide = score_dtype(hidden, weight)
             if self.hidden is not None:
-                out = self.hidden[chunk]
-                if weight.dtype == dtype:
-                    torch.mm(score_gradient, weight, out=out)
-                else:
-                    out.zero_()
-                    for block in _blocks(weight):
-                        out.addmm_(score_gradient[:, block], weight[block].to(dtype))
+                torch.mm(score_gradient, weight, out_dtype=wide, out=self.hidden[chunk])
             if self.weight is not None:
-                self.weight[: len(weight)].addmm_(score_gradient.t(), hidden.to(dtype))
+                product = torch.mm(score_gradient.t(), hidden, out_dtype=wide)
+                own = self.weight[: len(weight)]
+                own.add_(product) if self._added else own.copy_(product)
+        else:
+            self._add_bf16_on_cpu(chunk, score_gradient)
+        self._added = True
 
-    def _add_half(self, chunk: slice, score_gradient: Tensor) -> None:
+    def _add_wide(self, chunk: slice, score_gradient: Tensor) -> None:
         hidden, weight = self.inputs[0][chunk], self.inputs[1]
         dtype = score_gradient.dtype
-        # Rows as long as the padded weight, of which padding is cut: a GPU wants them aligned.
-        rounded = weight.new_empty(len(hidden), self.padded_columns)[:, : len(weight)]
-        rounded.copy_(score_gradient)
         if self.hidden is not None:
-            torch.mm(rounded, weight, out_dtype=dtype, out=self.hidden[chunk])
+            out = self.hidden[chunk]
+            if weight.dtype == dtype:
+                torch.mm(score_gradient, weight, out=out)
+            else:
+                out.zero_()
+                for block, wide_weight in _wide_blocks(weight, dtype):
+                    out.addmm_(score_gradient[:, block], wide_weight)
         if self.weight is not None:
-            self.weight[: len(weight)] += torch.mm(rounded.t(), hidden, out_dtype=dtype)
+            own = self.weight[: len(weight)]
+            own.addmm_(score_gradient.t(), hidden.to(dtype), beta=int(self._added))
+
+    def _add_bf16_on_cpu(self, chunk: slice, score_gradient: Tensor) -> None:
+        hidden, weight = self.inputs[0][chunk], self.inputs[1]
+        if self.hidden is not None:
+            # Summed over all columns in fp32, then rounded once, as the result will be anyway.
+            self.hidden[chunk] = torch.mm(score_gradient, weight)
+        if self.weight is None:
+            return
+        # Summed over the chunks in fp32.
+        wide, columns = hidden.to(self.weight.dtype), len(weight)
+        held = wide.new_empty(len(wide), min(columns, _CONVERSION_BLOCK))
+        with _rounding_inputs_to_bf16(True):
+            for start in range(0, columns, _CONVERSION_BLOCK):
+                block = slice(start, min(columns, start + _CONVERSION_BLOCK))
+                part = held[:, : block.stop - start].copy_(score_gradient[:, block])
+                self.weight[block].addmm_(part.t(), wide, beta=int(self._added))
 
 
 def score_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -115,7 +153,10 @@ def _rounding_inputs_to_bf16(allowed: bool) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _blocks(weight: Tensor) -> Iterator[slice]:
+def _wide_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, these rows of ``weight`` in ``dtype``); the next block overwrites them."""
     rows = weight.shape[0]
+    held = weight.new_empty(min(rows, _CONVERSION_BLOCK), weight.shape[1], dtype=dtype)
     for start in range(0, rows, _CONVERSION_BLOCK):
-        yield slice(start, min(rows, start + _CONVERSION_BLOCK))
+        block = slice(start, min(rows, start + _CONVERSION_BLOCK))
+        yield block, held[: block.stop - start].copy_(weight[block])

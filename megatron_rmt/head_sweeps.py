@@ -1,8 +1,9 @@
 """Sweeps over one chunk of the head's scores: what each row yields, and its gradient in place.
 
 Pure maths on one rank's columns, no collective. Notation as in ``head``: scores z, m = max z,
-Z = sum exp(z - m). On a CPU a sweep takes a few rows at a time through all its steps, so that they
-find the rows in the cache; on a GPU the Triton kernels of ``head_kernels`` read a chunk once.
+Z = sum exp(z - m). A sweep is one compiled loop on a CPU (``fusion``), a Triton kernel of
+``head_kernels`` on a GPU. Where neither can be, it takes a few rows at a time through all its
+steps, so that they find the rows in the cache.
 """
 
 import functools
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_rmt import fusion
+from megatron_rmt.fusion import fused
 
 # Scores that one step works on: 512 KiB of fp32 leave room in a core's level-2 cache for a second
 # block; a GPU wants few launches.
@@ -44,6 +48,10 @@ def statistics(scores: Tensor, targets: Targets | None) -> Tensor:
     result = _with_target_scores(scores, targets)
     if scores.shape[1] == 0:
         return result
+    if _is_compiled(scores):
+        for row, sums in enumerate(_row_statistics(scores)):
+            result[row] = sums
+        return result
     shifted, exponentials = scores.new_empty(2, _block_rows(scores), scores.shape[1])
     for block in _row_blocks(scores):
         maxima, normaliser, moment = result[:3, block]
@@ -55,6 +63,14 @@ def statistics(scores: Tensor, targets: Targets | None) -> Tensor:
         torch.sum(y, -1, out=normaliser)
         torch.sum(x.mul_(y), -1, out=moment)
     return result
+
+
+@fused
+def _row_statistics(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    maxima = scores.amax(-1)
+    shifted = scores - maxima[:, None]
+    exponentials = shifted.exp()
+    return maxima, exponentials.sum(-1), (exponentials * shifted).sum(-1)
 
 
 def exponentiate_(scores: Tensor, targets: Targets | None) -> Tensor:
@@ -77,21 +93,60 @@ def score_gradient_(
     by_log_prob: Tensor,
     entropy_part: tuple[Tensor, Tensor] | None,
     targets: Targets,
-) -> Tensor:
-    """Turn ``scores`` into the gradient by them, a log p_target + b H differentiated.
+    out: Tensor,
+) -> None:
+    """The gradient by ``scores`` of a log p_target + b H, into ``out``.
 
     d/dz_j = a [j = target] - p_j (a + b (log p_j + H)), p = exp(z - log-normaliser).
 
     Args:
-        scores: [rows, columns], overwritten and returned.
+        scores: [rows, columns], overwritten.
         log_normaliser: [rows], m + log Z of the whole vocabulary.
         by_log_prob: [rows], a.
         entropy_part: (b, H), [rows] each; None for b = 0.
         targets: from ``target_columns``.
+        out: [rows, columns], may be ``scores`` itself; rounded to its dtype.
     """
     kernels = _kernels(scores)
     if kernels is not None:
-        return kernels.score_gradient_(scores, log_normaliser, by_log_prob, entropy_part, targets)
+        kernels.score_gradient_(scores, log_normaliser, by_log_prob, entropy_part, targets)
+    elif _is_compiled(scores):
+        of_target = scores.gather(1, targets[0][:, None])[:, 0] - log_normaliser
+        by_entropy, entropies = entropy_part or (torch.zeros_like(by_log_prob),) * 2
+        constants = by_log_prob, by_entropy, entropies
+        _write_gradient(scores, log_normaliser, *constants, out)
+        factor = by_log_prob + by_entropy * (of_target + entropies)
+        _set_at_targets_(out, by_log_prob - of_target.exp() * factor, targets)
+        return
+    else:
+        _in_cache_gradient_(scores, log_normaliser, by_log_prob, entropy_part, targets)
+    if out is not scores:
+        out.copy_(scores)
+
+
+@fused
+def _write_gradient(
+    scores: Tensor,
+    log_normaliser: Tensor,
+    by_log_prob: Tensor,
+    by_entropy: Tensor,
+    entropies: Tensor,
+    out: Tensor,
+) -> None:
+    """``score_gradient_`` but for what it has at the targets."""
+    log_p = scores - log_normaliser[:, None]
+    factor = by_log_prob[:, None] + by_entropy[:, None] * (log_p + entropies[:, None])
+    out.copy_(-log_p.exp() * factor)
+
+
+def _in_cache_gradient_(
+    scores: Tensor,
+    log_normaliser: Tensor,
+    by_log_prob: Tensor,
+    entropy_part: tuple[Tensor, Tensor] | None,
+    targets: Targets,
+) -> None:
+    """``score_gradient_`` with ``scores`` as ``out``, some rows at a time."""
     if entropy_part is not None:
         by_entropy, entropies = entropy_part
         from_sums = by_log_prob + by_entropy * entropies
@@ -103,20 +158,32 @@ def score_gradient_(
         else:
             p = torch.exp(rows, out=probabilities[: len(rows)])
             rows.mul_(-by_entropy[block, None]).sub_(from_sums[block, None]).mul_(p)
-    return add_at_targets_(scores, by_log_prob, targets)
+    add_at_targets_(scores, by_log_prob, targets)
 
 
-def add_at_targets_(scores: Tensor, values: Tensor, targets: Targets) -> Tensor:
+def add_at_targets_(scores: Tensor, values: Tensor, targets: Targets) -> None:
     """Add ``values`` [rows] at each row's target, where this rank has it."""
     columns, held = targets
     if scores.shape[1] > 0:
         scores.scatter_add_(1, columns[:, None], (values * held)[:, None])
-    return scores
 
 
-def uses_kernels(scores: Tensor) -> bool:
-    """Whether ``statistics`` and ``score_gradient_`` run as Triton kernels."""
-    return _kernels(scores) is not None
+def _set_at_targets_(out: Tensor, values: Tensor, targets: Targets) -> None:
+    """Put ``values`` [rows] at each row's target, where this rank has it."""
+    columns, held = targets
+    # Indexed, as scatter_ copies all of a bf16 tensor.
+    at = torch.arange(len(out), device=out.device), columns
+    out[at] = torch.where(held, values.to(out.dtype), out[at])
+
+
+def is_fused(scores: Tensor) -> bool:
+    """Whether a sweep reads ``scores`` from memory once: compiled, or as a Triton kernel."""
+    return _kernels(scores) is not None or _is_compiled(scores)
+
+
+def _is_compiled(scores: Tensor) -> bool:
+    wanted = scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.numel() > 0
+    return wanted and fusion.is_available()
 
 
 def _with_target_scores(scores: Tensor, targets: Targets | None) -> Tensor:

@@ -124,6 +124,7 @@ def test_padding_rows_of_the_weight_get_no_gradient_and_have_no_say():
 # Scores of bf16 inputs are made in fp32: the values are as good as those of fp32 inputs. Gradients
 # come back in bf16 (rounded by at most 2^-9), made from gradients of scores that bf16 units read in
 # bf16 (the same again).
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("dtype", "value_bound", "gradient_bound"),
     [(torch.float32, 1e-6, 1e-6), (torch.bfloat16, 1e-6, 2.0**-8), (torch.float16, 1e-6, 2.0**-12)],
@@ -140,6 +141,7 @@ def test_half_precision_inputs_lose_nothing_but_the_rounding_of_gradients(
         assert _relative(value, reference) < gradient_bound
 
 
+@pytest.mark.usefixtures("compiled")
 def test_conversion_in_blocks_covers_a_vocabulary_of_many_blocks(monkeypatch):
     monkeypatch.setattr("megatron_rmt.head_products._CONVERSION_BLOCK", 7)
     problem = _problem(rows=6, dtype=torch.bfloat16)
@@ -147,6 +149,22 @@ def test_conversion_in_blocks_covers_a_vocabulary_of_many_blocks(monkeypatch):
         _results(problem, 4, slice(None)), _reference_gradients(problem), strict=True
     ):
         assert _relative(value, reference) < 2.0**-8
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_that_was_not_written_has_no_say(dtype):
+    problem = _problem(rows=40, dtype=dtype) | {"vocab_size": 101}
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        results = [
+            *_results(problem, 40, slice(None)),
+            *_one_pass(problem, slice(None), None, True),
+            *_one_pass(problem, slice(None), None, False),
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(value.isfinite().all() for value in results)
 
 
 def test_bf16_hidden_states_with_an_fp32_weight():
@@ -175,6 +193,7 @@ def test_inputs_are_not_modified():
         assert torch.equal(problem[name], value), name
 
 
+@pytest.mark.usefixtures("compiled")
 def test_extreme_scores_stay_finite_and_entropy_is_not_negative():
     hidden = torch.tensor([[1e4], [-1e4], [0.0]], requires_grad=True)
     weight = torch.arange(5.0)[:, None].requires_grad_()
@@ -218,7 +237,7 @@ def _one_pass(
         problem["targets"],
         problem["by_log_prob"],
         problem["by_entropy"] if with_entropies else None,
-        vocab_size=VOCAB,
+        vocab_size=problem.get("vocab_size", VOCAB),
         tp_group=group,
         chunk_size=5,
     )
@@ -256,6 +275,7 @@ def test_one_pass_equals_log_softmax(rows, with_entropies):
         torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.usefixtures("compiled")
 @WITH_AND_WITHOUT_ENTROPIES
 @pytest.mark.parametrize(
     ("dtype", "rounding"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-12)], ids=str
@@ -308,6 +328,7 @@ def test_one_pass_gives_its_gradients_once():
         total.backward()
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("dtype", "bound"),
     [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2.0**-8)],
@@ -378,6 +399,7 @@ def test_entropies_and_argmax(chunk_size):
         assert torch.equal(same_ids, ids)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_argmax_of_equal_scores_is_the_first():
     _, ids = token_entropies(
         torch.ones(2, 3), torch.ones(6, 3), vocab_size=5, tp_group=None, chunk_size=2

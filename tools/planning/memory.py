@@ -297,9 +297,10 @@ def _head(args: Namespace, predictions: float, rows: float, row: _Row) -> float:
     gradients = FP32 * (picked + weight)
     chunk = min(args.rmt_head_chunk_size, predictions) * _table(args)
     making = picked * size + gradients + FP32 * chunk
+    if size != FP32:
+        making += chunk * size  # the gradient of the scores, rounded for the products
     if not args.on_cpu:
-        # Scores rounded for the tensor cores, and one chunk's share of the weight's gradient.
-        making += chunk * size + FP32 * weight
+        making += FP32 * weight  # one chunk's share of the weight's gradient
     if args.sequence_parallel:
         making += rows * row.gathered
     converted = 0 if size == FP32 else size * (picked + weight)
