@@ -40,12 +40,20 @@ class DecodeHead:
         self.sampling = sampling
         self.weight = output_weight(model)
         self.start, _ = vocab_range(self.weight.shape[0], vocab_size, self.tp_group)
+        self._scores: Tensor | None = None
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """fp32 scores ``[rows, vocab/tp]`` of ``hidden`` ``[rows, hidden]``, without padding."""
-        return selected_logits(
-            hidden, self.weight, vocab_size=self.vocab_size, tp_group=self.tp_group
+        """fp32 scores ``[rows, vocab/tp]`` of ``hidden`` ``[rows, hidden]``, without padding; the
+        next call overwrites them."""
+        memory = self._scores
+        if memory is not None and len(memory) < len(hidden):
+            memory = None
+        scores = selected_logits(
+            hidden, self.weight, vocab_size=self.vocab_size, tp_group=self.tp_group, memory=memory
         )
+        if memory is None:
+            self._scores = scores
+        return scores
 
     def draw(self, scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """A token ``[rows]`` and its log-prob fp32 for each row of ``scores``."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_rmt import fusion
 from megatron_rmt.attention import Plan, TreePlan
+from megatron_rmt.fusion import fused, wide
 
 
 class KeyValueStore:
@@ -175,21 +177,48 @@ def _one_pass_attention(
     """Attention over trunk and tail apart, by torch's fused kernel for CPUs, weighed together.
 
     Each part's output is weighed by its share exp(l) of the denominator, where l is the logarithm
-    of the sum of exponentials that the kernel returns beside the output.
+    of the sum of exponentials that the kernel returns beside the output. A tail that is seen whole
+    is read by a compiled loop instead, where one can be had, which also weighs.
     """
     rows, kv_heads, queries, width = query.shape
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if tail_bias is not None:
-        tail_bias = tail_bias.to(query.dtype)[None, None]
-    on_tail, tail_sum = attend(query, *tail, attn_mask=tail_bias, scale=scale)
     by_head = query.transpose(0, 1).reshape(1, kv_heads, rows * queries, width)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     on_trunk, trunk_sum = attend(
         by_head, *(part[None] for part in trunk), attn_mask=trunk_bias[None, None], scale=scale
     )
     on_trunk = on_trunk.view(kv_heads, rows, queries, width).transpose(0, 1)
     trunk_sum = trunk_sum.view(kv_heads, rows, queries).transpose(0, 1)
+    if tail_bias is None and fusion.is_available():
+        return _with_tail(query, *tail, on_trunk, trunk_sum, scale)
+    if tail_bias is not None:
+        tail_bias = tail_bias.to(query.dtype)[None, None]
+    on_tail, tail_sum = attend(query, *tail, attn_mask=tail_bias, scale=scale)
     share = (trunk_sum - tail_sum).sigmoid()[..., None].to(query.dtype)
     return torch.lerp(on_tail, on_trunk, share)
+
+
+@fused
+def _with_tail(
+    query: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    on_trunk: Tensor,
+    trunk_sum: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention over whole tails, joined with that over the trunk, ``on_trunk``
+    ``[rows, kv heads, queries, dim]``, whose log-sums are ``trunk_sum``.
+
+    Tails are too short for a product of each of them to pay.
+    """
+    scores = (wide(query)[:, :, :, None] * wide(tail_key)[:, :, None]).sum(-1) * scale
+    largest = torch.maximum(scores.amax(-1), trunk_sum)
+    weights = (scores - largest[..., None]).exp()
+    of_trunk = (trunk_sum - largest).exp()
+    total = weights.sum(-1) + of_trunk
+    on_tail = (weights[..., None] * wide(tail_value)[:, :, None]).sum(-2)
+    joined = (on_tail + of_trunk[..., None] * on_trunk) / total[..., None]
+    return joined.to(query.dtype)
 
 
 def _scores_attention(

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_rmt import fusion
+from megatron_rmt.fusion import fused
+
 TOKEN_STREAM = 0
 CURRICULUM_STREAM = 1
 
@@ -25,9 +28,9 @@ _WEIGHT_SCALE = 2.0**34
 _MAXIMUM_VOCABULARY = 2**19
 
 _BLOCK = 256
-# Elements of the working buffer: near the cache on a CPU, bounded memory and few launches on a GPU.
-_BUFFER_ELEMENTS_CPU = 2**18
-_BUFFER_ELEMENTS_CUDA = 2**26
+# Elements worked on at a time: near the cache on a CPU, bounded memory and few launches on a GPU.
+_ELEMENTS_CPU = 2**18
+_ELEMENTS_CUDA = 2**25
 
 
 def _signed(value: int) -> int:
@@ -111,20 +114,32 @@ def _parallel_size(tp_group: ProcessGroup | None) -> int:
     return 1 if tp_group is None else torch.distributed.get_world_size(tp_group)
 
 
-def _row_chunks(logits: Tensor) -> list[slice]:
-    elements = _BUFFER_ELEMENTS_CUDA if logits.is_cuda else _BUFFER_ELEMENTS_CPU
-    size = max(1, elements // logits.shape[1])
-    return [slice(start, start + size) for start in range(0, logits.shape[0], size)]
+def _row_chunks(scores: Tensor) -> list[slice]:
+    elements = _ELEMENTS_CUDA if scores.is_cuda else _ELEMENTS_CPU
+    size = max(1, elements // scores[0].numel())
+    return [slice(start, start + size) for start in range(0, len(scores), size)]
 
 
-def _weigh_(logits: Tensor, maxima: Tensor, temperature: float) -> Tensor:
-    """exp((logits - maxima) / temperature) as a whole multiple of 2^-34, scaled to integers.
+def _weights(scores: Tensor, maxima: Tensor, temperature: float) -> Tensor:
+    """exp((scores - maxima) / temperature) as a whole multiple of 2^-34, scaled to integers."""
+    return ((scores - maxima) * (1.0 / temperature)).exp().mul(_WEIGHT_SCALE).floor()
 
-    Overwrites `logits` (a buffer of the caller). The arithmetic is elementwise, so that a column
-    has the same weight in whatever shard or block it is computed.
+
+@fused
+def _weigh(scores: Tensor, maxima: Tensor, temperature: float) -> Tensor:
+    """Weights fp32 of one block of each row, `scores` [rows, _BLOCK].
+
+    Always of a whole block: its vector instructions give a column the same weight, bit for bit, in
+    whatever block it is computed; for a single number others would be used.
     """
-    logits.sub_(maxima.unsqueeze(1)).mul_(1.0 / temperature).exp_()
-    return logits.mul_(_WEIGHT_SCALE).floor_()
+    return _weights(scores, maxima[:, None], temperature)
+
+
+@fused
+def _sums_of_weights(scores: Tensor, maxima: Tensor, temperature: float, least: Tensor) -> Tensor:
+    """fp64 [rows, blocks]: sums of the weights that reach `least` [rows], over [.., .., _BLOCK]."""
+    weights = _weights(scores, maxima[:, None, None], temperature)
+    return torch.where(weights >= least[:, None, None], weights, 0.0).double().sum(-1)
 
 
 def _block_sums(
@@ -134,19 +149,25 @@ def _block_sums(
 
     least: smallest weight [rows] that counts.
     """
-    rows, columns = logits.shape
-    blocks = -(-columns // _BLOCK)
-    sums = torch.empty(rows, blocks, dtype=torch.float64, device=logits.device)
-    chunks = _row_chunks(logits)
-    # Columns that fill up the last block stay zero.
-    buffer = logits.new_zeros(min(rows, chunks[0].stop), blocks * _BLOCK)
-    for chunk in chunks:
-        part = buffer[: len(logits[chunk])]
-        weights = _weigh_(part[:, :columns].copy_(logits[chunk]), maxima[chunk], temperature)
-        if least is not None:
-            weights.mul_(weights >= least[chunk, None])
-        torch.sum(part.view(-1, blocks, _BLOCK), -1, dtype=torch.float64, out=sums[chunk])
-    return sums
+    least = torch.zeros_like(maxima) if least is None else least
+    # Compiled, it holds nothing but its result.
+    at_once = fusion.is_available() and not logits.is_cuda
+    whole = logits.shape[1] // _BLOCK
+    parts = [logits[:, : whole * _BLOCK].unflatten(1, (whole, _BLOCK))] if whole else []
+    rest = logits[:, whole * _BLOCK :]
+    if rest.shape[1]:
+        fill = _BLOCK - rest.shape[1]
+        parts.append(F.pad(rest, (0, fill), value=-torch.inf)[:, None])
+    sums = [
+        torch.cat(
+            [
+                _sums_of_weights(part[chunk], maxima[chunk], temperature, least[chunk])
+                for chunk in ([slice(None)] if at_once else _row_chunks(part))
+            ]
+        )
+        for part in parts
+    ]
+    return torch.cat(sums, 1)
 
 
 def _kth_weight(
@@ -162,7 +183,8 @@ def _kth_weight(
         torch.distributed.all_gather_into_tensor(gathered, largest.contiguous(), group=tp_group)
         largest = gathered.view(tp_size, rows, k).transpose(0, 1).reshape(rows, -1)
         largest = largest.topk(k, sorted=False).values
-    return _weigh_(largest.amin(1, keepdim=True), maxima, temperature)[:, 0]
+    block = largest.amin(1, keepdim=True).repeat(1, _BLOCK)
+    return _weigh(block, maxima, temperature)[:, 0]
 
 
 def _nucleus_weight(
@@ -276,7 +298,7 @@ def sample_tokens(
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
     column = block * _BLOCK + torch.arange(_BLOCK, device=logits.device)
     # Beyond the end the last column repeats, behind every column that the search can stop at.
-    weights = _weigh_(logits.gather(1, column.clamp(max=columns - 1)), maxima, temperature)
+    weights = _weigh(logits.gather(1, column.clamp(max=columns - 1)), maxima, temperature)
     if least is not None:
         weights.mul_(weights >= least[:, None])
     inside = weights.cumsum(1, dtype=torch.float64)

@@ -70,6 +70,7 @@ def test_the_trunk_pass_attends_and_keeps_keys_and_values_of_each_layer():
         assert torch.equal(store.trunk[layer][1].transpose(0, 1), value)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("kernel", ["_one_pass_attention", "_scores_attention"])
 def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
     kernel: str, monkeypatch: pytest.MonkeyPatch
