@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=int, default=49152, help="tokens (default 49152)")
     parser.add_argument("--hidden", type=int, default=576, help="hidden size (default 576)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of hidden and weight")
-    parser.add_argument("--chunk-size", type=int, default=256, help="rows held (default 256)")
+    parser.add_argument("--chunk-size", type=int, default=384, help="rows held (default 384)")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="threads of a rank (default 1)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")

@@ -9,10 +9,11 @@ tokens, with ``spread`` 1 to that many, evenly. Cases, interleaved:
 - rollouts: the trunk pass (which also yields the entropies), the stems, and decoding;
 - no shared trunk: our engine, where each rollout owns a copy of its prefix (no entropies);
 - generate: Hugging Face on the same prompts, in one left-padded batch, in a process of its own, in
-  whichever of fp32 or bf16 and dynamic or static cache is fastest on a small batch; and its first
-  token alone, which is its prefill;
+  whichever of fp32 or bf16 and dynamic or static cache is fastest on a small batch; up to its first
+  token it is prefill;
 - floors of decoding: the bare products with the model's weights, one for each step and as many rows
-  as live, and the bytes of weights and live keys and values over the measured memory bandwidth.
+  as live, alone and with those of attention; and the bytes of weights and live keys and values over
+  the measured memory bandwidth.
 """
 
 import argparse
@@ -138,7 +139,8 @@ def _tool(name: str, *arguments: str | Path) -> None:
 def _measure(
     flags: argparse.Namespace, engine: "Engine", workload: Workload, huggingface: Any
 ) -> Report:
-    parts: dict[str, list[float]] = {"trunk pass": [], "decoding": [], "even": []}
+    names = ("trunk pass", "decoding", "even", "first token", "generated")
+    parts: dict[str, list[float]] = {name: [] for name in names}
     kept: dict[str, Any] = {}
 
     def rollouts() -> None:
@@ -163,20 +165,27 @@ def _measure(
         engine.decode(workload, store, spread=False)
         parts["even"].append(time.perf_counter() - began)
 
+    def generate() -> None:
+        kept.update(huggingface.generate(workload.longest))
+        parts["first token"].append(kept["first_token_seconds"])
+        parts["generated"].append(kept["seconds"] - kept["first_token_seconds"])
+
     cases: dict[str, Any] = {"rollouts": rollouts}
     rollouts()
     lengths = kept["responses"].lengths.flatten()
     live = [int((lengths > step).sum()) for step in range(workload.longest)]
-    cases["bare products"] = lambda: engine.bare_products(live[1:], len(workload.prefixes))
+    cases["products"] = lambda: engine.bare_products(workload, live)
+    cases["attention's products"] = lambda: engine.attention_products(workload, live)
     if workload.spread:
         cases["even lengths"] = even
+        everyone = [workload.rollouts] * workload.longest
+        cases["products, even lengths"] = lambda: engine.bare_products(workload, everyone)
     if not flags.no_baseline:
         cases["no shared trunk"] = no_shared_trunk
     setting = ""
     if huggingface is not None:
         setting = huggingface.best_setting()
-        cases["generate"] = lambda: kept.update(huggingface.generate(workload.longest))
-        cases["generate, first token"] = lambda: huggingface.generate(1)
+        cases["generate"] = generate
     seconds = interleaved(cases, flags.repeats, warm_ups=0)
     for name, times in parts.items():
         if times:
@@ -207,23 +216,27 @@ def _report(
         ratio = f"{against / time:.2f}" if against else ""
         rows.append([name, f"{time:.2f}", rate, ratio])
 
-    generate = took.get("generate")
-    first = took.get("generate, first token", 0.0)
+    generate, generated = took.get("generate"), took.get("generated")
     row("ours: trunk pass, stems, decoding", took["rollouts"], generate)
     row("ours: trunk pass with entropies", took["trunk pass"], None, None)
-    row("ours: stems and decoding", decoding, generate and generate - first)
+    row("ours: stems and decoding", decoding, generated)
     if "no shared trunk" in took:
         row("ours, each rollout its own prefix", took["no shared trunk"], generate)
     if generate:
         padded = workload.rollouts * workload.longest
         row(f"Hugging Face generate ({setting})", generate, generate, padded)
-        row("Hugging Face generate: first token", first, None, workload.rollouts)
-        row("Hugging Face generate: decoding", generate - first, generate - first, padded)
-    row("floor of decoding: bare products", took["bare products"], None)
+        row("Hugging Face generate: first token", took["first token"], None, workload.rollouts)
+        row("Hugging Face generate: decoding", generated, generated, padded - workload.rollouts)
+    all_products = took["products"] + took["attention's products"]
+    row("floor of decoding: products with weights", took["products"], None)
+    row("floor of decoding: with attention's products", all_products, None)
     row("floor of decoding: bytes", took["bytes"], None)
 
-    floor = max(took["bare products"], took["bytes"])
-    notes = [f"Decoding reaches {floor / decoding:.0%} of the floor."]
+    floors = [max(floor, took["bytes"]) for floor in (took["products"], all_products)]
+    notes = [
+        f"Decoding reaches {floors[0] / decoding:.0%} of the floor of the products with weights, "
+        f"{floors[1] / decoding:.0%} of that with attention's products."
+    ]
     ours = engine.key_value_bytes(workload)
     data = {"seconds": seconds, "live": live, "decoded": kept["rows"], "key_value_bytes": ours}
     memory = f"Keys and values at their peak: {ours / 2**20:.0f} MiB"
@@ -233,10 +246,12 @@ def _report(
         memory += f", generate {theirs / 2**20:.0f} MiB ({theirs / ours:.1f} times ours)"
     notes.append(memory + ".")
     if "even" in took:
-        ideal = took["even"] * tokens / (workload.rollouts * workload.longest)
+        live_share = tokens / (workload.rollouts * workload.longest)
+        bare = took["products, even lengths"] * live_share / took["products"]
         notes.append(
-            f"Lengths 1 to {workload.longest}: {ideal / decoding:.2f} of the ideal, in which time "
-            f"follows the sum of live rows ({tokens} of {workload.rollouts * workload.longest})."
+            f"Lengths 1 to {workload.longest}: {took['even'] * live_share / decoding:.2f} of the "
+            f"ideal, in which time follows the sum of live rows ({live_share:.0%} of all); the "
+            f"bare products with weights, which are read for few rows as for many, {bare:.2f}."
         )
     share = sum(live[1:]) / sum(kept["rows"])
     notes.append(f"{share:.0%} of the decoded rows were live.")
@@ -468,19 +483,44 @@ class Engine:
         return self._rows[1:], responses
 
     @torch.no_grad()
-    def bare_products(self, live: Sequence[int], positions: int) -> None:
+    def bare_products(self, workload: Workload, live: Sequence[int]) -> None:
         """One product with each weight for every step, with as many rows as live: nothing of
-        attention, norms, activation and sampling. The first head product has ``positions`` rows."""
+        attention, norms, activation and sampling. The first tokens come from the stems: one row of
+        the head for each position."""
         weights = [w for name, w in self.model.decoder.named_parameters() if w.dim() == 2]
         head = self.model.shared_embedding_or_output_weight()
         inputs = {
             weight.shape[1]: torch.randn(max(live), weight.shape[1]).to(weight.dtype)
             for weight in [*weights, head]
         }
-        torch.nn.functional.linear(inputs[head.shape[1]][:positions], head)
-        for rows in live:
+        torch.nn.functional.linear(inputs[head.shape[1]][: len(workload.prefixes)], head)
+        for rows in live[1:]:
             for weight in [*weights, head]:
                 torch.nn.functional.linear(inputs[weight.shape[1]][:rows], weight)
+
+    @torch.no_grad()
+    def attention_products(self, workload: Workload, live: Sequence[int]) -> None:
+        """Of each step and layer, the two products of live rows with the trunk and with tails."""
+        config = self.model.config
+        heads, width = config.num_query_groups, config.kv_channels
+        queries = config.num_attention_heads // heads
+        longest = len(workload.stem) + workload.longest
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape).to(config.params_dtype)
+
+        trunk, tails = (
+            random(heads, len(workload.document), width),
+            random(max(live) * heads, longest, width),
+        )
+        query = random(max(live) * heads * queries, width)
+        for step, rows in enumerate(live[1:], start=1):
+            tail = tails[: rows * heads, : len(workload.stem) + step]
+            own = query[: rows * heads * queries]
+            for _ in range(config.num_layers):
+                for keys in (trunk, tail):
+                    scores = own.view(len(keys), -1, width) @ keys.transpose(1, 2)
+                    scores @ keys
 
     def bytes_seconds(self, workload: Workload, live: Sequence[int]) -> float:
         """Seconds to read all weights, the trunk and the tails of live rollouts at every step."""

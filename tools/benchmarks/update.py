@@ -365,7 +365,7 @@ def run_update(model: GPTModel, problem: Problem, updates: Sequence[Update]) -> 
         ntp_coefficient=NTP_COEFFICIENT,
         temperature=TEMPERATURE,
         vocab_size=problem.vocab_size,
-        chunk_size=256,
+        chunk_size=384,
         ntp_tokens=float(ntp_predictions(problem)),
         scale=1.0,
     )
