@@ -11,7 +11,7 @@
 
 import functools
 import inspect
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (exact * scale * weight).to(x.dtype)
 
 
-def _rotating_in_one_loop(original: Any) -> Any:
+def _rotating_in_one_loop(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def apply_rotary_pos_emb(
         t: Tensor,

@@ -3,7 +3,8 @@
 A GPU's tensor cores do that where torch lets them (``out_dtype``). On a CPU torch returns bf16 for
 bf16, so the inputs are converted to fp32, some rows of the weight at a time; where both were bf16
 the product may round its inputs to bf16 again, which changes nothing, and runs on the CPU's bf16
-units (AMX, AVX-512), about 2.5 times as fast as in fp32.
+units (AMX, AVX-512), about 2.5 times as fast as in fp32. Only the gradient of bf16 hidden states is
+taken as torch returns it: one product makes it whole, and in bf16 it is given back.
 """
 
 import contextlib
