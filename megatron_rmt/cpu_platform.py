@@ -74,7 +74,10 @@ def is_installed() -> bool:
 
 
 def add_required_flags(argv: Sequence[str]) -> list[str]:
-    """``argv`` with every flag of ``REQUIRED_FLAGS`` that it lacks; given values are kept."""
+    """``argv`` with every flag of ``REQUIRED_FLAGS`` that it lacks; given values are kept.
+
+    SwiGLU's fusion stays on where ``cpu_kernels`` provides it.
+    """
     given = {word.split("=", 1)[0] for word in argv}
     added: list[str] = []
     for flag, value in REQUIRED_FLAGS.items():

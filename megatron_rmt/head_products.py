@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Weight rows converted to fp32 at a time: the block stays in the cache, so that the conversion is
-# nearly free beside the product.
+# Weight rows converted to fp32 at a time, a few MB of them: the whole weight would be held twice.
 _CONVERSION_BLOCK = 4096
 
 

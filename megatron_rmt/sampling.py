@@ -139,7 +139,8 @@ def _weigh(scores: Tensor, maxima: Tensor, temperature: float) -> Tensor:
 def _sums_of_weights(scores: Tensor, maxima: Tensor, temperature: float, least: Tensor) -> Tensor:
     """fp64 [rows, blocks]: sums of the weights that reach `least` [rows], over [.., .., _BLOCK]."""
     weights = _weights(scores, maxima[:, None, None], temperature)
-    return torch.where(weights >= least[:, None, None], weights, 0.0).double().sum(-1)
+    counted = torch.where(weights >= least[:, None, None], weights, 0.0)
+    return counted.sum(-1, dtype=torch.float64)
 
 
 def _block_sums(

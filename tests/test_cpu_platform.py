@@ -44,6 +44,11 @@ def test_missing_flags_are_added_and_given_ones_kept():
     assert add_required_flags(words) == words
 
 
+@pytest.mark.usefixtures("compiling")
+def test_swiglu_stays_fused_where_it_is_compiled():
+    assert set(REQUIRED_FLAGS) - set(add_required_flags([])) == {"--no-bias-swiglu-fusion"}
+
+
 def test_a_flag_given_with_an_equals_sign_is_not_added_again():
     words = add_required_flags(["--distributed-backend=nccl"])
     assert "--distributed-backend" not in words
