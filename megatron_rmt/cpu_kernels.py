@@ -90,18 +90,27 @@ def _rotating_in_one_loop(original: Callable[..., Tensor]) -> Callable[..., Tens
                 mscale=mscale,
                 multi_latent_attention=multi_latent_attention,
             )
-        return rotate(t, *_cosine_and_sine(freqs, mscale, t.dtype))
+        return rotate(t, *cosine_and_sine(freqs, t.dtype, mscale))
 
     return apply_rotary_pos_emb
 
 
-def _cosine_and_sine(angles: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def cosine_and_sine(
+    angles: Tensor, dtype: torch.dtype, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """``cos(angles) * scale`` and ``sin(angles) * scale`` in ``dtype``, kept as long as
+    ``angles``."""
     of_table = _cosines_and_sines.setdefault(angles, {})
     if (scale, dtype) not in of_table:
         of_table[scale, dtype] = tuple(
             (function(angles) * scale).to(dtype) for function in (torch.cos, torch.sin)
         )
     return of_table[scale, dtype]
+
+
+def use_cosine_and_sine(angles: Tensor, cosine: Tensor, sine: Tensor) -> None:
+    """Let ``cosine_and_sine`` of ``angles``, at scale 1, be these."""
+    _cosines_and_sines.setdefault(angles, {})[1.0, cosine.dtype] = cosine, sine
 
 
 @fused
@@ -113,7 +122,8 @@ def rotate(t: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = wide(t).chunk(2, -1)
     (cosine_1, cosine_2), (sine_1, sine_2) = wide(cosine).chunk(2, -1), wide(sine).chunk(2, -1)
     rotated = first * cosine_1 - second * sine_1, second * cosine_2 + first * sine_2
-    return torch.cat(rotated, -1).to(t.dtype)
+    # Two halves in the dtype of the result: to join wide ones would write them to memory.
+    return torch.cat([half.to(t.dtype) for half in rotated], -1)
 
 
 @fused

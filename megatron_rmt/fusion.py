@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # With fewer elements in its largest tensor waking a second thread takes longer than it saves.
 _FEW_ELEMENTS = 1 << 18
@@ -60,14 +61,16 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(first: Tensor, *others: Any) -> Any:
-        # Within another compiled function it is compiled as a part of that.
-        if torch.compiler.is_compiling() or first.device.type != "cpu":
+        # Within another compiled function, or one that is recorded, it is a part of that.
+        if torch.compiler.is_compiling() or isinstance(first, FakeTensor):
+            return function(first, *others)
+        if first.device.type != "cpu":
             return function(first, *others)
         if function in _refused or not is_available():
             return function(first, *others)
         elements = max(x.numel() for x in (first, *others) if isinstance(x, Tensor))
         try:
-            return _compiled(function, elements < _FEW_ELEMENTS)(first, *others)
+            return compiled(function, elements)(first, *others)
         except torch._dynamo.exc.TorchDynamoException as error:
             _refused.add(function)
             warnings.warn(
@@ -76,6 +79,11 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(first, *others)
 
     return call
+
+
+def compiled(function: Callable[..., Any], elements: int) -> Callable[..., Any]:
+    """``function``, compiled for one thread or all, as pays for so many ``elements``."""
+    return _compiled(function, elements < _FEW_ELEMENTS)
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rmt.attention import Plan
+from megatron_rmt.captured_layers import captured_layers
 from megatron_rmt.decode_head import DecodeHead, Sampling
 from megatron_rmt.decoding import (
     DecodePlan,
@@ -146,7 +147,8 @@ def generate(
             )
             for own in waves[start : start + in_flight]
         ]
-        decoder.run(batches)
+        with captured_layers(model):
+            decoder.run(batches)
         done += [batch.live.responses() for batch in batches]
     return join_responses(done)
 
