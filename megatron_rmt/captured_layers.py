@@ -43,13 +43,11 @@ class _Graph:
     inputs: tuple[int, ...]
     parameters: tuple[int, ...]
 
-    def __call__(self, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Any:
-        read = [inputs[index] for index in self.inputs]
-        for tensor in read:
-            # One compilation serves all numbers of rows.
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        compiled = fusion.compiled(self.function, read[0].numel())
-        return compiled(*read, *(parameters[index] for index in self.parameters))
+    def __call__(self, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Any:
+        return self.function(
+            *[inputs[index] for index in self.inputs],
+            *[parameters[index] for index in self.parameters],
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class _Graphs:
     after: _Graph
 
 
-# Of each model, by what its layers differ in; None where the recording failed.
+# Of each model, by the kind of layer; None where the recording failed.
 _recorded: WeakKeyDictionary[GPTModel, dict[Any, _Graphs | None]] = WeakKeyDictionary()
 
 
@@ -72,7 +70,8 @@ def captured_layers(model: GPTModel) -> Iterator[None]:
     layers = [layer for layer in model.modules() if _can_be_captured(layer)]
     for layer in layers:
         parameters = [parameter.detach() for parameter in layer.parameters()]
-        layer.forward = functools.partial(_forward, layer, parameters, recorded)
+        kind = layer.training, *((x.shape, x.dtype) for x in parameters)
+        layer.forward = functools.partial(_forward, layer, parameters, kind, recorded)
     try:
         yield
     finally:
@@ -100,22 +99,29 @@ def _can_be_captured(layer: torch.nn.Module) -> bool:
 def _forward(
     layer: TransformerLayer,
     parameters: Sequence[Tensor],
+    kind: Any,
     recorded: dict[Any, _Graphs | None],
     hidden_states: Tensor,
-    **options: Any,
+    *,
+    packed_seq_params: Any = None,
+    rotary_pos_emb: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """In the place of ``TransformerLayer.forward``."""
-    given = {name for name, value in options.items() if value is not None}
-    plan, angles = options.get("packed_seq_params"), options.get("rotary_pos_emb")
+    plan, angles = packed_seq_params, rotary_pos_emb
+    known = isinstance(plan, StemPlan | DecodePlan) and angles is not None
     graphs = None
-    if isinstance(plan, StemPlan | DecodePlan) and given == {"packed_seq_params", "rotary_pos_emb"}:
-        inputs = hidden_states, angles, *cpu_kernels.cosine_and_sine(angles, hidden_states.dtype)
-        key = layer.training, hidden_states.dtype, *((x.shape, x.dtype) for x in parameters)
-        if key not in recorded:
-            recorded[key] = _try_to_record(layer, plan, inputs, parameters)
-        graphs = recorded[key]
+    if known and all(value is None for value in others.values()):
+        # The embedding's have another stride in the dimension that has one element.
+        hidden = hidden_states[:, 0, None]
+        inputs = hidden, angles, *cpu_kernels.cosine_and_sine(angles, hidden.dtype)
+        if kind not in recorded:
+            recorded[kind] = _try_to_record(layer, plan, inputs, parameters)
+        graphs = recorded[kind]
     if graphs is None:
-        return type(layer).forward(layer, hidden_states, **options)
+        return TransformerLayer.forward(
+            layer, hidden_states, packed_seq_params=plan, rotary_pos_emb=angles, **others
+        )
     attended = layer.self_attention.core_attention(
         *graphs.before((None, *inputs), parameters), attention_mask=None, packed_seq_params=plan
     )
@@ -207,13 +213,18 @@ def _record(
             else:
                 recorded.graph.erase_node(node)
         recorded.recompile()
-        return _Graph(
-            recorded.forward,
+        compiled = _Graph(
+            fusion.compiled(recorded.forward),
             tuple(index for index in read if index < len(inputs)),
             tuple(index - len(inputs) for index in read if index >= len(inputs)),
         )
+        for index in compiled.inputs:
+            # One compilation serves all numbers of rows.
+            torch._dynamo.mark_dynamic(inputs[index], 0)
+        compiled(inputs, parameters)
+        return compiled
 
-    inputs = [x.new_empty(_ROWS, *x.shape[1:]) for x in inputs]
+    inputs = [x.new_zeros(_ROWS, *x.shape[1:]) for x in inputs]
     attention = layer.config.num_attention_heads * layer.config.kv_channels
-    attended = inputs[0].new_empty(_ROWS, 1, attention)
+    attended = inputs[0].new_zeros(_ROWS, 1, attention)
     return _Graphs(before=graph([None, *inputs]), after=graph([attended, *inputs]))

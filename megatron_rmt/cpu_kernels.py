@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron_rmt.fusion import fused, is_available, wide
@@ -90,6 +91,10 @@ def _rotating_in_one_loop(original: Callable[..., Tensor]) -> Callable[..., Tens
                 mscale=mscale,
                 multi_latent_attention=multi_latent_attention,
             )
+        if isinstance(t, FakeTensor):
+            # In a recorded layer ``t`` would be picked from its rows by divisions, element by
+            # element; this has it written first.
+            t = t.as_strided(t.shape, t.stride())
         return rotate(t, *cosine_and_sine(freqs, t.dtype, mscale))
 
     return apply_rotary_pos_emb

@@ -7,6 +7,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_rmt.head import selected_logits, vocab_range
+from megatron_rmt.head_products import wide_copy
 from megatron_rmt.sampling import greedy_tokens, sample_tokens, token_log_probs
 
 
@@ -40,6 +41,7 @@ class DecodeHead:
         self.sampling = sampling
         self.weight = output_weight(model)
         self.start, _ = vocab_range(self.weight.shape[0], vocab_size, self.tp_group)
+        self._wide_weight = wide_copy(self.weight)
         self._scores: Tensor | None = None
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -49,7 +51,12 @@ class DecodeHead:
         if memory is not None and len(memory) < len(hidden):
             memory = None
         scores = selected_logits(
-            hidden, self.weight, vocab_size=self.vocab_size, tp_group=self.tp_group, memory=memory
+            hidden,
+            self.weight,
+            vocab_size=self.vocab_size,
+            tp_group=self.tp_group,
+            memory=memory,
+            wide_weight=self._wide_weight,
         )
         if memory is None:
             self._scores = scores

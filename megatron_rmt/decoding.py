@@ -7,6 +7,7 @@ one token to each.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,24 +154,35 @@ class StoredTrunkPlan(Plan):
                 group.bias.to(query.dtype).repeat_interleave(queries, dim=0)
                 for group in self.groups
             ]
-        one_pass = _one_pass_attention if query.device.type == "cpu" else _scores_attention
-        outputs = []
-        for group, bias in zip(self.groups, self._biases, strict=True):
-            rows = slice(group.first, group.limit)
-            trunk = tuple(
-                stored[:, group.trunk_first : group.trunk_limit]
-                for stored in self.store.trunk[layer]
+        trunk_key, trunk_value = self.store.trunk[layer]
+        trunks = [
+            _Trunk(
+                slice(group.first, group.limit),
+                trunk_key[:, group.trunk_first : group.trunk_limit],
+                trunk_value[:, group.trunk_first : group.trunk_limit],
+                bias,
             )
-            own = tuple(stored[rows] for stored in tail)
-            outputs.append(one_pass(query[rows], trunk, bias, own, tail_bias, scale))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            for group, bias in zip(self.groups, self._biases, strict=True)
+        ]
+        attend = _fused_attention if query.device.type == "cpu" else _scores_attention
+        return attend(query, trunks, *tail, tail_bias, scale)
 
 
-def _one_pass_attention(
+class _Trunk(NamedTuple):
+    """What ``rows`` of a batch attend to together: keys and values
+    ``[kv heads, trunk rows, dim]``. bias: ``[rows * queries, trunk rows]``."""
+
+    rows: slice
+    key: Tensor
+    value: Tensor
+    bias: Tensor
+
+
+def _fused_attention(
     query: Tensor,
-    trunk: tuple[Tensor, Tensor],
-    trunk_bias: Tensor,
-    tail: tuple[Tensor, Tensor],
+    trunks: Sequence[_Trunk],
+    tail_key: Tensor,
+    tail_value: Tensor,
     tail_bias: Tensor | None,
     scale: float,
 ) -> Tensor:
@@ -180,21 +192,36 @@ def _one_pass_attention(
     of the sum of exponentials that the kernel returns beside the output. A tail that is seen whole
     is read by a compiled loop instead, where one can be had, which also weighs.
     """
-    rows, kv_heads, queries, width = query.shape
-    by_head = query.transpose(0, 1).reshape(1, kv_heads, rows * queries, width)
+    kv_heads, queries, width = query.shape[1:]
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    on_trunk, trunk_sum = attend(
-        by_head, *(part[None] for part in trunk), attn_mask=trunk_bias[None, None], scale=scale
-    )
-    on_trunk = on_trunk.view(kv_heads, rows, queries, width).transpose(0, 1)
-    trunk_sum = trunk_sum.view(kv_heads, rows, queries).transpose(0, 1)
+    parts = []
+    for trunk in trunks:
+        by_head = query[trunk.rows].transpose(0, 1).reshape(1, kv_heads, -1, width)
+        on_trunk, log_sums = attend(
+            by_head,
+            trunk.key[None],
+            trunk.value[None],
+            attn_mask=trunk.bias[None, None],
+            scale=scale,
+        )
+        parts.append(
+            (
+                on_trunk.view(kv_heads, -1, queries, width).transpose(0, 1),
+                log_sums.view(kv_heads, -1, queries).transpose(0, 1),
+            )
+        )
+    on_trunk, trunk_sum = (_joined(part) for part in zip(*parts, strict=True))
     if tail_bias is None and fusion.is_available():
-        return _with_tail(query, *tail, on_trunk, trunk_sum, scale)
+        return _with_tail(query, tail_key, tail_value, on_trunk, trunk_sum, scale)
     if tail_bias is not None:
         tail_bias = tail_bias.to(query.dtype)[None, None]
-    on_tail, tail_sum = attend(query, *tail, attn_mask=tail_bias, scale=scale)
+    on_tail, tail_sum = attend(query, tail_key, tail_value, attn_mask=tail_bias, scale=scale)
     share = (trunk_sum - tail_sum).sigmoid()[..., None].to(query.dtype)
     return torch.lerp(on_tail, on_trunk, share)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
 @fused
@@ -223,29 +250,31 @@ def _with_tail(
 
 def _scores_attention(
     query: Tensor,
-    trunk: tuple[Tensor, Tensor],
-    trunk_bias: Tensor,
-    tail: tuple[Tensor, Tensor],
+    trunks: Sequence[_Trunk],
+    tail_key: Tensor,
+    tail_value: Tensor,
     tail_bias: Tensor | None,
     scale: float,
 ) -> Tensor:
     """The same with the scores written out, fp32, for devices without that kernel."""
-    rows, kv_heads, queries, width = query.shape
+    kv_heads, queries, width = query.shape[1:]
     wide = torch.promote_types(query.dtype, torch.float32)
     query = query * scale
-    by_head = query.transpose(0, 1).reshape(kv_heads, rows * queries, width)
-    on_trunk = torch.bmm(by_head, trunk[0].transpose(1, 2)).to(wide) + trunk_bias
-    on_tail = (query @ tail[0].transpose(2, 3)).to(wide)
+    on_tails = (query @ tail_key.transpose(2, 3)).to(wide)
     if tail_bias is not None:
-        on_tail = on_tail + tail_bias
-    on_trunk = on_trunk.view(kv_heads, rows, queries, -1)
-    weights = torch.cat([on_trunk, on_tail.transpose(0, 1)], dim=-1).softmax(dim=-1)
-    from_trunk, from_tail = weights.to(query.dtype).split(
-        [on_trunk.shape[-1], on_tail.shape[-1]], dim=-1
-    )
-    read_trunk = torch.bmm(from_trunk.reshape(kv_heads, rows * queries, -1), trunk[1])
-    read_trunk = read_trunk.view(kv_heads, rows, queries, width).transpose(0, 1)
-    return read_trunk + from_tail.transpose(0, 1) @ tail[1]
+        on_tails = on_tails + tail_bias
+    outputs = []
+    for rows, trunk_key, trunk_value, trunk_bias in trunks:
+        by_head = query[rows].transpose(0, 1).reshape(kv_heads, -1, width)
+        on_trunk = torch.bmm(by_head, trunk_key.transpose(1, 2)).to(wide) + trunk_bias
+        on_trunk = on_trunk.view(kv_heads, -1, queries, on_trunk.shape[-1])
+        on_tail = on_tails[rows].transpose(0, 1)
+        weights = torch.cat([on_trunk, on_tail], dim=-1).softmax(dim=-1).to(query.dtype)
+        from_trunk, from_tail = weights.split([on_trunk.shape[-1], on_tail.shape[-1]], dim=-1)
+        read_trunk = torch.bmm(from_trunk.flatten(1, 2), trunk_value)
+        read_trunk = read_trunk.view(kv_heads, -1, queries, width).transpose(0, 1)
+        outputs.append(read_trunk + from_tail.transpose(0, 1) @ tail_value[rows])
+    return _joined(outputs)
 
 
 @dataclass

@@ -21,23 +21,20 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# With fewer elements in its largest tensor waking a second thread takes longer than it saves.
-_FEW_ELEMENTS = 1 << 18
+# With fewer elements in its largest tensor one thread does, as in torch's own operations.
+_FEW_ELEMENTS = 1 << 15
 # Variants of one function: dtypes, with and without gradients, one row or several.
 _MOST_VARIANTS = 64
 
 _refused: set[Callable[..., Any]] = set()
 
 
-def is_available() -> bool:
-    """Whether functions of CPU tensors are compiled in this process."""
-    # torch reads both when it wraps a function.
-    disabled = torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
-    return not disabled and _can_build()
-
-
 @functools.cache
-def _can_build() -> bool:
+def is_available() -> bool:
+    """Whether functions of CPU tensors are compiled in this process; found out once."""
+    # torch reads both when it wraps a function.
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return False
     from torch._inductor import cpp_builder, exc
 
     try:
@@ -70,7 +67,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(first, *others)
         elements = max(x.numel() for x in (first, *others) if isinstance(x, Tensor))
         try:
-            return compiled(function, elements)(first, *others)
+            return compiled(function, elements < _FEW_ELEMENTS)(first, *others)
         except torch._dynamo.exc.TorchDynamoException as error:
             _refused.add(function)
             warnings.warn(
@@ -81,15 +78,11 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def compiled(function: Callable[..., Any], elements: int) -> Callable[..., Any]:
-    """``function``, compiled for one thread or all, as pays for so many ``elements``."""
-    return _compiled(function, elements < _FEW_ELEMENTS)
-
-
 @functools.cache
-def _compiled(function: Callable[..., Any], one_thread: bool) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], one_thread: bool = False) -> Callable[..., Any]:
+    """``function``, compiled when it is called, for one thread or as many as torch has."""
     # Beyond torch's own bound a function would run uncompiled.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
-    threads = 1 if one_thread else -1  # -1: as many as torch has
+    threads = 1 if one_thread else -1
     return torch.compile(function, options={"cpp.threads": threads})

@@ -201,6 +201,7 @@ def selected_logits(
     vocab_size: int,
     tp_group: ProcessGroup | None,
     memory: Tensor | None = None,
+    wide_weight: Tensor | None = None,
 ) -> Tensor:
     """This rank's scores of the given rows, for sampling: [rows, columns] fp32, no gradient.
 
@@ -209,6 +210,7 @@ def selected_logits(
 
     Args:
         memory: what an earlier call for at least as many rows returned; it is overwritten.
+        wide_weight: ``head_products.wide_copy`` of the weight, of many calls with it.
         others: as for ``token_statistics``.
 
     Raises:
@@ -218,7 +220,8 @@ def selected_logits(
     dtype = score_dtype(hidden, weight)
     rows = hidden.shape[0]
     scores = hidden.new_empty(rows, shard.columns, dtype=dtype) if memory is None else memory[:rows]
-    multiply_scores(hidden, weight[: shard.columns], scores)
+    wide = None if wide_weight is None else wide_weight[: shard.columns]
+    multiply_scores(hidden, weight[: shard.columns], scores, wide)
     return scores
 
 

@@ -17,10 +17,19 @@ from torch import Tensor
 _CONVERSION_BLOCK = 4096
 
 
-def multiply_scores(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [rows, columns] = hidden [rows, hidden] @ weight [columns, hidden].T."""
+def multiply_scores(
+    hidden: Tensor, weight: Tensor, out: Tensor, wide_weight: Tensor | None = None
+) -> None:
+    """out [rows, columns] = hidden [rows, hidden] @ weight [columns, hidden].T.
+
+    Args:
+        wide_weight: ``wide_copy`` of the weight, if it is at hand.
+    """
     if hidden.dtype == weight.dtype == out.dtype:
         torch.mm(hidden, weight.t(), out=out)
+    elif wide_weight is not None:
+        with _rounding_inputs_to_bf16(_are_bf16(hidden, weight)):
+            torch.mm(hidden.to(out.dtype), wide_weight.t(), out=out)
     elif _multiplies_into_fp32(hidden, weight):
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
@@ -28,6 +37,14 @@ def multiply_scores(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         with _rounding_inputs_to_bf16(_are_bf16(hidden, weight)):
             for block, wide_weight in _wide_blocks(weight, out.dtype):
                 torch.mm(wide, wide_weight.t(), out=out[:, block])
+
+
+def wide_copy(weight: Tensor) -> Tensor | None:
+    """``weight`` as ``multiply_scores`` would convert it, for many calls with it; None where it
+    does not."""
+    if weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return weight.float()
 
 
 class WeightedSums:

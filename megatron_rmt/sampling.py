@@ -136,8 +136,16 @@ def _weigh(scores: Tensor, maxima: Tensor, temperature: float) -> Tensor:
 
 
 @fused
-def _sums_of_weights(scores: Tensor, maxima: Tensor, temperature: float, least: Tensor) -> Tensor:
-    """fp64 [rows, blocks]: sums of the weights that reach `least` [rows], over [.., .., _BLOCK]."""
+def _sums_of_weights(scores: Tensor, maxima: Tensor, temperature: float) -> Tensor:
+    """fp64 [rows, blocks]: sums of the weights over [rows, blocks, _BLOCK]."""
+    return _weights(scores, maxima[:, None, None], temperature).sum(-1, dtype=torch.float64)
+
+
+@fused
+def _sums_of_heavy_weights(
+    scores: Tensor, maxima: Tensor, temperature: float, least: Tensor
+) -> Tensor:
+    """The same of the weights that reach `least` [rows]."""
     weights = _weights(scores, maxima[:, None, None], temperature)
     counted = torch.where(weights >= least[:, None, None], weights, 0.0)
     return counted.sum(-1, dtype=torch.float64)
@@ -150,8 +158,14 @@ def _block_sums(
 
     least: smallest weight [rows] that counts.
     """
-    least = torch.zeros_like(maxima) if least is None else least
-    # Compiled, it holds nothing but its result.
+
+    def sums_of(part: Tensor, rows: slice) -> Tensor:
+        inputs = part[rows], maxima[rows], temperature
+        if least is None:
+            return _sums_of_weights(*inputs)
+        return _sums_of_heavy_weights(*inputs, least[rows])
+
+    # Compiled, it holds no more than the weights.
     at_once = fusion.is_available() and not logits.is_cuda
     whole = logits.shape[1] // _BLOCK
     parts = [logits[:, : whole * _BLOCK].unflatten(1, (whole, _BLOCK))] if whole else []
@@ -161,10 +175,7 @@ def _block_sums(
         parts.append(F.pad(rest, (0, fill), value=-torch.inf)[:, None])
     sums = [
         torch.cat(
-            [
-                _sums_of_weights(part[chunk], maxima[chunk], temperature, least[chunk])
-                for chunk in ([slice(None)] if at_once else _row_chunks(part))
-            ]
+            [sums_of(part, rows) for rows in ([slice(None)] if at_once else _row_chunks(part))]
         )
         for part in parts
     ]

@@ -39,9 +39,13 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``fusion.fused`` functions are compiled in this process."""
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     with torch._dynamo.config.patch(disable=False):
-        if not fusion.is_available():
-            pytest.skip("there is no C++ compiler, or Python's headers are missing")
-        yield
+        fusion.is_available.cache_clear()
+        try:
+            if not fusion.is_available():
+                pytest.skip("there is no C++ compiler, or Python's headers are missing")
+            yield
+        finally:
+            fusion.is_available.cache_clear()
 
 
 @pytest.fixture(params=["eager", "compiled"])
