@@ -38,14 +38,15 @@ def single_process_megatron() -> None:
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``fusion.fused`` functions are compiled in this process."""
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    find_out = fusion.is_available
     with torch._dynamo.config.patch(disable=False):
-        fusion.is_available.cache_clear()
+        find_out.cache_clear()
         try:
-            if not fusion.is_available():
+            if not find_out():
                 pytest.skip("there is no C++ compiler, or Python's headers are missing")
             yield
         finally:
-            fusion.is_available.cache_clear()
+            find_out.cache_clear()
 
 
 @pytest.fixture(params=["eager", "compiled"])

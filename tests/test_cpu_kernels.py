@@ -86,9 +86,13 @@ def test_the_replacement_of_megatrons_rotation_does_the_same(options):
 def test_cosines_live_as_long_as_their_angles():
     cpu_kernels._cosines_and_sines.clear()
     angles = torch.rand(3, 1, 1, 8)
-    first = cpu_kernels._cosine_and_sine(angles, 1.0, torch.float32)
-    assert cpu_kernels._cosine_and_sine(angles, 1.0, torch.float32) is first
-    assert cpu_kernels._cosine_and_sine(angles, 1.0, torch.bfloat16)[0].dtype == torch.bfloat16
+    first = cpu_kernels.cosine_and_sine(angles, torch.float32)
+    assert cpu_kernels.cosine_and_sine(angles, torch.float32) is first
+    assert cpu_kernels.cosine_and_sine(angles, torch.bfloat16)[0].dtype == torch.bfloat16
+    scaled = cpu_kernels.cosine_and_sine(angles, torch.float32, 2.0)
+    assert torch.equal(scaled[1], first[1] * 2)
+    cpu_kernels.use_cosine_and_sine(angles, *scaled)
+    assert cpu_kernels.cosine_and_sine(angles, torch.float32) == scaled
     del angles
     assert len(cpu_kernels._cosines_and_sines) == 0
 

@@ -171,6 +171,26 @@ def test_only_the_single_thread_that_torchrun_chose_is_changed(monkeypatch, vari
         torch.set_num_threads(before)
 
 
+@pytest.mark.multiprocess
+@without_cuda
+def test_threads_that_come_later_take_one_core_and_this_one_keeps_its_own():
+    """Else gloo's copies make OpenMP put this thread's helpers to sleep after each loop."""
+    result = _run(
+        """
+        import threading, torch
+        torch.set_num_threads(3)
+        from megatron_rmt import cpu_platform
+        cpu_platform.install()
+        counts = [torch.get_num_threads()]
+        later = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        print(counts)
+        """
+    )
+    assert result.stdout.strip().endswith("[3, 1]"), result.stderr
+
+
 @without_cuda
 def test_megatron_training_imports():
     import megatron.training.training

@@ -11,6 +11,7 @@ from megatron_rmt.head import (
     vocab_range,
     weighted_log_prob_sum,
 )
+from megatron_rmt.head_products import wide_copy
 from tests.distributed import run_distributed
 
 HIDDEN = 24
@@ -405,6 +406,19 @@ def test_argmax_of_equal_scores_is_the_first():
         torch.ones(2, 3), torch.ones(6, 3), vocab_size=5, tp_group=None, chunk_size=2
     )
     assert ids.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_selected_logits_are_the_same_with_a_wide_copy_of_the_weight(dtype):
+    problem = _problem(dtype=dtype)
+    hidden, weight = problem["hidden"].detach(), problem["weight"].detach()
+    options = {"vocab_size": VOCAB, "tp_group": None}
+    wide = wide_copy(weight)
+    assert (wide is None) == (dtype == torch.float32)
+    found = selected_logits(hidden, weight, wide_weight=wide, **options)
+    expected = hidden.double() @ weight[:VOCAB].double().T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, selected_logits(hidden, weight, **options))
 
 
 def test_selected_logits_are_fp32_scores_without_padding():

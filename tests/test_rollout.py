@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from megatron_rmt import fusion
 from megatron_rmt import rollout as rollout_module
 from megatron_rmt.attention import attach_tree_attention
 from megatron_rmt.decoding import DecodePlan, KeyValueStore, Tails
@@ -302,6 +303,17 @@ def test_responses_equal_those_of_the_stock_model_token_by_token(name):
             # Nothing is left behind the end.
             for field in (responses.tokens, responses.sampled, responses.log_probs):
                 assert not field[index, rollout, length:].any()
+
+
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize("name", ["boxed", "greedy, forced close"])
+def test_compiled_and_captured_it_draws_the_same_tokens(name, monkeypatch):
+    compiled = _generate(CASES[name], CHOSEN, _filled_store())
+    monkeypatch.setattr(fusion, "is_available", lambda: False)
+    expected = _generate(CASES[name], CHOSEN, _filled_store())
+    for field in ("tokens", "lengths", "sampled"):
+        assert torch.equal(getattr(compiled, field), getattr(expected, field))
+    torch.testing.assert_close(compiled.log_probs, expected.log_probs, rtol=0, atol=1e-5)
 
 
 def _read(case: Case, responses: Responses) -> list:
