@@ -62,10 +62,20 @@ class Tails:
         for tail, new in zip(self.stored[layer], (key, value), strict=True):
             tail[:, :, column] = new
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop every tail but ``rows`` (int64 indices): finished rollouts leave the batch."""
-        for layer, (key, value) in self.stored.items():
-            self.stored[layer] = (key.index_select(0, rows), value.index_select(0, rows))
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let ``rows``, in that order, be all: finished rollouts leave the batch.
+
+        Copies those alone whose place changes; no memory is freed before all have finished.
+        """
+        moved = [(place, row) for place, row in enumerate(rows) if place != row]
+        for layer, tails in self.stored.items():
+            if moved:
+                device = tails[0].device
+                places, sources = torch.tensor(moved).t().to(device, non_blocking=True)
+                for tail in tails:
+                    tail.index_copy_(0, places, tail.index_select(0, sources))
+            key, value = (tail[: len(rows)] for tail in tails)
+            self.stored[layer] = key, value
 
 
 @dataclass

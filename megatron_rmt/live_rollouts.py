@@ -1,5 +1,6 @@
 """Which rollouts of a batch still run, what they have written, and what they must write next."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ from megatron_rmt.sampling import uniforms
 from megatron_rmt.template import ResponseGrammar
 from megatron_rmt.tree import Responses
 
-# Dropping rows from the batch copies the tails, so it waits until this share of rows has ended.
-ENDED_SHARE_TO_COMPACT = 0.15
+# Dropping rows moves others into their places, so it waits until this share of rows has ended.
+ENDED_SHARE_TO_COMPACT = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -163,20 +164,23 @@ class LiveRollouts:
         """``[rows]`` bool: the response goes on."""
         return self._alive
 
-    def settle(self, alive: Sequence[bool]) -> Tensor | None:
-        """Drop ended rows if that is worth a copy, or if none is left.
+    def settle(self, alive: Sequence[bool]) -> list[int] | None:
+        """Drop ended rows if that is worth the moves, or if none is left.
 
-        alive: ``self.alive``, read from the device. Returns the batch rows that stay, if any leave.
+        alive: ``self.alive``, read from the device. Returns, if any row leaves, the rows that stay,
+        each at the place that it takes.
         """
         left = [row for row, goes_on in enumerate(alive) if goes_on]
         if left and len(left) > (1 - ENDED_SHARE_TO_COMPACT) * len(self.rows_here):
             return None
+        samples = [self.positions[row // self.group].sample for row in self.rows_here]
+        left = places(left, samples)
         self.rows_here = [self.rows_here[row] for row in left]
         staying = torch.tensor(left, dtype=torch.int64).to(self.rows.device, non_blocking=True)
         self.rows, self._alive = self.rows[staying], self._alive[staying]
         self._state, self._answered = self._state[staying], self._answered[staying]
         self._force_next, self.newest = self._force_next[staying], self.newest[staying]
-        return staying
+        return left
 
     def responses(self) -> Responses:
         """All responses, on the CPU."""
@@ -189,3 +193,18 @@ class LiveRollouts:
             sampled=self._sampled[:, :used].reshape(*shape, used).cpu(),
             log_probs=self._log_probs[:, :used].reshape(*shape, used).cpu(),
         )
+
+
+def places(rows: Sequence[int], samples: Sequence[int]) -> list[int]:
+    """``rows`` (ascending) in an order in which most of them keep their place.
+
+    Rows of one sample stay together: ``samples`` names that of each row of the batch.
+    """
+    order: list[int] = []
+    for _, own in itertools.groupby(rows, key=lambda row: samples[row]):
+        own = [*own]
+        free = range(len(order), len(order) + len(own))
+        movers = (row for row in own if row not in free)
+        stays = set(own).intersection(free)
+        order += [place if place in stays else next(movers) for place in free]
+    return order

@@ -91,7 +91,7 @@ def _rollouts(model: GPTModel, positions: list[int], keep: int | None = None) ->
         )
         found.append(_pass(model, tokens(len(after)), after + step, plan))
         if keep is not None and step == 0:
-            tails.keep(torch.arange(keep))
+            tails.keep(range(keep))
             after = after[:keep]
     return found
 

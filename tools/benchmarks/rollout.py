@@ -38,8 +38,8 @@ MEGATRON = (
     "--ckpt-format torch_dist --micro-batch-size 1 --train-iters 1 --lr 1e-5 --rmt "
     "--rmt-template inline"
 )
-# Rows and new tokens of the runs that find out Hugging Face's best setting.
-TRIAL_ROWS, TRIAL_TOKENS = 16, 8
+# Rows of the runs that find out Hugging Face's best setting.
+TRIAL_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _measure(
     cases: dict[str, Any] = {"rollouts": rollouts}
     rollouts()
     lengths = kept["responses"].lengths.flatten()
-    live = [int((lengths > step).sum()) for step in range(workload.longest)]
+    live = [int((lengths > step).sum()) for step in range(int(lengths.max()))]
     cases["products"] = lambda: engine.bare_products(workload, live)
     cases["attention's products"] = lambda: engine.attention_products(workload, live)
     if workload.spread:
@@ -184,7 +184,7 @@ def _measure(
         cases["no shared trunk"] = no_shared_trunk
     setting = ""
     if huggingface is not None:
-        setting = huggingface.best_setting()
+        setting = huggingface.best_setting(workload.longest)
         cases["generate"] = generate
     seconds = interleaved(cases, flags.repeats, warm_ups=0)
     for name, times in parts.items():
@@ -316,15 +316,13 @@ class HuggingFace:
         """Seconds, and the bytes of its keys and values."""
         return self._ask(tokens=tokens, rows=rows, **(setting or self._setting))
 
-    def best_setting(self) -> str:
-        """The fastest on a small batch; used from now on."""
+    def best_setting(self, tokens: int) -> str:
+        """The fastest for so many tokens on a small batch; used from now on."""
         took = {}
         for dtype in ("bf16", "fp32"):
             for cache in ("dynamic", "static"):
                 trial = {"dtype": dtype, "cache": cache}
-                times = [
-                    self.generate(TRIAL_TOKENS, TRIAL_ROWS, **trial)["seconds"] for _ in range(2)
-                ]
+                times = [self.generate(tokens, TRIAL_ROWS, **trial)["seconds"] for _ in range(2)]
                 took[dtype, cache] = min(times)
                 print(f"generate, {dtype}, {cache} cache: {min(times):.2f} s", file=sys.stderr)
         dtype, cache = min(took, key=lambda key: took[key])
