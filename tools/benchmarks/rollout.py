@@ -111,7 +111,7 @@ def run(flags: argparse.Namespace) -> Report:
             )
         if not flags.data:
             _tool("generate_corpus.py", "--output", work / "corpus", "--train-documents", "50")
-        engine = Engine(checkpoint, flags.dtype, flags.document)
+        engine = Engine(checkpoint, flags.dtype, flags.document, flags.tokens)
         torch.set_num_threads(threads)
         workload = engine.workload(flags, flags.data or work / "corpus/train.jsonl")
         if flags.no_huggingface:
@@ -360,11 +360,12 @@ def scrambled(token: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
 class Engine:
     """Our engine on a loaded model."""
 
-    def __init__(self, checkpoint: Path, dtype: str, longest: int) -> None:
+    def __init__(self, checkpoint: Path, dtype: str, document: int, tokens: int) -> None:
         from evaluate import model_flags, quiet_unless_it_fails, start_megatron
 
         words = [*model_flags(checkpoint, None), *MEGATRON.split(), "--load", str(checkpoint)]
-        words += ["--seq-length", str(longest), *(["--bf16"] if dtype == "bf16" else [])]
+        words += ["--seq-length", str(document), "--rmt-initial-budget", str(-(-tokens // 2))]
+        words += ["--bf16"] if dtype == "bf16" else []
         with quiet_unless_it_fails():
             self.training = start_megatron(words)
         self.model = self.training.model.eval()
