@@ -25,6 +25,7 @@ _MULTIPLIER_2 = 0x94D049BB133111EB
 # 2^19 tokens every sum of weights stays below 2^53 and is exact in float64, in whatever order and
 # over whatever vocabulary split it is taken.
 _WEIGHT_SCALE = 2.0**34
+_LEAST_EXPONENT = -24.0  # exp(-24) is below 2^-34
 _MAXIMUM_VOCABULARY = 2**19
 
 _BLOCK = 256
@@ -122,7 +123,9 @@ def _row_chunks(scores: Tensor) -> list[slice]:
 
 def _weights(scores: Tensor, maxima: Tensor, temperature: float) -> Tensor:
     """exp((scores - maxima) / temperature) as a whole multiple of 2^-34, scaled to integers."""
-    return ((scores - maxima) * (1.0 / temperature)).exp().mul(_WEIGHT_SCALE).floor()
+    exponents = (scores - maxima) * (1.0 / temperature)
+    # Below it is 0 anyway; a CPU takes ten times as long where the exponential gets denormal.
+    return exponents.clamp(min=_LEAST_EXPONENT).exp().mul(_WEIGHT_SCALE).floor()
 
 
 @fused
