@@ -331,9 +331,9 @@ def _rollouts(
         queries = args.rmt_positions_per_sample * max(args.rmt_group_size, stem)
         seen = work.span + stem + longest
         scores = queries * args.num_attention_heads / tp * seen * (2 * FP32 + 2 * size)
-    # Rows that leave are dropped by copying a layer's tails.
-    copied = at_once * plan.position_bytes / max(1, args.layers_per_stage)
-    return key_values, max(reading * through_a_layer, drawing + scores, copied)
+    # Of a half-precision head a CPU holds a copy in fp32.
+    wide = FP32 * _table(args) * args.hidden_size if args.on_cpu and size != FP32 else 0.0
+    return key_values, wide + max(reading * through_a_layer, drawing + scores)
 
 
 def key_value_plan(args: Namespace, work: SampleWork, longest: float) -> KeyValuePlan:
