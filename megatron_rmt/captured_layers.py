@@ -6,7 +6,9 @@ comes before its core attention and what comes after, and compiled (``fusion``).
 model share the graphs; weights are their inputs, so that they are always the training weights.
 
 Recorded are layers without collectives and without experts, at one tensor-parallel rank. Others,
-and all where nothing can be compiled, run as Megatron wrote them; so does everything on a GPU.
+and all where nothing can be compiled, run as Megatron wrote them; so does everything on a GPU. Of
+Megatron only ``forward`` of the layers is replaced, while rollouts run, and while they are recorded
+``make_viewless_tensor``.
 """
 
 import contextlib

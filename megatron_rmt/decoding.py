@@ -68,12 +68,13 @@ class Tails:
         Copies those alone whose place changes; no memory is freed before all have finished.
         """
         moved = [(place, row) for place, row in enumerate(rows) if place != row]
+        indices = torch.tensor(moved, dtype=torch.int64).view(-1, 2).t()
         for layer, tails in self.stored.items():
             if moved:
-                device = tails[0].device
-                places, sources = torch.tensor(moved).t().to(device, non_blocking=True)
+                # Once: for the next layer they are there.
+                indices = indices.to(tails[0].device, non_blocking=True)
                 for tail in tails:
-                    tail.index_copy_(0, places, tail.index_select(0, sources))
+                    tail.index_copy_(0, indices[0], tail.index_select(0, indices[1]))
             key, value = (tail[: len(rows)] for tail in tails)
             self.stored[layer] = key, value
 

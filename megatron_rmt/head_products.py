@@ -35,8 +35,8 @@ def multiply_scores(
     else:
         wide = hidden.to(out.dtype)
         with _rounding_inputs_to_bf16(_are_bf16(hidden, weight)):
-            for block, wide_weight in _wide_blocks(weight, out.dtype):
-                torch.mm(wide, wide_weight.t(), out=out[:, block])
+            for block, converted in _wide_blocks(weight, out.dtype):
+                torch.mm(wide, converted.t(), out=out[:, block])
 
 
 def wide_copy(weight: Tensor) -> Tensor | None:
