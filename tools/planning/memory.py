@@ -331,9 +331,11 @@ def _rollouts(
         queries = args.rmt_positions_per_sample * max(args.rmt_group_size, stem)
         seen = work.span + stem + longest
         scores = queries * args.num_attention_heads / tp * seen * (2 * FP32 + 2 * size)
+    # When rows leave at most half of them move, keys or values of a layer at a time.
+    moved = at_once * plan.position_bytes / max(1, args.layers_per_stage) / 4
     # Of a half-precision head a CPU holds a copy in fp32.
     wide = FP32 * _table(args) * args.hidden_size if args.on_cpu and size != FP32 else 0.0
-    return key_values, wide + max(reading * through_a_layer, drawing + scores)
+    return key_values, wide + max(reading * through_a_layer, drawing + scores, moved)
 
 
 def key_value_plan(args: Namespace, work: SampleWork, longest: float) -> KeyValuePlan:
