@@ -13,6 +13,7 @@ Megatron only ``forward`` of the layers is replaced, while rollouts run, and whi
 
 import contextlib
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from megatron_rmt import cpu_kernels, fusion
 from megatron_rmt.attention import Plan
 from megatron_rmt.decoding import DecodePlan, StemPlan
-
-# At the recording; 1 would be taken for a number that never changes.
-_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,10 @@ def _record(
         compiled(inputs, parameters)
         return compiled
 
-    inputs = [x.new_zeros(_ROWS, *x.shape[1:]) for x in inputs]
+    # A number of rows that is also another size would be taken for that, and 1 for a constant.
+    sizes = {size for x in (*inputs, *parameters) for size in x.shape}
+    rows = next(number for number in itertools.count(8) if number not in sizes)
+    inputs = [x.new_zeros(rows, *x.shape[1:]) for x in inputs]
     attention = layer.config.num_attention_heads * layer.config.kv_channels
-    attended = inputs[0].new_zeros(_ROWS, 1, attention)
+    attended = inputs[0].new_zeros(rows, 1, attention)
     return _Graphs(before=graph([None, *inputs]), after=graph([attended, *inputs]))

@@ -91,9 +91,9 @@ def _rotating_in_one_loop(original: Callable[..., Tensor]) -> Callable[..., Tens
                 mscale=mscale,
                 multi_latent_attention=multi_latent_attention,
             )
-        if isinstance(t, FakeTensor):
-            # In a recorded layer ``t`` would be picked from its rows by divisions, element by
-            # element; this has it written first.
+        if isinstance(t, FakeTensor) and t._base is None and t.is_contiguous():
+            # In a recorded layer such a copy would be picked from its rows by divisions, element by
+            # element; this has it written first. A view has no memory of its own to be written.
             t = t.as_strided(t.shape, t.stride())
         return rotate(t, *cosine_and_sine(freqs, t.dtype, mscale))
 

@@ -10,6 +10,7 @@ import functools
 import itertools
 import re
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -308,7 +309,9 @@ def test_responses_equal_those_of_the_stock_model_token_by_token(name):
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("name", ["boxed", "greedy, forced close"])
 def test_compiled_and_captured_it_draws_the_same_tokens(name, monkeypatch):
-    compiled = _generate(CASES[name], CHOSEN, _filled_store())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*(uncompiled|uncaptured)")
+        compiled = _generate(CASES[name], CHOSEN, _filled_store())
     monkeypatch.setattr(fusion, "is_available", lambda: False)
     expected = _generate(CASES[name], CHOSEN, _filled_store())
     for field in ("tokens", "lengths", "sampled"):
