@@ -12,24 +12,24 @@ __version__ = "0.1.0"
 
 
 def patch() -> None:
-    """Install RMT's hooks into ``megatron.training``; see ``megatron_rmt.patches.patch``.
+    """Install RMT's hooks into ``megatron.training``; see ``megatron_rmt.job.patches.patch``.
 
-    Where CUDA is absent, the CPU stands in for it from now on (``megatron_rmt.cpu_platform``), and
+    Where CUDA is absent, the CPU stands in for it from now on (``megatron_rmt.cpu.platform``), and
     the flags that Megatron needs there are added to ``sys.argv``.
     """
     import torch
 
     if not torch.cuda.is_available():
-        from megatron_rmt import cpu_platform
+        from megatron_rmt.cpu import platform as cpu_platform
 
         cpu_platform.install_if_no_cuda()
-    from megatron_rmt.patches import patch as install
+    from megatron_rmt.job.patches import patch as install
 
     install()
 
 
 def unpatch() -> None:
-    """Take RMT's hooks out of ``megatron.training``; see ``megatron_rmt.patches.unpatch``."""
-    from megatron_rmt.patches import unpatch as remove
+    """Take RMT's hooks out of ``megatron.training``; see ``megatron_rmt.job.patches.unpatch``."""
+    from megatron_rmt.job.patches import unpatch as remove
 
     remove()

@@ -1,8 +1,6 @@
 """What one run of RMT needs in every step, built once: model, prompt, vocabulary, their limits."""
 
-import contextlib
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +10,19 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_rmt.attention import attach_tree_attention
-from megatron_rmt.rollout_memory import GIB, KeyValuePlan, key_value_bytes
-from megatron_rmt.rotary import check_rotary_scaling
-from megatron_rmt.template import (
-    ResponseGrammar,
-    Template,
-    chat_template,
-    load_template,
+from megatron_rmt.model.rotary import check_rotary_scaling
+from megatron_rmt.model.tree_attention import check_backend
+from megatron_rmt.model.visibility import attach_tree_attention
+from megatron_rmt.prompt.grammar import ResponseGrammar
+from megatron_rmt.prompt.prompt import (
+    encode_prompt,
+    longest_position,
+    position_problem,
+    prompt_template,
 )
-from megatron_rmt.token_bytes import token_bytes
-from megatron_rmt.tree_attention import check_backend
+from megatron_rmt.prompt.template import Template
+from megatron_rmt.prompt.token_bytes import token_bytes
+from megatron_rmt.rollout.memory import GIB, CacheSize, key_value_bytes
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class MidTraining:
     """What one run needs in every step: model, prompt, vocabulary.
 
     template: with the chat markers in place. bytes_of: bytes of each token id. has_bytes:
-    ``[vocab]`` bool, False for special tokens. head, close: token ids. stop: token ids that end a
-    response. longest_position: above every position id.
+    ``[vocab]`` bool, False for special tokens. preamble, close: token ids. stop: token ids that end
+    a response. longest_position: above every position id.
     """
 
     args: Namespace
@@ -41,7 +41,7 @@ class MidTraining:
     bytes_of: list[bytes]
     has_bytes: Tensor
     grammar: ResponseGrammar
-    head: list[int]
+    preamble: list[int]
     close: list[int]
     stop: list[int]
     longest_position: int
@@ -55,27 +55,6 @@ class MidTraining:
     def stem(self, budget: int) -> list[int]:
         """Token ids of the stem that asks for ``budget`` tokens."""
         return encode_prompt(self.tokenizer, self.template.stem_text(budget))
-
-
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a piece of prompt by Megatron's ``tokenizer``, no special tokens added."""
-    inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
-    if hasattr(inner, "add_special_tokens"):
-        return list(inner.encode(text, add_special_tokens=False)) if text else []
-    return list(tokenizer.tokenize(text)) if text else []
-
-
-def prompt_template(args: Namespace, tokenizer: Any) -> Template:
-    """The template that the flags ask for, with the tokenizer's chat markers where it has them.
-
-    Raises:
-        ValueError: no such template, or the chat markers do not go round it.
-    """
-    template = load_template(args.rmt_template)
-    if args.rmt_no_chat:
-        return template
-    inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
-    return chat_template(template, inner)
 
 
 def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
@@ -99,8 +78,8 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
             f"{args.padded_vocab_size} rows of embedding; pass the tokenizer of the checkpoint."
         )
     stop = sorted({int(i) for i in (tokenizer.eod, _eos(tokenizer)) if i is not None})
-    head = encode_prompt(tokenizer, template.head)
-    held = args.micro_batch_size * (args.seq_length + len(head))
+    preamble = encode_prompt(tokenizer, template.head)
+    held = args.micro_batch_size * (args.seq_length + len(preamble))
     if args.rmt_max_tokens is not None and args.rmt_max_tokens < held:
         raise ValueError(
             f"--rmt-max-tokens is {args.rmt_max_tokens}, but {args.micro_batch_size} samples of "
@@ -115,7 +94,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
         bytes_of=bytes_of,
         has_bytes=torch.tensor([len(text) > 0 for text in bytes_of]),
         grammar=ResponseGrammar(template, bytes_of, stop).to(device),
-        head=head,
+        preamble=preamble,
         close=encode_prompt(tokenizer, template.close),
         stop=stop,
         longest_position=longest_position(args, tokenizer, template),
@@ -142,9 +121,9 @@ def _plan_memory(training: MidTraining) -> None:
     args = training.args
     budget = max(args.rmt_initial_budget, args.rmt_minimum_budget)
     samples = args.global_batch_size // parallel_state.get_data_parallel_world_size()
-    plan = KeyValuePlan(
+    size = CacheSize(
         token_bytes=key_value_bytes(training.model),
-        trunk_tokens=samples * (args.seq_length + len(training.head)),
+        trunk_tokens=samples * (args.seq_length + len(training.preamble)),
         rows=samples * args.rmt_positions_per_sample * args.rmt_group_size,
         rows_per_position=args.rmt_group_size,
         tail_tokens=len(training.stem(budget))
@@ -154,19 +133,19 @@ def _plan_memory(training: MidTraining) -> None:
         in_flight=parallel_state.get_pipeline_model_parallel_world_size(),
     )
     bound = kv_bound(args)
-    at_once = plan.positions_at_once(bound)
+    at_once = size.positions_at_once(bound)
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    if bound is None and plan.total_bytes > memory:
+    if bound is None and size.total_bytes > memory:
         raise ValueError(
-            f"the keys and values of the rollouts take {plan.total_bytes / GIB:.1f} GiB "
-            f"({plan.describe()}) but the device has {memory / GIB:.1f} GiB; pass "
+            f"the keys and values of the rollouts take {size.total_bytes / GIB:.1f} GiB "
+            f"({size.describe()}) but the device has {memory / GIB:.1f} GiB; pass "
             "--rmt-rollout-kv-gib, so that they are generated in waves that fit."
         )
-    waves = max(1, -(-plan.positions // at_once))
+    waves = max(1, -(-size.positions // at_once))
     if dist.get_rank() == 0:
         print(
-            f"RMT: keys and values of a step's rollouts, a rank, at most: {plan.describe()}; "
-            f"{waves} wave(s) of {min(at_once, plan.positions)} positions.",
+            f"RMT: keys and values of a step's rollouts, a rank, at most: {size.describe()}; "
+            f"{waves} wave(s) of {min(at_once, size.positions)} positions.",
             flush=True,
         )
 
@@ -176,63 +155,3 @@ def _eos(tokenizer: Any) -> int | None:
         return tokenizer.eos
     except (AttributeError, NotImplementedError):
         return None
-
-
-def longest_position(args: Namespace, tokenizer: Any, template: Template) -> int:
-    """A bound on every position id: documents with their heads, stem, thought, answer."""
-    budget = max(args.rmt_initial_budget, args.rmt_minimum_budget)
-    prompt = len(encode_prompt(tokenizer, template.head))
-    prompt += len(encode_prompt(tokenizer, template.stem_text(budget)))
-    # A forced end of thought and, in the warm-up, a written answer, whatever its length.
-    close = len(encode_prompt(tokenizer, template.close))
-    return args.seq_length + prompt + 2 * budget + 2 * close + args.rmt_answer_tokens + 16
-
-
-def position_problem(args: Namespace, longest: int) -> str | None:
-    """One sentence if the model has no position ids for ``longest`` of them."""
-    limit = args.max_position_embeddings
-    if args.position_embedding_type == "none" or limit is None or longest <= limit:
-        return None
-    return (
-        f"--max-position-embeddings is {limit} but a sample of {args.seq_length} tokens, the "
-        f"prompt and 2 * {args.rmt_initial_budget} tokens of thought with their answer take "
-        f"{longest}; lower --rmt-initial-budget or --seq-length, or raise "
-        "--max-position-embeddings if the model allows."
-    )
-
-
-def gpt_model(chunks: Sequence[torch.nn.Module]) -> GPTModel:
-    """The ``GPTModel`` inside Megatron's wrappers.
-
-    Raises:
-        ValueError: another kind of model, or several chunks (virtual pipeline).
-    """
-    if len(chunks) != 1:
-        raise ValueError(
-            f"RMT: this rank holds {len(chunks)} model chunks; leave out virtual pipeline stages."
-        )
-    model = chunks[0]
-    while not isinstance(model, GPTModel) and hasattr(model, "module"):
-        model = model.module
-    if not isinstance(model, GPTModel):
-        raise ValueError(f"RMT: the model is a {type(model).__name__}; RMT trains a GPTModel.")
-    return model
-
-
-@contextlib.contextmanager
-def generating(model: GPTModel) -> Iterator[None]:
-    """Evaluation mode for rollouts; the training mode comes back even after an error."""
-    was_training = model.training
-    quantized = model.config.fp8 or model.config.fp4
-    if quantized:
-        # Transformer Engine would go on with weights quantized before the last optimizer step.
-        model.set_is_first_microbatch()
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        if quantized:
-            # Made without gradient they may lack what the backward pass needs.
-            for module in model.modules():
-                getattr(module, "_fp8_workspaces", {}).clear()

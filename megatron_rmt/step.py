@@ -20,36 +20,22 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_rmt.curriculum import choose_positions, tiers
-from megatron_rmt.decoding import KeyValueStore
-from megatron_rmt.entropy import entropy_percentiles, read_trunk
-from megatron_rmt.forward_step import LossSettings, Metric, Update
-from megatron_rmt.live_rollouts import RolloutPosition
-from megatron_rmt.losses import LossWeights, response_weights
+from megatron_rmt.algorithm.curriculum import choose_positions, tiers
+from megatron_rmt.algorithm.losses import LossWeights, response_weights
+from megatron_rmt.algorithm.schedules import Schedule
+from megatron_rmt.job.samples import Sample, read_samples
 from megatron_rmt.mid_training import MidTraining, kv_bound
-from megatron_rmt.packing import TreeSource, repack, tree_cost
-from megatron_rmt.rollout import RolloutSettings, expert_sharing_group, generate
-from megatron_rmt.samples import Sample, read_samples
-from megatron_rmt.schedules import StepPlan
-from megatron_rmt.scoring import (
-    checksum,
-    read_responses,
-    responses_from_text,
-    score,
-    thought_lengths,
-    true_answer,
-)
-from megatron_rmt.tree import (
-    NO_LABEL,
-    Responses,
-    Tree,
-    Trunk,
-    build_trunk,
-    grow_tree,
-    join_responses,
-    pad_tree,
-)
-from megatron_rmt.user_batch import UserBatch
+from megatron_rmt.rollout.generate import RolloutSettings, expert_sharing_group, generate
+from megatron_rmt.rollout.kv_cache import KeyValueStore
+from megatron_rmt.rollout.live_rollouts import RolloutPosition
+from megatron_rmt.rollout.prefill import entropy_percentiles, read_trunk
+from megatron_rmt.rollout.responses import Responses, join_responses
+from megatron_rmt.rollout.trunk import NO_LABEL, Trunk, UserBatch, build_trunk
+from megatron_rmt.update.forward_step import LossSettings, Metric, Update
+from megatron_rmt.update.packing import TreeSource, repack, tree_cost
+from megatron_rmt.update.scoring import checksum, read_responses, score, thought_lengths
+from megatron_rmt.update.tree import Tree, grow_tree, pad_tree
+from megatron_rmt.update.warm_up import responses_from_text, true_answer
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,7 @@ class Collected:
     samples: list[Sample]
 
 
-def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan) -> Collected:
+def collect(training: MidTraining, batches: Sequence[UserBatch], step: Schedule) -> Collected:
     """Everything before the update of one step, for this data-parallel rank's micro-batches.
 
     Collective over all ranks: the ranks of one model work in lockstep, and the loss's global means
@@ -102,7 +88,7 @@ def collect(training: MidTraining, batches: Sequence[UserBatch], step: StepPlan)
                 column=int(trunk.columns[row]),
                 first=first_row + int(trunk.document_first[row]),
                 limit=first_row + row + 1,
-                next_position=int(trunk.positions[row]) + 1,
+                next_position=int(trunk.position_ids[row]) + 1,
                 truth=true_answer(training, trunk, row) if step.warm_up else (),
             )
             for row in rows
@@ -206,7 +192,7 @@ def _trunk(training: MidTraining, batch: UserBatch) -> Trunk:
         batch.position_ids,
         batch.labels,
         batch.loss_mask,
-        head=training.head,
+        preamble=training.preamble,
         end_of_document=training.tokenizer.eod,
         separate_documents=training.args.reset_attention_mask,
     )
@@ -217,7 +203,7 @@ def _choose(
     trunk: Trunk,
     entropies: Tensor,
     sample_index: Sequence[int],
-    step: StepPlan,
+    step: Schedule,
 ) -> tuple[list[int], Tensor]:
     """The chosen rows of a trunk, ascending, and the tier of every row (-1: not eligible)."""
     args = training.args
@@ -245,7 +231,7 @@ def _rollouts(
     store: KeyValueStore,
     positions: Sequence[RolloutPosition],
     stem: Sequence[int],
-    step: StepPlan,
+    step: Schedule,
 ) -> Responses:
     args = training.args
     if not positions and expert_sharing_group(training.model) is None:
@@ -331,7 +317,7 @@ def _repack(
 
 def _size_metrics(args: Namespace, trunk: Trunk, tree: Tree) -> dict[str, Metric]:
     """Share of a micro-batch's rows that are padding, and its tokens above the limit."""
-    rows, tokens = float(tree.tokens.shape[0]), float(tree.plan.tokens)
+    rows, tokens = float(tree.tokens.shape[0]), float(tree.visibility.tokens)
     real = tokens - float((trunk.samples < 0).sum())
     excess = 0.0 if args.rmt_max_tokens is None else max(0.0, tokens - args.rmt_max_tokens)
     return {"rmt padding": (rows - real, rows), "rmt tokens above limit": (excess, 1.0)}
@@ -343,7 +329,7 @@ def _trunk_metrics(
     predictions: Tensor,
     tier: Tensor,
     rows: list[int],
-    step: StepPlan,
+    step: Schedule,
 ) -> dict[str, Metric]:
     labelled = _labelled(trunk)
     count = float(labelled.sum())
@@ -368,7 +354,7 @@ def _token_metrics(trunk: Trunk, tree: Tree, stem_tokens: int, slots: float) -> 
         # The one token of a micro-batch that packing left empty is of no sample.
         "trunk": int((trunk.samples >= 0).sum()),
         "stem": stem_tokens,
-        "branch": tree.plan.tokens - len(trunk) - stem_tokens,
+        "branch": tree.visibility.tokens - len(trunk) - stem_tokens,
     }
     return {f"rmt {name} tokens": (float(count), 1 / slots) for name, count in tokens.items()}
 
@@ -379,15 +365,15 @@ def _weights(
     tree: Tree,
     positions: float,
     ntp_tokens: float,
-    step: StepPlan,
+    step: Schedule,
 ) -> LossWeights:
     """``positions``, ``ntp_tokens``: of the global batch."""
     values = source.advantages.flatten().to(tree.tokens.device)
     rollouts = positions * step.group
-    policy = response_weights(values, tree.rollouts, tree.sampled, positions=rollouts)
+    policy = response_weights(values, tree.rollouts, tree.drawn, positions=rollouts)
     supervised = torch.zeros_like(policy)
     if step.warm_up:
-        ones, written = torch.ones_like(values), ~tree.sampled
+        ones, written = torch.ones_like(values), ~tree.drawn
         thought = torch.zeros_like(written)
         if step.thought_from_text:
             thought = _thought_tokens(training, source, tree)

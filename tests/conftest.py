@@ -16,7 +16,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import pytest
 import torch
 
-from megatron_rmt import fusion
+from megatron_rmt.cpu.compiled import is_available
 from tests import distributed, tiny_checkpoints, tiny_run
 
 
@@ -36,9 +36,9 @@ def single_process_megatron() -> None:
 
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``fusion.fused`` functions are compiled in this process."""
+    """``cpu.compiled.fused`` functions are compiled in this process."""
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    find_out = fusion.is_available
+    find_out = is_available
     with torch._dynamo.config.patch(disable=False):
         find_out.cache_clear()
         try:

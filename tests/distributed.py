@@ -35,7 +35,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import torch
 
-from megatron_rmt import cpu_platform
+from megatron_rmt.cpu import platform as cpu_platform
 
 if not torch.cuda.is_available():
     cpu_platform.install()

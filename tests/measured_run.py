@@ -126,7 +126,8 @@ def main(target: Path, counts_flops: bool) -> None:
     """
     from megatron.training import training
 
-    from megatron_rmt import patches, step
+    from megatron_rmt import step
+    from megatron_rmt.job import patches
 
     _return_what_is_freed()
     watch = Watch(target, counts_flops)

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from megatron_rmt.advantages import group_advantages
+from megatron_rmt.algorithm.advantages import group_advantages
 
 
 def test_advantages_by_hand():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_rmt.arguments import (
+from megatron_rmt.job.settings import (
     FLAGS,
     GROUP_TITLE,
     Flag,

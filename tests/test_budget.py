@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_rmt.budget import token_budget
+from megatron_rmt.algorithm.budget import token_budget
 
 
 def test_budget_decays_from_800_to_a_fifth():

@@ -9,20 +9,21 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_rmt import captured_layers as captured
-from megatron_rmt import cpu_kernels, fusion
-from megatron_rmt.attention import attach_tree_attention
-from megatron_rmt.captured_layers import captured_layers
-from megatron_rmt.decoding import (
-    DecodePlan,
+from megatron_rmt.cpu import compiled as cpu_compiled
+from megatron_rmt.cpu import layer_kernels
+from megatron_rmt.model.blocks import Block
+from megatron_rmt.model.pipeline import forward_through_stages
+from megatron_rmt.model.visibility import attach_tree_attention
+from megatron_rmt.rollout.captured_layers import captured_layers
+from megatron_rmt.rollout.generate import captured_layers as captured
+from megatron_rmt.rollout.kv_cache import (
+    DecodeVisibility,
     KeyValueStore,
-    StemPlan,
-    Tails,
-    TrunkPlan,
-    trunk_groups,
+    StemVisibility,
+    TailCache,
+    TrunkVisibility,
+    shared_trunks,
 )
-from megatron_rmt.stages import forward_through_stages
-from megatron_rmt.tree_attention import Block
 from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model
 
 pytestmark = pytest.mark.usefixtures("single_process_megatron", "compiling")
@@ -41,7 +42,7 @@ SHAPES = {
 def fused_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where this process had been started to compile."""
     original = rope_utils._apply_rotary_pos_emb_bshd
-    rotation = cpu_kernels._rotating_in_one_loop(original)
+    rotation = layer_kernels._rotating_in_one_loop(original)
     monkeypatch.setattr(rope_utils, "_apply_rotary_pos_emb_bshd", rotation)
 
 
@@ -69,10 +70,10 @@ def _model(**changes: Any) -> GPTModel:
     return model
 
 
-def _pass(model: GPTModel, tokens: Tensor, positions: Tensor, plan: Any) -> Tensor:
-    plan.use_positions(positions, LONGEST_POSITION)
+def _pass(model: GPTModel, tokens: Tensor, positions: Tensor, visibility: Any) -> Tensor:
+    visibility.use_position_ids(positions, LONGEST_POSITION)
     with torch.no_grad():
-        return forward_through_stages(model, tokens, plan, lambda hidden, _: hidden.clone())
+        return forward_through_stages(model, tokens, visibility, lambda hidden, _: hidden.clone())
 
 
 def _rollouts(model: GPTModel, positions: list[int], keep: int | None = None) -> list[Tensor]:
@@ -82,29 +83,29 @@ def _rollouts(model: GPTModel, positions: list[int], keep: int | None = None) ->
     def tokens(count: int) -> Tensor:
         return torch.randint(VOCAB, (count,), generator=generator)
 
-    store, tails = KeyValueStore(TRUNK), Tails(STEM + STEPS)
-    trunk = TrunkPlan(tokens=TRUNK, blocks=(Block(0, TRUNK),), store=store)
+    store, tails = KeyValueStore(TRUNK), TailCache(STEM + STEPS)
+    trunk = TrunkVisibility(tokens=TRUNK, blocks=(Block(0, TRUNK),), store=store)
     _pass(model, tokens(TRUNK), torch.arange(TRUNK), trunk)
     visible = [(0, position) for position in positions]
-    stems = StemPlan(
+    stems = StemVisibility(
         tokens=len(positions) * STEM,
         store=store,
         tails=tails,
-        groups=trunk_groups(visible, [0] * len(visible)),
+        groups=shared_trunks(visible, [0] * len(visible)),
         group=GROUP,
     )
     starts = torch.tensor(positions)[:, None] + torch.arange(STEM)
     found = [_pass(model, tokens(starts.numel()), starts.flatten(), stems)]
     after = torch.tensor(positions).repeat_interleave(GROUP) + STEM
     for step in range(STEPS):
-        plan = DecodePlan(
+        visibility = DecodeVisibility(
             tokens=len(after),
             store=store,
             tails=tails,
-            groups=trunk_groups([(0, int(x) - STEM) for x in after], [0] * len(after)),
+            groups=shared_trunks([(0, int(x) - STEM) for x in after], [0] * len(after)),
             column=STEM + step,
         )
-        found.append(_pass(model, tokens(len(after)), after + step, plan))
+        found.append(_pass(model, tokens(len(after)), after + step, visibility))
         if keep is not None and step == 0:
             tails.keep(range(keep))
             after = after[:keep]
@@ -174,7 +175,7 @@ def test_the_trunk_pass_and_passes_without_a_plan_are_megatrons(recordings):
     with captured_layers(model):
         assert torch.equal(model(tokens[None], tokens[None], mask), expected)
         store = KeyValueStore(5)
-        _pass(model, tokens, tokens, TrunkPlan(tokens=5, blocks=(Block(0, 5),), store=store))
+        _pass(model, tokens, tokens, TrunkVisibility(tokens=5, blocks=(Block(0, 5),), store=store))
     assert recordings == []
 
 
@@ -216,7 +217,7 @@ def test_what_cannot_be_recorded_runs_as_megatron_wrote_it_and_says_so_once(monk
 
 
 def test_nothing_is_captured_where_nothing_is_compiled(monkeypatch, recordings):
-    monkeypatch.setattr(fusion, "is_available", lambda: False)
+    monkeypatch.setattr(cpu_compiled, "is_available", lambda: False)
     _check(_model(), [4, 9])
     assert recordings == []
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_rmt.arguments import FLAGS, add_rmt_arguments, rmt_settings
-from megatron_rmt.config_file import read_config
+from megatron_rmt.job.config_file import read_config
+from megatron_rmt.job.settings import FLAGS, add_rmt_arguments, rmt_settings
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -224,7 +224,7 @@ def _step_and_save(checkpoint: str, save: str, flags: list[str]) -> None:
         "--micro-batch-size 1 --lr 0 --train-iters 9 --seq-length 16"
     )
     words += flags
-    from megatron_rmt import cpu_platform
+    from megatron_rmt.cpu import platform as cpu_platform
 
     sys.argv[1:] = cpu_platform.add_required_flags(words)
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from megatron_rmt.curriculum import (
+from megatron_rmt.algorithm.curriculum import (
     EASY,
     HARD,
     MEDIUM,

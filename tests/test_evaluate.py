@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_rmt import cpu_platform
+from megatron_rmt.cpu import platform as cpu_platform
 from tests.distributed import REPOSITORY, run_distributed
 from tests.test_evaluation import record, settings
 from tests.test_token_bytes import byte_level_bpe

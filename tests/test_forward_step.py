@@ -14,11 +14,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_rmt.attention import attach_tree_attention
-from megatron_rmt.forward_step import LossSettings, Update, make_forward_step
-from megatron_rmt.losses import LossWeights, response_weights
-from megatron_rmt.tree import NO_LABEL, Responses, Tree, Trunk, build_trunk, grow_tree, pad_tree
-from megatron_rmt.tree_attention import Block
+from megatron_rmt.algorithm.losses import LossWeights, response_weights
+from megatron_rmt.model.blocks import Block
+from megatron_rmt.model.visibility import attach_tree_attention
+from megatron_rmt.rollout.responses import Responses
+from megatron_rmt.rollout.trunk import NO_LABEL, Trunk, build_trunk
+from megatron_rmt.update.forward_step import LossSettings, Update, make_forward_step
+from megatron_rmt.update.tree import Tree, grow_tree, pad_tree
 from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
 
 pytestmark = pytest.mark.usefixtures("single_process_megatron")
@@ -59,12 +61,12 @@ def _documents(generator: torch.Generator, separate: bool) -> tuple[Tensor, ...]
 
 def _responses(generator: torch.Generator, lengths: list[list[int]]) -> Responses:
     shape = (len(lengths), GROUP, max(map(max, lengths)))
-    sampled = torch.rand(shape, generator=generator) < 0.7
-    sampled[0, 2] = False
+    drawn = torch.rand(shape, generator=generator) < 0.7
+    drawn[0, 2] = False
     return Responses(
         tokens=torch.randint(VOCAB, shape, generator=generator),
         lengths=torch.tensor(lengths),
-        sampled=sampled,
+        drawn=drawn,
         log_probs=torch.zeros(shape),
     )
 
@@ -76,7 +78,7 @@ def _micro_batch(
     generator = torch.Generator().manual_seed(seed)
     trunk = build_trunk(
         *_documents(generator, separate),
-        head=head,
+        preamble=head,
         end_of_document=END_OF_DOCUMENT,
         separate_documents=separate,
     )
@@ -122,8 +124,8 @@ def _updates(batches: list[MicroBatch], dtype: torch.dtype, warm_up: bool) -> li
         share = {"positions": positions * GROUP}
         weights = LossWeights(
             ntp=tree.ntp_mask.to(dtype) / _ntp_tokens(batches),
-            policy=response_weights(values, tree.rollouts, tree.sampled, **share),
-            supervised=response_weights(ones, tree.rollouts, ~tree.sampled, **share) * warm_up,
+            policy=response_weights(values, tree.rollouts, tree.drawn, **share),
+            supervised=response_weights(ones, tree.rollouts, ~tree.drawn, **share) * warm_up,
         )
         updates.append(Update(tree, weights, {"rmt reward": (2.5, 4.0)}))
     return updates
@@ -173,7 +175,7 @@ def _naive_losses(model: GPTModel, batches: list[MicroBatch], stem: list[int]) -
         trunk = batch.trunk
         for first, limit in trunk.documents:
             log_p = stock_logits(
-                model, trunk.tokens[first:limit], trunk.positions[first:limit]
+                model, trunk.tokens[first:limit], trunk.position_ids[first:limit]
             ).log_softmax(-1)
             for row in range(first, limit):
                 if trunk.labels[row] != NO_LABEL and row not in batch.rows:
@@ -189,11 +191,11 @@ def _naive_losses(model: GPTModel, batches: list[MicroBatch], stem: list[int]) -
                 if length == 0:
                     continue
                 response = batch.responses.tokens[index, rollout, :length]
-                start = int(trunk.positions[first])
+                start = int(trunk.position_ids[first])
                 sequence = torch.cat([prefix, response[:-1]])
                 logits = stock_logits(model, sequence, start + torch.arange(len(sequence)))
                 log_p = _log_probs(logits[len(prefix) - 1 :] / TEMPERATURE, response)
-                drawn = batch.responses.sampled[index, rollout, :length]
+                drawn = batch.responses.drawn[index, rollout, :length]
                 advantage = batch.advantages[index, rollout].to(log_p.dtype)
                 if drawn.any():
                     ratio = torch.exp(log_p[drawn] - log_p[drawn].detach())
@@ -371,11 +373,11 @@ def test_stems_of_one_token_and_documents_that_do_not_start_at_position_zero():
         torch.arange(LENGTH).repeat(2, 1),
         labels,
         loss_mask,
-        head=[],
+        preamble=[],
         end_of_document=END_OF_DOCUMENT,
         separate_documents=True,
     )
-    assert trunk.positions[trunk.documents[1][0]] > 0
+    assert trunk.position_ids[trunk.documents[1][0]] > 0
     rows = [0, 6, LENGTH + 3]
     responses = _responses(generator, [[1, 1, 0], [2, 3, 4], [1, 2, 5]])
     advantages = torch.randn(3, GROUP, generator=generator, dtype=torch.float64)
@@ -452,7 +454,7 @@ def test_the_loss_does_not_depend_on_the_split_into_micro_batches():
     def batch_of(first: int, limit: int) -> MicroBatch:
         trunk = build_trunk(
             *(field[first:limit] for field in samples),
-            head=[11],
+            preamble=[11],
             end_of_document=END_OF_DOCUMENT,
             separate_documents=True,
         )
@@ -490,7 +492,7 @@ def test_what_is_reported():
     stock, with_trees = _models(torch.float64)
     batches = [_micro_batch(seed, True, [], STEM) for seed in (1, 2)]
     for batch in batches:
-        batch.tree.sampled_log_probs.fill_(-1.25)
+        batch.tree.drawn_log_probs.fill_(-1.25)
     _, _, reports, updates = _tree_step(with_trees, batches, torch.float64)
     with torch.no_grad():
         parts = _naive_losses(stock, batches, STEM)
@@ -512,7 +514,7 @@ def test_what_is_reported():
                 with torch.no_grad():
                     logits = stock_logits(stock, torch.cat([prefix, response]))
                 scores = logits[len(prefix) - 1 : -1] / TEMPERATURE
-                drawn = batch.responses.sampled[index, rollout, :length]
+                drawn = batch.responses.drawn[index, rollout, :length]
                 own.append((_log_probs(scores, response) + 1.25).abs()[drawn])
         differences.append(torch.cat(own))
     for update, own in zip(updates, differences, strict=True):
@@ -523,18 +525,18 @@ def test_what_is_reported():
 
 
 def _with_positions_in_packed_order(batch: MicroBatch) -> None:
-    batch.tree.plan.positions = torch.arange(len(batch.tree.tokens))
+    batch.tree.visibility.position_ids = torch.arange(len(batch.tree.tokens))
 
 
 def _with_branches_one_position_late(batch: MicroBatch) -> None:
-    batch.tree.plan.positions[len(batch.trunk) + len(STEM) :] += 1
+    batch.tree.visibility.position_ids[len(batch.trunk) + len(STEM) :] += 1
 
 
 def _change_block(batch: MicroBatch, position: int, **changes: Any) -> None:
-    blocks = [*batch.tree.plan.blocks]
+    blocks = [*batch.tree.visibility.blocks]
     index = len(batch.trunk.documents) + position
     blocks[index] = dataclasses.replace(blocks[index], **changes)
-    batch.tree.plan.blocks = tuple(blocks)
+    batch.tree.visibility.blocks = tuple(blocks)
 
 
 def _with_a_sibling_in_sight(batch: MicroBatch) -> None:
@@ -552,8 +554,8 @@ def _with_a_trunk_limit(change: int) -> Any:
 
 
 def _with_documents_joined(batch: MicroBatch) -> None:
-    first, second, *others = batch.tree.plan.blocks
-    batch.tree.plan.blocks = (Block(first.first, second.limit), *others)
+    first, second, *others = batch.tree.visibility.blocks
+    batch.tree.visibility.blocks = (Block(first.first, second.limit), *others)
 
 
 def _with_a_prediction_from_a_wrong_row(batch: MicroBatch) -> None:
@@ -561,7 +563,7 @@ def _with_a_prediction_from_a_wrong_row(batch: MicroBatch) -> None:
 
 
 def _with_forced_tokens_taken_for_drawn(batch: MicroBatch) -> None:
-    batch.tree.sampled.fill_(True)
+    batch.tree.drawn.fill_(True)
 
 
 PERTURBATIONS = {
@@ -578,7 +580,7 @@ PERTURBATIONS = {
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_the_comparison_notices(perturbation):
-    """Negative controls: each small mistake in the plan is far outside the tolerance."""
+    """Negative controls: each small mistake in the visibility is far outside the tolerance."""
     stock, with_trees = _models(torch.float64)
     batches = [_micro_batch(seed, True, [11, 12], STEM) for seed in (1, 2)]
     reference = _naive_step(stock, batches, STEM)[:2]

@@ -11,9 +11,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
 
-from megatron_rmt.attention import attach_tree_attention
-from megatron_rmt.forward_step import make_forward_step
-from megatron_rmt.tree import pad_tree
+from megatron_rmt.model.visibility import attach_tree_attention
+from megatron_rmt.update.forward_step import make_forward_step
+from megatron_rmt.update.tree import pad_tree
 from tests import test_forward_step as step
 from tests.distributed import run_distributed, single_process_megatron
 from tests.tiny_model import build_model

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rmt.head import (
+from megatron_rmt.model.head import (
     selected_logits,
     token_entropies,
     token_statistics,
     vocab_range,
     weighted_log_prob_sum,
 )
-from megatron_rmt.head_products import wide_copy
+from megatron_rmt.model.head_products import wide_copy
 from tests.distributed import run_distributed
 
 HIDDEN = 24
@@ -144,7 +144,7 @@ def test_half_precision_inputs_lose_nothing_but_the_rounding_of_gradients(
 
 @pytest.mark.usefixtures("compiled")
 def test_conversion_in_blocks_covers_a_vocabulary_of_many_blocks(monkeypatch):
-    monkeypatch.setattr("megatron_rmt.head_products._CONVERSION_BLOCK", 7)
+    monkeypatch.setattr("megatron_rmt.model.head_products._CONVERSION_BLOCK", 7)
     problem = _problem(rows=6, dtype=torch.bfloat16)
     for value, reference in zip(
         _results(problem, 4, slice(None)), _reference_gradients(problem), strict=True
@@ -366,7 +366,7 @@ def test_a_scale_of_each_row_is_a_temperature(dtype, bound):
 
 @pytest.mark.parametrize("rows_in_cache", [1, 2, 3, 100])
 def test_sweeps_of_a_few_rows_at_a_time_cover_every_row(monkeypatch, rows_in_cache):
-    monkeypatch.setattr("megatron_rmt.head_sweeps._CPU_BLOCK", rows_in_cache * VOCAB + 1)
+    monkeypatch.setattr("megatron_rmt.model.head_sweeps._CPU_BLOCK", rows_in_cache * VOCAB + 1)
     problem = _problem()
     for value, reference in (
         *zip(_results(problem, 7, slice(None)), _reference_gradients(problem), strict=True),

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from megatron_rmt.arguments import FLAGS, Flag
+from megatron_rmt.job.settings import FLAGS, Flag
 from tests.distributed import REPOSITORY
 
 PAGE = (REPOSITORY / "docs/hyperparameters.md").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_rmt.live_rollouts import places
+from megatron_rmt.rollout.live_rollouts import places
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -5,8 +5,8 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron_rmt.forward_step import Update
-from megatron_rmt.logprob_check import check_log_probs, logprob_tolerance
+from megatron_rmt.update.forward_step import Update
+from megatron_rmt.update.logprob_check import check_log_probs, logprob_tolerance
 from tests.distributed import run_distributed
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_rmt.losses import LossWeights, hybrid_loss, response_weights
+from megatron_rmt.algorithm.losses import LossWeights, hybrid_loss, response_weights
 
 LENGTHS = [3, 0, 1, 5]
 

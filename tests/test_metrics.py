@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rmt.metrics import metrics_path, write_metrics
+from megatron_rmt.job.metrics import metrics_path, write_metrics
 
 
 @pytest.mark.parametrize(

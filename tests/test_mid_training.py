@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_rmt.mid_training import generating, gpt_model
+from megatron_rmt.model.gpt import generating, gpt_model
 from tests.tiny_model import build_model
 
 

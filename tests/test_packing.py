@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rmt.packing import (
+from megatron_rmt.rollout.responses import Responses
+from megatron_rmt.rollout.trunk import build_trunk
+from megatron_rmt.update.packing import (
     TreeCost,
     TreeSize,
     TreeSource,
@@ -22,7 +24,7 @@ from megatron_rmt.packing import (
     tree_cost,
     tree_size,
 )
-from megatron_rmt.tree import Responses, Tree, build_trunk, grow_tree
+from megatron_rmt.update.tree import Tree, grow_tree
 from tests.distributed import run_distributed
 from tests.tiny_model import build_model
 
@@ -42,7 +44,7 @@ def _source(seed: int, samples: int = 3, positions: tuple[int, ...] = (2, 0, 1))
         torch.arange(LENGTH).repeat(samples, 1) + seed,
         text[:, 1:],
         torch.rand(samples, LENGTH, generator=generator),
-        head=[11, 12],
+        preamble=[11, 12],
         end_of_document=END,
         separate_documents=True,
     )
@@ -58,7 +60,7 @@ def _source(seed: int, samples: int = 3, positions: tuple[int, ...] = (2, 0, 1))
     responses = Responses(
         tokens=torch.randint(50, shape, generator=generator) * real,
         lengths=lengths,
-        sampled=(torch.rand(shape, generator=generator) < 0.7) & real,
+        drawn=(torch.rand(shape, generator=generator) < 0.7) & real,
         log_probs=torch.randn(shape, generator=generator) * real,
     )
     return TreeSource(trunk, rows, responses, torch.randn(len(rows), GROUP, generator=generator))
@@ -136,7 +138,7 @@ def test_sizes_are_those_of_the_grown_tree():
     source = _source(3)
     for whole in (source, *split_samples(source), empty_source(GROUP)):
         tree, size = _grow(whole), tree_size(whole, len(STEM))
-        assert size.tokens == tree.plan.tokens
+        assert size.tokens == tree.visibility.tokens
         assert size.predictions == len(tree.targets)
         assert size.pairs == _ancestors(whole)
 
@@ -177,8 +179,8 @@ def _deal(tokens: list[int], ranks: int, micro_batches: int, limit: int, use_all
     )
 
 
-def _loads(plan: list[list[list[int]]], tokens: list[int]) -> list[list[int]]:
-    return [[sum(tokens[sample] for sample in part) for part in rank] for rank in plan]
+def _loads(visibility: list[list[list[int]]], tokens: list[int]) -> list[list[int]]:
+    return [[sum(tokens[sample] for sample in part) for part in rank] for rank in visibility]
 
 
 @pytest.mark.parametrize("use_all", [False, True])
@@ -187,11 +189,11 @@ def test_every_sample_is_dealt_out_once_and_work_is_even(seed, use_all):
     generator = torch.Generator().manual_seed(seed)
     ranks, micro_batches = 4, 6
     tokens = torch.randint(50, 400, (24,), generator=generator).tolist()
-    plan = _deal(tokens, ranks, micro_batches, 700, use_all)
-    assert [len(rank) for rank in plan] == [micro_batches] * ranks
-    dealt = sorted(itertools.chain.from_iterable(itertools.chain.from_iterable(plan)))
+    visibility = _deal(tokens, ranks, micro_batches, 700, use_all)
+    assert [len(rank) for rank in visibility] == [micro_batches] * ranks
+    dealt = sorted(itertools.chain.from_iterable(itertools.chain.from_iterable(visibility)))
     assert dealt == list(range(24))
-    loads = _loads(plan, tokens)
+    loads = _loads(visibility, tokens)
     of_ranks = [sum(rank) for rank in loads]
     # Longest first is within 4/3 of the best, which is at least the mean.
     assert max(of_ranks) <= sum(tokens) / ranks * 4 / 3
@@ -257,7 +259,7 @@ def test_samples_arrive_unchanged_on_the_rank_that_they_were_dealt_to(ranks, lim
     ]
     sizes = [tree_size(sample, len(STEM)) for sample in samples]
     cost = TreeCost(1000, 1, 500)
-    plan = deal_out(
+    visibility = deal_out(
         sizes,
         [cost.of(size) for size in sizes],
         ranks=ranks,
@@ -267,18 +269,22 @@ def test_samples_arrive_unchanged_on_the_rank_that_they_were_dealt_to(ranks, lim
     )
     per_rank = len(samples) // ranks
     moved = 0
-    for rank, (parts, sources) in enumerate(zip(plan, results, strict=True)):
+    for rank, (parts, sources) in enumerate(zip(visibility, results, strict=True)):
         assert len(sources) == micro_batches
         for part, source in zip(parts, sources, strict=True):
             moved += sum(sample // per_rank != rank for sample in part)
             expected = [samples[sample] for sample in part]
             _assert_equal(source, join_samples(expected) if part else empty_source(GROUP))
     assert moved > 0
-    assert any(not part for rank in plan for part in rank) != use_all
+    assert any(not part for rank in visibility for part in rank) != use_all
 
 
 def _visible(tree: Tree) -> dict[str, Tensor]:
-    return {"tokens": tree.tokens, "positions": tree.plan.positions, "targets": tree.targets}
+    return {
+        "tokens": tree.tokens,
+        "positions": tree.visibility.position_ids,
+        "targets": tree.targets,
+    }
 
 
 def test_a_joined_tree_holds_the_trees_of_its_samples():
@@ -290,4 +296,4 @@ def test_a_joined_tree_holds_the_trees_of_its_samples():
         own = torch.cat([_visible(tree)[name] for tree in trees])
         assert torch.equal(value.sort().values, own.sort().values), name
     torch.testing.assert_close(whole.ntp_mask, torch.cat([tree.ntp_mask for tree in trees]))
-    assert torch.equal(whole.sampled, torch.cat([tree.sampled for tree in trees]))
+    assert torch.equal(whole.drawn, torch.cat([tree.drawn for tree in trees]))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import megatron_rmt
-from megatron_rmt import patches
-from megatron_rmt.arguments import GROUP_TITLE
+from megatron_rmt.job import patches
+from megatron_rmt.job.settings import GROUP_TITLE
 
 
 def _current() -> dict[tuple[str, str], Callable[..., Any]]:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rmt.packing import TreeSize, TreeSource, deal_out, tree_size
-from megatron_rmt.schedules import plan_step
-from megatron_rmt.tree import Responses, build_trunk
+from megatron_rmt.algorithm.schedules import schedule_of_step
+from megatron_rmt.rollout.responses import Responses
+from megatron_rmt.rollout.trunk import build_trunk
+from megatron_rmt.update.packing import TreeSize, TreeSource, deal_out, tree_size
 from tests.distributed import REPOSITORY
 from tests.tiny_model import PADDED_VOCAB, VOCAB, build_model
 from tests.tiny_run import RMT, TRAINING, Run, TinyInputs, run
@@ -38,7 +39,7 @@ def test_tokens_and_pairs_are_the_mean_over_all_positions(separate: bool):
         torch.arange(12)[None],
         torch.ones_like(text),
         torch.ones(1, 12),
-        head=HEAD,
+        preamble=HEAD,
         end_of_document=0,
         separate_documents=separate,
     )
@@ -219,7 +220,7 @@ def planned_step(flags: Sequence[str], line: dict[str, float]) -> plan.Step:
     asked = request(["--hardware", "cpu", "--thought-length", line["thought length"], *flags])
     args = asked.settings()
     documents, _ = plan.corpus_documents(args, None)
-    return plan.step_at(asked, args, documents, plan_step(args, int(line["iteration"]) - 1))
+    return plan.step_at(asked, args, documents, schedule_of_step(args, int(line["iteration"]) - 1))
 
 
 def test_a_warm_up_from_the_text_spreads_its_responses_and_rolls_nothing_out():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_rmt.rewards import length_reward, prefix_match_reward, total_reward
+from megatron_rmt.algorithm.rewards import length_reward, prefix_match_reward, total_reward
 
 TRIANGLE = [(0, 0.0), (40, 0.25), (160, 1.0), (200, 0.75), (240, 0.5), (320, 0.0), (1000, 0.0)]
 

@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-from megatron_rmt.rotary import check_rotary_scaling
+from megatron_rmt.model.rotary import check_rotary_scaling
 from tests.tiny_model import build_model
 
 pytestmark = pytest.mark.usefixtures("single_process_megatron")

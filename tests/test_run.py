@@ -32,7 +32,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "utils.compile_helpers = lambda: None\n"
         f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
         "import sys\n"
-        "assert 'megatron_rmt.patches' not in sys.modules\n"
+        "assert 'megatron_rmt.job.patches' not in sys.modules\n"
     )
     runner = folder / "runner.py"
     runner.write_text(

@@ -10,12 +10,12 @@ import pytest
 from torch import Tensor
 from wandb.proto.wandb_internal_pb2 import Record
 
-from megatron_rmt import samples
-from megatron_rmt.arguments import rmt_settings, versions
+from megatron_rmt.job import samples
+from megatron_rmt.job.samples import read_samples
+from megatron_rmt.job.settings import rmt_settings, versions
 from megatron_rmt.mid_training import MidTraining
-from megatron_rmt.packing import TreeSource, empty_source
-from megatron_rmt.samples import read_samples
-from megatron_rmt.scoring import score
+from megatron_rmt.update.packing import TreeSource, empty_source
+from megatron_rmt.update.scoring import score
 from tests.tiny_run import PRETRAIN, RMT, TinyInputs, run
 from tests.tiny_step import BYTES, readable_rows, scored, tiny_trunk
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rmt import sampling
-from megatron_rmt.sampling import CURRICULUM_STREAM, greedy_tokens, sample_tokens, uniforms
+from megatron_rmt.algorithm.rng import CURRICULUM_STREAM, uniforms
+from megatron_rmt.rollout import sampling
+from megatron_rmt.rollout.sampling import greedy_tokens, sample_tokens
 from tests.distributed import run_distributed
 
 COORDINATES = ("seed", "iteration", "sample", "position", "rollout", "token")
@@ -355,7 +356,7 @@ def _sample_shard(bounds: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("bounds", [[0, 500, 1000], [0, 333, 334, 1000]])
 def test_tokens_do_not_depend_on_the_split_of_the_vocabulary(bounds):
-    sampled = sample(parallel_logits(), parallel_numbers(), 0.8)
+    drawn = sample(parallel_logits(), parallel_numbers(), 0.8)
     greedy = parallel_logits().argmax(1)
     assert greedy[10:12].tolist() == [100, 400]
     truncated, log_probs = sample_tokens(
@@ -366,9 +367,9 @@ def test_tokens_do_not_depend_on_the_split_of_the_vocabulary(bounds):
         tp_group=None,
         **TRUNCATION,
     )
-    assert not torch.equal(truncated, sampled[:200])
+    assert not torch.equal(truncated, drawn[:200])
     for result in run_distributed(len(bounds) - 1, _sample_shard, bounds):
-        assert torch.equal(result[0], sampled)
+        assert torch.equal(result[0], drawn)
         assert torch.equal(result[1], greedy)
         assert torch.equal(result[2], truncated)
         assert torch.equal(result[3], log_probs)

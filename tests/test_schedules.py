@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_rmt.schedules import plan_step
+from megatron_rmt.algorithm.schedules import schedule_of_step
 from tests.tiny_step import step_args
 
 
@@ -21,27 +21,27 @@ from tests.tiny_step import step_args
     ],
 )
 def test_the_schedules_follow_the_paper(iteration, budget, probabilities):
-    plan = plan_step(step_args(), iteration)
-    assert plan.iteration == iteration
-    assert plan.budget == budget == math.floor(800 * 0.2 ** (min(iteration, 100) / 100) + 1e-9)
-    assert plan.probabilities == pytest.approx(probabilities)
-    assert not plan.warm_up
+    schedule = schedule_of_step(step_args(), iteration)
+    assert schedule.iteration == iteration
+    assert schedule.budget == budget == math.floor(800 * 0.2 ** (min(iteration, 100) / 100) + 1e-9)
+    assert schedule.probabilities == pytest.approx(probabilities)
+    assert not schedule.warm_up
 
 
 def test_ablations_and_warm_up_of_the_schedules():
-    assert plan_step(step_args(rmt_no_budget_decay=True), 90).budget == 800
-    assert plan_step(step_args(rmt_initial_budget=2), 100).budget == 1
-    assert plan_step(step_args(rmt_no_curriculum=True), 0).probabilities is None
+    assert schedule_of_step(step_args(rmt_no_budget_decay=True), 90).budget == 800
+    assert schedule_of_step(step_args(rmt_initial_budget=2), 100).budget == 1
+    assert schedule_of_step(step_args(rmt_no_curriculum=True), 0).probabilities is None
     args = step_args(rmt_warmup_iters=3)
-    plans = [plan_step(args, iteration) for iteration in range(5)]
-    assert [plan.warm_up for plan in plans] == [1, 1, 1, 0, 0]
-    assert not any(plan.thought_from_text for plan in plans)
-    assert {(plan.positions_per_sample, plan.group) for plan in plans} == {(4, 2)}
+    plans = [schedule_of_step(args, iteration) for iteration in range(5)]
+    assert [schedule.warm_up for schedule in plans] == [1, 1, 1, 0, 0]
+    assert not any(schedule.thought_from_text for schedule in plans)
+    assert {(schedule.positions_per_sample, schedule.group) for schedule in plans} == {(4, 2)}
 
 
 def test_responses_from_the_text_are_spread_over_more_positions():
     args = step_args(rmt_warmup_iters=3, rmt_warmup_thought="text")
-    plans = [plan_step(args, iteration) for iteration in range(5)]
-    assert [plan.thought_from_text for plan in plans] == [1, 1, 1, 0, 0]
-    shapes = [(plan.positions_per_sample, plan.group) for plan in plans]
+    plans = [schedule_of_step(args, iteration) for iteration in range(5)]
+    assert [schedule.thought_from_text for schedule in plans] == [1, 1, 1, 0, 0]
+    shapes = [(schedule.positions_per_sample, schedule.group) for schedule in plans]
     assert shapes == [(8, 1)] * 3 + [(4, 2)] * 2

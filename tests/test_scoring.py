@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_rmt import scoring
-from megatron_rmt.template import read_response
-from megatron_rmt.tree import Responses, Trunk, build_trunk
+from megatron_rmt.prompt.response import read_response
+from megatron_rmt.rollout.responses import Responses
+from megatron_rmt.rollout.trunk import Trunk, build_trunk
+from megatron_rmt.update import scoring
 from tests.tiny_step import BYTES, TEMPLATE, scored, step_args, step_plan, tiny_training
 
 
@@ -85,7 +86,7 @@ def test_responses_from_the_text_are_its_next_tokens_and_the_answer():
     assert responses.tokens[0, 0].tolist() == [3, 4, 5, 10, 3]
     assert responses.tokens[1, 0].tolist() == [6, 7, 10, 6, 0]
     assert responses.tokens[2, 0].tolist() == [2, 3, 10, 2, 0]
-    assert not responses.sampled.any()
+    assert not responses.drawn.any()
 
     _, advantages, metrics = scoring.score(training, trunk, [0, 3, 8], responses, step)
     assert advantages.tolist() == [[0.0]] * 3
@@ -94,7 +95,7 @@ def test_responses_from_the_text_are_its_next_tokens_and_the_answer():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "sampled", "template", "truncated"),
+    ("tokens", "drawn", "template", "truncated"),
     [
         ([2, 3, 10, 4], [1, 1, 1, 1], "next", False),
         ([2] * 8, [1] * 8, "next", True),
@@ -114,7 +115,7 @@ def test_responses_from_the_text_are_its_next_tokens_and_the_answer():
         "text ended in the answer",
     ],
 )
-def test_a_response_is_truncated_where_a_bound_ended_it(tokens, sampled, template, truncated):
+def test_a_response_is_truncated_where_a_bound_ended_it(tokens, drawn, template, truncated):
     training = tiny_training(step_args())
     training = dataclasses.replace(
         training, template=dataclasses.replace(TEMPLATE, answer=template)
@@ -122,7 +123,7 @@ def test_a_response_is_truncated_where_a_bound_ended_it(tokens, sampled, templat
     responses = Responses(
         torch.tensor([[tokens]]),
         torch.tensor([[len(tokens)]]),
-        torch.tensor([[sampled]]).bool(),
+        torch.tensor([[drawn]]).bool(),
         torch.zeros(1, 1, len(tokens)),
     )
     response = read_response(tokens, training.template, BYTES, [0], 3)

@@ -9,10 +9,12 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch import Tensor
 
 from megatron_rmt import step as rmt_step
-from megatron_rmt.packing import TreeSource, empty_source
-from megatron_rmt.scoring import responses_from_text, score
+from megatron_rmt.rollout.trunk import NO_LABEL, Trunk
 from megatron_rmt.step import global_sample_indices
-from megatron_rmt.tree import NO_LABEL, Trunk, grow_tree, pad_tree
+from megatron_rmt.update.packing import TreeSource, empty_source
+from megatron_rmt.update.scoring import score
+from megatron_rmt.update.tree import grow_tree, pad_tree
+from megatron_rmt.update.warm_up import responses_from_text
 from tests.distributed import run_distributed
 from tests.tiny_step import (
     BYTES,
@@ -129,7 +131,7 @@ def test_weights_hold_the_means_of_the_global_batch(warm_up):
     for position in range(2):
         for rollout in range(2):
             length = int(responses.lengths[position, rollout])
-            drawn = responses.sampled[position, rollout, :length]
+            drawn = responses.drawn[position, rollout, :length]
             for index in range(length):
                 policy = float(advantages[position, rollout]) / int(drawn.sum()) / 12
                 written = 1 / max(1, int((~drawn).sum())) / 12
@@ -163,7 +165,7 @@ def test_every_token_of_a_tree_is_counted_once():
     assert metrics["rmt trunk tokens"] == (len(trunk), 0.25)
     assert metrics["rmt stem tokens"] == (2, 0.25)
     assert metrics["rmt branch tokens"] == (int((responses.lengths - 1).sum()), 0.25)
-    assert sum(tokens for tokens, _ in metrics.values()) == tree.plan.tokens
+    assert sum(tokens for tokens, _ in metrics.values()) == tree.visibility.tokens
 
 
 @pytest.mark.usefixtures("single_process_megatron")
@@ -182,14 +184,14 @@ def test_trees_are_padded_to_what_fp8_and_sequence_parallel_ranks_want(
     for aligned in rmt_step._aligned(training, [tree, odd]):
         size = aligned.tokens.shape[0]
         assert size % multiple == 0
-        assert 0 <= size - tree.plan.tokens <= multiple
-        assert aligned.plan.tokens == tree.plan.tokens
+        assert 0 <= size - tree.visibility.tokens <= multiple
+        assert aligned.visibility.tokens == tree.visibility.tokens
 
 
 def test_padding_and_tokens_above_the_limit_are_reported():
     _, _, (_, trunk, rows, responses, _) = scored()
     tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
-    tokens = tree.plan.tokens
+    tokens = tree.visibility.tokens
     padded = pad_tree(tree, tokens + 28)
     unlimited = rmt_step._size_metrics(step_args(rmt_max_tokens=None), trunk, padded)
     assert unlimited == {"rmt padding": (28, tokens + 28), "rmt tokens above limit": (0, 1)}

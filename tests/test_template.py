@@ -12,16 +12,10 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_rmt.template import (
-    TEMPLATES,
-    Response,
-    ResponseGrammar,
-    Template,
-    chat_template,
-    load_template,
-    read_response,
-)
-from megatron_rmt.token_bytes import token_bytes
+from megatron_rmt.prompt.grammar import ResponseGrammar
+from megatron_rmt.prompt.response import Response, read_response
+from megatron_rmt.prompt.template import TEMPLATES, Template, chat_template, load_template
+from megatron_rmt.prompt.token_bytes import token_bytes
 
 BOXED = TEMPLATES["raw"]
 NEXT = TEMPLATES["inline"]

@@ -12,7 +12,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_rmt.token_bytes import token_bytes
+from megatron_rmt.prompt.token_bytes import token_bytes
 
 LINES = [
     "Half of 84 is 42, and 42 + 42 = 84.",

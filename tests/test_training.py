@@ -185,7 +185,7 @@ def test_a_real_torchrun_that_compiles_gives_the_curve_too(
 ):
     metrics = tmp_path / "metrics.jsonl"
     flags = [*inputs.flags(), *RMT, *TP2, "--rmt-metrics-file", metrics, "--exit-interval", "2"]
-    # Outside the tests functions are compiled (``fusion``).
+    # Outside the tests functions are compiled (``cpu.compiled``).
     env = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCHDYNAMO_DISABLE": "0"}
     run_torchrun(2, [PRETRAIN, *flags], env=env)
     assert_same_curve(read_metrics(metrics), reference.metrics[:2])
@@ -233,7 +233,7 @@ def without_the_patch(path: Path) -> Path:
     assert program.count(patch) == 1
     # The wheel's helpers are compiled already, and it holds no Makefile to compile them again.
     instead = "from megatron.core.datasets import utils\n\nutils.compile_helpers = lambda: None\n"
-    check = "\nimport sys\nassert 'megatron_rmt.patches' not in sys.modules\n"
+    check = "\nimport sys\nassert 'megatron_rmt.job.patches' not in sys.modules\n"
     path.write_text(program.replace(patch, instead) + check, encoding="utf-8")
     return path
 

@@ -9,8 +9,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transfor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_rmt.attention import TreePlan, attach_tree_attention
-from megatron_rmt.tree_attention import Block
+from megatron_rmt.model.blocks import Block
+from megatron_rmt.model.visibility import TreeVisibility, attach_tree_attention
 from tests.tiny_model import build_model
 
 pytest.importorskip(
@@ -64,9 +64,11 @@ def test_checkpoints_have_the_same_keys_and_shapes(models: tuple[GPTModel, GPTMo
 def _logits_and_gradients(model: GPTModel) -> tuple[Tensor, dict[str, Tensor]]:
     """Of the packed tokens, everybody's squares as the loss."""
     tokens = torch.arange(1, 25).cuda()
-    plan = TreePlan(tokens=24, blocks=(Block(0, 24),))
-    plan.use_positions(torch.arange(24, device=tokens.device), 24)
-    logits = model(tokens[None], plan.positions[None], None, packed_seq_params=plan)[0, :, :53]
+    visibility = TreeVisibility(tokens=24, blocks=(Block(0, 24),))
+    visibility.use_position_ids(torch.arange(24, device=tokens.device), 24)
+    logits = model(tokens[None], visibility.position_ids[None], None, packed_seq_params=visibility)[
+        0, :, :53
+    ]
     logits.square().mean().backward()
     return logits.detach(), {_fused(n): p.grad for n, p in model.named_parameters()}
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rmt.tree import NO_LABEL, Responses, Tree, Trunk, build_trunk, grow_tree, pad_tree
-from megatron_rmt.tree_attention import visibility
+from megatron_rmt.model.blocks import ancestry
+from megatron_rmt.rollout.responses import Responses
+from megatron_rmt.rollout.trunk import NO_LABEL, Trunk, build_trunk
+from megatron_rmt.update.tree import Tree, grow_tree, pad_tree
 
 END_OF_DOCUMENT = 0
 CPU = torch.device("cpu")
@@ -25,7 +27,7 @@ def _sample_text(seed: int = 0, samples: int = 2, length: int = 12) -> tuple[Ten
 def _trunk(head: list[int] = (), separate: bool = True, seed: int = 0) -> Trunk:
     return build_trunk(
         *_sample_text(seed),
-        head=list(head),
+        preamble=list(head),
         end_of_document=END_OF_DOCUMENT,
         separate_documents=separate,
     )
@@ -37,7 +39,7 @@ def _responses(lengths: list[list[int]], seed: int = 1) -> Responses:
     return Responses(
         tokens=torch.randint(1, 50, shape, generator=generator),
         lengths=torch.tensor(lengths),
-        sampled=torch.rand(shape, generator=generator) < 0.5,
+        drawn=torch.rand(shape, generator=generator) < 0.5,
         log_probs=torch.randn(shape, generator=generator),
     )
 
@@ -95,9 +97,9 @@ def _name(node: Node) -> tuple:
 
 
 def _dense_mask(tree: Tree) -> Tensor:
-    """``[tokens, tokens]`` bool, what each row of the plan sees."""
-    rows = torch.arange(tree.plan.tokens)
-    return visibility(tree.plan.blocks)(rows[:, None], rows)
+    """``[tokens, tokens]`` bool, what each row of the visibility sees."""
+    rows = torch.arange(tree.visibility.tokens)
+    return ancestry(tree.visibility.blocks)(rows[:, None], rows)
 
 
 ROWS = [0, 3, 6, 14, 23]
@@ -125,8 +127,8 @@ def test_positions_continue_along_every_path(separate):
     tree = _grow(trunk, ROWS, stem, responses)
     for row, node in enumerate(_nodes(trunk, stem, responses, len(ROWS))):
         path = _path(node, trunk, ROWS, stem)
-        start = int(trunk.positions[path[0][1]])
-        assert int(tree.plan.positions[row]) == start + len(path) - 1
+        start = int(trunk.position_ids[path[0][1]])
+        assert int(tree.visibility.position_ids[row]) == start + len(path) - 1
 
 
 @pytest.mark.parametrize("separate", [False, True], ids=["one document", "separate documents"])
@@ -137,7 +139,7 @@ def test_every_prediction_sees_prefix_stem_and_response_so_far(separate):
     for prediction in range(tree.trunk_predictions, len(tree.predicting)):
         row = int(tree.predicting[prediction])
         found.append((tree.tokens[mask[row]].tolist(), int(tree.targets[prediction])))
-    expected, rollouts, sampled, log_probs = [], [], [], []
+    expected, rollouts, drawn, log_probs = [], [], [], []
     for position, row in enumerate(ROWS):
         prefix = trunk.tokens[int(trunk.document_first[row]) : row + 1].tolist() + stem
         for rollout in range(3):
@@ -145,12 +147,12 @@ def test_every_prediction_sees_prefix_stem_and_response_so_far(separate):
             response = responses.tokens[position, rollout, :length].tolist()
             expected += [(prefix + response[:n], response[n]) for n in range(length)]
             rollouts += [position * 3 + rollout] * length
-            sampled += responses.sampled[position, rollout, :length].tolist()
+            drawn += responses.drawn[position, rollout, :length].tolist()
             log_probs += responses.log_probs[position, rollout, :length].tolist()
     assert found == expected
     assert tree.rollouts.tolist() == rollouts
-    assert tree.sampled.tolist() == sampled
-    assert tree.sampled_log_probs.tolist() == log_probs
+    assert tree.drawn.tolist() == drawn
+    assert tree.drawn_log_probs.tolist() == log_probs
 
 
 def test_ntp_falls_on_every_labelled_unmasked_row_that_was_not_chosen():
@@ -174,9 +176,9 @@ def test_a_tree_without_positions_is_the_trunk():
     tree = _grow(trunk, [], [31, 32], None)
     assert torch.equal(tree.tokens, trunk.tokens)
     assert len(tree.predicting) == tree.trunk_predictions == int((trunk.loss_mask > 0).sum())
-    assert len(tree.rollouts) == len(tree.sampled) == len(tree.sampled_log_probs) == 0
+    assert len(tree.rollouts) == len(tree.drawn) == len(tree.drawn_log_probs) == 0
     assert tree.rollouts.dtype == torch.int64
-    assert tree.sampled.dtype == torch.bool
+    assert tree.drawn.dtype == torch.bool
 
 
 @pytest.mark.parametrize("head", [[], [41, 42, 43]])
@@ -198,7 +200,7 @@ def test_trunk_of_separate_documents(head):
             [0.0] * len(head) + loss_mask[sample, start:end].tolist()
         )
         assert trunk.columns[first:limit].tolist() == [-1] * len(head) + list(range(start, end))
-        assert trunk.positions[first:limit].tolist() == list(
+        assert trunk.position_ids[first:limit].tolist() == list(
             range(int(positions[sample, start]), int(positions[sample, start]) + limit - first)
         )
         assert trunk.samples[first:limit].unique().tolist() == [sample]
@@ -218,7 +220,7 @@ def test_responses_of_some_positions():
     own = responses.positions(1, 3)
     assert torch.equal(own.tokens, responses.tokens[1:3])
     assert own.lengths.tolist() == LENGTHS[1:3]
-    assert torch.equal(own.sampled, responses.sampled[1:3])
+    assert torch.equal(own.drawn, responses.drawn[1:3])
     assert torch.equal(own.log_probs, responses.log_probs[1:3])
 
 
@@ -228,13 +230,16 @@ def test_padding_adds_rows_that_nobody_sees():
     size = len(tree.tokens)
     padded = pad_tree(tree, size + 9)
     assert padded.tokens.tolist() == original.tokens.tolist() + [0] * 9
-    assert padded.plan.positions.tolist() == original.plan.positions.tolist() + [0] * 9
-    assert padded.plan.tokens == size
+    assert (
+        padded.visibility.position_ids.tolist()
+        == original.visibility.position_ids.tolist() + [0] * 9
+    )
+    assert padded.visibility.tokens == size
     assert torch.equal(_dense_mask(padded), _dense_mask(original))
-    for name in ("predicting", "targets", "ntp_mask", "rollouts", "sampled", "sampled_log_probs"):
+    for name in ("predicting", "targets", "ntp_mask", "rollouts", "drawn", "drawn_log_probs"):
         assert torch.equal(getattr(padded, name), getattr(original, name))
     same = pad_tree(original, size)
-    assert len(same.tokens) == len(same.plan.positions) == size
+    assert len(same.tokens) == len(same.visibility.position_ids) == size
 
 
 def test_padding_to_less_than_the_tree_is_refused():

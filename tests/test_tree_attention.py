@@ -9,19 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rmt.attention import TreePlan
-from megatron_rmt.tree_attention import (
+from megatron_rmt.model.blocks import Block, ancestry, attended_pairs, position_block
+from megatron_rmt.model.lse_attention import LseAttention
+from megatron_rmt.model.tree_attention import (
     BACKENDS,
-    Block,
     FlexAttention,
-    LseAttention,
     SdpaAttention,
-    attended_pairs,
     backend_for,
     check_backend,
-    position_block,
-    visibility,
 )
+from megatron_rmt.model.visibility import TreeVisibility
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SCALE = 0.3
@@ -140,7 +137,7 @@ def _reference(blocks: Sequence[Block], inputs: Sequence[Tensor]) -> list[Tensor
 def test_visibility_is_that_of_every_row_written_out(tree):
     blocks, rows = TREES[tree], torch.arange(_tokens(TREES[tree]))
     visible = _brute_force(blocks)
-    assert torch.equal(visibility(blocks)(rows[:, None], rows), visible)
+    assert torch.equal(ancestry(blocks)(rows[:, None], rows), visible)
     assert attended_pairs(blocks) == int(visible.sum())
 
 
@@ -252,9 +249,9 @@ def test_gradients_of_expanded_and_transposed_tensors(backend):
 def test_a_plan_is_positions_and_a_few_integers():
     """No mask, whichever layer has attended: lse keeps only how rows are divided."""
     blocks = TREES["long"]
-    plan = TreePlan(tokens=_tokens(blocks), blocks=blocks)
-    plan.use_positions(torch.arange(plan.tokens), plan.tokens)
-    plan.attend(1, *_inputs(plan.tokens), SCALE)
+    visibility = TreeVisibility(tokens=_tokens(blocks), blocks=blocks)
+    visibility.use_position_ids(torch.arange(visibility.tokens), visibility.tokens)
+    visibility.attend(1, *_inputs(visibility.tokens), SCALE)
 
     def tensors(value: object) -> list[Tensor]:
         if isinstance(value, Tensor):
@@ -263,21 +260,21 @@ def test_a_plan_is_positions_and_a_few_integers():
         inside = value if isinstance(value, (tuple, list)) else inside
         return [tensor for item in inside for tensor in tensors(item)]
 
-    assert [tensor.numel() for tensor in tensors(plan)] == [plan.tokens]
+    assert [tensor.numel() for tensor in tensors(visibility)] == [visibility.tokens]
 
 
 def test_layers_share_what_a_backend_prepares_and_other_blocks_do_not():
     blocks = TREES["ragged"]
     inputs = _inputs(_tokens(blocks))
-    plan = TreePlan(tokens=_tokens(blocks), blocks=blocks, attention="sdpa")
-    plan.attend(1, *inputs, SCALE)
-    backend = plan._backend
-    plan.attend(2, *inputs, SCALE)
-    assert plan._backend is backend
+    visibility = TreeVisibility(tokens=_tokens(blocks), blocks=blocks, attention="sdpa")
+    visibility.attend(1, *inputs, SCALE)
+    backend = visibility._backend
+    visibility.attend(2, *inputs, SCALE)
+    assert visibility._backend is backend
     assert isinstance(backend, SdpaAttention)
-    plan.blocks = (*blocks[:-1], PERTURBATIONS["trunk one row shorter"](blocks[-1]))
-    output = plan.attend(1, *inputs, SCALE)
-    assert max(_errors([output], [_dense(*inputs, _brute_force(plan.blocks))])) < 1e-14
+    visibility.blocks = (*blocks[:-1], PERTURBATIONS["trunk one row shorter"](blocks[-1]))
+    output = visibility.attend(1, *inputs, SCALE)
+    assert max(_errors([output], [_dense(*inputs, _brute_force(visibility.blocks))])) < 1e-14
 
 
 def test_auto_is_the_fastest_that_runs():

@@ -11,7 +11,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_rmt.user_batch import UserBatch, take_batches
+from megatron_rmt.job.user_batch import take_batches
+from megatron_rmt.rollout.trunk import UserBatch
 from tests.distributed import run_distributed
 from tests.tiny_model import VOCAB, build_model
 

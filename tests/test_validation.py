@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import megatron_rmt
-from megatron_rmt import cpu_platform
-from megatron_rmt.arguments import add_rmt_arguments, is_enabled, readable_help
-from megatron_rmt.validation import check_rmt_arguments
+from megatron_rmt.cpu import platform as cpu_platform
+from megatron_rmt.job.settings import add_rmt_arguments, is_enabled, readable_help
+from megatron_rmt.job.validation import check_rmt_arguments
 from tests.distributed import run_distributed
 
 # A model small enough to type; RMT's defaults fit in it.

@@ -22,7 +22,7 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_rmt import cpu_platform
+from megatron_rmt.cpu import platform as cpu_platform
 from tests.distributed import REPOSITORY, run_distributed
 
 PRETRAIN = REPOSITORY / "examples/pretrain_rmt.py"

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rmt import scoring
+from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.mid_training import MidTraining
-from megatron_rmt.schedules import StepPlan
-from megatron_rmt.template import ResponseGrammar, Template
-from megatron_rmt.tree import Responses, Trunk, build_trunk
+from megatron_rmt.prompt.grammar import ResponseGrammar
+from megatron_rmt.prompt.template import Template
+from megatron_rmt.rollout.responses import Responses
+from megatron_rmt.rollout.trunk import Trunk, build_trunk
+from megatron_rmt.update import scoring
 
 
 def step_args(**changes: Any) -> Namespace:
@@ -54,7 +56,7 @@ def tiny_training(args: Namespace) -> MidTraining:
         bytes_of=BYTES,
         has_bytes=torch.tensor([len(text) > 0 for text in BYTES]),
         grammar=ResponseGrammar(TEMPLATE, BYTES, [0]),
-        head=[9, 9],
+        preamble=[9, 9],
         close=[10],
         stop=[0],
         longest_position=200,
@@ -72,13 +74,13 @@ def tiny_trunk(head: list[int] = (9, 9), length: int = 40) -> Trunk:
         torch.arange(length).repeat(2, 1),
         text[:, 1:],
         loss_mask,
-        head=list(head),
+        preamble=list(head),
         end_of_document=0,
         separate_documents=True,
     )
 
 
-def step_plan(iteration: int = 0, **changes: Any) -> StepPlan:
+def step_plan(iteration: int = 0, **changes: Any) -> Schedule:
     options = {
         "budget": 4,
         "probabilities": (0.6, 0.3, 0.1),
@@ -87,7 +89,7 @@ def step_plan(iteration: int = 0, **changes: Any) -> StepPlan:
         "warm_up": False,
         "thought_from_text": False,
     }
-    return StepPlan(iteration, **options | changes)
+    return Schedule(iteration, **options | changes)
 
 
 def readable_rows(trunk: Trunk, count: int) -> list[int]:
@@ -114,9 +116,9 @@ def scored(warm_up: bool = False, **changes: Any) -> tuple[Tensor, dict[str, Any
         for rollout, text in enumerate(group):
             tokens[position, rollout, : len(text)] = torch.tensor(text)
             lengths[position, rollout] = len(text)
-    sampled = torch.ones(2, 2, 8, dtype=torch.bool)
-    sampled[1, 1, 4] = False
-    responses = Responses(tokens, lengths, sampled, torch.zeros(2, 2, 8))
+    drawn = torch.ones(2, 2, 8, dtype=torch.bool)
+    drawn[1, 1, 4] = False
+    responses = Responses(tokens, lengths, drawn, torch.zeros(2, 2, 8))
     step = step_plan(warm_up=warm_up)
     _, advantages, metrics = scoring.score(training, trunk, rows, responses, step)
     return advantages, metrics, (training, trunk, rows, responses, step)

@@ -234,7 +234,7 @@ def start_megatron(flags: Sequence[str]) -> Any:
     import torch
 
     if not torch.cuda.is_available():
-        from megatron_rmt import cpu_platform
+        from megatron_rmt.cpu import platform as cpu_platform
 
         cpu_platform.install_if_no_cuda()
 
@@ -249,7 +249,8 @@ def start_megatron(flags: Sequence[str]) -> Any:
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron_rmt.mid_training import gpt_model, prepare
+    from megatron_rmt.mid_training import prepare
+    from megatron_rmt.model.gpt import gpt_model
 
     try:
         parse_and_validate_args()
@@ -296,10 +297,10 @@ def read_document(
     """
     import torch
 
-    from megatron_rmt.curriculum import tiers
-    from megatron_rmt.decoding import KeyValueStore
-    from megatron_rmt.entropy import read_trunk
-    from megatron_rmt.tree import NO_LABEL, build_trunk
+    from megatron_rmt.algorithm.curriculum import tiers
+    from megatron_rmt.rollout.kv_cache import KeyValueStore
+    from megatron_rmt.rollout.prefill import read_trunk
+    from megatron_rmt.rollout.trunk import NO_LABEL, build_trunk
 
     ids = document.ids[:length]
     tokens = torch.tensor([ids])
@@ -372,8 +373,8 @@ def reason(
 
     ``store`` holds the documents from their ``first_rows`` on.
     """
-    from megatron_rmt.live_rollouts import RolloutPosition
-    from megatron_rmt.rollout import RolloutSettings, generate
+    from megatron_rmt.rollout.generate import RolloutSettings, generate
+    from megatron_rmt.rollout.live_rollouts import RolloutPosition
 
     args, head = training.args, len(training.head)
     wanted = [
@@ -429,8 +430,8 @@ def _judge(
     training: Any, document: Document, record: Record, token: int, responses: Any, thinking: bool
 ) -> None:
     """Read the responses at one position and append their sums to ``record``."""
-    from megatron_rmt.scoring import CONTINUATION_TOKENS
-    from megatron_rmt.template import read_response
+    from megatron_rmt.prompt.response import read_response
+    from megatron_rmt.update.scoring import CONTINUATION_TOKENS
 
     truth: list[bytes] = []
     for true in document.ids[token : token + CONTINUATION_TOKENS]:
@@ -440,8 +441,8 @@ def _judge(
     boundaries = np.cumsum([len(text) for text in truth]).tolist()
     matches = well_formed = closed_by_itself = thought_length = 0
     lengths = responses.lengths[0].tolist()
-    for tokens, sampled, length in zip(
-        responses.tokens[0].tolist(), responses.sampled[0].tolist(), lengths, strict=True
+    for tokens, drawn, length in zip(
+        responses.tokens[0].tolist(), responses.drawn[0].tolist(), lengths, strict=True
     ):
         response = read_response(
             [*([] if thinking else training.close), *tokens[:length]],
@@ -451,7 +452,7 @@ def _judge(
             training.args.rmt_answer_tokens,
         )
         well_formed += response.well_formed
-        closed_by_itself += response.closed and all(sampled[:length])
+        closed_by_itself += response.closed and all(drawn[:length])
         thought_length += response.thought_length
         if response.well_formed:
             match = training.template.match(response.prediction, b"".join(truth), boundaries)
@@ -478,8 +479,8 @@ def measure(
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_rmt.decoding import KeyValueStore
-    from megatron_rmt.mid_training import generating
+    from megatron_rmt.model.gpt import generating
+    from megatron_rmt.rollout.kv_cache import KeyValueStore
 
     # Replicas that share experts must run forward passes together, so they do the same work.
     shared_experts = training.args.expert_model_parallel_size > 1

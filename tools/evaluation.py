@@ -253,8 +253,8 @@ def comparison(names: Sequence[str], measured: Sequence[Measured]) -> str:
     for name, title in METHODS.items():
         if all(name in result for result in results):
             # "next token" alone would not tell which positions.
-            sampled = name == "next_token_sampled"
-            rows += [[""], [f"{title}{', sampled positions' if sampled else ''}, accuracy in %"]]
+            drawn = name == "next_token_sampled"
+            rows += [[""], [f"{title}{', sampled positions' if drawn else ''}, accuracy in %"]]
         for column, split in enumerate(titles):
             add(f"  {split}", name, column, 100.0)
     rows.append([""])

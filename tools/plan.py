@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore")
 for name in ("torch.utils.cpp_extension", "megatron", "transformers"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
-from megatron_rmt.schedules import StepPlan, plan_step
+from megatron_rmt.algorithm.schedules import Schedule, schedule_of_step
 from planning.memory import RankMemory, as_gib, largest_rank, micro_batch, model_parameters
 from planning.settings import (
     Prompt,
@@ -113,7 +113,7 @@ class Step:
     values are held for."""
 
     args: Namespace
-    plan: StepPlan
+    plan: Schedule
     thought: float
     work: SampleWork
     flops: StepFlops
@@ -126,7 +126,7 @@ def step_at(
     request: Request,
     args: Namespace,
     documents: Documents,
-    plan: StepPlan,
+    plan: Schedule,
     at_bound: bool = False,
 ) -> Step:
     """The step of ``plan``. at_bound: every thought is as long as it may be."""
@@ -191,11 +191,11 @@ def make_plan(request: Request, **changes: Any) -> Plan:
     args = request.settings(**changes)
     documents, corpus = corpus_documents(args, request.document_tokens)
     count = min(args.train_iters, SAMPLED_STEPS)
-    sampled = [plan_step(args, index * args.train_iters // count) for index in range(count)]
+    drawn = [schedule_of_step(args, index * args.train_iters // count) for index in range(count)]
     # Steps differ in nothing else that counts here.
-    kinds = Counter(dataclasses.replace(step, iteration=0, probabilities=None) for step in sampled)
+    kinds = Counter(dataclasses.replace(step, iteration=0, probabilities=None) for step in drawn)
     steps = {kind: step_at(request, args, documents, kind) for kind in kinds}
-    last = plan_step(args, args.train_iters - 1)
+    last = schedule_of_step(args, args.train_iters - 1)
     all_numbers = {kind: numbers(step) for kind, step in steps.items()}
     first = next(iter(kinds))
     mean = {

@@ -2,8 +2,8 @@
 
     python tools/plot_curves.py runs/quickstart/metrics.jsonl --output curves.png
 
-The input holds one JSON object per iteration, as ``megatron_rmt.metrics`` writes it. A panel whose
-values are missing from the whole file is left out.
+The input holds one JSON object per iteration, as ``megatron_rmt.job.metrics`` writes it. A panel
+whose values are missing from the whole file is left out.
 """
 
 import argparse

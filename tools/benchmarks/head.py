@@ -39,7 +39,7 @@ from benchmarks.measurement import Report, interleaved, median, peak_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_rmt.head import token_statistics, weighted_log_prob_sum
+from megatron_rmt.model.head import token_statistics, weighted_log_prob_sum
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FLOORS = {

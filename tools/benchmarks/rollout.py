@@ -400,10 +400,10 @@ class Engine:
 
     def read_trunks(self, documents: Sequence[Sequence[int]], entropies: bool = True) -> Any:
         """A store that holds every document."""
-        from megatron_rmt.decoding import KeyValueStore, TrunkPlan
-        from megatron_rmt.entropy import read_trunk
-        from megatron_rmt.stages import forward_through_stages
-        from megatron_rmt.tree import NO_LABEL, build_trunk, trunk_blocks
+        from megatron_rmt.model.pipeline import forward_through_stages
+        from megatron_rmt.rollout.kv_cache import KeyValueStore, TrunkVisibility
+        from megatron_rmt.rollout.prefill import read_trunk
+        from megatron_rmt.rollout.trunk import NO_LABEL, build_trunk, trunk_blocks
 
         training = self.training
         store, first_row = KeyValueStore(sum(map(len, documents))), 0
@@ -430,10 +430,12 @@ class Engine:
                 )
             else:
                 blocks = trunk_blocks(trunk)
-                plan = TrunkPlan(tokens=len(trunk), blocks=blocks, store=store, first_row=first_row)
-                plan.use_positions(trunk.positions, training.longest_position)
+                visibility = TrunkVisibility(
+                    tokens=len(trunk), blocks=blocks, store=store, first_row=first_row
+                )
+                visibility.use_position_ids(trunk.position_ids, training.longest_position)
                 with torch.no_grad():
-                    forward_through_stages(self.model, trunk.tokens, plan, lambda *_: None)
+                    forward_through_stages(self.model, trunk.tokens, visibility, lambda *_: None)
             first_row += len(document)
         return store
 
@@ -442,8 +444,8 @@ class Engine:
     ) -> tuple[list[int], Any]:
         """Rows of each decoding pass, and the responses. ``store`` holds the document, or, if it is
         not ``shared``, a prefix for each rollout."""
-        from megatron_rmt.live_rollouts import RolloutPosition
-        from megatron_rmt.rollout import RolloutSettings, generate
+        from megatron_rmt.rollout.generate import RolloutSettings, generate
+        from megatron_rmt.rollout.live_rollouts import RolloutPosition
 
         training = self.training
         copies = 1 if shared else workload.group
@@ -523,7 +525,7 @@ class Engine:
 
     def bytes_seconds(self, workload: Workload, live: Sequence[int]) -> float:
         """Seconds to read all weights, the trunk and the tails of live rollouts at every step."""
-        from megatron_rmt.rollout_memory import key_value_bytes
+        from megatron_rmt.rollout.memory import key_value_bytes
 
         token = key_value_bytes(self.model)
         read = 0
@@ -534,11 +536,11 @@ class Engine:
 
     def key_value_bytes(self, workload: Workload) -> int:
         """Bytes of trunk and tails of the workload, all of it at a time."""
-        from megatron_rmt.rollout_memory import KeyValuePlan, key_value_bytes
+        from megatron_rmt.rollout.memory import CacheSize, key_value_bytes
 
         # An answer of one token could follow the thought.
         tail = len(workload.stem) + 2 * workload.budget + 1
-        return KeyValuePlan(
+        return CacheSize(
             key_value_bytes(self.model),
             len(workload.document),
             workload.rollouts,

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from megatron_rmt import cpu_platform
+from megatron_rmt.cpu import platform as cpu_platform
 
 if not torch.cuda.is_available():
     cpu_platform.install()
@@ -37,11 +37,12 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from benchmarks.measurement import Report, interleaved, median, peak_memory
-from megatron_rmt.attention import TreePlan, attach_tree_attention
-from megatron_rmt.forward_step import LossSettings, Update, make_forward_step
-from megatron_rmt.losses import LossWeights, response_weights
-from megatron_rmt.tree import Tree
-from megatron_rmt.tree_attention import Block, attended_pairs, check_backend, position_block
+from megatron_rmt.algorithm.losses import LossWeights, response_weights
+from megatron_rmt.model.blocks import Block, attended_pairs, position_block
+from megatron_rmt.model.tree_attention import check_backend
+from megatron_rmt.model.visibility import TreeVisibility, attach_tree_attention
+from megatron_rmt.update.forward_step import LossSettings, Update, make_forward_step
+from megatron_rmt.update.tree import Tree
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 LAYERS, VOCABULARY = 30, 49152
@@ -209,9 +210,11 @@ class Layout:
     def update(self, attention: str, device: torch.device) -> Update:
         """The finished micro-batch, with the weights of the loss of the whole problem."""
         problem = self.problem
-        plan = TreePlan(tokens=self.size, blocks=tuple(self.blocks), attention=attention)
+        visibility = TreeVisibility(
+            tokens=self.size, blocks=tuple(self.blocks), attention=attention
+        )
         longest = len(problem.document) + len(problem.stem) + problem.responses.shape[2]
-        plan.use_positions(torch.cat(self.positions).to(device), longest)
+        visibility.use_position_ids(torch.cat(self.positions).to(device), longest)
         rollouts = torch.cat([torch.empty(0, dtype=torch.int64), *self.rollouts])
         drawn = torch.ones(len(rollouts), dtype=torch.bool)
         policy = response_weights(
@@ -220,14 +223,14 @@ class Layout:
         ntp_mask = torch.ones(self.trunk_predictions)
         tree = Tree(
             tokens=torch.cat(self.tokens).to(device),
-            plan=plan,
+            visibility=visibility,
             predicting=torch.cat(self.predicting).to(device),
             targets=torch.cat(self.targets).to(device),
             trunk_predictions=self.trunk_predictions,
             ntp_mask=ntp_mask.to(device),
             rollouts=rollouts.to(device),
-            sampled=drawn.to(device),
-            sampled_log_probs=torch.zeros(len(rollouts), device=device),
+            drawn=drawn.to(device),
+            drawn_log_probs=torch.zeros(len(rollouts), device=device),
         )
         weights = LossWeights(
             ntp=(ntp_mask / ntp_predictions(problem)).to(device),

@@ -62,7 +62,7 @@ def build_megatron_model(directory: Path, sequence_length: int, flags: list[str]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
-    from megatron_rmt import cpu_platform
+    from megatron_rmt.cpu import platform as cpu_platform
 
     cpu_platform.install_if_no_cuda()
 

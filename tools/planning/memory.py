@@ -11,7 +11,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from megatron_rmt.mid_training import kv_bound
-from megatron_rmt.rollout_memory import GIB, KeyValuePlan
+from megatron_rmt.rollout.memory import GIB, CacheSize
 from planning.work import SampleWork
 
 FP32 = 4
@@ -338,11 +338,11 @@ def _rollouts(
     return key_values, wide + max(reading * through_a_layer, drawing + scores, moved)
 
 
-def key_value_plan(args: Namespace, work: SampleWork, longest: float) -> KeyValuePlan:
+def key_value_plan(args: Namespace, work: SampleWork, longest: float) -> CacheSize:
     """The plan that a run prints, for responses of at most ``longest`` tokens."""
     samples = args.global_batch_size // args.data_parallel_size
     per_rank = max(1, args.key_width // args.kv_channels // args.tensor_model_parallel_size)
-    return KeyValuePlan(
+    return CacheSize(
         token_bytes=args.layers_per_stage * 2 * per_rank * args.kv_channels * args.params_bytes,
         trunk_tokens=round(samples * work.tokens.trunk),
         rows=samples * args.rmt_positions_per_sample * args.rmt_group_size,

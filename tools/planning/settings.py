@@ -25,11 +25,11 @@ from megatron.training.arguments import add_megatron_arguments
 from conversion.huggingface_directory import TOKENIZERS
 from conversion.model_config import megatron_flags, read_config
 from examples.recipe import recipe_flags
-from megatron_rmt.arguments import add_rmt_arguments
-from megatron_rmt.cpu_platform import add_required_flags
-from megatron_rmt.mid_training import encode_prompt, position_problem, prompt_template
-from megatron_rmt.template import Template, load_template
-from megatron_rmt.token_bytes import token_bytes
+from megatron_rmt.cpu.platform import add_required_flags
+from megatron_rmt.job.settings import add_rmt_arguments
+from megatron_rmt.prompt.prompt import encode_prompt, position_problem, prompt_template
+from megatron_rmt.prompt.template import Template, load_template
+from megatron_rmt.prompt.token_bytes import token_bytes
 from planning.work import Documents, Lengths, documents_in_samples
 
 # Without a tokenizer: letters of English to a token, and tokens of a chat's markers.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_rmt.packing import TreeCost, tree_cost
+from megatron_rmt.update.packing import TreeCost, tree_cost
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,367 @@
+"""Run Megatron on a machine without CUDA: gloo, CPU tensors, the same training code.
+
+Megatron-LM asks ``torch.cuda`` for its device, its streams and its random state, and allocates with
+``device="cuda"``. ``install()`` lets the CPU answer those questions, so that ``pretrain()`` itself
+runs unchanged. Nothing here is used, or imported, where CUDA is present.
+
+Do not load Hugging Face *models* in a process in which this is installed: they also look at
+``torch.cuda`` and were seen to build wrong rotary tables. Tokenizers are fine.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils.data
+
+from megatron_rmt.cpu import compiled
+
+CPU = torch.device("cpu")
+
+# The Megatron flags without which its CUDA-only kernels would be chosen.
+REQUIRED_FLAGS: dict[str, str | None] = {
+    "--transformer-impl": "local",
+    "--distributed-backend": "gloo",
+    "--use-cpu-initialization": None,
+    "--disable-jit-fuser": None,
+    "--no-gradient-accumulation-fusion": None,
+    "--no-masked-softmax-fusion": None,
+    "--no-bias-gelu-fusion": None,
+    "--no-bias-swiglu-fusion": None,
+    "--no-bias-dropout-fusion": None,
+    "--no-rope-fusion": None,
+    "--no-persist-layer-norm": None,
+}
+
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "randn_like",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+    "zeros_like",
+]
+
+_installed = False
+
+_ABSENT = object()
+# (owner, name, its own value there or _ABSENT, what ``install()`` put in its place).
+_replacements: list[tuple[Any, str, Any, Any]] = []
+
+
+def is_installed() -> bool:
+    """Whether ``install()`` has been called in this process."""
+    return _installed
+
+
+def add_required_flags(argv: Sequence[str]) -> list[str]:
+    """``argv`` with every flag of ``REQUIRED_FLAGS`` that it lacks; given values are kept.
+
+    SwiGLU's fusion stays on where ``layer_kernels`` provides it.
+    """
+    given = {word.split("=", 1)[0] for word in argv}
+    added: list[str] = []
+    for flag, value in REQUIRED_FLAGS.items():
+        if flag == "--no-bias-swiglu-fusion" and compiled.is_available():
+            continue
+        if flag not in given:
+            added += [flag] if value is None else [flag, value]
+    return [*argv, *added]
+
+
+def install() -> None:
+    """Let the CPU stand in for the CUDA device of Megatron. Harmless when called twice.
+
+    Raises:
+        RuntimeError: CUDA is available; the stand-in would hide the GPU.
+    """
+    global _installed
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "megatron_rmt.cpu.platform.install() was called although CUDA is available; "
+            "remove the call, Megatron runs on the GPU as it is."
+        )
+    _share_cores_between_ranks()
+    _leave_the_cores_to_this_thread()
+    _answer_device_questions()
+    _answer_stream_questions()
+    _answer_random_state_questions()
+    _let_cuda_device_mean_cpu()
+    _name_cuda_tensor_types()
+    _load_data_without_pinned_memory()
+    _exchange_by_sizes_on_the_host()
+    # torch.optim asks the (absent) driver whether a graph is being captured.
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        _replace(torch.optim.Optimizer, name, lambda self: None)
+    _stand_aside_while_torch_compiles()
+    _installed = True
+    from megatron_rmt.cpu import layer_kernels
+
+    layer_kernels.install()
+
+
+def _replace(owner: Any, name: str, replacement: Any) -> None:
+    _replacements.append((owner, name, vars(owner).get(name, _ABSENT), replacement))
+    setattr(owner, name, replacement)
+
+
+def _stand_aside_while_torch_compiles() -> None:
+    """``torch.compile`` asks ``torch.cuda`` what to compile for, and must hear the truth."""
+
+    def put_originals_back(_: Any) -> None:
+        for owner, name, original, _ in reversed(_replacements):
+            if original is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+
+    def put_replacements_in(_: Any) -> None:
+        for owner, name, _, replacement in _replacements:
+            setattr(owner, name, replacement)
+
+    torch._dynamo.callback_handler.register_start_callback(put_originals_back)
+    torch._dynamo.callback_handler.register_end_callback(put_replacements_in)
+
+
+def _share_cores_between_ranks() -> None:
+    """torchrun gives each of several ranks OMP_NUM_THREADS=1; give it its share of the cores."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if ranks == 0 or os.environ.get("OMP_NUM_THREADS") != "1":
+        return
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+def _leave_the_cores_to_this_thread() -> None:
+    """Let gloo's threads compute, copies mostly, by themselves.
+
+    Where one of them has a second OpenMP thread there are more of these than cores, and OpenMP
+    then puts threads to sleep at the end of each parallel loop, this thread's too: each loop takes
+    60 us more. A thread keeps its own number of threads, a new one takes the number set last.
+    """
+    torch.set_num_threads(torch.get_num_threads())
+    setter = threading.Thread(target=torch.set_num_threads, args=(1,))
+    setter.start()
+    setter.join()
+
+
+class _Properties:
+    """What ``torch.cuda.get_device_properties`` says of the stand-in."""
+
+    name = "cpu"
+    major = minor = 0
+    multi_processor_count = 1
+
+    @property
+    def total_memory(self) -> int:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _answer_device_questions() -> None:
+    cuda = torch.cuda
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": max(8, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        "current_device": CPU,
+        "set_device": None,
+        "synchronize": None,
+        "empty_cache": None,
+        "get_device_name": "cpu",
+        "get_device_capability": (0, 0),
+        "get_device_properties": _Properties(),
+        "is_current_stream_capturing": False,
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
+        "memory_reserved": 0,
+        "max_memory_reserved": 0,
+        "reset_peak_memory_stats": None,
+        "_lazy_init": None,
+    }
+    for name, answer in answers.items():
+        _replace(cuda, name, _constant(answer))
+    _replace(cuda, "memory_stats", lambda *args, **kwargs: {})
+    _replace(cuda, "_lazy_call", lambda function, **kwargs: function())
+    _replace(cuda.nvtx, "range_push", _constant(None))
+    _replace(cuda.nvtx, "range_pop", _constant(None))
+
+
+def _constant(answer: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: answer
+
+
+class _Event:
+    """A CUDA event that has always happened: CPU work is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: "_Event") -> float:
+        return 0.0
+
+
+class _Stream:
+    """A CUDA stream with nothing in it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, *args: Any) -> _Event:
+        return _Event()
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+
+
+def _answer_stream_questions() -> None:
+    cuda = torch.cuda
+    stream = _Stream()
+    _replace(cuda, "Stream", _Stream)
+    _replace(cuda, "Event", _Event)
+    _replace(cuda, "current_stream", _constant(stream))
+    _replace(cuda, "default_stream", _constant(stream))
+    _replace(cuda, "set_stream", _constant(None))
+    _replace(cuda, "stream", lambda *args, **kwargs: contextlib.nullcontext())
+
+
+class _Generators:
+    def __getitem__(self, index: int) -> torch.Generator:
+        return torch.default_generator
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _answer_random_state_questions() -> None:
+    def seed(value: int) -> torch.Generator:
+        return torch.default_generator.manual_seed(int(value))
+
+    def get(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def put(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    cuda = torch.cuda
+    for name in ("manual_seed", "manual_seed_all"):
+        _replace(cuda, name, seed)
+    for owner in (cuda, cuda.random):
+        _replace(owner, "get_rng_state", get)
+        _replace(owner, "set_rng_state", put)
+    _replace(cuda, "default_generators", _Generators())
+
+
+def _cpu_for_cuda(device: Any) -> Any:
+    """The CPU where ``device`` names a CUDA device, else ``device``."""
+    if isinstance(device, int) and not isinstance(device, bool):
+        return CPU
+    if isinstance(device, str) and device.startswith("cuda"):
+        return CPU
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return CPU
+    return device
+
+
+def _let_cuda_device_mean_cpu() -> None:
+    for name in _FACTORIES:
+        _replace(torch, name, _with_cpu_device(getattr(torch, name)))
+    for owner in (torch.Tensor, torch.nn.Module):
+        _replace(owner, "to", _with_cpu_device(owner.to, first_may_be_device=True))
+        _replace(owner, "cuda", lambda self, *args, **kwargs: self)
+    _replace(torch.Tensor, "new_empty", _with_cpu_device(torch.Tensor.new_empty))
+    _replace(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
+
+
+def _with_cpu_device(
+    function: Callable[..., Any], first_may_be_device: bool = False
+) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = _cpu_for_cuda(kwargs["device"])
+        kwargs.pop("pin_memory", None)
+        if first_may_be_device and len(args) > 1:
+            args = (args[0], _cpu_for_cuda(args[1]), *args[2:])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _name_cuda_tensor_types() -> None:
+    """Megatron's mixed-precision optimizers compare ``Tensor.type()`` with CUDA names."""
+    original = torch.Tensor.type
+
+    @functools.wraps(original)
+    def named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if isinstance(result, str) and not result.startswith("torch.cuda."):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    _replace(torch.Tensor, "type", named)
+
+
+def _load_data_without_pinned_memory() -> None:
+    original = torch.utils.data.DataLoader.__init__
+
+    @functools.wraps(original)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Worker processes would compete with training for the few cores.
+        kwargs.update(pin_memory=False, num_workers=0, persistent_workers=False)
+        kwargs.pop("prefetch_factor", None)
+        original(self, *args, **kwargs)
+
+    _replace(torch.utils.data.DataLoader, "__init__", construct)
+
+
+def _exchange_by_sizes_on_the_host() -> None:
+    """Megatron's token dispatcher makes lists of its split sizes where they lie on a GPU only."""
+    original = torch.distributed.all_to_all_single
+
+    @functools.wraps(original)
+    def exchange(*args: Any, **kwargs: Any) -> Any:
+        for name in ("output_split_sizes", "input_split_sizes"):
+            if isinstance(kwargs.get(name), torch.Tensor):
+                kwargs[name] = kwargs[name].tolist()
+        return original(*args, **kwargs)
+
+    _replace(torch.distributed, "all_to_all_single", exchange)
+
+
+def install_if_no_cuda() -> bool:
+    """``install()`` and add the flags to ``sys.argv`` unless CUDA is there; True if it did."""
+    if not _installed and torch.cuda.is_available():
+        return False
+    if not _installed and os.environ.get("RANK", "0") == "0":
+        print("megatron_rmt: there is no CUDA device, so Megatron runs on the CPU", file=sys.stderr)
+    install()
+    sys.argv[1:] = add_required_flags(sys.argv[1:])
+    return True

@@ -1,0 +1,414 @@
+"""The few patches of Megatron, in one table.
+
+All symbols are looked up as module globals at call time by Megatron 0.19, so patching works also
+after the user's script has imported ``pretrain``. Each patched symbol, and each that the wrappers
+call, is compared with what it was when the patches were written: a parameter that RMT relies on and
+that is gone is refused, another change warned of.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.rerun_state_machine import RerunDataIterator
+
+from megatron_rmt.algorithm.schedules import schedule_of_step
+from megatron_rmt.job.metrics import metrics_path, write_metrics
+from megatron_rmt.job.samples import write_samples
+from megatron_rmt.job.settings import add_rmt_arguments, is_enabled, readable_help, versions
+from megatron_rmt.job.user_batch import take_batches
+from megatron_rmt.job.validation import check_rmt_arguments
+from megatron_rmt.mid_training import MidTraining, prepare
+from megatron_rmt.model.gpt import generating, gpt_model
+from megatron_rmt.step import collect
+from megatron_rmt.update.forward_step import Update, make_forward_step
+from megatron_rmt.update.logprob_check import check_log_probs, logprob_tolerance
+
+SUPPORTED = ("0.19", "0.20")
+
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A function of Megatron's. signature: all its parameters as of 0.19.2, ``=`` behind those
+    with a default. parameters: those that RMT passes or reads by name."""
+
+    module: str
+    name: str
+    why: str
+    signature: str
+    parameters: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+    def find(self) -> tuple[Any, Callable[..., Any]] | None:
+        """(what holds it, the function); None if there is none."""
+        try:
+            owner: Any = importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not self.module.startswith(error.name):
+                raise  # not Megatron's module, but one that it needs
+            return None
+        *parents, name = self.name.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent, None)
+        function = getattr(owner, name, None)
+        return None if function is None else (owner, function)
+
+
+@dataclass(frozen=True)
+class Patch(Symbol):
+    """A function of Megatron's that ``wrap`` replaces."""
+
+    wrap: Wrapper = functools.wraps
+
+
+def describe_signature(function: Callable[..., Any]) -> str:
+    """Names of the parameters in order, ``=`` behind those with a default, ``*`` as in Python."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return ", ".join(
+        stars.get(parameter.kind, "")
+        + parameter.name
+        + ("" if parameter.default is inspect.Parameter.empty else "=")
+        for parameter in inspect.signature(function).parameters.values()
+    )
+
+
+def _add_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_megatron_arguments(parser: Any) -> Any:
+        return readable_help(add_rmt_arguments(original(parser)))
+
+    return add_megatron_arguments
+
+
+def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def validate_args(args: Any, *others: Any, **named: Any) -> Any:
+        result = original(args, *others, **named)
+        try:
+            check_rmt_arguments(args)
+        except ValueError as error:
+            # Each rank ends here by itself, before any of them waits for another.
+            raise SystemExit(str(error)) from None
+        if is_enabled(args):
+            # Megatron hands all arguments to wandb as the configuration of the run.
+            args.rmt_versions = versions()
+        return result
+
+    return validate_args
+
+
+def _compile_helpers(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def compile_helpers() -> None:
+        try:
+            importlib.import_module("megatron.core.datasets.helpers_cpp")
+        except ImportError:
+            original()
+
+    return compile_helpers
+
+
+def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+    prepared: list[MidTraining] = []
+
+    @functools.wraps(original)
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        # Imported here, as Megatron's globals do not exist when the patches are installed.
+        from megatron.training import get_args, get_tokenizer
+
+        options = get_args()
+        if not is_enabled(options):
+            return original(*args, **kwargs)
+        call = signature.bind(*args, **kwargs).arguments
+        try:
+            model = gpt_model(call["model"])
+            if not prepared or prepared[0].model is not model:
+                prepared[:] = [prepare(options, model, get_tokenizer())]
+        except ValueError as error:
+            # What only the built model tells; all ranks find the same.
+            raise SystemExit(str(error)) from None
+        return run_step(original, call, prepared[0])
+
+    return train_step
+
+
+def run_step(original: Callable[..., Any], call: dict[str, Any], training: MidTraining) -> Any:
+    """Roll out, then let Megatron's ``train_step`` (``call``: its arguments) train on the trees.
+
+    The rollouts come first, because inside ``train_step`` Megatron's rerun state machine may run
+    the forward and backward passes again.
+    """
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.training.training import force_param_sync, should_disable_forward_pre_hook
+
+    options, chunks, iteration = training.args, call["model"], call["iteration"]
+    started = time.perf_counter()
+    if should_disable_forward_pre_hook(options):
+        # Overlapped parameter gathering: rollouts need the whole weights now.
+        force_param_sync(chunks)
+    batches = take_batches(
+        call["forward_step_func"],
+        call["data_iterator"],
+        chunks[0],
+        training.model,
+        get_num_microbatches(),
+    )
+    if isinstance(call["data_iterator"], RerunDataIterator):
+        # Megatron advances the iterator that it is given, which will be another one.
+        call["data_iterator"].advance()
+    schedule = schedule_of_step(options, iteration)
+    began_collecting = time.perf_counter()
+    with generating(training.model):
+        collected = collect(training, batches, schedule)
+    updates = collected.updates
+    began_update = time.perf_counter()
+
+    call["forward_step_func"] = make_forward_step(collected.settings)
+    call["data_iterator"] = RerunDataIterator(iter(updates))
+    call["forward_backward_func"] = _for_trees(
+        call["forward_backward_func"], updates, logprob_tolerance(options)
+    )
+    result = original(**call)
+    if parallel_state.is_pipeline_last_stage() and result[0]:
+        report = result[0]
+        report["rmt largest logprob difference"] = _largest_difference(updates)
+        seconds = {"batch": began_collecting - started, **collected.seconds}
+        seconds["update"] = time.perf_counter() - began_update
+        for phase, value in seconds.items():
+            report[f"rmt {phase} seconds"] = torch.tensor(
+                value, device=updates[0].tree.tokens.device
+            )
+        if _is_last_rank():
+            _write(options, iteration, result)
+    if _is_last_rank():
+        write_samples(options, collected.samples)
+    return result
+
+
+def _is_last_rank() -> bool:
+    """Whether this is the rank that Megatron lets log."""
+    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+
+def _for_trees(
+    schedule: Callable[..., Any], updates: list[Update], tolerance: float
+) -> Callable[..., Any]:
+    """The schedule, told how long the packed trees are (pipeline stages exchange that size).
+
+    After it, so before the optimizer's step, the log-probs are compared with those of the rollouts.
+    """
+    length = updates[0].tree.tokens.shape[0]
+
+    @functools.wraps(schedule)
+    def forward_backward(**arguments: Any) -> Any:
+        arguments |= {"seq_length": length, "decoder_seq_length": length, "micro_batch_size": 1}
+        result = schedule(**arguments)
+        check_log_probs(updates, tolerance)
+        return result
+
+    return forward_backward
+
+
+def _largest_difference(updates: list[Update]) -> torch.Tensor:
+    device = updates[0].tree.tokens.device
+    largest = torch.stack([update.largest_difference.to(device) for update in updates]).max()
+    torch.distributed.all_reduce(
+        largest,
+        op=torch.distributed.ReduceOp.MAX,
+        group=parallel_state.get_data_parallel_group(),
+    )
+    return largest
+
+
+def _write(options: Any, iteration: int, result: Any) -> None:
+    path = metrics_path(options)
+    if path is None:
+        return
+    values = dict(result[0])
+    values["ntp loss"] = values.pop("lm loss")
+    values["grad norm"] = float("nan") if result[5] is None else result[5]
+    write_metrics(path, iteration + 1, values)
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "megatron.training.arguments",
+        "add_megatron_arguments",
+        "the --rmt-* flags",
+        "parser",
+        ("parser",),
+        _add_arguments,
+    ),
+    Patch(
+        "megatron.training.arguments",
+        "validate_args",
+        "refuse what RMT cannot run with, before a model is built",
+        "args, defaults=",
+        ("args",),
+        _validate_args,
+    ),
+    Patch(
+        "megatron.core.datasets.utils",
+        "compile_helpers",
+        "the wheel ships the compiled helper and no Makefile",
+        "",
+        (),
+        _compile_helpers,
+    ),
+    Patch(
+        "megatron.training.training",
+        "train_step",
+        "rollouts before the step, trees instead of the batch in it",
+        "forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, "
+        "forward_backward_func, iteration=, pg_collection=, p2p_communicator=",
+        (
+            "forward_step_func",
+            "data_iterator",
+            "model",
+            "forward_backward_func",
+            "iteration",
+        ),
+        _train_step,
+    ),
+)
+
+# Called or handed over to by the wrappers, not replaced.
+RELIED_ON: tuple[Symbol, ...] = (
+    Symbol(
+        "megatron.core.models.gpt.gpt_model",
+        "GPTModel.forward",
+        "records the user's batch; takes trees and RMT's own head",
+        "self, input_ids, position_ids, attention_mask, decoder_input=, labels=, "
+        "inference_context=, packed_seq_params=, extra_block_kwargs=, "
+        "runtime_gather_output=, inference_params=, loss_mask=, padding_mask=, "
+        "output_processor=, output_processor_context=",
+        (
+            "input_ids",
+            "position_ids",
+            "attention_mask",
+            "labels",
+            "loss_mask",
+            "packed_seq_params",
+            "output_processor",
+            "output_processor_context",
+        ),
+    ),
+    Symbol(
+        "megatron.training.training",
+        "force_param_sync",
+        "whole weights for rollouts, where their gathering is overlapped",
+        "model_chunks, optimizer=",
+    ),
+    Symbol(
+        "megatron.training.training",
+        "should_disable_forward_pre_hook",
+        "tells whether the gathering of weights is overlapped",
+        "args",
+    ),
+    Symbol(
+        "megatron.core.num_microbatches_calculator",
+        "get_num_microbatches",
+        "how many micro-batches of the user's a step takes",
+        "",
+    ),
+    Symbol(
+        "megatron.core.rerun_state_machine",
+        "RerunDataIterator.__init__",
+        "the updates as Megatron's schedules expect them",
+        "self, iterable",
+        ("iterable",),
+    ),
+)
+
+
+def patch() -> None:
+    """Install RMT's hooks into ``megatron.training``. Calling it twice is harmless.
+
+    Raises:
+        RuntimeError: Megatron-Core's version is outside the supported range, or a symbol is missing
+            or lacks a parameter; nothing is patched then.
+    """
+    _check_version()
+    for symbol in RELIED_ON:
+        _expected(symbol)
+    found = [(entry, *_expected(entry)) for entry in PATCHES]
+    for entry, owner, function in found:
+        if not hasattr(function, "megatron_rmt_original"):
+            wrapped = entry.wrap(function)
+            wrapped.megatron_rmt_original = function
+            wrapped.megatron_rmt_wrapper = wrapped
+            setattr(owner, entry.name, wrapped)
+
+
+def unpatch() -> None:
+    """Put back every function that ``patch`` replaced. Harmless where nothing is patched.
+
+    A model that RMT has trained keeps its tree attention, which without a visibility is its own
+    attention.
+
+    Raises:
+        RuntimeError: somebody wrapped one of them after ``patch``; nothing is put back then.
+    """
+    found = [(entry, *place) for entry in PATCHES if (place := entry.find()) is not None]
+    ours = [place for place in found if hasattr(place[2], "megatron_rmt_original")]
+    for entry, _, function in ours:
+        # functools.wraps copies attributes: such a wrapper says that it is ours and is not.
+        if function.megatron_rmt_wrapper is not function:
+            raise RuntimeError(
+                f"megatron_rmt.unpatch() found {entry} wrapped again after megatron_rmt.patch(); "
+                "undo that first."
+            )
+    for entry, owner, function in ours:
+        setattr(owner, entry.name, function.megatron_rmt_original)
+
+
+def _check_version() -> None:
+    version = importlib.metadata.version("megatron-core")
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    low, high = (tuple(map(int, bound.split("."))) for bound in SUPPORTED)
+    if not low <= numbers < high:
+        raise RuntimeError(
+            f"megatron_rmt.patch() supports megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]} but "
+            f"found {version}; install a supported release."
+        )
+
+
+def _expected(symbol: Symbol) -> tuple[Any, Callable[..., Any]]:
+    """What holds ``symbol`` and the function, if it is what RMT was written for."""
+    version = importlib.metadata.version("megatron-core")
+    place = symbol.find()
+    if place is None:
+        raise RuntimeError(
+            f"megatron_rmt.patch() expected {symbol} but megatron-core {version} has no such "
+            f"symbol; install megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]}."
+        )
+    function = place[1]
+    present = tuple(inspect.signature(function).parameters)
+    missing = [name for name in symbol.parameters if name not in present]
+    if missing:
+        raise RuntimeError(
+            f"megatron_rmt.patch() expected {symbol} with parameters "
+            f"{', '.join(symbol.parameters)} but megatron-core {version} has "
+            f"{', '.join(present)}; install megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]}."
+        )
+    signature = describe_signature(function)
+    if signature != symbol.signature:
+        warnings.warn(
+            f"megatron-core {version} changed {symbol} from ({symbol.signature}) to ({signature}); "
+            "megatron_rmt was not tested with that.",
+            stacklevel=3,
+        )
+    return place

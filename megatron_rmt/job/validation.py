@@ -1,0 +1,417 @@
+"""What RMT cannot run with, found on every rank before a model is built: all problems at once."""
+
+import math
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+from megatron_rmt.job.settings import FLAGS, is_enabled
+from megatron_rmt.model.tree_attention import BACKENDS
+from megatron_rmt.prompt.prompt import longest_position, position_problem, prompt_template
+from megatron_rmt.prompt.token_bytes import token_bytes
+
+# Tokens of each data file that are compared with the vocabulary.
+SAMPLED_TOKENS = 1_000_000
+
+
+def check_rmt_arguments(args: Namespace) -> None:
+    """Refuse what cannot work, all problems at once.
+
+    Raises:
+        ValueError: one sentence per problem, each naming flag, value and remedy.
+    """
+    if not getattr(args, "rmt", False):
+        stray = [flag.name for flag in FLAGS if _is_set(args, flag)]
+        if stray:
+            raise ValueError(f"{', '.join(stray)} given without --rmt; add --rmt or leave it out.")
+        return
+    if not is_enabled(args):
+        return
+    problems = [*_settings(args), *_unsupported(args), *_precision(args), *_tracking(args)]
+    if not problems:
+        # These read files, and rely on what was checked above.
+        problems = [*_vocabulary(args)]
+    if problems:
+        raise ValueError("RMT cannot train with these settings: " + " ".join(problems))
+
+
+def _is_set(args: Namespace, flag: Any) -> bool:
+    default = list(flag.default) if flag.metavar else flag.default
+    return getattr(args, flag.attribute, default) != default
+
+
+def _settings(args: Namespace) -> Iterator[str]:
+    """RMT's own settings, each by itself and against each other."""
+
+    def require(condition: bool, flag: str, remedy: str) -> Iterator[str]:
+        if not condition:
+            yield f"{flag} is {_value(args, flag)}; {remedy}."
+
+    for flag in (
+        "--rmt-positions-per-sample",
+        "--rmt-initial-budget",
+        "--rmt-minimum-budget",
+        "--rmt-answer-tokens",
+        "--rmt-head-chunk-size",
+    ):
+        yield from require(_value(args, flag) >= 1, flag, "pass 1 or more")
+    for flag in ("--rmt-warmup-iters", "--rmt-log-samples-interval"):
+        yield from require(_value(args, flag) >= 0, flag, "pass 0 or more")
+    yield from require(
+        args.rmt_warmup_thought in ("drawn", "text"),
+        "--rmt-warmup-thought",
+        "pass drawn or text",
+    )
+    yield from require(
+        args.rmt_group_size >= 2, "--rmt-group-size", "an advantage needs 2 or more rollouts"
+    )
+    yield from require(
+        0 < args.rmt_temperature < math.inf,
+        "--rmt-temperature",
+        "pass more than 0, also with --rmt-greedy",
+    )
+    yield from require(
+        args.rmt_top_k is None or args.rmt_top_k >= 1, "--rmt-top-k", "pass 1 or more"
+    )
+    yield from require(
+        args.rmt_top_p is None or 0 < args.rmt_top_p <= 1, "--rmt-top-p", "pass a number in (0, 1]"
+    )
+    yield from require(
+        args.rmt_logprob_tolerance is None or args.rmt_logprob_tolerance > 0,
+        "--rmt-logprob-tolerance",
+        "pass more than 0 (inf never stops)",
+    )
+    yield from require(
+        args.rmt_rollout_kv_gib is None or args.rmt_rollout_kv_gib > 0,
+        "--rmt-rollout-kv-gib",
+        "pass more than 0, or leave it out for no bound",
+    )
+    yield from require(
+        args.rmt_max_tokens is None or args.rmt_max_tokens >= 1,
+        "--rmt-max-tokens",
+        "pass 1 or more, or leave it out",
+    )
+    attentions = ("auto", *BACKENDS)
+    yield from require(
+        args.rmt_attention in attentions, "--rmt-attention", f"pass one of {', '.join(attentions)}"
+    )
+    yield from require(
+        0 < args.rmt_budget_decay <= 1, "--rmt-budget-decay", "pass a number in (0, 1]"
+    )
+    yield from require(
+        args.rmt_minimum_budget <= args.rmt_initial_budget,
+        "--rmt-minimum-budget",
+        f"pass at most --rmt-initial-budget ({args.rmt_initial_budget})",
+    )
+    yield from require(
+        0 <= args.rmt_length_reward_weight <= 1,
+        "--rmt-length-reward-weight",
+        "pass a number in [0, 1]",
+    )
+    yield from require(
+        0 < args.rmt_length_reward_maximum < math.inf,
+        "--rmt-length-reward-maximum",
+        "pass more than 0",
+    )
+    yield from require(
+        0 <= args.rmt_curriculum_start <= args.rmt_curriculum_end <= 1,
+        "--rmt-curriculum-start",
+        f"pass 0 <= start <= --rmt-curriculum-end ({args.rmt_curriculum_end}) <= 1",
+    )
+    for flag in ("--rmt-start-probabilities", "--rmt-end-probabilities"):
+        shares = _value(args, flag)
+        yield from require(
+            all(share >= 0 for share in shares) and abs(sum(shares) - 1) < 1e-6,
+            flag,
+            "pass three numbers of 0 or more whose sum is 1",
+        )
+    easy, medium, hard = args.rmt_entropy_thresholds
+    yield from require(
+        0 <= easy < medium < hard, "--rmt-entropy-thresholds", "pass three ascending numbers"
+    )
+    yield from require(
+        args.rmt_entropy_top_k is None or args.rmt_entropy_top_k >= 2,
+        "--rmt-entropy-top-k",
+        "pass 2 or more",
+    )
+    yield from require(
+        0 <= args.rmt_ntp_coefficient < math.inf, "--rmt-ntp-coefficient", "pass 0 or more"
+    )
+    if args.train_iters is None:
+        yield "--train-iters is not set; RMT's schedules need it (not --train-samples alone)."
+    else:
+        yield from require(
+            args.rmt_warmup_iters <= args.train_iters,
+            "--rmt-warmup-iters",
+            f"pass at most --train-iters ({args.train_iters})",
+        )
+    if args.seq_length is not None:
+        yield from require(
+            args.rmt_positions_per_sample <= args.seq_length,
+            "--rmt-positions-per-sample",
+            f"pass at most --seq-length ({args.seq_length})",
+        )
+    if args.rmt_metrics_file and Path(args.rmt_metrics_file).is_dir():
+        yield f"--rmt-metrics-file is {args.rmt_metrics_file}, a folder; pass a file in it."
+
+
+def _value(args: Namespace, flag: str) -> Any:
+    return getattr(args, flag.removeprefix("--").replace("-", "_"), None)
+
+
+def _unsupported(args: Namespace) -> Iterator[str]:
+    """What of Megatron RMT cannot run with, each with the remedy."""
+    refused = {
+        "--attention-dropout": (0.0, "generation and update must agree"),
+        "--hidden-dropout": (0.0, "generation and update must agree"),
+        "--context-parallel-size": (1, "the tree is not split by it"),
+        "--num-virtual-stages-per-pipeline-rank": (None, "rollouts run one model chunk per stage"),
+        "--multi-latent-attention": (False, "the key-value store holds plain keys and values"),
+        "--mtp-num-layers": (None, "the head predicts one token"),
+        "--window-size": (None, "branches see their trunk"),
+        "--softmax-type": ("vanilla", "tree attention has no attention sink"),
+        "--experimental-attention-variant": (
+            None,
+            "tree attention stands in for softmax attention only",
+        ),
+        "--qk-clip": (False, "tree attention does not record its largest score"),
+        "--log-max-attention-logit": (False, "tree attention does not record its largest score"),
+        "--cuda-graph-impl": ("none", "every tree has another shape"),
+        "--overlap-moe-expert-parallel-comm": (False, "its schedule bypasses the forward step"),
+        "--perform-rl-step": (False, "Megatron's own reinforcement learning replaces the step too"),
+        "--sft": (False, "its samples are packed, and RMT packs trees"),
+        "--dataloader-inter-document-masking": (
+            False,
+            "it packs samples; --reset-attention-mask keeps documents apart",
+        ),
+        "--hybrid-layer-pattern": (None, "it trains a GPTModel"),
+        "--use-torch-fsdp2": (False, "rollouts need whole weights"),
+        "--use-megatron-fsdp": (False, "rollouts need whole weights"),
+    }
+    renamed = {
+        "--num-virtual-stages-per-pipeline-rank": "virtual_pipeline_model_parallel_size",
+    }
+    for flag, (needed, why) in refused.items():
+        value = getattr(args, renamed.get(flag, flag[2:].replace("-", "_")), needed)
+        if value != needed and not (needed is None and not value):
+            without = "it left out" if needed is None else needed
+            yield f"{flag} is {value}; RMT needs {without}: {why}."
+    if args.expert_model_parallel_size > 1 and args.moe_token_dispatcher_type == "allgather":
+        yield (
+            "--moe-token-dispatcher-type is allgather; with --expert-model-parallel-size "
+            f"{args.expert_model_parallel_size} ranks hold different numbers of rollouts, pass "
+            "alltoall."
+        )
+    if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
+        yield (
+            f"--position-embedding-type is {args.position_embedding_type}; RMT supports rope, "
+            "learned_absolute and none."
+        )
+    if args.transformer_impl not in ("local", "transformer_engine"):
+        yield (
+            f"--transformer-impl is {args.transformer_impl}; RMT supports transformer_engine and "
+            "local."
+        )
+    if (
+        args.transformer_impl == "local"
+        and args.gradient_accumulation_fusion
+        and find_spec("fused_weight_gradient_mlp_cuda") is None
+    ):
+        yield (
+            "--transformer-impl is local, whose fused weight gradient comes with NVIDIA's apex, "
+            "which is not installed; pass --no-gradient-accumulation-fusion (RMT never needs apex)."
+        )
+    saves = args.save and not args.no_save_optim
+    loads = args.load and not (args.finetune or args.no_load_optim)
+    if args.use_distributed_optimizer and not HAVE_APEX_OR_TE and (saves or loads):
+        yield (
+            "--use-distributed-optimizer is on, whose saved state Megatron cannot load again with "
+            "PyTorch's optimizers; leave it out, or install Transformer Engine."
+        )
+
+
+def _precision(args: Namespace) -> Iterator[str]:
+    """FP8 and FP4: which recipes a loop that also generates can use, and sizes they ask for.
+
+    Rollouts run the training model's own FP8 linears. Tensorwise and blockwise scale each product
+    by what it holds. Delayed scaling takes its scale from a history that rollouts would write to.
+    MXFP8 and FP4 are formats of Blackwell.
+    """
+    if getattr(args, "fp4", None):
+        yield f"--fp4-format is {args.fp4}; it needs a Blackwell GPU: pass FP8 or bf16."
+    if not getattr(args, "fp8", None):
+        return
+    reasons = {
+        "delayed": "rollouts would leak into its scaling history",
+        "mxfp8": "it needs a Blackwell GPU",
+        "custom": "what it keeps between steps is not known",
+    }
+    if args.fp8_recipe in reasons:
+        yield (
+            f"--fp8-recipe is {args.fp8_recipe}; {reasons[args.fp8_recipe]}, pass blockwise or "
+            "tensorwise."
+        )
+        return
+    if args.transformer_impl != "transformer_engine":
+        yield (
+            f"--transformer-impl is {args.transformer_impl}; FP8 needs transformer_engine: pass "
+            "it, or leave out --fp8-format."
+        )
+    if args.fp8_recipe == "blockwise" and _cuda_version() < (12, 9):
+        yield (
+            "--fp8-recipe is blockwise, which needs CUDA 12.9, and this PyTorch has CUDA "
+            f"{torch.version.cuda}; pass tensorwise."
+        )
+    multiple = 128 if args.fp8_recipe == "blockwise" else 16
+    tensor_parallel = args.tensor_model_parallel_size
+    for flag, size, parts in _widths(args):
+        own = size // parts if size % parts == 0 else size / parts
+        if own % multiple:
+            each = f" on each of {tensor_parallel} tensor-parallel ranks" if parts > 1 else ""
+            yield (
+                f"{flag} makes a linear layer {own:g} wide{each}; --fp8-recipe {args.fp8_recipe} "
+                f"needs a multiple of {multiple}."
+            )
+
+
+def _cuda_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", torch.version.cuda or "0")[:2])
+
+
+def _widths(args: Namespace) -> Iterator[tuple[str, int, int]]:
+    """(flag, width, ranks that share it) of the linear layers."""
+    parts = args.tensor_model_parallel_size
+    yield "--hidden-size", args.hidden_size, 1
+    heads, width = args.num_attention_heads, args.kv_channels
+    groups = args.num_query_groups if args.group_query_attention else heads
+    yield "--num-attention-heads * --kv-channels", heads * width, parts
+    yield "--num-query-groups * --kv-channels", (heads + 2 * groups) * width, parts
+    if args.num_experts:
+        experts = args.expert_tensor_parallel_size or 1
+        yield "--moe-ffn-hidden-size", args.moe_ffn_hidden_size or args.ffn_hidden_size, experts
+    else:
+        yield "--ffn-hidden-size", args.ffn_hidden_size, parts
+
+
+def _tracking(args: Namespace) -> Iterator[str]:
+    """What Megatron finds wrong with wandb on the last rank only while others wait, or never."""
+    if not getattr(args, "wandb_project", None):
+        return
+    if not args.wandb_exp_name:
+        yield (
+            f"--wandb-project is {args.wandb_project} and --wandb-exp-name is not set; name the "
+            "run."
+        )
+    if not (args.wandb_save_dir or args.save):
+        yield (
+            f"--wandb-project is {args.wandb_project} and there is no folder for its files; pass "
+            "--wandb-save-dir or --save."
+        )
+    if not args.tensorboard_dir:
+        yield (
+            f"--wandb-project is {args.wandb_project} and --tensorboard-dir is not set; Megatron "
+            "sends its metrics to wandb only beside TensorBoard: pass --tensorboard-dir."
+        )
+
+
+def _vocabulary(args: Namespace) -> Iterator[str]:
+    """Prompt, tokenizer, data and model against each other."""
+    copy = Namespace(**vars(args))  # building a tokenizer pads the vocabulary of its arguments
+    named = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
+    model = args.tokenizer_model
+    if (
+        model
+        and (model.startswith((".", "/")) or model.count("/") > 1)
+        and not Path(model).exists()
+    ):
+        # The Hugging Face hub would be asked for it, for a minute where there is no network.
+        yield f"{named} cannot be read: there is no such file or folder."
+        return
+    try:
+        tokenizer = build_tokenizer(copy)
+    except Exception as error:
+        yield f"{named} cannot be read: {_one_line(error)}."
+        return
+    try:
+        bytes_of = token_bytes(tokenizer)
+    except ValueError as error:
+        yield f"{named} does not suit RMT, which reads answers as text: {_one_line(error)}."
+        return
+    rows = args.padded_vocab_size
+    if rows is not None and len(bytes_of) > rows:
+        yield (
+            f"--tokenizer-model has {len(bytes_of)} tokens but the model only {rows} rows of "
+            "embedding (--padded-vocab-size); pass the tokenizer of the checkpoint."
+        )
+    yield from _data(args, len(bytes_of))
+    try:
+        template = prompt_template(args, tokenizer)
+        needed = longest_position(args, tokenizer, template)
+    except ValueError as error:
+        yield f"--rmt-template is {args.rmt_template}; {_one_line(error)}."
+        return
+    problem = position_problem(args, needed)
+    if problem:
+        yield problem
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _data(args: Namespace, vocabulary: int) -> Iterator[str]:
+    """Token files on this machine: are they there, and of this vocabulary?
+
+    A job may give --data-path another meaning, so only what is certainly wrong is refused.
+    """
+    for word in getattr(args, "data_path", None) or []:
+        if _is_weight(word) or "://" in word:
+            continue
+        path = Path(word)
+        index, tokens = Path(f"{word}.idx"), Path(f"{word}.bin")
+        if index.is_file() and tokens.is_file():
+            largest = _largest_token(word)
+            if largest >= vocabulary:
+                yield (
+                    f"--data-path {word} holds token {largest} but --tokenizer-model has "
+                    f"{vocabulary} tokens; tokenize the corpus with the model's tokenizer."
+                )
+        elif index.is_file() or tokens.is_file():
+            missing = tokens if index.is_file() else index
+            yield f"--data-path is {word}, but {missing} is missing; tokenize the corpus again."
+        elif not path.exists() and not any(path.parent.glob(f"{path.name}*")):
+            yield (
+                f"--data-path is {word}, but there is no {index}; pass the prefix of a .bin and "
+                ".idx file."
+            )
+
+
+def _is_weight(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _largest_token(prefix: str) -> int:
+    """Largest token id among the first ``SAMPLED_TOKENS`` of a token file."""
+    dataset = IndexedDataset(prefix)
+    largest, seen = 0, 0
+    for document in range(len(dataset)):
+        tokens = dataset[document]
+        if len(tokens):
+            largest = max(largest, int(np.max(tokens)))
+        seen += len(tokens)
+        if seen >= SAMPLED_TOKENS:
+            break
+    return largest

@@ -1,0 +1,106 @@
+"""What each row of a tree sees, told by a few integers for each document and chosen position.
+
+Segments: a document, a stem and a branch are runs of consecutive rows that are causal inside and
+see all rows of their ancestors (a stem its trunk, a branch its trunk and its stem).
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows ``[first, limit)``: a causal segment, then ``branches`` of it (their lengths in rows).
+
+    All of them see the rows ``[trunk_first, trunk_limit)``; a branch sees the causal segment and
+    itself. A document is a block without trunk and branches; the block of a chosen position is its
+    stem and its branches.
+    """
+
+    first: int
+    limit: int
+    trunk_first: int = 0
+    trunk_limit: int = 0
+    branches: tuple[int, ...] = ()
+
+    @property
+    def stem_limit(self) -> int:
+        """The row after the causal segment: the first row of the first branch."""
+        return self.limit - sum(self.branches)
+
+
+def position_block(
+    first: int,
+    trunk_first: int,
+    trunk_limit: int,
+    stem_length: int,
+    branch_lengths: Sequence[int],
+) -> Block:
+    """The block of one chosen position: its stem at row ``first``, then its branches.
+
+    A single branch goes on with the stem: what both see is one causal segment.
+    """
+    limit = first + stem_length + sum(branch_lengths)
+    branches = tuple(branch_lengths) if len(branch_lengths) > 1 else ()
+    return Block(first, limit, trunk_first, trunk_limit, branches)
+
+
+def attended_pairs(blocks: Sequence[Block]) -> int:
+    """(query row, key row) pairs that are visible, the unit of attention's cost."""
+    pairs = 0
+    for block in blocks:
+        stem = block.stem_limit - block.first
+        trunk = block.trunk_limit - block.trunk_first
+        pairs += trunk * (block.limit - block.first) + stem * (stem + 1) // 2
+        pairs += sum(stem * branch + branch * (branch + 1) // 2 for branch in block.branches)
+    return pairs
+
+
+@dataclass(frozen=True)
+class Ancestry:
+    """Row ``q`` sees row ``k`` if and only if
+
+        k <= q < descendants[k]   or   trunk_first[q] <= k < trunk_limit[q].
+
+    All ``[tokens]`` int64. descendants: in the order of rows a stem is followed by its branches,
+    so what descends from a row inside its block are the rows up to ``descendants``.
+    """
+
+    descendants: Tensor
+    trunk_first: Tensor
+    trunk_limit: Tensor
+
+    def __call__(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether row ``query`` sees row ``key``: int64 tensors that broadcast, to bool."""
+        inside = (key <= query) & (query < self.descendants[key])
+        return inside | ((self.trunk_first[query] <= key) & (key < self.trunk_limit[query]))
+
+
+def ancestry(blocks: Sequence[Block], device: torch.device | None = None) -> Ancestry:
+    """The visibility of all rows of ``blocks``, which cover the rows from 0 on, in order."""
+    descendants, spans = [], []
+    for block in blocks:
+        ends = [block.stem_limit, *block.branches]
+        ends = [*itertools.accumulate(ends)]
+        counts = [block.stem_limit - block.first, *block.branches]
+        descendants += [torch.full((counts[0],), block.limit)]
+        descendants += [
+            torch.full((count,), end) for count, end in zip(counts[1:], ends[1:], strict=True)
+        ]
+        spans.append((block.limit - block.first, block.trunk_first, block.trunk_limit))
+    rows, first, limit = torch.tensor(spans, dtype=torch.int64).view(-1, 3).unbind(1)
+    vectors = (
+        torch.cat([torch.empty(0, dtype=torch.int64), *descendants]),
+        first.repeat_interleave(rows),
+        limit.repeat_interleave(rows),
+    )
+    return Ancestry(*(vector.to(device) for vector in vectors))
+
+
+def _batch(rows: Tensor) -> Tensor:
+    """``[rows, heads, dim]`` as a batch of one, ``[1, heads, rows, dim]``, a view."""
+    return rows.transpose(0, 1)[None]

@@ -1,0 +1,125 @@
+"""A forward pass without gradient through all pipeline stages, outside Megatron's schedules."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from megatron_rmt.model.visibility import Visibility
+
+# FP8 products want rows in whole blocks: 32 for the MX recipe, 16 for the others.
+FP8_ROWS, MXFP8_ROWS = 16, 32
+
+# Hidden states on their way to the next stage; each is kept until it has arrived.
+Sends = deque[tuple[dist.Work, Tensor]]
+
+
+def row_multiple(config: Any) -> int:
+    """What the number of rows of a pass must be a multiple of.
+
+    Rows are padded before they reach the model, so that nothing has to be wrapped around its linear
+    layers for FP8, neither during rollouts nor after.
+    """
+    multiple = 1
+    if config.fp8:
+        multiple = MXFP8_ROWS if config.fp8_recipe == "mxfp8" else FP8_ROWS
+    return multiple * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+
+
+def forward_through_stages(
+    model: GPTModel,
+    tokens: Tensor,
+    visibility: Visibility,
+    read: Callable[[Tensor, Tensor], Any],
+    sends: Sends | None = None,
+) -> Any:
+    """One forward of packed ``tokens`` ``[rows]`` through all pipeline stages, without gradient.
+
+    Returns ``read(hidden [rows, hidden], output weight [vocab/tp, hidden])`` on the last stage,
+    None on the others. sends: if given, this stage does not wait until the next one has received.
+    Collective over the tensor- and pipeline-parallel ranks of this model, and over the ranks that
+    share its experts.
+    """
+    config = model.config
+    rows = -(-max(tokens.shape[0], 1) // row_multiple(config)) * row_multiple(config)
+    padding = rows - tokens.shape[0]
+    if padding:
+        tokens = torch.cat([tokens, tokens.new_zeros(padding)])
+        visibility.position_ids = torch.cat(
+            [visibility.position_ids, visibility.position_ids.new_zeros(padding)]
+        )
+    if not model.pre_process:
+        if config.sequence_parallel:
+            rows //= config.tensor_model_parallel_size
+        received = torch.empty(
+            (rows, 1, config.hidden_size),
+            dtype=config.pipeline_dtype or config.params_dtype,
+            device=tokens.device,
+        )
+        dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank())
+        model.set_input_tensor([received])
+
+    def read_hidden(
+        *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any
+    ) -> Any:
+        weight = output_layer.weight if output_weight is None else output_weight
+        return read(full_hidden(hidden_states, config)[: visibility.tokens], weight)
+
+    output = model(
+        input_ids=tokens[None],
+        position_ids=visibility.position_ids[None],
+        attention_mask=None,
+        packed_seq_params=visibility,
+        output_processor=read_hidden,
+    )
+    if model.post_process:
+        return output
+    output = output.contiguous()
+    work = dist.isend(output, dst=parallel_state.get_pipeline_model_parallel_next_rank())
+    if sends is None:
+        work.wait()
+    else:
+        sends.append((work, output))
+        finish_sends(sends, at_most=parallel_state.get_pipeline_model_parallel_world_size())
+    return None
+
+
+def finish_sends(sends: Sends, at_most: int = 0) -> None:
+    """Wait until no more than ``at_most`` are on their way."""
+    while len(sends) > at_most:
+        sends.popleft()[0].wait()
+
+
+def full_hidden(hidden: Tensor, config: Any) -> Tensor:
+    """What the head reads, ``[rows, hidden]`` of all rows, from the decoder's output
+    ``[rows (/tp under sequence parallel), 1, hidden]``."""
+    if config.sequence_parallel:
+        # The head sums d hidden over the ranks itself, so backward only takes this rank's share.
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=False
+        )
+    # MuP multiplies the scores, which are linear in the hidden states.
+    multiplier = config.mup_output_mult if config.use_mup else 1.0
+    return hidden[:, 0] if multiplier == 1.0 else hidden[:, 0] * multiplier
+
+
+def from_last_stage(value: Tensor) -> Tensor:
+    """``value`` of the last pipeline stage on every stage (in place)."""
+    work = begin_from_last_stage(value)
+    if work is not None:
+        work.wait()
+    return value
+
+
+def begin_from_last_stage(value: Tensor) -> dist.Work | None:
+    """The same, finished when the returned work (None with one stage) has been waited for."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return None
+    source = parallel_state.get_pipeline_model_parallel_last_rank()
+    group = parallel_state.get_pipeline_model_parallel_group()
+    return dist.broadcast(value, src=source, group=group, async_op=True)

@@ -1,0 +1,131 @@
+"""Attention over a tree of tokens, for training and for generation.
+
+The contexts of one document nest, so a document is one packed sequence: its **trunk** once, for
+each chosen position a **stem** (the instruction), for each rollout of that position a **branch**.
+A token sees its ancestors only. What a token may see is a ``Visibility``; it travels as Megatron's
+``packed_seq_params``, never as a global, because activation recompute and pipeline schedules run
+earlier micro-batches again.
+
+Two kinds, one attention: ``TreeVisibility`` for the update (autograd, everything in one packed
+sequence) and those of generation, which keep keys and values in a ``KeyValueStore`` that lives for
+one step. ``attach_tree_attention`` teaches a model's own core attention to follow them; calls
+without a visibility reach the original unchanged.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from megatron_rmt.model.blocks import Block
+from megatron_rmt.model.tree_attention import TreeAttention, backend_for
+
+# Megatron caches one rotary table per requested length: ask for few different lengths.
+ROTARY_TABLE_STEP = 1024
+
+
+@dataclass
+class Visibility(PackedSeqParams):
+    """What each token of a packed sequence ``[tokens, 1, hidden]`` may see, and its position.
+
+    position_ids: ``[padded tokens]`` int64, the rotary position of each token.
+    tokens: number of real tokens; what follows is padding, sees nothing and yields zeros.
+    """
+
+    position_ids: Tensor | None = None
+    tokens: int = 0
+
+    def use_position_ids(self, position_ids: Tensor, longest: int) -> None:
+        """Set ``position_ids``, all below ``longest``."""
+        self.position_ids = position_ids
+        # "sbhd" keeps Megatron from splitting the sequence; the lengths only size its rotary table.
+        self.qkv_format = "sbhd"
+        self.max_seqlen_q = -(-longest // ROTARY_TABLE_STEP) * ROTARY_TABLE_STEP
+        self.max_seqlen_kv = self.max_seqlen_q
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of ``query`` ``[tokens, heads, dim]`` over ``key``, ``value``
+        ``[tokens, kv heads, dim]`` (rotated, this layer's): ``[tokens, heads, dim]``."""
+        raise NotImplementedError(f"{type(self).__name__} must say how its tokens attend.")
+
+
+@dataclass
+class TreeVisibility(Visibility):
+    """The update's visibility: documents and chosen positions, a few integers for each.
+
+    blocks: cover the rows ``[0, tokens)`` in order. attention: a name of ``--rmt-attention``.
+    """
+
+    blocks: tuple[Block, ...] = ()
+    attention: str = "auto"
+    _backend: TreeAttention | None = field(default=None, init=False, repr=False, compare=False)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        # What a backend prepares from the blocks serves all layers, and recomputed ones.
+        if self._backend is None or self._backend.blocks is not self.blocks:
+            self._backend = backend_for(self.attention, query.device)(self.blocks)
+        return self._backend(query, key, value, scale)
+
+
+def attach_tree_attention(model: torch.nn.Module) -> int:
+    """Let every core attention of ``model`` follow a ``Visibility``; returns how many there are.
+
+    Only ``forward`` of each core attention *instance* is wrapped: parameters, checkpoint keys,
+    linear layers (and so FP8) and calls without a visibility stay those of the model's own spec,
+    local or Transformer Engine. Harmless when called twice.
+    """
+    attached = 0
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            _follow_visibility(module.core_attention, module.layer_number, _softmax_scale(module))
+            attached += 1
+    for module in model.modules():
+        if hasattr(module, "rotary_pos_emb") and hasattr(module, "decoder"):
+            _rotate_by_visibility(module.decoder)
+    return attached
+
+
+def _softmax_scale(attention: SelfAttention) -> float:
+    width = attention.hidden_size_per_attention_head
+    return attention.config.softmax_scale or 1.0 / math.sqrt(width)
+
+
+def _follow_visibility(core_attention: torch.nn.Module, layer: int, scale: float) -> None:
+    if getattr(core_attention.forward, "follows_visibility", False):
+        return
+    original = core_attention.forward
+
+    @functools.wraps(original)
+    def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        visibility = kwargs.get("packed_seq_params")
+        if not isinstance(visibility, Visibility):
+            return original(query, key, value, *args, **kwargs)
+        real = slice(0, visibility.tokens)
+        output = visibility.attend(layer, query[real, 0], key[real, 0], value[real, 0], scale)
+        output = output.flatten(1)
+        if visibility.tokens < query.shape[0]:
+            output = F.pad(output, (0, 0, 0, query.shape[0] - visibility.tokens))
+        return output[:, None]
+
+    forward.follows_visibility = True
+    core_attention.forward = forward
+
+
+def _rotate_by_visibility(decoder: torch.nn.Module) -> None:
+    if getattr(decoder, "rotates_by_visibility", False):
+        return
+
+    def pick_positions(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        visibility, table = kwargs.get("packed_seq_params"), kwargs.get("rotary_pos_emb")
+        if isinstance(visibility, Visibility) and table is not None:
+            kwargs["rotary_pos_emb"] = table.index_select(0, visibility.position_ids)
+        return args, kwargs
+
+    decoder.register_forward_pre_hook(pick_positions, with_kwargs=True)
+    decoder.rotates_by_visibility = True

@@ -1,0 +1,213 @@
+"""Prompt templates as data.
+
+One prompt is `head` + document prefix + `stem`; the model answers with a thought, the marker
+`close`, and the answer. Documents are shared between positions (the trunk), stems between the
+rollouts of a position, so that `head` must not depend on the budget.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rmt.algorithm.rewards import prefix_match_reward
+
+BUDGET = "{budget}"
+BOX = b"\\boxed{"
+MAXIMUM_BOX_DEPTH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A prompt template.
+
+    Attributes:
+        name: what it is called on the command line.
+        head: text before the document; may be empty.
+        stem: text after the document's prefix; holds `{budget}`. The token that follows it is the
+            first of the thought.
+        close: the text that ends a thought.
+        answer: "boxed" or "next" (see the module's docstring).
+
+    Raises:
+        ValueError: a field cannot be used.
+    """
+
+    name: str
+    head: str
+    stem: str
+    close: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, str):
+                raise ValueError(f"template field {field.name} is {value!r}; pass a string")
+        if BUDGET not in self.stem:
+            raise ValueError(f"template {self.name!r} has no {BUDGET} in its stem; add it there")
+        if BUDGET in self.head:
+            raise ValueError(
+                f"template {self.name!r} has {BUDGET} in its head, which all budgets share; "
+                "move it to the stem"
+            )
+        if not self.close:
+            raise ValueError(f"template {self.name!r} has an empty close; pass the end marker")
+        if self.answer not in ("boxed", "next"):
+            raise ValueError(
+                f"template {self.name!r} has answer {self.answer!r}; pass 'boxed' or 'next'"
+            )
+
+    def stem_text(self, budget: int) -> str:
+        """The stem with the budget filled in."""
+        return self.stem.replace(BUDGET, str(budget))
+
+    def match(self, prediction: bytes, continuation: bytes, boundaries: Sequence[int]) -> float:
+        """`rewards.prefix_match_reward`, lenient towards white space in a box.
+
+        A true token often starts with a space, while a model writes `\\boxed{the}`. So a boxed
+        prediction that does not match as it is gets a second try, stripped of white space and
+        against the continuation without the white space that opens its first token. A first token
+        of nothing but white space has to be predicted as it is: the text behind it is not the next
+        token.
+
+        Args:
+            prediction: `Response.prediction`.
+            continuation: bytes of the true text from the predicted position on.
+            boundaries: cumulative byte lengths of the continuation's tokens, ascending.
+
+        Returns:
+            1.0 or 0.0.
+        """
+        match = prefix_match_reward(prediction, continuation, boundaries)
+        if match or self.answer != "boxed":
+            return match
+        stripped = continuation.lstrip()
+        removed = len(continuation) - len(stripped)
+        if not boundaries or removed >= boundaries[0]:
+            return 0.0
+        shifted = [boundary - removed for boundary in boundaries]
+        return prefix_match_reward(prediction.strip(), stripped, shifted)
+
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        # RPT's form (arXiv 2506.08007): the task first, the document under a heading.
+        Template(
+            name="rpt",
+            head=(
+                'The text under "### Context" breaks off. Find out how it goes on: predict its '
+                "very next token. First reason step by step between <think> and </think> about "
+                "what the text says and which continuations are plausible; you are told below how "
+                "long to think. Then write your prediction, and nothing but it, in \\boxed{}.\n\n"
+                "### Context\n"
+            ),
+            stem=(
+                "\n\n### Prediction\n"
+                "Use exactly {budget} tokens of thought, then give the next token of the context "
+                "in \\boxed{}.\n"
+                "<think>\n"
+            ),
+            close="</think>",
+            answer="boxed",
+        ),
+        # Nothing before the document, so that the trunk is the raw text.
+        Template(
+            name="raw",
+            head="",
+            stem=(
+                "\n\n### Prediction\n"
+                "The text above breaks off. Predict its very next token: reason step by step "
+                "between <think> and </think>, with exactly {budget} tokens of thought, then write "
+                "the token, and nothing but it, in \\boxed{}.\n"
+                "<think>\n"
+            ),
+            close="</think>",
+            answer="boxed",
+        ),
+        # Our deviation from the paper, for small base models: they do not follow an instruction
+        # (1 % of SmolLM2-135M's answers in the paper's form are well formed), but they go on with
+        # a text that a short thought interrupts. The answer is the text after the thought.
+        Template(
+            name="inline",
+            head="",
+            stem="<think budget={budget}>",
+            close="</think>",
+            answer="next",
+        ),
+    )
+}
+
+
+def load_template(name_or_path: str) -> Template:
+    """A built-in template, or one from a JSON file with the fields of `Template`.
+
+    Raises:
+        ValueError: neither a built-in name nor a readable file with exactly these fields.
+    """
+    if name_or_path in TEMPLATES:
+        return TEMPLATES[name_or_path]
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise ValueError(
+            f"template {name_or_path!r} is neither a file nor one of {', '.join(TEMPLATES)}"
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"template file {name_or_path} is not JSON in UTF-8: {error}") from None
+    expected = [field.name for field in dataclasses.fields(Template)]
+    if not isinstance(fields, dict) or sorted(fields) != sorted(expected):
+        raise ValueError(
+            f"template file {name_or_path} must be one object with exactly the fields "
+            f"{', '.join(expected)}"
+        )
+    return Template(**fields)
+
+
+def chat_template(template: Template, tokenizer: Any | None) -> Template:
+    """The template with the chat markers of a Hugging Face tokenizer around it.
+
+    The instruction becomes a user's turn and the thought opens the assistant's. With a head, head
+    and document and instruction are the user's turn. Without one the document stays raw text and
+    the user's turn, which then holds the instruction only, follows it (a begin-of-text token that
+    merely opens the chat is dropped there). The stem's last opening tag (`<think>` for the close
+    `</think>`) and what follows belong to the assistant; where the chat template opens the thought
+    itself, they are not repeated.
+
+    Returned unchanged: templates with the answer "next", whose answer continues the text, and any
+    template if the tokenizer is None or has no chat template.
+
+    Raises:
+        ValueError: the tokenizer's chat template alters or repeats the user's text.
+    """
+    if template.answer == "next" or not getattr(tokenizer, "chat_template", None):
+        return template
+    tag = template.close.replace("</", "<", 1)
+    cut = template.stem.rfind(tag)
+    cut = len(template.stem) if cut < 0 else cut
+    instruction, opening = template.stem[:cut], template.stem[cut:]
+
+    document = "[[the document]]"
+    content = template.head + document + instruction if template.head else instruction.strip()
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    landmark = document if template.head else instruction.strip()
+    if rendered.count(landmark) != 1:
+        raise ValueError(
+            f"the tokenizer's chat template does not keep the user's text as it is; use template "
+            f"{template.name!r} without chat markers"
+        )
+    if opening and rendered.rstrip().endswith(tag):
+        opening = ""
+    if template.head:
+        head, stem = rendered.split(document)
+    else:
+        head, stem = "", rendered
+        begin = getattr(tokenizer, "bos_token", None)
+        if begin and stem.startswith(begin) and stem.count(begin) == 1:
+            stem = stem.removeprefix(begin)
+    return dataclasses.replace(template, head=head, stem=stem + opening)

@@ -1,0 +1,241 @@
+"""The layers of a dense model while rollouts are decoded on a CPU, without Python in them.
+
+A decoding step has few rows: Megatron's modules and the calls of their operations take longer than
+the arithmetic. So a layer's own forward is recorded once, as two graphs of tensor operations, what
+comes before its core attention and what comes after, and compiled (``cpu.compiled``). All layers of
+a model share the graphs; weights are their inputs, so that they are always the training weights.
+
+Recorded are layers without collectives and without experts, at one tensor-parallel rank. Others,
+and all where nothing can be compiled, run as Megatron wrote them; so does everything on a GPU. Of
+Megatron only ``forward`` of the layers is replaced, while rollouts run, and while they are recorded
+``make_viewless_tensor``.
+"""
+
+import contextlib
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import transformer_layer
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from megatron_rmt.cpu import compiled, layer_kernels
+from megatron_rmt.model.visibility import Visibility
+from megatron_rmt.rollout.kv_cache import DecodeVisibility, StemVisibility
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A compiled part of a layer. inputs, parameters: which of those it reads."""
+
+    function: Callable[..., Any]
+    inputs: tuple[int, ...]
+    parameters: tuple[int, ...]
+
+    def __call__(self, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Any:
+        return self.function(
+            *[inputs[index] for index in self.inputs],
+            *[parameters[index] for index in self.parameters],
+        )
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """before: from hidden states ``[rows, 1, hidden]``, rotary angles, their cosines and sines to
+    query, key and value. after: from the attention's output and the same to hidden states."""
+
+    before: _Graph
+    after: _Graph
+
+
+# Of each model, by the kind of layer; None where the recording failed.
+_recorded: WeakKeyDictionary[GPTModel, dict[Any, _Graphs | None]] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def captured_layers(model: GPTModel) -> Iterator[None]:
+    """Within, passes over stems and over new tokens, without gradient, run captured layers."""
+    recorded = _recorded.setdefault(model, {})
+    layers = [layer for layer in model.modules() if _can_be_captured(layer)]
+    for layer in layers:
+        parameters = [parameter.detach() for parameter in layer.parameters()]
+        kind = layer.training, *((x.shape, x.dtype) for x in parameters)
+        layer.forward = functools.partial(_forward, layer, parameters, kind, recorded)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _can_be_captured(layer: torch.nn.Module) -> bool:
+    return (
+        type(layer) is TransformerLayer
+        and compiled.is_available()
+        and next(layer.parameters()).device.type == "cpu"
+        and not layer.is_moe_layer
+        and layer.config.tensor_model_parallel_size == 1
+        # Else the number of a layer says whether it rotates.
+        and not layer.config.no_rope_freq
+        and isinstance(layer.self_attention, SelfAttention)
+        and isinstance(layer.cross_attention, IdentityOp)
+        and next(layer.buffers(), None) is None
+        # Else somebody else has wrapped it.
+        and "forward" not in vars(layer)
+    )
+
+
+def _forward(
+    layer: TransformerLayer,
+    parameters: Sequence[Tensor],
+    kind: Any,
+    recorded: dict[Any, _Graphs | None],
+    hidden_states: Tensor,
+    *,
+    packed_seq_params: Any = None,
+    rotary_pos_emb: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """In the place of ``TransformerLayer.forward``."""
+    visibility, angles = packed_seq_params, rotary_pos_emb
+    known = isinstance(visibility, StemVisibility | DecodeVisibility) and angles is not None
+    graphs = None
+    if known and all(value is None for value in others.values()):
+        # The embedding's have another stride in the dimension that has one element.
+        hidden = hidden_states[:, 0, None]
+        inputs = hidden, angles, *layer_kernels.cosine_and_sine(angles, hidden.dtype)
+        if kind not in recorded:
+            recorded[kind] = _try_to_record(layer, visibility, inputs, parameters)
+        graphs = recorded[kind]
+    if graphs is None:
+        return TransformerLayer.forward(
+            layer, hidden_states, packed_seq_params=visibility, rotary_pos_emb=angles, **others
+        )
+    attended = layer.self_attention.core_attention(
+        *graphs.before((None, *inputs), parameters),
+        attention_mask=None,
+        packed_seq_params=visibility,
+    )
+    return graphs.after((attended, *inputs), parameters), None
+
+
+def _try_to_record(
+    layer: TransformerLayer,
+    visibility: Visibility,
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+) -> _Graphs | None:
+    try:
+        return _record(layer, visibility, inputs, parameters)
+    except Exception as error:
+        # Whatever a layer does that cannot be recorded, Megatron itself can do.
+        warnings.warn(f"decoding runs uncaptured layers, which is slower: {error}", stacklevel=2)
+        return None
+
+
+class _AttentionReachedError(Exception):
+    """The arguments: query, key and value."""
+
+
+class _Part(torch.nn.Module):
+    """``layer`` up to its core attention, or from there on, given what that has found."""
+
+    def __init__(self, layer: TransformerLayer, visibility: Visibility) -> None:
+        super().__init__()
+        self.layer = layer
+        self.visibility = visibility
+
+    def forward(
+        self, attended: Tensor | None, hidden: Tensor, angles: Tensor, cosine: Tensor, sine: Tensor
+    ) -> Any:
+        layer_kernels.use_cosine_and_sine(angles, cosine, sine)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+            if attended is None:
+                raise _AttentionReachedError(query, key, value)
+            return attended
+
+        with (
+            _replaced(self.layer.self_attention.core_attention, "forward", attend),
+            # That would assign data, only to hide from autograd that a tensor is a view.
+            _replaced(transformer_layer, "make_viewless_tensor", lambda inp, **_: inp),
+        ):
+            try:
+                return TransformerLayer.forward(
+                    self.layer,
+                    hidden,
+                    attention_mask=None,
+                    rotary_pos_emb=angles,
+                    packed_seq_params=self.visibility,
+                )[0]
+            except _AttentionReachedError as reached:
+                return reached.args
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _record(
+    layer: TransformerLayer,
+    visibility: Visibility,
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+) -> _Graphs:
+    """Both graphs, from running ``layer`` on tensors without data.
+
+    inputs: hidden states ``[rows, 1, hidden]``, rotary angles, their cosines and sines.
+    """
+    part = _Part(layer, visibility)
+    names = [f"layer.{name}" for name, _ in layer.named_parameters()]
+
+    def graph(inputs: Sequence[Tensor | None]) -> _Graph:
+        def run(*tensors: Tensor | None) -> Any:
+            own = dict(zip(names, tensors[len(inputs) :], strict=True))
+            return functional_call(part, own, tensors[: len(inputs)])
+
+        recorded = make_fx(run, tracing_mode="symbolic")(*inputs, *parameters)
+        # What this part computes for the other one alone.
+        recorded.graph.eliminate_dead_code()
+        read = []
+        for index, node in enumerate(recorded.graph.find_nodes(op="placeholder")):
+            if node.users:
+                read.append(index)
+            else:
+                recorded.graph.erase_node(node)
+        recorded.recompile()
+        part_of_layer = _Graph(
+            compiled.compile_loop(recorded.forward),
+            tuple(index for index in read if index < len(inputs)),
+            tuple(index - len(inputs) for index in read if index >= len(inputs)),
+        )
+        for index in part_of_layer.inputs:
+            # One compilation serves all numbers of rows.
+            torch._dynamo.mark_dynamic(inputs[index], 0)
+        part_of_layer(inputs, parameters)
+        return part_of_layer
+
+    # A number of rows that is also another size would be taken for that, and 1 for a constant.
+    sizes = {size for x in (*inputs, *parameters) for size in x.shape}
+    rows = next(number for number in itertools.count(8) if number not in sizes)
+    inputs = [x.new_zeros(rows, *x.shape[1:]) for x in inputs]
+    attention = layer.config.num_attention_heads * layer.config.kv_channels
+    attended = inputs[0].new_zeros(rows, 1, attention)
+    return _Graphs(before=graph([None, *inputs]), after=graph([attended, *inputs]))

@@ -1,0 +1,327 @@
+"""Budgeted generation of thoughts with the training model itself.
+
+The trunk is read once (the same pass yields the entropies), the stems are read together against its
+keys and values, then the branches of all positions of this rank are decoded together, one token for
+every live rollout per step. Every forward goes through Megatron's own modules, so tensor and
+pipeline parallelism, experts and FP8 come along; what differs from training is the visibility
+(``decoding``). A rollout that has ended leaves the batch.
+
+The budget bounds the work: beyond ``2 * budget`` tokens of thought nothing is rewarded (paper,
+length reward), so generation stops there, or, as an option, the end of thought is forced and the
+answer still read.
+
+Layouts: tensor- and pipeline-parallel ranks of one model work in lockstep. With pipeline stages the
+positions are split into as many batches as there are stages, so that each stage has one to work at.
+Ranks that share experts take part in each other's passes until the last of them has finished.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rmt.model.pipeline import (
+    Sends,
+    begin_from_last_stage,
+    finish_sends,
+    forward_through_stages,
+)
+from megatron_rmt.model.visibility import Visibility
+from megatron_rmt.prompt.grammar import ResponseGrammar
+from megatron_rmt.rollout.captured_layers import captured_layers
+from megatron_rmt.rollout.decode_head import DecodeHead, Sampling
+from megatron_rmt.rollout.kv_cache import (
+    DecodeVisibility,
+    IdleVisibility,
+    KeyValueStore,
+    SharedTrunk,
+    StemVisibility,
+    TailCache,
+    shared_trunks,
+)
+from megatron_rmt.rollout.live_rollouts import Ending, LiveRollouts, RolloutPosition
+from megatron_rmt.rollout.memory import rollout_waves
+from megatron_rmt.rollout.responses import Responses, join_responses
+
+# From hidden states and output weight to drawn tokens and log-probs.
+Draw = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How responses are drawn.
+
+    group: responses per position. temperature: of the sampling distribution. answer_tokens: most
+    tokens of an answer. force_close: write the end of thought at the bound instead of giving up
+    (deviation from the paper, for models that rarely end a thought by themselves). greedy: most
+    likely token instead of a draw. top_k, top_p: see ``sampling.sample_tokens``. kv_bytes: bound on
+    the keys and values held at a time, None for no bound.
+    """
+
+    group: int
+    temperature: float
+    answer_tokens: int
+    force_close: bool = False
+    greedy: bool = False
+    top_k: int | None = None
+    top_p: float | None = None
+    kv_bytes: int | None = None
+
+
+@torch.no_grad()
+def generate(
+    model: GPTModel,
+    store: KeyValueStore,
+    positions: Sequence[RolloutPosition],
+    stem: Sequence[int],
+    close: Sequence[int],
+    grammar: ResponseGrammar,
+    settings: RolloutSettings,
+    *,
+    budget: int,
+    vocab_size: int,
+    longest_position: int,
+    seed: int,
+    iteration: int,
+    force_truth_at_budget: bool = False,
+) -> Responses:
+    """Draw ``settings.group`` responses for each position; the trunk is in ``store`` already.
+
+    positions: rollouts of one sample must stand together. stem: its token ids, which name
+    ``budget``. close: token ids of the end of thought, written where it is forced.
+    force_truth_at_budget: format warm-up; every thought is closed at ``budget`` tokens at the
+    latest, or where the text would end, and the true answer is written.
+
+    Each draw is a pure function of (seed, iteration, sample, column, rollout, token), so it does
+    not depend on the layout, the batch, or which rollouts have ended.
+
+    Collective over the ranks of one model and over those that share its experts. Waits for the
+    device once a token.
+
+    Raises:
+        ValueError: not even one position fits into ``settings.kv_bytes``.
+    """
+    ending = Ending(
+        bound=budget if force_truth_at_budget else 2 * budget,
+        answer_tokens=settings.answer_tokens,
+        close=close,
+        forces=settings.force_close or force_truth_at_budget,
+        writes_truth=force_truth_at_budget,
+    )
+    experts = expert_sharing_group(model)
+    in_flight = parallel_state.get_pipeline_model_parallel_world_size()
+    waves = rollout_waves(
+        model,
+        trunk_tokens=store.trunk_tokens,
+        positions=len(positions),
+        rows_per_position=settings.group,
+        tail_tokens=len(stem) + ending.longest(positions),
+        kv_bytes=settings.kv_bytes,
+        in_flight=in_flight,
+        experts=experts,
+    )
+    sampling = Sampling(settings.temperature, settings.greedy, settings.top_k, settings.top_p)
+    decoder = _Decoder(
+        model=model,
+        store=store,
+        stem=stem,
+        head=DecodeHead(model, vocab_size, sampling) if model.post_process else None,
+        longest_position=longest_position,
+        seed=seed,
+        iteration=iteration,
+        experts=experts,
+    )
+    device = next(model.parameters()).device
+    done: list[Responses] = []
+    for start in range(0, len(waves), in_flight):
+        batches = [
+            _Batch(
+                LiveRollouts(positions[own], settings.group, grammar, ending, device),
+                TailCache(len(stem) + ending.longest(positions)),
+            )
+            for own in waves[start : start + in_flight]
+        ]
+        with captured_layers(model):
+            decoder.run(batches)
+        done += [batch.live.responses() for batch in batches]
+    return join_responses(done)
+
+
+def expert_sharing_group(model: GPTModel) -> ProcessGroup | None:
+    """The ranks whose passes this rank must take part in because they share experts; None if these
+    are only the ranks of its own model."""
+    if not model.config.num_moe_experts:
+        return None
+    experts = parallel_state.get_expert_tensor_and_model_parallel_group()
+    own = parallel_state.get_tensor_model_parallel_world_size()
+    return experts if experts.size() > own else None
+
+
+@dataclass
+class _Batch:
+    """Rollouts that are decoded together.
+
+    drawn: tokens and log-probs ``[2, rows]`` fp64 of the newest step, of the last stage; arriving:
+    their way to this stage. groups, after: which trunk rows each row sees and the rotary position
+    after its stem; None when rows have left.
+    """
+
+    live: LiveRollouts
+    tails: TailCache
+    drawn: Tensor | None = None
+    arriving: dist.Work | None = None
+    groups: list[SharedTrunk] | None = None
+    after: Tensor | None = None
+
+
+@dataclass
+class _Decoder:
+    """The passes of batches of rollouts; head is None on all stages but the last."""
+
+    model: GPTModel
+    store: KeyValueStore
+    stem: Sequence[int]
+    head: DecodeHead | None
+    longest_position: int
+    seed: int
+    iteration: int
+    experts: ProcessGroup | None
+
+    def run(self, batches: Sequence[_Batch]) -> None:
+        """Decode ``batches`` to their ends, in turn, so that each pipeline stage has work."""
+        sends: Sends = deque()
+        for batch in batches:
+            self._read_stems(batch, sends)
+        running = deque(batches)
+        while running:
+            batch = running.popleft()
+            if self._take_tokens(batch):
+                self._decode(batch, sends)
+                running.append(batch)
+        finish_sends(sends)
+
+    def _read_stems(self, batch: _Batch, sends: Sends) -> None:
+        """Start the tails with the stem and draw the first tokens."""
+        live = batch.live
+        positions, length = live.positions, len(self.stem)
+        if not positions:
+            self._idle(sends)
+            return
+        device = live.rows.device
+        tokens = torch.tensor([*self.stem], dtype=torch.int64, device=device)
+        starts = torch.tensor([position.next_position for position in positions], device=device)
+        visibility = StemVisibility(
+            tokens=length * len(positions),
+            store=self.store,
+            tails=batch.tails,
+            groups=_groups(positions, device),
+            group=live.group,
+        )
+        visibility.use_position_ids(
+            (starts[:, None] + torch.arange(length, device=device)).flatten(),
+            self.longest_position,
+        )
+
+        def draw(hidden: Tensor, _: Tensor) -> Tensor:
+            scores = self.head.scores(hidden.view(len(positions), length, -1)[:, -1])
+            return self._draw(live, scores.repeat_interleave(live.group, dim=0))
+
+        self._pass(batch, tokens.repeat(len(positions)), visibility, draw, sends)
+
+    def _decode(self, batch: _Batch, sends: Sends) -> None:
+        """One more token for every row of the batch."""
+        live = batch.live
+        if not live.rows_here:
+            self._idle(sends)
+            return
+        own = [live.positions[row // live.group] for row in live.rows_here]
+        device = live.rows.device
+        if batch.groups is None:
+            batch.groups = _groups(own, device)
+            batch.after = torch.tensor([p.next_position + len(self.stem) for p in own]).to(device)
+        visibility = DecodeVisibility(
+            tokens=len(live.rows_here),
+            store=self.store,
+            tails=batch.tails,
+            groups=batch.groups,
+            column=len(self.stem) + live.step - 1,
+        )
+        visibility.use_position_ids(batch.after + (live.step - 1), self.longest_position)
+
+        def draw(hidden: Tensor, _: Tensor) -> Tensor:
+            return self._draw(live, self.head.scores(hidden))
+
+        self._pass(batch, live.newest, visibility, draw, sends)
+
+    def _draw(self, live: LiveRollouts, scores: Tensor) -> Tensor:
+        token, log_prob = self.head.draw(scores, live.draws(self.seed, self.iteration))
+        # Both in one message; ids are whole numbers far below 2^53.
+        return torch.stack([token.double(), log_prob.double()])
+
+    def _pass(
+        self,
+        batch: _Batch,
+        tokens: Tensor,
+        visibility: Visibility,
+        draw: Callable[[Tensor, Tensor], Tensor],
+        sends: Sends,
+    ) -> None:
+        """Forward ``tokens``; the last stage draws and starts to tell the others."""
+        drawn = forward_through_stages(self.model, tokens, visibility, draw, sends)
+        if drawn is None:
+            rows = len(batch.live.rows_here)
+            drawn = torch.empty(2, rows, dtype=torch.float64, device=tokens.device)
+            batch.arriving = None
+        else:
+            batch.arriving = begin_from_last_stage(drawn)
+        batch.drawn = drawn
+
+    def _take_tokens(self, batch: _Batch) -> bool:
+        """Write the newest tokens; whether the batch goes on, here or on a rank that shares the
+        experts."""
+        live = batch.live
+        if live.rows_here:
+            if not self.model.post_process:
+                batch.arriving = begin_from_last_stage(batch.drawn)
+            if batch.arriving is not None:
+                batch.arriving.wait()
+            live.write(batch.drawn[0].long(), batch.drawn[1].float())
+        alive = live.alive
+        if self.experts is not None:
+            anywhere = alive.any()[None].int()
+            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.experts)
+            alive = torch.cat([alive, anywhere.bool()])
+        # The one wait for the device of this token.
+        alive = alive.tolist()
+        goes_on = alive.pop() if self.experts is not None else any(alive)
+        if live.rows_here:
+            staying = live.settle(alive)
+            if staying is not None:
+                batch.groups = None
+                batch.tails.keep(staying)
+        return goes_on
+
+    def _idle(self, sends: Sends) -> None:
+        """Take part in a pass of the other ranks that share the experts."""
+        if self.experts is None:
+            return
+        device = next(self.model.parameters()).device
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        visibility = IdleVisibility(tokens=0)
+        visibility.use_position_ids(none, self.longest_position)
+        forward_through_stages(self.model, none, visibility, lambda hidden, _: hidden, sends)
+
+
+def _groups(own: Sequence[RolloutPosition], device: torch.device) -> list[SharedTrunk]:
+    """Which trunk rows each row of a batch sees, given the position of each."""
+    return shared_trunks(
+        [(position.first, position.limit) for position in own],
+        [position.sample for position in own],
+        device,
+    )

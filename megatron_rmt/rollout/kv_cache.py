@@ -1,0 +1,345 @@
+"""Attention while rollouts are generated: plans over keys and values that are stored for one step.
+
+The trunk is stored once and read by every rollout; what a rollout has of its own, its stem and its
+branch, is its tail. ``TrunkVisibility`` reads trunks, ``StemVisibility`` starts the tails,
+``DecodeVisibility`` adds one token to each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_rmt.cpu import compiled
+from megatron_rmt.cpu.compiled import fused, wide
+from megatron_rmt.model.visibility import TreeVisibility, Visibility
+
+
+class KeyValueStore:
+    """Keys and values of the trunks of one rank for one step of rollouts, per layer.
+
+    ``[kv heads, trunk tokens, dim]``, stored once and read by every rollout. Keys are rotated when
+    they are written.
+    """
+
+    def __init__(self, trunk_tokens: int) -> None:
+        self.trunk_tokens = trunk_tokens
+        self.trunk: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write_trunk(self, layer: int, first: int, key: Tensor, value: Tensor) -> None:
+        """Store ``[tokens, kv heads, dim]`` at trunk row ``first``."""
+        if layer not in self.trunk:
+            shape = (key.shape[1], self.trunk_tokens, key.shape[2])
+            self.trunk[layer] = (key.new_empty(shape), value.new_empty(shape))
+        for stored, new in zip(self.trunk[layer], (key, value), strict=True):
+            stored[:, first : first + new.shape[0]] = new.transpose(0, 1)
+
+
+class TailCache:
+    """What each rollout of a batch has after the trunk, its stem and its branch, per layer.
+
+    Keys (rotated) and values ``[rollouts, kv heads, capacity, dim]``.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def start(self, layer: int, key: Tensor, value: Tensor, group: int) -> None:
+        """``group`` tails per position, each begun with ``[positions, stem, kv heads, dim]``."""
+        tails = []
+        for new in (key, value):
+            positions, length, heads, width = new.shape
+            tail = new.new_empty(positions * group, heads, self.capacity, width)
+            tail[:, :, :length] = new.transpose(1, 2).repeat_interleave(group, dim=0)
+            tails.append(tail)
+        self.stored[layer] = (tails[0], tails[1])
+
+    def write(self, layer: int, column: int, key: Tensor, value: Tensor) -> None:
+        """Store one token per rollout, ``[rollouts, kv heads, dim]``, at ``column``."""
+        for tail, new in zip(self.stored[layer], (key, value), strict=True):
+            tail[:, :, column] = new
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let ``rows``, in that order, be all: finished rollouts leave the batch.
+
+        Copies those alone whose place changes; no memory is freed before all have finished.
+        """
+        moved = [(place, row) for place, row in enumerate(rows) if place != row]
+        indices = torch.tensor(moved, dtype=torch.int64).view(-1, 2).t()
+        for layer, tails in self.stored.items():
+            if moved:
+                # Once: for the next layer they are there.
+                indices = indices.to(tails[0].device, non_blocking=True)
+                for tail in tails:
+                    tail.index_copy_(0, indices[0], tail.index_select(0, indices[1]))
+            key, value = (tail[: len(rows)] for tail in tails)
+            self.stored[layer] = key, value
+
+
+@dataclass
+class TrunkVisibility(TreeVisibility):
+    """Prefill of a micro-batch's trunks: documents attend causally, keys and values are kept.
+
+    first_row: where this micro-batch's trunk starts in the store.
+    """
+
+    store: KeyValueStore | None = None
+    first_row: int = 0
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self.store.write_trunk(layer, self.first_row, key, value)
+        return super().attend(layer, query, key, value, scale)
+
+
+@dataclass(frozen=True)
+class SharedTrunk:
+    """Rows ``[first, limit)`` of a batch, which all read trunk rows ``[trunk_first, trunk_limit)``.
+
+    bias: ``[rows, trunk rows]`` fp32, 0 where a row sees the trunk's row, else -inf.
+    """
+
+    first: int
+    limit: int
+    trunk_first: int
+    trunk_limit: int
+    bias: Tensor
+
+
+def shared_trunks(
+    visible: Sequence[tuple[int, int]], samples: Sequence[int], device: torch.device | None = None
+) -> list[SharedTrunk]:
+    """The groups of a batch: neighbouring rows of one sample share a pass over its trunk.
+
+    visible: of each row of the batch, the ``(first, limit)`` rows of the stored trunk that it sees.
+    samples: the sample that each row belongs to.
+    """
+    first, limit = torch.tensor(visible).view(-1, 2).unbind(1)
+    _, counts = torch.tensor(samples).unique_consecutive(return_counts=True)
+    groups, start = [], 0
+    for count in counts.tolist():
+        own = slice(start, start + count)
+        trunk_first, trunk_limit = int(first[own].min()), int(limit[own].max())
+        rows = torch.arange(trunk_first, trunk_limit)
+        seen = (rows >= first[own, None]) & (rows < limit[own, None])
+        bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(device)
+        groups.append(SharedTrunk(start, start + count, trunk_first, trunk_limit, bias))
+        start += count
+    return groups
+
+
+@dataclass
+class StoredTrunkVisibility(Visibility):
+    """Rows that each see a part of the stored trunk and a tail of their own.
+
+    groups: which trunk rows each row of the batch sees.
+    """
+
+    store: KeyValueStore | None = None
+    tails: TailCache | None = None
+    groups: Sequence[SharedTrunk] = ()
+
+    def __post_init__(self) -> None:
+        self._biases: list[Tensor] = []
+
+    def _attend_trunk_and_tail(
+        self,
+        layer: int,
+        query: Tensor,
+        tail: tuple[Tensor, Tensor],
+        tail_bias: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Attention of ``query`` ``[rows, kv heads, queries, dim]``, and in that shape.
+
+        Query heads that share a key head are queries side by side, so that keys are read once and
+        not copied. tail: keys and values ``[rows, kv heads, length, dim]``. tail_bias:
+        ``[queries, length]`` fp32; None: all of the tail is seen.
+        """
+        queries = query.shape[2]
+        if not self._biases:
+            # The same in every layer.
+            self._biases = [
+                group.bias.to(query.dtype).repeat_interleave(queries, dim=0)
+                for group in self.groups
+            ]
+        trunk_key, trunk_value = self.store.trunk[layer]
+        trunks = [
+            _Trunk(
+                slice(group.first, group.limit),
+                trunk_key[:, group.trunk_first : group.trunk_limit],
+                trunk_value[:, group.trunk_first : group.trunk_limit],
+                bias,
+            )
+            for group, bias in zip(self.groups, self._biases, strict=True)
+        ]
+        attend = _fused_attention if query.device.type == "cpu" else _scores_attention
+        return attend(query, trunks, *tail, tail_bias, scale)
+
+
+class _Trunk(NamedTuple):
+    """What ``rows`` of a batch attend to together: keys and values
+    ``[kv heads, trunk rows, dim]``. bias: ``[rows * queries, trunk rows]``."""
+
+    rows: slice
+    key: Tensor
+    value: Tensor
+    bias: Tensor
+
+
+def _fused_attention(
+    query: Tensor,
+    trunks: Sequence[_Trunk],
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tail_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Attention over trunk and tail apart, by torch's fused kernel for CPUs, weighed together.
+
+    Each part's output is weighed by its share exp(l) of the denominator, where l is the logarithm
+    of the sum of exponentials that the kernel returns beside the output. A tail that is seen whole
+    is read by a compiled loop instead, where one can be had, which also weighs.
+    """
+    kv_heads, queries, width = query.shape[1:]
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    parts = []
+    for trunk in trunks:
+        by_head = query[trunk.rows].transpose(0, 1).reshape(1, kv_heads, -1, width)
+        on_trunk, log_sums = attend(
+            by_head,
+            trunk.key[None],
+            trunk.value[None],
+            attn_mask=trunk.bias[None, None],
+            scale=scale,
+        )
+        parts.append(
+            (
+                on_trunk.view(kv_heads, -1, queries, width).transpose(0, 1),
+                log_sums.view(kv_heads, -1, queries).transpose(0, 1),
+            )
+        )
+    on_trunk, trunk_sum = (_joined(part) for part in zip(*parts, strict=True))
+    if tail_bias is None and compiled.is_available():
+        return _with_tail(query, tail_key, tail_value, on_trunk, trunk_sum, scale)
+    if tail_bias is not None:
+        tail_bias = tail_bias.to(query.dtype)[None, None]
+    on_tail, tail_sum = attend(query, tail_key, tail_value, attn_mask=tail_bias, scale=scale)
+    share = (trunk_sum - tail_sum).sigmoid()[..., None].to(query.dtype)
+    return torch.lerp(on_tail, on_trunk, share)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+
+@fused
+def _with_tail(
+    query: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    on_trunk: Tensor,
+    trunk_sum: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention over whole tails, joined with that over the trunk, ``on_trunk``
+    ``[rows, kv heads, queries, dim]``, whose log-sums are ``trunk_sum``.
+
+    TailCache are too short for a product of each of them to pay.
+    """
+    scores = (wide(query)[:, :, :, None] * wide(tail_key)[:, :, None]).sum(-1) * scale
+    largest = torch.maximum(scores.amax(-1), trunk_sum)
+    weights = (scores - largest[..., None]).exp()
+    of_trunk = (trunk_sum - largest).exp()
+    total = weights.sum(-1) + of_trunk
+    on_tail = (weights[..., None] * wide(tail_value)[:, :, None]).sum(-2)
+    joined = (on_tail + of_trunk[..., None] * on_trunk) / total[..., None]
+    return joined.to(query.dtype)
+
+
+def _scores_attention(
+    query: Tensor,
+    trunks: Sequence[_Trunk],
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tail_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The same with the scores written out, fp32, for devices without that kernel."""
+    kv_heads, queries, width = query.shape[1:]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query = query * scale
+    on_tails = (query @ tail_key.transpose(2, 3)).to(wide)
+    if tail_bias is not None:
+        on_tails = on_tails + tail_bias
+    outputs = []
+    for rows, trunk_key, trunk_value, trunk_bias in trunks:
+        by_head = query[rows].transpose(0, 1).reshape(kv_heads, -1, width)
+        on_trunk = torch.bmm(by_head, trunk_key.transpose(1, 2)).to(wide) + trunk_bias
+        on_trunk = on_trunk.view(kv_heads, -1, queries, on_trunk.shape[-1])
+        on_tail = on_tails[rows].transpose(0, 1)
+        weights = torch.cat([on_trunk, on_tail], dim=-1).softmax(dim=-1).to(query.dtype)
+        from_trunk, from_tail = weights.split([on_trunk.shape[-1], on_tail.shape[-1]], dim=-1)
+        read_trunk = torch.bmm(from_trunk.flatten(1, 2), trunk_value)
+        read_trunk = read_trunk.view(kv_heads, -1, queries, width).transpose(0, 1)
+        outputs.append(read_trunk + from_tail.transpose(0, 1) @ tail_value[rows])
+    return _joined(outputs)
+
+
+@dataclass
+class StemVisibility(StoredTrunkVisibility):
+    """Prefill of the stems, ``[positions * stem length]`` tokens, against the stored trunk.
+
+    The rows of ``groups`` are positions. group: rollouts that will share each stem.
+    """
+
+    group: int = 1
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        positions = self.groups[-1].limit
+        length, (kv_heads, width) = query.shape[0] // positions, key.shape[1:]
+        key, value = (x.view(positions, length, kv_heads, width) for x in (key, value))
+        self.tails.start(layer, key, value, self.group)
+        # [positions, kv heads, heads of a kv head * stem, dim]
+        query = query.view(positions, length, kv_heads, -1, width).permute(0, 2, 3, 1, 4)
+        repeats = query.shape[2]
+        causal = torch.full((length, length), -torch.inf, device=query.device).triu(1)
+        output = self._attend_trunk_and_tail(
+            layer,
+            query.flatten(2, 3),
+            (key.transpose(1, 2), value.transpose(1, 2)),
+            causal.repeat(repeats, 1),
+            scale,
+        )
+        output = output.view(positions, kv_heads, repeats, length, width).permute(0, 3, 1, 2, 4)
+        return output.reshape(positions * length, -1, width)
+
+
+@dataclass
+class DecodeVisibility(StoredTrunkVisibility):
+    """One new token for each live rollout, ``[rollouts]`` tokens, all with equally long tails.
+
+    The rows of ``groups`` are rollouts. column: where this token's key and value go in the tails.
+    """
+
+    column: int = 0
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self.tails.write(layer, self.column, key, value)
+        rollouts, kv_heads, width = key.shape
+        key, value = (x[:, :, : self.column + 1] for x in self.tails.stored[layer])
+        query = query.view(rollouts, kv_heads, -1, width)
+        return self._attend_trunk_and_tail(layer, query, (key, value), None, scale).reshape(
+            rollouts, -1, width
+        )
+
+
+@dataclass
+class IdleVisibility(Visibility):
+    """No token at all, only padding: a rank that has nothing to do takes part in a pass of those
+    that share its experts."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return query

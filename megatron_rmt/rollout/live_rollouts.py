@@ -1,0 +1,210 @@
+"""Which rollouts of a batch still run, what they have written, and what they must write next."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rmt.algorithm.rng import uniforms
+from megatron_rmt.prompt.grammar import ResponseGrammar
+from megatron_rmt.rollout.responses import Responses
+
+# Dropping rows moves others into their places, so it waits until this share of rows has ended.
+ENDED_SHARE_TO_COMPACT = 1 / 32
+
+
+@dataclass(frozen=True)
+class RolloutPosition:
+    """One chosen position: where its context lies in the stored trunk, and the key of its draws.
+
+    sample, column: global sample index and index in the sample (key of the random draws). first,
+    limit: rows of the stored trunk that it sees. next_position: rotary position of its stem. truth:
+    the token ids of the true answer, written only in the format warm-up.
+    """
+
+    sample: int
+    column: int
+    first: int
+    limit: int
+    next_position: int
+    truth: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """When responses end.
+
+    bound: most tokens of a thought. answer_tokens: most tokens of an answer. close: token ids of
+    the end of thought where it is written by force: at the bound, if ``forces``. writes_truth:
+    format warm-up; every thought is closed at the bound at the latest, or where the text would end,
+    and the true answer is written.
+    """
+
+    bound: int
+    answer_tokens: int
+    close: Sequence[int]
+    forces: bool
+    writes_truth: bool
+
+    def forced(self, position: RolloutPosition) -> list[int]:
+        """What is written by force: the end of thought, in the warm-up also the answer."""
+        return [*self.close, *position.truth * self.writes_truth]
+
+    def longest(self, positions: Sequence[RolloutPosition]) -> int:
+        """A bound on the tokens of a response at one of ``positions``."""
+        if not self.forces:
+            return self.bound + self.answer_tokens
+        written = max([0, *(len(self.forced(position)) for position in positions)])
+        return self.bound + max(self.answer_tokens + len(self.close), written)
+
+
+class LiveRollouts:
+    """``group`` responses at each of ``positions`` while they are generated, a token at a time.
+
+    All rollouts of the batch are equally long. Those that have ended stay until enough of them can
+    leave together. ``rows`` int64 indices of the batch's rollouts and the other state of the batch
+    lie on ``device``; nothing here waits for the device but ``settle``.
+    """
+
+    def __init__(
+        self,
+        positions: Sequence[RolloutPosition],
+        group: int,
+        grammar: ResponseGrammar,
+        ending: Ending,
+        device: torch.device,
+    ) -> None:
+        self.positions, self.group = positions, group
+        self.grammar, self.ending = grammar, ending
+        self.longest = ending.longest(positions)
+        self.step = 0
+        count = len(positions) * group
+
+        def of_rollouts(values: Sequence[int]) -> Tensor:
+            values = torch.tensor(values, dtype=torch.int64).to(device)
+            return values.repeat_interleave(group)
+
+        self._sample = of_rollouts([position.sample for position in positions])
+        self._column = of_rollouts([position.column for position in positions])
+        self._rollout = torch.arange(group, device=device).repeat(len(positions))
+        forced_of = [ending.forced(position) for position in positions]
+        self._forced_length = of_rollouts([len(tokens) for tokens in forced_of])
+        forced = torch.zeros(len(positions), max([1, *map(len, forced_of)]), dtype=torch.int64)
+        for row, tokens in enumerate(forced_of):
+            forced[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        self._forced = forced.to(device).repeat_interleave(group, dim=0)
+
+        shape = (count, self.longest)
+        self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._drawn = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._log_probs = torch.zeros(shape, device=device)
+        self._lengths = torch.zeros(count, dtype=torch.int64, device=device)
+
+        self.rows = torch.arange(count, device=device)
+        self.rows_here = list(range(count))
+        self.newest = torch.zeros(count, dtype=torch.int64, device=device)
+        self._alive = torch.ones(count, dtype=torch.bool, device=device)
+        self._state = torch.full((count,), grammar.start, dtype=torch.int64, device=device)
+        self._answered = torch.zeros(count, dtype=torch.int64, device=device)
+        # Index of the next token to write by force, -1 while the policy draws.
+        self._force_next = torch.full((count,), -1, dtype=torch.int64, device=device)
+
+    def draws(self, seed: int, iteration: int) -> Tensor:
+        """The uniform numbers ``[rows]`` of this step."""
+        rows = self.rows
+        return uniforms(
+            seed, iteration, self._sample[rows], self._column[rows], self._rollout[rows], self.step
+        )
+
+    def write(self, token: Tensor, log_prob: Tensor) -> None:
+        """Append what the policy drew, ``[rows]`` each, or what is written by force instead."""
+        rows, grammar, ending = self.rows, self.grammar, self.ending
+        was_thinking = grammar.thinking[self._state]
+        drawing = self._force_next < 0
+        open_at_bound = was_thinking & drawing
+        if self.step < ending.bound:
+            # Here only a response of the warm-up that would end without an answer gets its thought
+            # closed.
+            ends = grammar.done[grammar.next_state[self._state, token].long()]
+            open_at_bound = open_at_bound & ends & ending.writes_truth
+        if ending.forces:
+            self._force_next = torch.where(open_at_bound, 0, self._force_next)
+        elif self.step >= ending.bound:
+            self._alive = self._alive & ~open_at_bound
+        forced_length = self._forced_length[rows]
+        forcing = (self._force_next >= 0) & (self._force_next < forced_length)
+        column = self._force_next.clamp(0, self._forced.shape[1] - 1)
+        token = torch.where(forcing, self._forced[rows, column], token)
+
+        drawn = self._alive & ~forcing
+        self._tokens[rows, self.step] = torch.where(self._alive, token, 0)
+        self._drawn[rows, self.step] = drawn
+        self._log_probs[rows, self.step] = torch.where(drawn, log_prob, 0.0)
+        self._lengths[rows] += self._alive
+
+        self._state = grammar.next_state[self._state, token].long()
+        self._answered = self._answered + ~was_thinking
+        self._force_next = torch.where(forcing, self._force_next + 1, self._force_next)
+        if ending.writes_truth:
+            closed_itself = was_thinking & ~grammar.thinking[self._state] & (self._force_next < 0)
+            self._force_next = torch.where(closed_itself, len(ending.close), self._force_next)
+            self._alive = self._alive & (self._force_next < forced_length)
+        else:
+            complete = grammar.done[self._state] | (self._answered >= ending.answer_tokens)
+            self._alive = self._alive & ~complete
+        self.step += 1
+        if self.step == self.longest:
+            self._alive = torch.zeros_like(self._alive)
+        self.newest = token
+
+    @property
+    def alive(self) -> Tensor:
+        """``[rows]`` bool: the response goes on."""
+        return self._alive
+
+    def settle(self, alive: Sequence[bool]) -> list[int] | None:
+        """Drop ended rows if that is worth the moves, or if none is left.
+
+        alive: ``self.alive``, read from the device. Returns, if any row leaves, the rows that stay,
+        each at the place that it takes.
+        """
+        left = [row for row, goes_on in enumerate(alive) if goes_on]
+        if left and len(left) > (1 - ENDED_SHARE_TO_COMPACT) * len(self.rows_here):
+            return None
+        samples = [self.positions[row // self.group].sample for row in self.rows_here]
+        left = places(left, samples)
+        self.rows_here = [self.rows_here[row] for row in left]
+        staying = torch.tensor(left, dtype=torch.int64).to(self.rows.device, non_blocking=True)
+        self.rows, self._alive = self.rows[staying], self._alive[staying]
+        self._state, self._answered = self._state[staying], self._answered[staying]
+        self._force_next, self.newest = self._force_next[staying], self.newest[staying]
+        return left
+
+    def responses(self) -> Responses:
+        """All responses, on the CPU."""
+        lengths = self._lengths.cpu()
+        used = int(lengths.max()) if len(lengths) else 0
+        shape = (len(self.positions), self.group)
+        return Responses(
+            tokens=self._tokens[:, :used].reshape(*shape, used).cpu(),
+            lengths=lengths.view(shape),
+            drawn=self._drawn[:, :used].reshape(*shape, used).cpu(),
+            log_probs=self._log_probs[:, :used].reshape(*shape, used).cpu(),
+        )
+
+
+def places(rows: Sequence[int], samples: Sequence[int]) -> list[int]:
+    """``rows`` (ascending) in an order in which most of them keep their place.
+
+    Rows of one sample stay together: ``samples`` names that of each row of the batch.
+    """
+    order: list[int] = []
+    for _, own in itertools.groupby(rows, key=lambda row: samples[row]):
+        own = [*own]
+        free = range(len(order), len(order) + len(own))
+        movers = (row for row in own if row not in free)
+        stays = set(own).intersection(free)
+        order += [place if place in stays else next(movers) for place in free]
+    return order

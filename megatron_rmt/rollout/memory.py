@@ -1,0 +1,129 @@
+"""How much memory the keys and values of rollouts take, and in how many waves they fit."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.attention import SelfAttention
+from torch.distributed import ProcessGroup
+
+GIB = 2**30
+
+
+def key_value_bytes(model: GPTModel) -> int:
+    """Bytes of the keys and values of one token in all layers of this rank's stage."""
+    config = model.config
+    layers = sum(isinstance(module, SelfAttention) for module in model.modules())
+    heads = config.num_query_groups or config.num_attention_heads
+    per_rank = max(1, heads // config.tensor_model_parallel_size)
+    return layers * 2 * per_rank * config.kv_channels * config.params_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Keys and values of one step of rollouts on one rank.
+
+    token_bytes: of one token. trunk_tokens: stored once. rows: rollouts, ``rows_per_position`` for
+    each position. tail_tokens: most tokens of a stem and a response. in_flight: batches at a time.
+    """
+
+    token_bytes: int
+    trunk_tokens: int
+    rows: int
+    rows_per_position: int
+    tail_tokens: int
+    in_flight: int = 1
+
+    @property
+    def trunk_bytes(self) -> int:
+        return self.trunk_tokens * self.token_bytes
+
+    @property
+    def position_bytes(self) -> int:
+        return self.rows_per_position * self.tail_tokens * self.token_bytes
+
+    @property
+    def positions(self) -> int:
+        return self.rows // self.rows_per_position
+
+    @property
+    def total_bytes(self) -> int:
+        """With all positions at a time."""
+        return self.trunk_bytes + self.positions * self.position_bytes
+
+    def describe(self) -> str:
+        """The size in words."""
+        return (
+            f"{self.rows} rollouts x {self.tail_tokens} tokens "
+            f"({self.positions * self.position_bytes / GIB:.3g} GiB) + trunk of "
+            f"{self.trunk_tokens} tokens ({self.trunk_bytes / GIB:.3g} GiB), "
+            f"{self.token_bytes} bytes a token"
+        )
+
+    def positions_at_once(self, bound: int | None) -> int:
+        """Most positions of one batch within ``bound`` bytes.
+
+        Raises:
+            ValueError: not even one position of each batch in flight fits.
+        """
+        if bound is None:
+            return max(1, self.positions)
+        fit = (bound - self.trunk_bytes) // max(1, self.position_bytes * self.in_flight)
+        if fit < 1 and self.positions:
+            least = self.trunk_bytes + self.position_bytes * self.in_flight
+            raise ValueError(
+                f"--rmt-rollout-kv-gib is {bound / GIB:.3g}, but the keys and values of the trunk "
+                f"and of {self.in_flight} position(s) take {least / GIB:.3g} GiB "
+                f"({self.describe()}); raise it, or lower --rmt-initial-budget, --rmt-group-size, "
+                "--seq-length or the samples of a rank and step (--global-batch-size)."
+            )
+        return max(1, fit)
+
+
+def rollout_waves(
+    model: GPTModel,
+    *,
+    trunk_tokens: int,
+    positions: int,
+    rows_per_position: int,
+    tail_tokens: int,
+    kv_bytes: int | None,
+    in_flight: int,
+    experts: ProcessGroup | None,
+) -> list[slice]:
+    """Which positions are decoded together; ``in_flight`` neighbours run at the same time.
+
+    At least one, which may be empty; the same number on all ranks of one model and on all that
+    share ``experts``.
+
+    Raises:
+        ValueError: not even one position fits into ``kv_bytes``.
+    """
+    token_bytes = key_value_bytes(model)
+    if kv_bytes is not None and in_flight > 1:
+        # Stages may hold different numbers of layers.
+        token_bytes = _largest(token_bytes, parallel_state.get_pipeline_model_parallel_group())
+    size = CacheSize(
+        token_bytes,
+        trunk_tokens,
+        positions * rows_per_position,
+        rows_per_position,
+        tail_tokens,
+        in_flight,
+    )
+    at_once = min(size.positions_at_once(kv_bytes), max(1, -(-positions // in_flight)))
+    waves = max(1, -(-positions // at_once))
+    if experts is not None:
+        waves = _largest(waves, experts)
+    # Of nearly equal size: the last one would be small otherwise.
+    ends = [positions * index // waves for index in range(waves + 1)]
+    return [slice(first, limit) for first, limit in pairwise(ends)]
+
+
+def _largest(value: int, group: ProcessGroup) -> int:
+    held = torch.tensor([value], device=torch.cuda.current_device())
+    dist.all_reduce(held, op=dist.ReduceOp.MAX, group=group)
+    return int(held)

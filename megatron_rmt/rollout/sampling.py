@@ -1,0 +1,313 @@
+"""Tokens drawn from scores that are split over the tensor-parallel ranks (``algorithm.rng``)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rmt.cpu import compiled
+from megatron_rmt.cpu.compiled import fused
+
+# A token's weight is a whole number of 2^-34 of the weight of the most probable token. With at most
+# 2^19 tokens every sum of weights stays below 2^53 and is exact in float64, in whatever order and
+# over whatever vocabulary split it is taken.
+_WEIGHT_SCALE = 2.0**34
+_LEAST_EXPONENT = -24.0  # exp(-24) is below 2^-34
+_MAXIMUM_VOCABULARY = 2**19
+
+_BLOCK = 256
+# Elements worked on at a time: near the cache on a CPU, bounded memory and few launches on a GPU.
+_ELEMENTS_CPU = 2**18
+_ELEMENTS_CUDA = 2**25
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; pass [rows, vocab/tp]")
+    if logits.dtype != torch.float32:
+        raise ValueError(f"logits has dtype {logits.dtype}; pass float32 (logits.float())")
+
+
+def _parallel_size(tp_group: ProcessGroup | None) -> int:
+    return 1 if tp_group is None else torch.distributed.get_world_size(tp_group)
+
+
+def _row_chunks(scores: Tensor) -> list[slice]:
+    elements = _ELEMENTS_CUDA if scores.is_cuda else _ELEMENTS_CPU
+    size = max(1, elements // scores[0].numel())
+    return [slice(start, start + size) for start in range(0, len(scores), size)]
+
+
+def _weights(scores: Tensor, maxima: Tensor, temperature: float) -> Tensor:
+    """exp((scores - maxima) / temperature) as a whole multiple of 2^-34, scaled to integers."""
+    exponents = (scores - maxima) * (1.0 / temperature)
+    # Below it is 0 anyway; a CPU takes ten times as long where the exponential gets denormal.
+    return exponents.clamp(min=_LEAST_EXPONENT).exp().mul(_WEIGHT_SCALE).floor()
+
+
+@fused
+def _weigh(scores: Tensor, maxima: Tensor, temperature: float) -> Tensor:
+    """Weights fp32 of one block of each row, `scores` [rows, _BLOCK].
+
+    Always of a whole block: its vector instructions give a column the same weight, bit for bit, in
+    whatever block it is computed; for a single number others would be used.
+    """
+    return _weights(scores, maxima[:, None], temperature)
+
+
+@fused
+def _sums_of_weights(scores: Tensor, maxima: Tensor, temperature: float) -> Tensor:
+    """fp64 [rows, blocks]: sums of the weights over [rows, blocks, _BLOCK]."""
+    return _weights(scores, maxima[:, None, None], temperature).sum(-1, dtype=torch.float64)
+
+
+@fused
+def _sums_of_heavy_weights(
+    scores: Tensor, maxima: Tensor, temperature: float, least: Tensor
+) -> Tensor:
+    """The same of the weights that reach `least` [rows]."""
+    weights = _weights(scores, maxima[:, None, None], temperature)
+    counted = torch.where(weights >= least[:, None, None], weights, 0.0)
+    return counted.sum(-1, dtype=torch.float64)
+
+
+def _block_sums(
+    logits: Tensor, maxima: Tensor, temperature: float, least: Tensor | None = None
+) -> Tensor:
+    """Sums of the weights of each block of columns: float64 [rows, blocks], exact.
+
+    least: smallest weight [rows] that counts.
+    """
+
+    def sums_of(part: Tensor, rows: slice) -> Tensor:
+        inputs = part[rows], maxima[rows], temperature
+        if least is None:
+            return _sums_of_weights(*inputs)
+        return _sums_of_heavy_weights(*inputs, least[rows])
+
+    # Compiled, it holds no more than the weights.
+    at_once = compiled.is_available() and not logits.is_cuda
+    whole = logits.shape[1] // _BLOCK
+    parts = [logits[:, : whole * _BLOCK].unflatten(1, (whole, _BLOCK))] if whole else []
+    rest = logits[:, whole * _BLOCK :]
+    if rest.shape[1]:
+        fill = _BLOCK - rest.shape[1]
+        parts.append(F.pad(rest, (0, fill), value=-torch.inf)[:, None])
+    sums = [
+        torch.cat(
+            [sums_of(part, rows) for rows in ([slice(None)] if at_once else _row_chunks(part))]
+        )
+        for part in parts
+    ]
+    return torch.cat(sums, 1)
+
+
+def _kth_weight(
+    logits: Tensor, maxima: Tensor, temperature: float, k: int, tp_group: ProcessGroup | None
+) -> Tensor:
+    """Weight [rows] of the ``k`` th most probable token."""
+    largest = logits.topk(min(k, logits.shape[1]), sorted=False).values
+    largest = F.pad(largest, (0, k - largest.shape[1]), value=-torch.inf)
+    tp_size = _parallel_size(tp_group)
+    if tp_size > 1:
+        rows = len(logits)
+        gathered = largest.new_empty(tp_size * rows, k)
+        torch.distributed.all_gather_into_tensor(gathered, largest.contiguous(), group=tp_group)
+        largest = gathered.view(tp_size, rows, k).transpose(0, 1).reshape(rows, -1)
+        largest = largest.topk(k, sorted=False).values
+    block = largest.amin(1, keepdim=True).repeat(1, _BLOCK)
+    return _weigh(block, maxima, temperature)[:, 0]
+
+
+def _nucleus_weight(
+    logits: Tensor,
+    maxima: Tensor,
+    temperature: float,
+    mass: Tensor,
+    tp_group: ProcessGroup | None,
+) -> Tensor:
+    """The largest weight [rows] such that the tokens that reach it weigh at least ``mass`` [rows].
+
+    Bisection of the whole numbers up to the largest weight, as a sort of the vocabulary would have
+    to gather it: 35 passes over the logits, one all-reduce of [rows] each.
+    """
+    low = torch.zeros_like(mass)  # reached by all: heavy enough
+    high = torch.full_like(mass, _WEIGHT_SCALE + 1)  # reached by none
+    for _ in range(int(_WEIGHT_SCALE).bit_length()):
+        middle = ((low + high) / 2).floor()
+        reached = _block_sums(logits, maxima, temperature, middle).sum(1)
+        if _parallel_size(tp_group) > 1:
+            torch.distributed.all_reduce(reached, group=tp_group)
+        heavy = reached >= mass
+        low, high = torch.where(heavy, middle, low), torch.where(heavy, high, middle)
+    return low
+
+
+def sample_tokens(
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float,
+    vocab_start: int,
+    tp_group: ProcessGroup | None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample one token a row from softmax(logits / temperature) by inverse CDF in two levels.
+
+    The cumulative sum is taken over sums of blocks of 256 columns, then inside the one block that
+    the uniform number falls into. The vocabulary is never gathered: tensor parallelism takes one
+    all-reduce of the maxima [rows], one all-gather of the shards' sums [tp, rows] and one
+    all-reduce of ids and scores [2, rows]. All sums are exact (weights are multiples of 2^-34), so
+    the token does not depend on how the vocabulary is split. A token whose probability is below
+    2^-34 (6e-11) of the most probable one's is never drawn.
+
+    Args:
+        logits: float32 [rows, vocab/tp], without padded columns; not modified.
+        uniforms: float64 [rows] in [0, 1), equal on all tensor-parallel ranks.
+        temperature: above 0 (`greedy_tokens` is the limit at 0).
+        vocab_start: global id of this rank's first column.
+        tp_group: tensor-parallel group in the order of the vocabulary, or None for one rank.
+        top_k: draw only from tokens that are at least as probable as the `top_k` th (None: all).
+        top_p: and only from the most probable tokens that together have probability `top_p` of
+            what `top_k` leaves; a token as probable as the last of them counts with them.
+
+    Returns:
+        (int64 [rows] global token ids, float32 [rows] their log-probs), equal on all ranks. The
+        log-probs are those of softmax(logits / temperature) before `top_k` and `top_p`, to within
+        vocab * 2^-34. A row with NaN or +inf, or with nothing finite, gives an arbitrary id without
+        an error (no synchronisation with the device).
+
+    Raises:
+        ValueError: wrong shape or dtype, temperature not above 0, vocabulary above 2^19, `top_k`
+            below 1, `top_p` not in (0, 1].
+    """
+    _check_logits(logits)
+    rows, columns = logits.shape
+    if uniforms.shape != (rows,) or uniforms.dtype != torch.float64:
+        raise ValueError(
+            f"uniforms is {uniforms.dtype} {tuple(uniforms.shape)}; pass float64 [{rows}]"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; pass a number above 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; pass 1 or more, or None for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; pass a number in (0, 1], or None for all tokens")
+    tp_size = _parallel_size(tp_group)
+    if vocab_start + columns > _MAXIMUM_VOCABULARY:
+        raise ValueError(
+            f"the vocabulary has {vocab_start + columns} columns or more; at most "
+            f"{_MAXIMUM_VOCABULARY} can be summed exactly"
+        )
+    if rows == 0:
+        nothing = torch.empty(0, device=logits.device)
+        return nothing.long(), nothing
+
+    maxima = logits.amax(1)
+    if tp_size > 1:
+        torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=tp_group)
+    cumulative = _block_sums(logits, maxima, temperature).cumsum(1)
+    offset, total = _shard_offset(cumulative[:, -1], tp_group)
+    whole, least = total, None
+    if top_k is not None:
+        least = _kth_weight(logits, maxima, temperature, top_k, tp_group)
+        cumulative = _block_sums(logits, maxima, temperature, least).cumsum(1)
+        offset, total = _shard_offset(cumulative[:, -1], tp_group)
+    if top_p is not None:
+        nucleus = _nucleus_weight(logits, maxima, temperature, top_p * total, tp_group)
+        least = nucleus if least is None else torch.maximum(least, nucleus)
+        cumulative = _block_sums(logits, maxima, temperature, least).cumsum(1)
+        offset, total = _shard_offset(cumulative[:, -1], tp_group)
+
+    # The token is the first column whose cumulative sum exceeds this whole number, which is below
+    # the total: no uniform number exceeds 1 - 2^-53, so the product does not round up to the total.
+    target = (uniforms * total).floor() - offset
+    owned = (target >= 0) & (target < cumulative[:, -1])
+
+    target = target.unsqueeze(1)
+    block = (cumulative <= target).sum(1, keepdim=True).clamp_(max=cumulative.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    column = block * _BLOCK + torch.arange(_BLOCK, device=logits.device)
+    # Beyond the end the last column repeats, behind every column that the search can stop at.
+    weights = _weigh(logits.gather(1, column.clamp(max=columns - 1)), maxima, temperature)
+    if least is not None:
+        weights.mul_(weights >= least[:, None])
+    inside = weights.cumsum(1, dtype=torch.float64)
+    step = (inside <= target - before).sum(1).clamp_(max=_BLOCK - 1)
+    column = (block.squeeze(1) * _BLOCK + step).clamp_(max=columns - 1)
+    # Ids are below 2^19, so one float64 sum carries them and the scores.
+    drawn = torch.stack([column + vocab_start, logits.gather(1, column[:, None])[:, 0]]).double()
+    if tp_size > 1:
+        drawn = torch.where(owned, drawn, 0.0)
+        torch.distributed.all_reduce(drawn, group=tp_group)
+    log_probs = (drawn[1] - maxima) / temperature - (whole / _WEIGHT_SCALE).log()
+    return drawn[0].long(), log_probs.float()
+
+
+def _shard_offset(shard_sum: Tensor, tp_group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """(sum of the weights [rows] of the shards before this one, sum over all shards)."""
+    tp_size = _parallel_size(tp_group)
+    if tp_size == 1:
+        return torch.zeros_like(shard_sum), shard_sum
+    shard_sums = shard_sum.new_empty(tp_size * len(shard_sum))
+    torch.distributed.all_gather_into_tensor(shard_sums, shard_sum.contiguous(), group=tp_group)
+    shard_sums = shard_sums.view(tp_size, -1)
+    rank = torch.distributed.get_rank(tp_group)
+    return shard_sums[:rank].sum(0), shard_sums.sum(0)
+
+
+def greedy_tokens(logits: Tensor, *, vocab_start: int, tp_group: ProcessGroup | None) -> Tensor:
+    """The most probable token of each row; the lowest id among ties.
+
+    Args:
+        logits: float32 [rows, vocab/tp], without padded columns; not modified.
+        vocab_start: global id of this rank's first column.
+        tp_group: tensor-parallel group, or None for one rank. Two all-reduces of [rows].
+
+    Returns:
+        int64 [rows] global token ids, equal on all ranks.
+
+    Raises:
+        ValueError: wrong shape or dtype.
+    """
+    _check_logits(logits)
+    column = logits.argmax(1)
+    token = column + vocab_start
+    if _parallel_size(tp_group) == 1 or len(token) == 0:
+        return token
+    mine = logits.gather(1, column.unsqueeze(1)).squeeze(1)
+    best = mine.clone()
+    torch.distributed.all_reduce(best, torch.distributed.ReduceOp.MAX, group=tp_group)
+    token = torch.where(mine == best, token, torch.iinfo(torch.int64).max)
+    torch.distributed.all_reduce(token, torch.distributed.ReduceOp.MIN, group=tp_group)
+    return token
+
+
+def token_log_probs(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float,
+    vocab_start: int,
+    tp_group: ProcessGroup | None,
+) -> Tensor:
+    """Log-probs fp32 [rows] of global token ids [rows] under softmax(logits / temperature).
+
+    logits as in `sample_tokens`. Collectives: one all-reduce of maxima and one of the stacked sums
+    and scores, both [rows]-sized.
+    """
+    _check_logits(logits)
+    maxima = logits.amax(1)
+    if _parallel_size(tp_group) > 1:
+        torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=tp_group)
+    sums = torch.empty(2, len(tokens), dtype=torch.float32, device=logits.device)
+    for chunk in _row_chunks(logits):
+        shifted = (logits[chunk] - maxima[chunk, None]).mul_(1.0 / temperature)
+        column = (tokens[chunk] - vocab_start)[:, None]
+        here = (column >= 0) & (column < logits.shape[1])
+        own = shifted.gather(1, column.clamp(0, logits.shape[1] - 1)) * here
+        sums[0, chunk], sums[1, chunk] = own[:, 0], shifted.exp_().sum(1)
+    if _parallel_size(tp_group) > 1:
+        torch.distributed.all_reduce(sums, group=tp_group)
+    return sums[0] - sums[1].log()

@@ -1,0 +1,155 @@
+"""The forward step that Megatron's schedules run for each micro-batch of the update.
+
+Mixture of experts: what Megatron adds to the loss for the routers (load balance, z-loss) is taken
+over the tokens of a micro-batch's tree. The trunk counts once there, not once for each rollout that
+shares it, and padding not at all; so these terms, and expert capacity, differ from a run with one
+sequence per rollout, and, as always in Megatron, with the split into micro-batches. All else is
+equal. Sequence parallel is the exception: Megatron cannot tell its routers of padding there.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_rmt.algorithm.losses import LossWeights, hybrid_loss, loss_coefficients
+from megatron_rmt.model.head import weighted_log_prob_sum
+from megatron_rmt.model.pipeline import full_hidden
+from megatron_rmt.update.tree import Tree
+
+# [sum, count]: Megatron adds both over micro-batches and data-parallel ranks and divides.
+Metric = tuple[float, float]
+
+
+@dataclass
+class Update:
+    """One micro-batch of the update: its tree, the weights of its predictions, what to report.
+
+    metrics: [sum, count] of what is known before the update; every micro-batch of every rank has
+    the same keys. largest_difference, difference: 0-d and ``[sum, tokens]``, filled by the loss:
+    |log-prob now - when drawn|, zeros on stages without a loss.
+    """
+
+    tree: Tree
+    weights: LossWeights
+    metrics: dict[str, Metric]
+    largest_difference: Tensor = field(default_factory=lambda: torch.zeros(()))
+    difference: Tensor = field(default_factory=lambda: torch.zeros(2))
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """ntp_coefficient: the paper's lambda. temperature: at which responses were drawn.
+    vocab_size: without padding. chunk_size: rows of the head at a time. ntp_tokens: unmasked NTP
+    tokens of the global batch. scale: undoes what Megatron divides the loss by."""
+
+    ntp_coefficient: float
+    temperature: float
+    vocab_size: int
+    chunk_size: int
+    ntp_tokens: float
+    scale: float
+
+
+def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
+    """A Megatron ``forward_step_func`` over an iterator of ``Update``."""
+
+    def forward_step(updates: Iterator[Update], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        update = next(updates)
+        output = model(
+            input_ids=update.tree.tokens[None],
+            position_ids=update.tree.visibility.position_ids[None],
+            attention_mask=None,
+            packed_seq_params=update.tree.visibility,
+            padding_mask=_padding(update.tree, get_model_config(model)),
+            output_processor=_read_predictions,
+            output_processor_context=(update, settings),
+        )
+        return output, functools.partial(_loss, update, settings)
+
+    return forward_step
+
+
+def _padding(tree: Tree, config: Any) -> Tensor | None:
+    """``[1, padded rows]`` bool, True for padding, which routers leave out; None if there is none
+    or nobody asks."""
+    rows = tree.tokens.shape[0]
+    if not config.num_moe_experts or config.sequence_parallel or rows == tree.visibility.tokens:
+        return None
+    return (torch.arange(rows, device=tree.tokens.device) >= tree.visibility.tokens)[None]
+
+
+def _read_predictions(
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    context: tuple[Update, LossSettings],
+    config: Any,
+    **_: Any,
+) -> Tensor:
+    """``GPTModel``'s ``output_processor``: ``[1 + predictions]`` fp32.
+
+    First a sum whose gradient is the loss's, as the derivative of the loss by every log-prob is
+    known before (``loss_coefficients``), then the log-probs of the tree's targets, constants. Only
+    rows that predict something reach the head. The sampling temperature divides the scores of
+    responses.
+    """
+    update, settings = context
+    tree = update.tree
+    hidden = full_hidden(hidden_states, config).index_select(0, tree.predicting)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    scale = torch.ones(hidden.shape[0], dtype=wide, device=hidden.device)
+    scale[tree.trunk_predictions :] = 1 / settings.temperature
+    total, log_probs, _ = weighted_log_prob_sum(
+        hidden,
+        output_layer.weight if output_weight is None else output_weight,
+        tree.targets,
+        torch.cat(loss_coefficients(update.weights, ntp_coefficient=settings.ntp_coefficient)),
+        vocab_size=settings.vocab_size,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        chunk_size=settings.chunk_size,
+        scale=scale,
+    )
+    return torch.cat([total[None], log_probs.detach()])
+
+
+def _loss(
+    update: Update, settings: LossSettings, output: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's ``loss_func``: (loss, 1 "token", report).
+
+    Megatron divides by the number of micro-batches and data-parallel ranks, or with
+    ``--calculate-per-token-loss`` by the reported tokens of all of them: by the same number, as
+    each micro-batch reports one. ``settings.scale`` undoes it, since the weights are global.
+    """
+    tree = update.tree
+    for_gradient, log_probs = output[0], output[1:].detach()
+    on_trunk, on_responses = log_probs.split(
+        [tree.trunk_predictions, log_probs.shape[0] - tree.trunk_predictions]
+    )
+    loss = hybrid_loss(
+        on_trunk, on_responses, update.weights, ntp_coefficient=settings.ntp_coefficient
+    )
+    # Forced tokens were not drawn, so there is nothing to compare.
+    difference = (on_responses - tree.drawn_log_probs).abs() * tree.drawn
+    if difference.numel():
+        update.largest_difference = difference.max()
+    report = {key: torch.tensor(value) for key, value in update.metrics.items()}
+    ntp_tokens = tree.ntp_mask.sum()
+    report["lm loss"] = torch.stack([loss.ntp * settings.ntp_tokens, ntp_tokens])
+    one = torch.ones((), device=log_probs.device) / settings.scale
+    report["rmt rl loss"] = torch.stack([loss.policy, one])
+    report["rmt warm-up loss"] = torch.stack([loss.supervised, one])
+    update.difference = torch.stack([difference.sum(), tree.drawn.float().sum()])
+    report["rmt logprob difference"] = update.difference
+    report = {key: value.to(log_probs.device).float() for key, value in report.items()}
+    one_token = torch.ones((), dtype=torch.int, device=log_probs.device)
+    # The value of the loss with the gradient of the sum.
+    total = for_gradient + (loss.total - for_gradient).detach()
+    return total * settings.scale, one_token, report

@@ -1,0 +1,679 @@
+"""Generation against a slow reference: the stock model reads everything again for every token.
+
+The reference decides in Python, on the bytes so far, when a thought or an answer ends, and draws
+with the same uniform numbers. The tokenizer is a real byte-level BPE, so small that the markers of
+thought and answer turn up by chance.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+import sys
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from megatron_rmt.algorithm.losses import LossWeights
+from megatron_rmt.algorithm.rng import uniforms
+from megatron_rmt.cpu import compiled as cpu_compiled
+from megatron_rmt.model.visibility import attach_tree_attention
+from megatron_rmt.prompt.grammar import ResponseGrammar
+from megatron_rmt.prompt.response import read_response
+from megatron_rmt.prompt.template import Template
+from megatron_rmt.prompt.token_bytes import token_bytes
+from megatron_rmt.rollout.generate import RolloutSettings, generate
+from megatron_rmt.rollout.generate import generate as rollout_module
+from megatron_rmt.rollout.kv_cache import DecodeVisibility, KeyValueStore, TailCache
+from megatron_rmt.rollout.live_rollouts import RolloutPosition
+from megatron_rmt.rollout.prefill import read_trunk
+from megatron_rmt.rollout.responses import Responses, join_responses
+from megatron_rmt.rollout.sampling import greedy_tokens, sample_tokens
+from megatron_rmt.rollout.trunk import Trunk, build_trunk
+from megatron_rmt.update.forward_step import LossSettings, Update, make_forward_step
+from megatron_rmt.update.tree import grow_tree
+from tests.distributed import run_distributed
+from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
+
+pytestmark = pytest.mark.usefixtures("single_process_megatron")
+
+SEED, ITERATION = 3, 5
+CLOSE = "</think>"
+
+
+@functools.cache
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """53 tokens: the letters, then pieces of the markers up to whole ones and beyond."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    text = ["</think>\\boxed{a} b", "</think> a", "b</think>", "\\boxed{", "{c}", "a}", "b} c"]
+    text += ["ab ac", "bc ba", "</th", "ink>", "ca cb", "}}"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<|end|>"], show_progress=False)
+    backend.train_from_iterator(text * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+END = 0  # id of <|end|>
+
+
+@functools.cache
+def _bytes() -> list[bytes]:
+    table = token_bytes(_tokenizer())
+    assert len(table) == VOCAB
+    assert table[END] == b""
+    return table
+
+
+@functools.cache
+def _models() -> tuple[GPTModel, GPTModel]:
+    stock, with_trees = build_model(torch.float32), build_model(torch.float32)
+    with_trees.load_state_dict(stock.state_dict())
+    attach_tree_attention(with_trees)
+    return stock.eval(), with_trees.eval()
+
+
+STEM = [9, 14, 3]
+CHOSEN = [(0, 0), (0, 4), (0, 11), (1, 1), (3, 9)]
+
+
+@functools.cache
+def _trunks() -> tuple[Trunk, Trunk]:
+    """Two micro-batches of two samples with documents kept apart, after a prompt head."""
+    trunks = []
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        text = torch.randint(1, VOCAB, (2, 13), generator=generator)
+        text[0, 5] = END
+        positions = torch.arange(12).repeat(2, 1)
+        positions[0, 6:] -= 6
+        trunks.append(
+            build_trunk(
+                text[:, :-1],
+                positions,
+                text[:, 1:],
+                torch.ones(2, 12),
+                preamble=[21, 22],
+                end_of_document=END,
+                separate_documents=True,
+            )
+        )
+    return tuple(trunks)
+
+
+def _chosen_row(sample: int, column: int) -> tuple[Trunk, int, int]:
+    """The trunk of a sample, the first row of that trunk in the store, and the row in the trunk."""
+    trunk = _trunks()[sample // 2]
+    row = (trunk.samples == sample % 2) & (trunk.columns == column)
+    return trunk, sample // 2 * len(_trunks()[0]), int(row.nonzero()[0])
+
+
+def _truth(sample: int, column: int) -> tuple[int, ...]:
+    """Answers of different lengths."""
+    return tuple(range(30, 31 + (sample + column) % 3))
+
+
+def _positions(chosen: list[tuple[int, int]]) -> list[RolloutPosition]:
+    positions = []
+    for sample, column in chosen:
+        trunk, first_row, row = _chosen_row(sample, column)
+        positions.append(
+            RolloutPosition(
+                sample=sample + 100,
+                column=column,
+                first=first_row + int(trunk.document_first[row]),
+                limit=first_row + row + 1,
+                next_position=int(trunk.position_ids[row]) + 1,
+                truth=_truth(sample, column),
+            )
+        )
+    return positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    answer: str = "boxed"
+    budget: int = 5
+    group: int = 4
+    answer_tokens: int = 4
+    temperature: float = 0.8
+    force_close: bool = False
+    greedy: bool = False
+    warm_up: bool = False
+    spelled_close: bool = False
+    kv_bytes: int | None = None
+
+    @property
+    def close(self) -> list[int]:
+        """Token ids of the forced end of thought: one token, or letter by letter."""
+        if self.spelled_close:
+            return [_bytes().index(bytes([byte])) for byte in CLOSE.encode()]
+        return _tokenizer().encode(CLOSE, add_special_tokens=False)
+
+    @property
+    def template(self) -> Template:
+        return Template("test", "", "{budget}", CLOSE, self.answer)
+
+    @property
+    def settings(self) -> RolloutSettings:
+        return RolloutSettings(
+            group=self.group,
+            temperature=self.temperature,
+            answer_tokens=self.answer_tokens,
+            force_close=self.force_close,
+            greedy=self.greedy,
+            kv_bytes=self.kv_bytes,
+        )
+
+
+def _filled_store() -> KeyValueStore:
+    trunks = _trunks()
+    store = KeyValueStore(sum(map(len, trunks)))
+    for index, trunk in enumerate(trunks):
+        read_trunk(
+            _models()[1],
+            trunk,
+            store,
+            index * len(trunks[0]),
+            vocab_size=VOCAB,
+            longest_position=LONGEST_POSITION,
+            chunk_size=16,
+        )
+    return store
+
+
+def _generate(case: Case, chosen: list[tuple[int, int]], store: KeyValueStore) -> Responses:
+    return generate(
+        _models()[1],
+        store,
+        _positions(chosen),
+        STEM,
+        case.close,
+        ResponseGrammar(case.template, _bytes(), [END]),
+        case.settings,
+        budget=case.budget,
+        vocab_size=VOCAB,
+        longest_position=LONGEST_POSITION,
+        seed=SEED,
+        iteration=ITERATION,
+        force_truth_at_budget=case.warm_up,
+    )
+
+
+def _answer_is_complete(text: bytes, answer: str) -> bool:
+    """Whether a box in the text after the thought is closed, braces balanced."""
+    _, closed, after = text.partition(CLOSE.encode())
+    if not closed or answer != "boxed" or b"\\boxed{" not in after:
+        return False
+    depth = 1
+    for byte in after.partition(b"\\boxed{")[2]:
+        depth += {ord("{"): 1, ord("}"): -1}.get(byte, 0)
+        if depth == 0:
+            return True
+    return False
+
+
+@torch.no_grad()
+def _slow_response(
+    case: Case, sample: int, column: int, rollout: int
+) -> tuple[list[int], list[bool], list[float]]:
+    """One response, each token by a pass of the stock model over prefix, stem and response."""
+    trunk, _, row = _chosen_row(sample, column)
+    prefix = torch.cat([trunk.tokens[int(trunk.document_first[row]) : row + 1], torch.tensor(STEM)])
+    tokens: list[int] = []
+    drawn: list[bool] = []
+    log_probs: list[float] = []
+    to_write: list[int] | None = None
+    truth = list(_truth(sample, column)) if case.warm_up else []
+    bound = case.budget if case.warm_up else 2 * case.budget
+    answered = 0
+    while True:
+        text = b"".join(_bytes()[token] for token in tokens)
+        thinking = CLOSE.encode() not in text
+        if thinking and to_write is None and len(tokens) >= bound:
+            if not (case.force_close or case.warm_up):
+                break
+            to_write = case.close + truth
+        logits = stock_logits(_models()[0], torch.cat([prefix, torch.tensor(tokens).long()]))[-1:]
+        draw = uniforms(SEED, ITERATION, sample + 100, column, rollout, len(tokens))[None]
+        shard = {"vocab_start": 0, "tp_group": None}
+        if case.greedy:
+            token = int(greedy_tokens(logits, **shard))
+        else:
+            token = int(sample_tokens(logits, draw, temperature=case.temperature, **shard)[0])
+        log_prob = float((logits / case.temperature).log_softmax(-1)[0, token])
+        ends = token == END or _answer_is_complete(text + _bytes()[token], case.answer)
+        if case.warm_up and thinking and to_write is None and ends:
+            to_write = case.close + truth
+        forced = bool(to_write)
+        if forced:
+            token = to_write.pop(0)
+        tokens.append(token)
+        drawn.append(not forced)
+        log_probs.append(0.0 if forced else log_prob)
+
+        text += _bytes()[token]
+        if case.warm_up:
+            if to_write is None and CLOSE.encode() in text:
+                to_write = truth
+            if to_write == []:
+                break
+        else:
+            answered += not thinking
+            complete = _answer_is_complete(text, case.answer)
+            if token == END or complete or answered == case.answer_tokens:
+                break
+    return tokens, drawn, log_probs
+
+
+CASES = {
+    "boxed": Case(),
+    "next": Case(answer="next"),
+    "next, forced close": Case(answer="next", force_close=True, budget=3, spelled_close=True),
+    "boxed, forced close": Case(force_close=True, budget=3, answer_tokens=6),
+    "warm-up": Case(answer="next", warm_up=True, spelled_close=True),
+    "warm-up, boxed": Case(warm_up=True, budget=8),
+    "budget of one": Case(answer="next", budget=1, answer_tokens=1),
+    "hot": Case(temperature=1.7, group=3),
+    "greedy": Case(greedy=True, group=2),
+    "greedy, forced close": Case(answer="next", greedy=True, group=2, force_close=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_responses_equal_those_of_the_stock_model_token_by_token(name):
+    case = CASES[name]
+    responses = _generate(case, CHOSEN, _filled_store())
+    assert responses.tokens.shape[:2] == (len(CHOSEN), case.group)
+    for index, (sample, column) in enumerate(CHOSEN):
+        for rollout in range(case.group):
+            tokens, drawn, log_probs = _slow_response(case, sample, column, rollout)
+            length = int(responses.lengths[index, rollout])
+            assert responses.tokens[index, rollout, :length].tolist() == tokens
+            assert responses.drawn[index, rollout, :length].tolist() == drawn
+            torch.testing.assert_close(
+                responses.log_probs[index, rollout, :length],
+                torch.tensor(log_probs),
+                rtol=0,
+                atol=1e-5,
+            )
+            # Nothing is left behind the end.
+            for field in (responses.tokens, responses.drawn, responses.log_probs):
+                assert not field[index, rollout, length:].any()
+
+
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize("name", ["boxed", "greedy, forced close"])
+def test_compiled_and_captured_it_draws_the_same_tokens(name, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*(uncompiled|uncaptured)")
+        compiled = _generate(CASES[name], CHOSEN, _filled_store())
+    monkeypatch.setattr(cpu_compiled, "is_available", lambda: False)
+    expected = _generate(CASES[name], CHOSEN, _filled_store())
+    for field in ("tokens", "lengths", "drawn"):
+        assert torch.equal(getattr(compiled, field), getattr(expected, field))
+    torch.testing.assert_close(compiled.log_probs, expected.log_probs, rtol=0, atol=1e-5)
+
+
+def _read(case: Case, responses: Responses) -> list:
+    return [
+        (
+            tokens[:length].tolist(),
+            read_response(
+                tokens[:length].tolist(), case.template, _bytes(), [END], case.answer_tokens
+            ),
+        )
+        for tokens, length in zip(
+            responses.tokens.flatten(0, 1), responses.lengths.flatten(), strict=True
+        )
+    ]
+
+
+def test_the_cases_hold_what_can_happen(monkeypatch: pytest.MonkeyPatch):
+    """Else the comparison above would prove less than it seems to."""
+    kept: list[int] = []
+    keep = TailCache.keep
+    monkeypatch.setattr(
+        TailCache, "keep", lambda self, rows: (kept.append(len(rows)), keep(self, rows))
+    )
+    responses = _read(CASES["boxed"], _generate(CASES["boxed"], CHOSEN, _filled_store()))
+    assert len([rows for rows in kept if rows]) >= 2
+    bound = 2 * CASES["boxed"].budget
+    assert any(read.well_formed for _, read in responses)
+    assert any(read.closed and not read.well_formed for _, read in responses)
+    assert any(not read.closed and len(tokens) == bound for tokens, read in responses)
+    assert any(not read.closed and tokens[-1] == END for tokens, read in responses)
+    spelled = [tokens for tokens, read in responses if read.closed]
+    assert any(CLOSE.encode() not in [_bytes()[t] for t in tokens] for tokens in spelled)
+    for name in ("warm-up", "next, forced close"):
+        drawn = _generate(CASES[name], CHOSEN, _filled_store()).drawn
+        assert drawn.any()
+        assert not drawn.all()
+
+
+def test_no_thought_is_longer_than_twice_the_budget():
+    for name in ("boxed", "next", "budget of one"):
+        case = CASES[name]
+        for tokens, read in _read(case, _generate(case, CHOSEN, _filled_store())):
+            assert read.thought_length <= 2 * case.budget
+            assert len(tokens) <= 2 * case.budget + case.answer_tokens
+
+
+def test_a_forced_thought_is_closed_and_answered():
+    case = CASES["next, forced close"]
+    responses = _generate(case, CHOSEN, _filled_store())
+    for (tokens, read), drawn, length in zip(
+        _read(case, responses),
+        responses.drawn.flatten(0, 1),
+        responses.lengths.flatten().tolist(),
+        strict=True,
+    ):
+        assert read.closed or tokens[-1] == END
+        written = [t for t, own in zip(tokens, drawn[:length].tolist(), strict=True) if not own]
+        assert written in ([], case.close)
+
+
+@pytest.mark.parametrize("name", ["warm-up", "warm-up, boxed"])
+def test_the_warm_up_ends_every_response_with_the_truth_after_a_closed_thought(name):
+    case = CASES[name]
+    responses = _generate(case, CHOSEN, _filled_store())
+    for index, (sample, column) in enumerate(CHOSEN):
+        truth = list(_truth(sample, column))
+        for rollout in range(case.group):
+            length = int(responses.lengths[index, rollout])
+            tokens = responses.tokens[index, rollout, :length].tolist()
+            assert tokens[-len(truth) :] == truth
+            assert not responses.drawn[index, rollout, length - len(truth) : length].any()
+            thought = b"".join(_bytes()[token] for token in tokens[: -len(truth)])
+            assert CLOSE.encode() in thought
+            assert END not in tokens
+
+
+@pytest.mark.parametrize("name", ["boxed", "next, forced close", "warm-up"])
+def test_a_response_does_not_depend_on_what_else_is_in_the_batch(name):
+    case = CASES[name]
+    together = _generate(case, CHOSEN, _filled_store())
+    store = _filled_store()
+    for index, position in enumerate(CHOSEN):
+        alone = _generate(case, [position], store)
+        longest = alone.tokens.shape[2]
+        own = together.positions(index, index + 1)
+        assert torch.equal(alone.lengths, own.lengths)
+        assert torch.equal(alone.tokens, own.tokens[..., :longest])
+        assert torch.equal(alone.drawn, own.drawn[..., :longest])
+        torch.testing.assert_close(alone.log_probs, own.log_probs[..., :longest])
+
+
+def test_rollouts_do_not_depend_on_the_group_size():
+    case = CASES["boxed"]
+    large = _generate(case, CHOSEN, _filled_store())
+    small = _generate(dataclasses.replace(case, group=2), CHOSEN, _filled_store())
+    assert torch.equal(small.lengths, large.lengths[:, :2])
+    longest = small.tokens.shape[2]
+    assert torch.equal(small.tokens, large.tokens[:, :2, :longest])
+
+
+def test_the_draws_depend_on_seed_iteration_sample_column_and_rollout():
+    case = CASES["boxed"]
+    responses = _generate(case, CHOSEN, _filled_store())
+    texts = {tuple(tokens) for tokens in responses.tokens[0].tolist()}
+    assert len(texts) == case.group
+    arguments = (_models()[1], _filled_store(), _positions(CHOSEN), STEM, case.close)
+    arguments += (ResponseGrammar(case.template, _bytes(), [END]), case.settings)
+    for seed, iteration in ((SEED + 1, ITERATION), (SEED, ITERATION + 1)):
+        other = generate(
+            *arguments,
+            budget=case.budget,
+            vocab_size=VOCAB,
+            longest_position=LONGEST_POSITION,
+            seed=seed,
+            iteration=iteration,
+        )
+        assert other.tokens[:, :, 0].tolist() != responses.tokens[:, :, 0].tolist()
+
+
+@pytest.mark.parametrize("name", ["boxed", "next, forced close", "warm-up", "hot"])
+def test_log_probs_when_drawn_equal_those_of_the_update(name):
+    """No mismatch between rollout and training: what was recorded is what the tree computes."""
+    case = CASES[name]
+    responses = _generate(case, CHOSEN, _filled_store())
+    model = _models()[1]
+    for index, trunk in enumerate(_trunks()):
+        own = [i for i, (sample, _) in enumerate(CHOSEN) if sample // 2 == index]
+        rows = [_chosen_row(*CHOSEN[i])[2] for i in own]
+        tree = grow_tree(
+            trunk,
+            rows,
+            STEM,
+            responses.positions(own[0], own[-1] + 1),
+            longest_position=LONGEST_POSITION,
+            device=torch.device("cpu"),
+        )
+        settings = LossSettings(
+            ntp_coefficient=0.1,
+            temperature=case.temperature,
+            vocab_size=VOCAB,
+            chunk_size=16,
+            ntp_tokens=1.0,
+            scale=1.0,
+        )
+        of_responses = torch.zeros(len(tree.drawn))
+        weights = LossWeights(tree.ntp_mask, of_responses, of_responses)
+        with torch.no_grad():
+            output, _ = make_forward_step(settings)(iter([Update(tree, weights, {})]), model)
+        _, on_responses = output[1:].split([tree.trunk_predictions, len(tree.drawn)])
+        assert tree.drawn.sum() > 10
+        difference = (on_responses - tree.drawn_log_probs)[tree.drawn].abs().max()
+        assert difference < 1e-4
+
+
+def test_padding_of_the_vocabulary_is_never_drawn():
+    weight = _models()[1].output_layer.weight
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[VOCAB:] = 50 * kept[:1]
+        responses = _generate(CASES["hot"], CHOSEN, _filled_store())
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    assert responses.tokens.max() < VOCAB
+    assert torch.equal(responses.tokens, _generate(CASES["hot"], CHOSEN, _filled_store()).tokens)
+
+
+# Keys and values of a token: two layers, two key heads of width 8, fp32.
+TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
+
+
+def _assert_same(responses: Responses, expected: Responses) -> None:
+    assert torch.equal(responses.lengths, expected.lengths)
+    assert torch.equal(responses.tokens, expected.tokens)
+    assert torch.equal(responses.drawn, expected.drawn)
+    torch.testing.assert_close(responses.log_probs, expected.log_probs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["boxed", "next, forced close", "warm-up"])
+def test_responses_do_not_depend_on_the_waves_that_a_memory_bound_makes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    case = CASES[name]
+    together = _generate(case, CHOSEN, _filled_store())
+    allocated: list[int] = []
+    start = TailCache.start
+
+    def measured(tails: TailCache, layer: int, *others: Any) -> None:
+        start(tails, layer, *others)
+        stored = [x.numel() * x.element_size() for pair in tails.stored.values() for x in pair]
+        allocated.append(sum(stored))
+
+    monkeypatch.setattr(TailCache, "start", measured)
+    tail = len(STEM) + 2 * case.budget + case.answer_tokens + 12
+    bound = sum(map(len, _trunks())) * TOKEN_BYTES + 2 * case.group * tail * TOKEN_BYTES
+    _assert_same(
+        _generate(dataclasses.replace(case, kv_bytes=bound), CHOSEN, _filled_store()), together
+    )
+    assert len(allocated) >= 2 * 2, "two waves, two layers"
+    assert max(allocated) <= bound
+
+
+def test_a_bound_that_no_position_fits_in_is_refused():
+    with pytest.raises(ValueError, match=r"--rmt-rollout-kv-gib is 1\.86e-08"):
+        _generate(dataclasses.replace(CASES["boxed"], kv_bytes=20), CHOSEN, _filled_store())
+
+
+def test_the_host_waits_for_the_device_once_a_token(monkeypatch: pytest.MonkeyPatch):
+    """Reading a value back is what makes a host wait: each such read is counted."""
+    reads: list[str] = []
+    for name in ("tolist", "item", "__int__", "__bool__", "__float__", "nonzero", "numpy"):
+        original = getattr(Tensor, name)
+
+        def counted(tensor: Tensor, *args: Any, _original=original, _name=name, **kwargs: Any):
+            reads.append(_name)
+            return _original(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    steps: list[int] = []
+    attend = DecodeVisibility.attend
+
+    def attended(visibility: DecodeVisibility, layer: int, *others: Any) -> Tensor:
+        if layer == 1:
+            steps.append(len(reads))
+        return attend(visibility, layer, *others)
+
+    monkeypatch.setattr(DecodeVisibility, "attend", attended)
+    # What lies on the host anyway, to sort rows by sample.
+    grouped = _uncounted(rollout_module.shared_trunks, reads)
+    monkeypatch.setattr(rollout_module, "shared_trunks", grouped)
+    _generate(CASES["boxed"], CHOSEN, _filled_store())
+    assert len(steps) > 8
+    assert [b - a for a, b in itertools.pairwise(steps)] == [1] * (len(steps) - 1)
+
+
+def _uncounted(function: Callable[..., Any], reads: list[str]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        before = len(reads)
+        result = function(*args)
+        del reads[before:]
+        return result
+
+    return call
+
+
+def test_nothing_keeps_a_gradient_and_nothing_is_an_inference_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Transformer Engine's buffers that were first made in inference mode could not be trained."""
+    held: list[Tensor] = []
+    attend = DecodeVisibility.attend
+
+    def attended(visibility: DecodeVisibility, layer: int, *tensors: Any) -> Tensor:
+        held.extend([*tensors[:3], *visibility.tails.stored[layer]])
+        return attend(visibility, layer, *tensors)
+
+    monkeypatch.setattr(DecodeVisibility, "attend", attended)
+    _generate(CASES["boxed"], CHOSEN, _filled_store())
+    assert held
+    assert not any(tensor.requires_grad or tensor.is_inference() for tensor in held)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_models_budgets_and_positions(seed: int, monkeypatch: pytest.MonkeyPatch):
+    """Also a budget of one, groups of one, the first and the last position."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*values: Any) -> Any:
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    case = Case(
+        answer=pick("boxed", "next"),
+        budget=pick(1, 1, 2, 7),
+        group=pick(1, 3),
+        answer_tokens=pick(1, 2, 5),
+        temperature=pick(0.5, 1.3),
+        force_close=pick(True, False),
+        spelled_close=pick(True, False),
+    )
+    torch.manual_seed(seed + 50)
+    stock, ours = build_model(torch.float32), build_model(torch.float32)
+    ours.load_state_dict(stock.state_dict())
+    attach_tree_attention(ours)
+    models_ = (stock.eval(), ours.eval())
+    monkeypatch.setattr(sys.modules[__name__], "_models", lambda: models_)
+    places = torch.randperm(12, generator=generator)[:2].tolist()
+    chosen = [(0, 1), *((pick(0, 1, 2, 3), place) for place in places), (3, 11)]
+    chosen = sorted(set(chosen))
+    responses = _generate(case, chosen, _filled_store())
+    for index, (sample, column) in enumerate(chosen):
+        rollout = case.group - 1
+        tokens, drawn, _ = _slow_response(case, sample, column, rollout)
+        length = int(responses.lengths[index, rollout])
+        assert responses.tokens[index, rollout, :length].tolist() == tokens
+        assert responses.drawn[index, rollout, :length].tolist() == drawn
+    for tokens, read in _read(case, responses):
+        forced = len(case.close) if case.force_close else 0
+        assert read.thought_length <= 2 * case.budget + forced
+        assert len(tokens) <= 2 * case.budget + forced + case.answer_tokens
+
+
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_load_balancing_type": "none",
+}
+
+
+def _with_experts(expert_ranks: int) -> GPTModel:
+    """The same weights whatever rank holds them."""
+    model = build_model(torch.float32, expert_model_parallel_size=expert_ranks, **EXPERTS)
+    first = parallel_state.get_expert_model_parallel_rank() * (4 // expert_ranks)
+    for name, parameter in model.named_parameters():
+        local = re.search(r"local_experts\.(\d+)\.", name)
+        if local:
+            name = name.replace(local[0], f"local_experts.{int(local[1]) + first}.")
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        with torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    attach_tree_attention(model)
+    return model.eval()
+
+
+def _rollouts_of_shares(shares: list[list[tuple[int, int]]], kv_bytes: int | None) -> Responses:
+    """This rank's share, with experts on all ranks; _models of a rank is its own."""
+    ranks = torch.distributed.get_world_size()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+    model = _with_experts(ranks)
+    globals()["_models"] = lambda: (None, model)
+    case = dataclasses.replace(CASES["boxed"], kv_bytes=kv_bytes)
+    return _generate(case, shares[torch.distributed.get_rank()], _filled_store())
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("share", [[CHOSEN[:1], CHOSEN[1:]], [CHOSEN, []]], ids=["uneven", "none"])
+@pytest.mark.parametrize("bound", [False, True], ids=["one wave", "waves"])
+def test_ranks_that_share_experts_wait_for_each_other(share, bound, monkeypatch):
+    """One has fewer rollouts, or none, and finishes earlier: no deadlock, and the same tokens."""
+    model = _with_experts(1)
+    monkeypatch.setattr(sys.modules[__name__], "_models", lambda: (None, model))
+    alone = _generate(CASES["boxed"], CHOSEN, _filled_store())
+    tail = len(STEM) + 2 * CASES["boxed"].budget + CASES["boxed"].answer_tokens
+    trunk = sum(map(len, _trunks()))
+    kv_bytes = (trunk + 2 * CASES["boxed"].group * tail) * TOKEN_BYTES if bound else None
+    results = run_distributed(2, _rollouts_of_shares, share, kv_bytes, timeout=60)
+    lengths = torch.cat([part.lengths for part in results])
+    assert torch.equal(lengths, alone.lengths)
+    joined = join_responses(results)
+    assert torch.equal(joined.tokens, alone.tokens)
+    torch.testing.assert_close(joined.log_probs, alone.log_probs, rtol=0, atol=1e-5)

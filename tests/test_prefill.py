@@ -1,0 +1,150 @@
+"""The trunk pass against the stock model in float64: entropies, predictions, keys and values."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from megatron_rmt.model.visibility import attach_tree_attention
+from megatron_rmt.rollout.kv_cache import KeyValueStore
+from megatron_rmt.rollout.prefill import entropy_percentiles, read_trunk
+from megatron_rmt.rollout.trunk import Trunk, build_trunk
+from tests.distributed import run_distributed
+from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
+
+pytestmark = pytest.mark.usefixtures("single_process_megatron")
+
+END_OF_DOCUMENT = 0
+
+
+def _trunk(seed: int, head: list[int]) -> Trunk:
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, VOCAB, (2, 13), generator=generator)
+    text[0, 4] = text[1, 8] = END_OF_DOCUMENT
+    positions = torch.arange(12).repeat(2, 1)
+    for sample, end in ((0, 5), (1, 9)):
+        positions[sample, end:] -= end
+    return build_trunk(
+        text[:, :-1],
+        positions,
+        text[:, 1:],
+        torch.ones(2, 12),
+        preamble=head,
+        end_of_document=END_OF_DOCUMENT,
+        separate_documents=True,
+    )
+
+
+def _models(dtype: torch.dtype = torch.float64) -> tuple[GPTModel, GPTModel]:
+    stock, with_trees = build_model(dtype), build_model(dtype)
+    with_trees.load_state_dict(stock.state_dict())
+    attach_tree_attention(with_trees)
+    return stock.eval(), with_trees.eval()
+
+
+def _read(model: GPTModel, trunks: list[Trunk], top_k: int | None = None) -> tuple:
+    store = KeyValueStore(sum(map(len, trunks)))
+    results, first_row = [], 0
+    for trunk in trunks:
+        results.append(
+            read_trunk(
+                model,
+                trunk,
+                store,
+                first_row,
+                vocab_size=VOCAB,
+                longest_position=LONGEST_POSITION,
+                chunk_size=7,
+                top_k=top_k,
+            )
+        )
+        first_row += len(trunk)
+    return store, results
+
+
+@pytest.mark.parametrize("head", [[], [11, 12]], ids=["no head", "head"])
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_entropies_and_predictions_of_every_row(head, top_k):
+    stock, with_trees = _models()
+    trunks = [_trunk(seed, head) for seed in (1, 2)]
+    _, results = _read(with_trees, trunks, top_k)
+    for trunk, (entropies, predictions) in zip(trunks, results, strict=True):
+        assert entropies.dtype == torch.float32
+        for first, limit in trunk.documents:
+            with torch.no_grad():
+                p = stock_logits(stock, trunk.tokens[first:limit]).softmax(-1)
+            assert torch.equal(predictions[first:limit], p.argmax(-1))
+            if top_k is not None:
+                p = p.sort(descending=True).values[:, :top_k]
+                p = p / p.sum(-1, keepdim=True)
+            reference = -(p * p.log()).sum(-1)
+            torch.testing.assert_close(
+                entropies[first:limit].double(), reference, rtol=1e-6, atol=1e-7
+            )
+
+
+def test_the_store_holds_the_keys_and_values_of_the_stock_model():
+    stock, with_trees = _models()
+    trunks = [_trunk(seed, [11, 12]) for seed in (1, 2)]
+    store, _ = _read(with_trees, trunks)
+    seen: dict[int, list[tuple[Tensor, Tensor]]] = {1: [], 2: []}
+    for layer in stock.decoder.layers:
+        layer.self_attention.core_attention.register_forward_pre_hook(
+            lambda _, args, layer=layer.layer_number: seen[layer].append(
+                (args[1][:, 0], args[2][:, 0])
+            )
+        )
+    for trunk in trunks:
+        for first, limit in trunk.documents:
+            with torch.no_grad():
+                stock_logits(stock, trunk.tokens[first:limit])
+    for layer, pairs in seen.items():
+        for stored, documents in zip(store.trunk[layer], zip(*pairs, strict=True), strict=True):
+            reference = torch.cat(documents).transpose(0, 1)
+            torch.testing.assert_close(stored, reference, rtol=1e-12, atol=1e-13)
+
+
+def test_a_document_does_not_depend_on_its_neighbours():
+    _, with_trees = _models()
+    trunk, other = _trunk(1, []), _trunk(1, [])
+    first, limit = trunk.documents[2]
+    other.tokens[:first] = 3
+    other.tokens[limit:] = 4
+    entropies, changed = (_read(with_trees, [t])[1][0][0] for t in (trunk, other))
+    assert torch.equal(entropies[first:limit], changed[first:limit])
+    assert not torch.equal(entropies[:first], changed[:first])
+
+
+def test_no_gradient_is_kept():
+    _, with_trees = _models()
+    store, results = _read(with_trees, [_trunk(1, [])])
+    tensors = [tensor for pair in store.trunk.values() for tensor in pair] + [*results[0]]
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+def test_percentiles_are_those_of_the_sorted_entropies_to_a_hundredth():
+    entropies = torch.rand(1037, generator=torch.Generator().manual_seed(3)).square() * 11
+    found = entropy_percentiles(entropies)
+    for percentile, value in found.items():
+        exact = np.percentile(entropies.numpy(), percentile, method="inverted_cdf")
+        assert value == pytest.approx(exact, abs=0.00501)
+    assert list(found) == [10, 50, 90]
+    assert all(math.isnan(value) for value in entropy_percentiles(torch.empty(0)).values())
+    assert entropy_percentiles(torch.tensor([1e-8]))[50] == pytest.approx(0.005)
+
+
+def _percentiles_of_a_share() -> dict[int, float]:
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    entropies = torch.linspace(0, 6, 101)
+    return entropy_percentiles(entropies[parallel_state.get_data_parallel_rank() :: 2])
+
+
+@pytest.mark.multiprocess
+def test_percentiles_are_of_all_data_parallel_ranks():
+    whole = entropy_percentiles(torch.linspace(0, 6, 101))
+    assert run_distributed(2, _percentiles_of_a_share) == [whole, whole]
