@@ -1,6 +1,7 @@
-"""What one run of RMT needs in every step, built once: model, prompt, vocabulary, their limits."""
+"""What one run of RMT needs in every step, built once: settings, model, prompt, their limits."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,53 +9,34 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from torch import Tensor
 
+from megatron_rmt.algorithm.curriculum import SELECTIONS, Candidates
+from megatron_rmt.algorithm.doors import find
+from megatron_rmt.algorithm.rewards import REWARDS, Reward
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.rotary import check_rotary_scaling
 from megatron_rmt.model.tree_attention import check_backend
 from megatron_rmt.model.visibility import attach_tree_attention
-from megatron_rmt.prompt.grammar import ResponseGrammar
-from megatron_rmt.prompt.prompt import (
-    encode_prompt,
-    longest_position,
-    position_problem,
-    prompt_template,
-)
-from megatron_rmt.prompt.template import Template
-from megatron_rmt.prompt.token_bytes import token_bytes
-from megatron_rmt.rollout.memory import GIB, CacheSize, key_value_bytes
+from megatron_rmt.prompt.prompt import Prompt
+from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes, key_value_bytes
 
 
 @dataclass(frozen=True)
 class MidTraining:
-    """What one run needs in every step: model, prompt, vocabulary.
+    """What one run needs in every step.
 
-    template: with the chat markers in place. bytes_of: bytes of each token id. has_bytes:
-    ``[vocab]`` bool, False for special tokens. preamble, close: token ids. stop: token ids that end
-    a response. longest_position: above every position id.
+    args: Megatron's. reward, select: what ``--rmt-reward`` and ``--rmt-select`` name. seed: of
+    positions and rollouts.
     """
 
     args: Namespace
-    model: GPTModel
-    template: Template
-    tokenizer: Any
-    bytes_of: list[bytes]
-    has_bytes: Tensor
-    grammar: ResponseGrammar
-    preamble: list[int]
-    close: list[int]
-    stop: list[int]
-    longest_position: int
+    settings: Settings
+    policy: Policy
+    prompt: Prompt
+    reward: Reward
+    select: Callable[[Candidates], list[int]]
     seed: int
-
-    @property
-    def vocab_size(self) -> int:
-        """Columns of the vocabulary that are tokens."""
-        return len(self.bytes_of)
-
-    def stem(self, budget: int) -> list[int]:
-        """Token ids of the stem that asks for ``budget`` tokens."""
-        return encode_prompt(self.tokenizer, self.template.stem_text(budget))
 
 
 def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
@@ -66,73 +48,124 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
             model's device, or --rmt-max-tokens is less than what a micro-batch holds before the
             rollouts.
     """
+    settings = Settings.of(args)
     check_rotary_scaling(args, model)
     attach_tree_attention(model)
-    device = next(model.parameters()).device
-    check_backend(args.rmt_attention, device)
-    template = prompt_template(args, tokenizer)
-    bytes_of = token_bytes(tokenizer)
-    if len(bytes_of) > args.padded_vocab_size:
-        raise ValueError(
-            f"--tokenizer-model has {len(bytes_of)} tokens but the model only "
-            f"{args.padded_vocab_size} rows of embedding; pass the tokenizer of the checkpoint."
+    check_backend(settings.attention, next(model.parameters()).device)
+    prompt = read_prompt(settings, tokenizer)
+    problem = fitting_problem(args, settings, prompt)
+    if problem:
+        raise ValueError(problem)
+    run = MidTraining(
+        args=args,
+        settings=settings,
+        policy=Policy(
+            model=model,
+            vocab_size=len(prompt.bytes_of),
+            longest_position=longest_position(args.seq_length, settings, prompt),
+            head_chunk_size=settings.head_chunk_size,
+            attention=settings.attention,
+        ),
+        prompt=prompt,
+        reward=find("--rmt-reward", settings.reward, REWARDS),
+        select=find("--rmt-select", settings.select, SELECTIONS),
+        seed=args.seed if settings.seed is None else settings.seed,
+    )
+    _announce_memory(run)
+    return run
+
+
+def read_prompt(settings: Settings, tokenizer: Any) -> Prompt:
+    """The prompt that the settings ask for, by Megatron's ``tokenizer``.
+
+    Raises:
+        ValueError: see ``Prompt.of``.
+    """
+    return Prompt.of(
+        tokenizer,
+        settings.template,
+        chat=not settings.no_chat,
+        answer_tokens=settings.answer_tokens,
+        force_close=settings.force_close,
+    )
+
+
+def largest_budget(settings: Settings) -> int:
+    """The largest B_t of a run, in tokens."""
+    return max(settings.initial_budget, settings.minimum_budget)
+
+
+def longest_position(seq_length: int, settings: Settings, prompt: Prompt) -> int:
+    """A bound on every position id: a sample behind its preamble, stem and response."""
+    budget = largest_budget(settings)
+    asked = len(prompt.preamble) + len(prompt.stem(budget))
+    return seq_length + asked + prompt.longest_response(budget, settings.warmup_iters > 0)
+
+
+def fitting_problem(args: Namespace, settings: Settings, prompt: Prompt) -> str | None:
+    """One sentence if vocabulary, position ids or micro-batches do not hold what a run needs."""
+    if args.padded_vocab_size is not None and len(prompt.bytes_of) > args.padded_vocab_size:
+        return (
+            f"--tokenizer-model has {len(prompt.bytes_of)} tokens but the model only "
+            f"{args.padded_vocab_size} rows of embedding (--padded-vocab-size); pass the tokenizer "
+            "of the checkpoint."
         )
-    stop = sorted({int(i) for i in (tokenizer.eod, _eos(tokenizer)) if i is not None})
-    preamble = encode_prompt(tokenizer, template.head)
-    held = args.micro_batch_size * (args.seq_length + len(preamble))
-    if args.rmt_max_tokens is not None and args.rmt_max_tokens < held:
-        raise ValueError(
-            f"--rmt-max-tokens is {args.rmt_max_tokens}, but {args.micro_batch_size} samples of "
+    needed = longest_position(args.seq_length, settings, prompt)
+    limit = args.max_position_embeddings
+    if args.position_embedding_type != "none" and limit is not None and needed > limit:
+        return (
+            f"--max-position-embeddings is {limit} but a sample of {args.seq_length} tokens, the "
+            f"prompt and 2 * {settings.initial_budget} tokens of thought with their answer take "
+            f"{needed}; lower --rmt-initial-budget or --seq-length, or raise "
+            "--max-position-embeddings if the model allows."
+        )
+    held = args.micro_batch_size * (args.seq_length + len(prompt.preamble))
+    if settings.max_tokens is not None and settings.max_tokens < held:
+        return (
+            f"--rmt-max-tokens is {settings.max_tokens}, but {args.micro_batch_size} samples of "
             f"{args.seq_length} tokens and their prompt take {held} before any rollout; raise it "
             "or lower --micro-batch-size (which gives more micro-batches) or --seq-length."
         )
-    training = MidTraining(
-        args=args,
-        model=model,
-        template=template,
-        tokenizer=tokenizer,
-        bytes_of=bytes_of,
-        has_bytes=torch.tensor([len(text) > 0 for text in bytes_of]),
-        grammar=ResponseGrammar(template, bytes_of, stop).to(device),
-        preamble=preamble,
-        close=encode_prompt(tokenizer, template.close),
-        stop=stop,
-        longest_position=longest_position(args, tokenizer, template),
-        seed=args.seed if args.rmt_seed is None else args.rmt_seed,
+    return None
+
+
+def cache_size(
+    args: Namespace,
+    settings: Settings,
+    prompt: Prompt,
+    *,
+    token_bytes: int,
+    data_parallel_size: int,
+    in_flight: int,
+) -> CacheSize:
+    """Keys and values of a step's rollouts on one rank, at the longest thoughts of the run."""
+    budget, samples = largest_budget(settings), args.global_batch_size // data_parallel_size
+    draws_in_warm_up = settings.warmup_iters > 0 and settings.warmup_thought == "drawn"
+    return CacheSize(
+        token_bytes=token_bytes,
+        trunk_tokens=samples * (args.seq_length + len(prompt.preamble)),
+        rows=samples * settings.positions_per_sample * settings.group_size,
+        rows_per_position=settings.group_size,
+        tail_tokens=len(prompt.stem(budget)) + prompt.longest_response(budget, draws_in_warm_up),
+        in_flight=in_flight,
     )
-    problem = position_problem(args, training.longest_position)
-    if problem:
-        raise ValueError(problem)
-    _plan_memory(training)
-    return training
 
 
-def kv_bound(args: Namespace) -> int | None:
-    """``--rmt-rollout-kv-gib`` in bytes."""
-    return None if args.rmt_rollout_kv_gib is None else int(args.rmt_rollout_kv_gib * GIB)
-
-
-def _plan_memory(training: MidTraining) -> None:
+def _announce_memory(run: MidTraining) -> None:
     """Print what the rollouts' keys and values will take at the longest thoughts.
 
     Raises:
         ValueError: they cannot fit into ``--rmt-rollout-kv-gib``, or, without it, into the device.
     """
-    args = training.args
-    budget = max(args.rmt_initial_budget, args.rmt_minimum_budget)
-    samples = args.global_batch_size // parallel_state.get_data_parallel_world_size()
-    size = CacheSize(
-        token_bytes=key_value_bytes(training.model),
-        trunk_tokens=samples * (args.seq_length + len(training.preamble)),
-        rows=samples * args.rmt_positions_per_sample * args.rmt_group_size,
-        rows_per_position=args.rmt_group_size,
-        tail_tokens=len(training.stem(budget))
-        + 2 * budget
-        + len(training.close) * args.rmt_force_close
-        + args.rmt_answer_tokens,
+    size = cache_size(
+        run.args,
+        run.settings,
+        run.prompt,
+        token_bytes=key_value_bytes(run.policy.model),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
         in_flight=parallel_state.get_pipeline_model_parallel_world_size(),
     )
-    bound = kv_bound(args)
+    bound = in_bytes(run.settings.rollout_kv_gib)
     at_once = size.positions_at_once(bound)
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     if bound is None and size.total_bytes > memory:
@@ -148,10 +181,3 @@ def _plan_memory(training: MidTraining) -> None:
             f"{waves} wave(s) of {min(at_once, size.positions)} positions.",
             flush=True,
         )
-
-
-def _eos(tokenizer: Any) -> int | None:
-    try:
-        return tokenizer.eos
-    except (AttributeError, NotImplementedError):
-        return None

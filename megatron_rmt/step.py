@@ -9,163 +9,101 @@ then consume. Nothing is kept from one step to the next: everything random is a 
 (seed, iteration, sample, position, rollout, token), so a resumed run repeats itself.
 """
 
+import functools
 import hashlib
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_rmt.algorithm.curriculum import choose_positions, tiers
-from megatron_rmt.algorithm.losses import LossWeights, response_weights
+from megatron_rmt.algorithm.curriculum import Candidates, tiers
+from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.algorithm.schedules import Schedule
-from megatron_rmt.job.samples import Sample, read_samples
-from megatron_rmt.mid_training import MidTraining, kv_bound
-from megatron_rmt.rollout.generate import RolloutSettings, expert_sharing_group, generate
+from megatron_rmt.mid_training import MidTraining
+from megatron_rmt.rollout.generate import RolloutSettings, generate
 from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
+from megatron_rmt.rollout.memory import in_bytes
 from megatron_rmt.rollout.prefill import entropy_percentiles, read_trunk
-from megatron_rmt.rollout.responses import Responses, join_responses
-from megatron_rmt.rollout.trunk import NO_LABEL, Trunk, UserBatch, build_trunk
-from megatron_rmt.update.forward_step import LossSettings, Metric, Update
-from megatron_rmt.update.packing import TreeSource, repack, tree_cost
-from megatron_rmt.update.scoring import checksum, read_responses, score, thought_lengths
-from megatron_rmt.update.tree import Tree, grow_tree, pad_tree
-from megatron_rmt.update.warm_up import responses_from_text, true_answer
+from megatron_rmt.rollout.trunk import UserBatch, build_trunk, first_rows
+from megatron_rmt.update.forward_step import LossSettings, Update
+from megatron_rmt.update.packing import repack, tree_cost
+from megatron_rmt.update.report import checksum, response_metrics, size_metrics, trunk_metrics
+from megatron_rmt.update.scoring import gather_evidence, score
+from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, Tree, grow_tree, pad_tree
+from megatron_rmt.update.truth import log_probs_of_truth
+from megatron_rmt.update.warm_up import response_from_text
+from megatron_rmt.update.weights import loss_weights
+
+
+@dataclass
+class MicroBatch:
+    """One of the user's micro-batches on its way through a step.
+
+    reasoned: its samples, with the positions that are chosen and what comes of them; after packing
+    other samples. first_row: of its trunk in the key-value store. entropies, predictions: of its
+    rows, once read. metrics: what it will report.
+    """
+
+    reasoned: list[ReasonedSample]
+    first_row: int
+    entropies: Tensor | None = None
+    predictions: Tensor | None = None
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> list[ChosenPosition]:
+        """Those of all its samples, in order."""
+        return [position for of in self.reasoned for position in of.positions]
 
 
 @dataclass(frozen=True)
 class Collected:
     """What the update of one step needs: its micro-batches, the loss, and the wall seconds that
-    each phase took on this rank. samples: rollouts as text, in steps whose samples are logged."""
+    each phase took on this rank. reasoned: this rank's samples as it read them, with what it rolled
+    out."""
 
     updates: list[Update]
     settings: LossSettings
     seconds: dict[str, float]
-    samples: list[Sample]
+    reasoned: list[ReasonedSample]
 
 
-def collect(training: MidTraining, batches: Sequence[UserBatch], step: Schedule) -> Collected:
+def collect(run: MidTraining, batches: Sequence[UserBatch], schedule: Schedule) -> Collected:
     """Everything before the update of one step, for this data-parallel rank's micro-batches.
 
     Collective over all ranks: the ranks of one model work in lockstep, and the loss's global means
     are summed over the data-parallel ranks.
     """
-    args = training.args
     times = [time.perf_counter()]
-    trunks = [_trunk(training, batch) for batch in batches]
-    first_rows = [0]
-    for trunk in trunks:
-        first_rows.append(first_rows[-1] + len(trunk))
-    store = KeyValueStore(trunk_tokens=first_rows[-1])
-    sample_index = global_sample_indices(args, len(batches))
-
-    chosen: list[list[int]] = []
-    positions: list[RolloutPosition] = []
-    metrics: list[dict[str, Metric]] = []
-    labelled_entropies: list[Tensor] = []
-    for index, (trunk, first_row) in enumerate(zip(trunks, first_rows, strict=False)):
-        entropies, predictions = read_trunk(
-            training.model,
-            trunk,
-            store,
-            first_row,
-            vocab_size=training.vocab_size,
-            longest_position=training.longest_position,
-            chunk_size=args.rmt_head_chunk_size,
-            top_k=args.rmt_entropy_top_k,
-            attention=args.rmt_attention,
-        )
-        rows, tier = _choose(training, trunk, entropies, sample_index[index], step)
-        chosen.append(rows)
-        positions += [
-            RolloutPosition(
-                sample=sample_index[index][int(trunk.samples[row])],
-                column=int(trunk.columns[row]),
-                first=first_row + int(trunk.document_first[row]),
-                limit=first_row + row + 1,
-                next_position=int(trunk.position_ids[row]) + 1,
-                truth=true_answer(training, trunk, row) if step.warm_up else (),
-            )
-            for row in rows
-        ]
-        labelled_entropies.append(entropies[_labelled(trunk)])
-        metrics.append(_trunk_metrics(trunk, entropies, predictions, tier, rows, step))
-    percentiles = entropy_percentiles(torch.cat(labelled_entropies))
+    # The trunk pass, and the positions that its entropies let the curriculum choose.
+    micro_batches, store = _lay_out(run, batches)
+    for micro_batch in micro_batches:
+        _read_and_choose(run, micro_batch, store, schedule)
+    percentiles = entropy_percentiles(torch.cat([_labelled(own) for own in micro_batches]))
     times.append(time.perf_counter())
-
-    stem = training.stem(step.budget)
-    if step.thought_from_text:
-        responses = join_responses(
-            [
-                responses_from_text(training, trunk, rows, step)
-                for trunk, rows in zip(trunks, chosen, strict=True)
-            ]
-        )
-    else:
-        responses = _rollouts(training, store, positions, stem, step)
-    _check_ranks_agree(chosen, responses)
+    # Rollouts of all micro-batches together.
+    _respond(run, micro_batches, store, schedule)
+    _check_ranks_agree(micro_batches)
     times.append(time.perf_counter())
-
-    ends = [0]
-    for rows in chosen:
-        ends.append(ends[-1] + len(rows))
-    sources, rewards = [], []
-    for trunk, rows, first, limit, metric in zip(
-        trunks, chosen, ends, ends[1:], metrics, strict=False
-    ):
-        own = responses.positions(first, limit)
-        reward, advantages, reward_metrics = score(training, trunk, rows, own, step)
-        keys = [(position.sample, position.column) for position in positions[first:limit]]
-        metric |= reward_metrics | {"rmt rollout checksum": checksum(keys, own)}
-        sources.append(TreeSource(trunk, rows, own, advantages))
-        rewards.append(reward)
-    shown = read_samples(training, sources, rewards, step.iteration)
-    if args.rmt_max_tokens is not None:
-        sources = _repack(training, sources, len(stem))
-    trees = [
-        grow_tree(
-            source.trunk,
-            source.rows,
-            stem,
-            source.responses,
-            longest_position=training.longest_position,
-            device=next(training.model.parameters()).device,
-            attention=args.rmt_attention,
-        )
-        for source in sources
-    ]
-    trees = _aligned(training, trees)
-
-    totals = torch.tensor([float(len(positions)), sum(float(t.ntp_mask.sum()) for t in trees)])
-    totals = totals.to(trees[0].tokens.device)
-    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-    all_positions, ntp_tokens = totals.tolist()
-
-    slots = float(len(batches) * parallel_state.get_data_parallel_world_size())
-    updates = []
-    for source, tree, metric in zip(sources, trees, metrics, strict=True):
-        weights = _weights(training, source, tree, all_positions, ntp_tokens, step)
-        metric |= {f"rmt entropy p{p}": (value, 1.0) for p, value in percentiles.items()}
-        metric |= _token_metrics(source.trunk, tree, len(source.rows) * len(stem), slots)
-        metric |= _size_metrics(args, source.trunk, tree)
-        updates.append(Update(tree, weights, metric))
-    settings = LossSettings(
-        ntp_coefficient=0.0 if args.rmt_no_ntp else args.rmt_ntp_coefficient,
-        temperature=args.rmt_temperature,
-        vocab_size=training.vocab_size,
-        chunk_size=args.rmt_head_chunk_size,
-        ntp_tokens=max(ntp_tokens, 1.0),
-        scale=slots,
-    )
+    # Rewards and advantages.
+    for micro_batch in micro_batches:
+        _score(run, micro_batch, schedule)
+        micro_batch.metrics |= {f"rmt entropy p{p}": (of, 1.0) for p, of in percentiles.items()}
+    reasoned = [of for micro_batch in micro_batches for of in micro_batch.reasoned]
+    # Trees, with the weights of the loss of the global batch.
+    if run.settings.max_tokens is not None:
+        _repack(run, micro_batches, schedule)
+    updates, settings = _grow(run, micro_batches, schedule)
     times.append(time.perf_counter())
     phases = ("trunk", "rollout", "tree")
     seconds = {name: times[i + 1] - times[i] for i, name in enumerate(phases)}
-    return Collected(updates, settings, seconds, shown)
+    return Collected(updates, settings, seconds, reasoned)
 
 
 def global_sample_indices(args: Namespace, micro_batches: int) -> list[list[int]]:
@@ -186,90 +124,146 @@ def global_sample_indices(args: Namespace, micro_batches: int) -> list[list[int]
     ]
 
 
-def _trunk(training: MidTraining, batch: UserBatch) -> Trunk:
-    return build_trunk(
-        batch.tokens,
-        batch.position_ids,
-        batch.labels,
-        batch.loss_mask,
-        preamble=training.preamble,
-        end_of_document=training.tokenizer.eod,
-        separate_documents=training.args.reset_attention_mask,
-    )
-
-
-def _choose(
-    training: MidTraining,
-    trunk: Trunk,
-    entropies: Tensor,
-    sample_index: Sequence[int],
-    step: Schedule,
-) -> tuple[list[int], Tensor]:
-    """The chosen rows of a trunk, ascending, and the tier of every row (-1: not eligible)."""
-    args = training.args
-    labelled = _labelled(trunk) & (trunk.columns >= 0)
-    eligible = labelled & training.has_bytes[trunk.labels.clamp(min=0)]
-    tier = torch.where(eligible, tiers(entropies, args.rmt_entropy_thresholds), -1)
-    rows: list[int] = []
-    for sample, index in enumerate(sample_index):
-        own = (trunk.samples == sample).nonzero()[:, 0]
-        # Keyed by the column, so that a prompt head does not change which positions are chosen.
-        picked = choose_positions(
-            tier[own],
-            step.probabilities,
-            step.positions_per_sample,
-            seed=training.seed,
-            iteration=step.iteration,
-            sample=index,
+def _lay_out(
+    run: MidTraining, batches: Sequence[UserBatch]
+) -> tuple[list[MicroBatch], KeyValueStore]:
+    """The micro-batches' trunks, and room for the keys and values of all of them."""
+    micro_batches, rows = [], 0
+    for batch, indices in zip(batches, global_sample_indices(run.args, len(batches)), strict=True):
+        trunk = build_trunk(
+            batch,
+            indices,
+            preamble=run.prompt.preamble,
+            end_of_document=run.prompt.end_of_document,
+            separate_documents=run.args.reset_attention_mask,
         )
-        rows += own[picked].tolist()
-    return rows, tier
+        micro_batches.append(MicroBatch([ReasonedSample(sample) for sample in trunk], rows))
+        rows += sum(map(len, trunk))
+    return micro_batches, KeyValueStore(trunk_tokens=rows)
 
 
-def _rollouts(
-    training: MidTraining,
-    store: KeyValueStore,
-    positions: Sequence[RolloutPosition],
-    stem: Sequence[int],
-    step: Schedule,
-) -> Responses:
-    args = training.args
-    if not positions and expert_sharing_group(training.model) is None:
-        empty = torch.empty(0, step.group, 0)
-        return Responses(empty.long(), empty.long()[..., :0].sum(-1), empty.bool(), empty)
-    return generate(
-        training.model,
-        store,
-        positions,
-        stem,
-        training.close,
-        training.grammar,
-        RolloutSettings(
-            group=step.group,
-            temperature=args.rmt_temperature,
-            answer_tokens=args.rmt_answer_tokens,
-            force_close=args.rmt_force_close,
-            greedy=args.rmt_greedy,
-            top_k=args.rmt_top_k,
-            top_p=args.rmt_top_p,
-            kv_bytes=kv_bound(args),
-        ),
-        budget=step.budget,
-        vocab_size=training.vocab_size,
-        longest_position=training.longest_position,
-        seed=training.seed,
-        iteration=step.iteration,
-        force_truth_at_budget=step.warm_up,
+def _read_and_choose(
+    run: MidTraining, micro_batch: MicroBatch, store: KeyValueStore, schedule: Schedule
+) -> None:
+    """Read one trunk, and choose its positions by the entropies."""
+    trunk = [of.sample for of in micro_batch.reasoned]
+    top_k = run.settings.entropy_top_k
+    entropies, predictions = read_trunk(
+        run.policy, trunk, store, micro_batch.first_row, top_k=top_k
+    )
+    tier = choose(run, micro_batch.reasoned, entropies, schedule)
+    micro_batch.entropies, micro_batch.predictions = entropies, predictions
+    micro_batch.metrics |= trunk_metrics(
+        micro_batch.reasoned, entropies, predictions, tier, schedule
     )
 
 
-def _check_ranks_agree(chosen: list[list[int]], responses: Responses) -> None:
+def choose(
+    run: MidTraining, reasoned: Sequence[ReasonedSample], entropies: Tensor, schedule: Schedule
+) -> Tensor:
+    """Choose the positions of samples whose rows have ``entropies`` ``[rows]``; returns the tier of
+    every row, -1 where it may not be chosen."""
+    found = []
+    for of, own in zip(reasoned, entropies.split([len(of.sample) for of in reasoned]), strict=True):
+        sample = of.sample
+        eligible = sample.labelled & (sample.columns >= 0)
+        eligible &= run.prompt.has_bytes[sample.labels.clamp(min=0)]
+        tier = torch.where(eligible, tiers(own, run.settings.entropy_thresholds), -1)
+        rows = run.select(
+            Candidates(
+                entropies=own,
+                tiers=tier,
+                probabilities=schedule.probabilities,
+                count=schedule.positions_per_sample,
+                progress=schedule.progress,
+                seed=run.seed,
+                iteration=schedule.iteration,
+                sample=sample.index,
+            )
+        )
+        of.positions = [ChosenPosition(row) for row in rows]
+        found.append(tier)
+    return torch.cat(found)
+
+
+def _labelled(micro_batch: MicroBatch) -> Tensor:
+    """The entropies of the rows whose prediction counts."""
+    return micro_batch.entropies[torch.cat([of.sample.labelled for of in micro_batch.reasoned])]
+
+
+def _respond(
+    run: MidTraining,
+    micro_batches: Sequence[MicroBatch],
+    store: KeyValueStore,
+    schedule: Schedule,
+) -> None:
+    """Draw the responses to all chosen positions, or take them from the text, and read them."""
+    positions = [position for own in micro_batches for position in own.positions]
+    if schedule.thought_from_text:
+        for of in (of for own in micro_batches for of in own.reasoned):
+            for position in of.positions:
+                response = response_from_text(run.prompt, of.sample, position.row, schedule.budget)
+                position.rollouts = [response]
+    else:
+        settings = run.settings
+        groups = generate(
+            run.policy,
+            run.prompt,
+            store,
+            _rollout_positions(run, micro_batches, schedule),
+            RolloutSettings(
+                group=schedule.group,
+                budget=schedule.budget,
+                seed=run.seed,
+                iteration=schedule.iteration,
+                temperature=settings.temperature,
+                greedy=settings.greedy,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                kv_bytes=in_bytes(settings.rollout_kv_gib),
+                writes_truth=schedule.warm_up,
+            ),
+        )
+        for position, group in zip(positions, groups, strict=True):
+            position.rollouts = group
+    for position in positions:
+        position.responses = [run.prompt.read(own.tokens.tolist()) for own in position.rollouts]
+
+
+def _rollout_positions(
+    run: MidTraining, micro_batches: Sequence[MicroBatch], schedule: Schedule
+) -> list[RolloutPosition]:
+    """Where the contexts of the chosen positions lie in the stored trunks."""
+    found = []
+    for own in micro_batches:
+        starts = first_rows([of.sample for of in own.reasoned])
+        for of, start in zip(own.reasoned, starts, strict=True):
+            for position in of.positions:
+                sample, row, first = of.sample, position.row, own.first_row + start
+                truth = run.prompt.true_answer(int(sample.labels[row])) if schedule.warm_up else ()
+                found.append(
+                    RolloutPosition(
+                        sample=sample.index,
+                        column=int(sample.columns[row]),
+                        first=first + sample.document_of(row)[0],
+                        limit=first + row + 1,
+                        next_position=int(sample.position_ids[row]) + 1,
+                        truth=tuple(truth),
+                    )
+                )
+    return found
+
+
+def _check_ranks_agree(micro_batches: Sequence[MicroBatch]) -> None:
     """All ranks of one model must have drawn the same; they do by construction, this proves it."""
     group = parallel_state.get_model_parallel_group()
     if dist.get_world_size(group) == 1:
         return
-    digest = hashlib.sha256(repr(chosen).encode())
-    digest.update(responses.tokens.numpy().tobytes() + responses.lengths.numpy().tobytes())
+    digest = hashlib.sha256()
+    for position in (position for own in micro_batches for position in own.positions):
+        digest.update(repr((position.row, [len(own) for own in position.rollouts])).encode())
+        for rollout in position.rollouts:
+            digest.update(rollout.tokens.tobytes())
     own = torch.tensor([int.from_bytes(digest.digest()[:7], "little")])
     own = own.to(torch.cuda.current_device())
     ends = torch.cat([own, -own])
@@ -281,9 +275,81 @@ def _check_ranks_agree(chosen: list[list[int]], responses: Responses) -> None:
         )
 
 
-def _aligned(training: MidTraining, trees: list[Tree]) -> list[Tree]:
+def _score(run: MidTraining, micro_batch: MicroBatch, schedule: Schedule) -> None:
+    """Rewards and advantages of one micro-batch's responses."""
+    reasoned, positions = micro_batch.reasoned, micro_batch.positions
+    # Both log-probs come from one pass, which runs if a reward asks for one.
+    of_truth = functools.cache(
+        lambda: log_probs_of_truth(
+            run.policy, run.prompt, reasoned, schedule.budget, schedule.group
+        )
+    )
+    evidence = gather_evidence(run.prompt, reasoned, schedule, of_truth)
+    score(positions, evidence, run.reward, run.settings, warm_up=schedule.warm_up)
+    micro_batch.metrics |= response_metrics(
+        positions, evidence, run.settings, schedule, run.prompt.stop
+    )
+    micro_batch.metrics["rmt rollout checksum"] = checksum(reasoned)
+
+
+def _repack(run: MidTraining, micro_batches: Sequence[MicroBatch], schedule: Schedule) -> None:
+    """Deal the samples out again over the data-parallel ranks and their micro-batches."""
+    packed = repack(
+        [own.reasoned for own in micro_batches],
+        tree_cost(run.policy.model.config, run.policy.vocab_size),
+        stem_length=len(run.prompt.stem(schedule.budget)),
+        max_tokens=run.settings.max_tokens,
+        use_all=parallel_state.get_pipeline_model_parallel_world_size() > 1,
+        group=parallel_state.get_data_parallel_group(),
+        device=torch.device(torch.cuda.current_device()),
+    )
+    for micro_batch, reasoned in zip(micro_batches, packed, strict=True):
+        micro_batch.reasoned = reasoned
+
+
+def _grow(
+    run: MidTraining, micro_batches: Sequence[MicroBatch], schedule: Schedule
+) -> tuple[list[Update], LossSettings]:
+    """The trees, with the weights of the loss of the global batch."""
+    settings, stem = run.settings, run.prompt.stem(schedule.budget)
+    trees = [
+        grow_tree(
+            own.reasoned,
+            stem,
+            longest_position=run.policy.longest_position,
+            device=run.policy.device,
+            attention=run.policy.attention,
+        )
+        for own in micro_batches
+    ]
+    trees = _aligned(run.args, trees)
+    totals = torch.tensor(
+        [
+            float(sum(len(own.positions) for own in micro_batches)),
+            sum(float(tree.ntp_mask.sum()) for tree in trees),
+        ]
+    ).to(run.policy.device)
+    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+    positions, ntp_tokens = totals.tolist()
+    slots = float(len(micro_batches) * parallel_state.get_data_parallel_world_size())
+    updates = []
+    for own, tree in zip(micro_batches, trees, strict=True):
+        weights = loss_weights(own.positions, tree, positions, ntp_tokens, schedule)
+        own.metrics |= size_metrics(own.reasoned, tree, len(stem), settings.max_tokens, slots)
+        updates.append(Update(tree, weights, own.metrics))
+    loss = LossSettings(
+        ntp_coefficient=0.0 if settings.no_ntp else settings.ntp_coefficient,
+        temperature=settings.temperature,
+        vocab_size=run.policy.vocab_size,
+        chunk_size=run.policy.head_chunk_size,
+        ntp_tokens=max(ntp_tokens, 1.0),
+        scale=slots,
+    )
+    return updates, loss
+
+
+def _aligned(args: Namespace, trees: list[Tree]) -> list[Tree]:
     """Trees padded to what the layout asks: pipeline stages exchange micro-batches of one size."""
-    args = training.args
     multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
     if getattr(args, "fp8", None):
         # FP8 matrix products want their leading dimension in whole blocks (Transformer Engine).
@@ -294,103 +360,3 @@ def _aligned(training: MidTraining, trees: list[Tree]) -> list[Tree]:
         pad_tree(tree, -(-(longest if same else tree.tokens.shape[0]) // multiple) * multiple)
         for tree in trees
     ]
-
-
-def _labelled(trunk: Trunk) -> Tensor:
-    """``[rows]`` bool: rows whose prediction counts."""
-    return (trunk.labels != NO_LABEL) & (trunk.loss_mask > 0)
-
-
-def _repack(
-    training: MidTraining, sources: Sequence[TreeSource], stem_length: int
-) -> list[TreeSource]:
-    return repack(
-        sources,
-        tree_cost(training.model.config, training.vocab_size),
-        stem_length=stem_length,
-        max_tokens=training.args.rmt_max_tokens,
-        use_all=parallel_state.get_pipeline_model_parallel_world_size() > 1,
-        group=parallel_state.get_data_parallel_group(),
-        device=torch.device(torch.cuda.current_device()),
-    )
-
-
-def _size_metrics(args: Namespace, trunk: Trunk, tree: Tree) -> dict[str, Metric]:
-    """Share of a micro-batch's rows that are padding, and its tokens above the limit."""
-    rows, tokens = float(tree.tokens.shape[0]), float(tree.visibility.tokens)
-    real = tokens - float((trunk.samples < 0).sum())
-    excess = 0.0 if args.rmt_max_tokens is None else max(0.0, tokens - args.rmt_max_tokens)
-    return {"rmt padding": (rows - real, rows), "rmt tokens above limit": (excess, 1.0)}
-
-
-def _trunk_metrics(
-    trunk: Trunk,
-    entropies: Tensor,
-    predictions: Tensor,
-    tier: Tensor,
-    rows: list[int],
-    step: Schedule,
-) -> dict[str, Metric]:
-    labelled = _labelled(trunk)
-    count = float(labelled.sum())
-    right = (predictions == trunk.labels) & labelled
-    chosen = tier[rows]
-    metrics = {
-        "rmt entropy": (float(entropies[labelled].sum()), count),
-        "rmt next-token accuracy": (float(right.sum()), count),
-        "rmt entropy of chosen": (float(entropies[rows].sum()), float(len(rows))),
-    }
-    for number, name in enumerate(("easy", "medium", "hard")):
-        metrics[f"rmt chosen {name}"] = (float((chosen == number).sum()), float(len(rows)))
-        # Without a curriculum no share is asked for: 0 of 0 stays out of the logs.
-        asked = (0.0, 0.0) if step.probabilities is None else (step.probabilities[number], 1.0)
-        metrics[f"rmt asked {name}"] = asked
-    return metrics
-
-
-def _token_metrics(trunk: Trunk, tree: Tree, stem_tokens: int, slots: float) -> dict[str, Metric]:
-    """Tokens of the whole global batch; ``slots``: how many micro-batches report."""
-    tokens = {
-        # The one token of a micro-batch that packing left empty is of no sample.
-        "trunk": int((trunk.samples >= 0).sum()),
-        "stem": stem_tokens,
-        "branch": tree.visibility.tokens - len(trunk) - stem_tokens,
-    }
-    return {f"rmt {name} tokens": (float(count), 1 / slots) for name, count in tokens.items()}
-
-
-def _weights(
-    training: MidTraining,
-    source: TreeSource,
-    tree: Tree,
-    positions: float,
-    ntp_tokens: float,
-    step: Schedule,
-) -> LossWeights:
-    """``positions``, ``ntp_tokens``: of the global batch."""
-    values = source.advantages.flatten().to(tree.tokens.device)
-    rollouts = positions * step.group
-    policy = response_weights(values, tree.rollouts, tree.drawn, positions=rollouts)
-    supervised = torch.zeros_like(policy)
-    if step.warm_up:
-        ones, written = torch.ones_like(values), ~tree.drawn
-        thought = torch.zeros_like(written)
-        if step.thought_from_text:
-            thought = _thought_tokens(training, source, tree)
-        # Thought and answer each have their own mean, so that a long thought leaves the one token
-        # of the answer its weight.
-        for part in (written & thought, written & ~thought):
-            supervised += response_weights(ones, tree.rollouts, part, positions=rollouts)
-    return LossWeights(
-        ntp=tree.ntp_mask / max(ntp_tokens, 1.0), policy=policy, supervised=supervised
-    )
-
-
-def _thought_tokens(training: MidTraining, source: TreeSource, tree: Tree) -> Tensor:
-    """``[response predictions]`` bool: the predicted token belongs to a thought."""
-    read = read_responses(training, source.responses)
-    lengths = thought_lengths(read, source.responses.tokens.shape[1]).flatten()
-    # Predictions stand in the order of their rollouts.
-    first = torch.searchsorted(tree.rollouts, tree.rollouts)
-    index = torch.arange(len(tree.rollouts), device=tree.rollouts.device) - first
-    return index < lengths.to(index.device)[tree.rollouts]

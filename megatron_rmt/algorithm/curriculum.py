@@ -4,7 +4,8 @@ Positions are sorted into tiers by the entropy of the next token. The probabilit
 move from easy to hard over training; a position is drawn by drawing a tier, then a position in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,25 +29,9 @@ def tiers(entropies: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tensor
     Returns:
         int64 of the same shape: EASY, MEDIUM or HARD, and -1 below the first threshold (never
         chosen). NaN gives -1.
-
-    Raises:
-        ValueError: thresholds is not three ascending numbers.
     """
-    if len(thresholds) != 3 or not thresholds[0] < thresholds[1] < thresholds[2]:
-        raise ValueError(f"thresholds is {tuple(thresholds)}; pass three ascending numbers")
     easy, medium, hard = (entropies >= threshold for threshold in thresholds)
     return easy.long() + medium.long() + hard.long() - 1
-
-
-def _check_probabilities(name: str, probabilities: Sequence[float]) -> None:
-    if (
-        len(probabilities) != 3
-        or not all(p >= 0 for p in probabilities)
-        or abs(sum(probabilities) - 1) > 1e-6
-    ):
-        raise ValueError(
-            f"{name} is {tuple(probabilities)}; pass three numbers of 0 or more whose sum is 1"
-        )
 
 
 def tier_probabilities(
@@ -67,18 +52,7 @@ def tier_probabilities(
         train_iters: T.
         start, end: fractions of T, 0 <= start <= end <= 1.
         start_probabilities, end_probabilities: of easy, medium, hard; each sums to 1.
-
-    Raises:
-        ValueError: an argument lies outside its range.
     """
-    if train_iters < 1:
-        raise ValueError(f"train_iters is {train_iters}; pass at least 1")
-    if iteration < 0:
-        raise ValueError(f"iteration is {iteration}; pass 0 or more")
-    if not 0 <= start <= end <= 1:
-        raise ValueError(f"start is {start} and end is {end}; pass 0 <= start <= end <= 1")
-    _check_probabilities("start_probabilities", start_probabilities)
-    _check_probabilities("end_probabilities", end_probabilities)
     fraction = iteration / train_iters
     if fraction >= end:
         return tuple(end_probabilities)
@@ -91,68 +65,68 @@ def tier_probabilities(
     )
 
 
-def choose_positions(
-    tier_of_position: Tensor,
-    probabilities: TierProbabilities | None,
-    count: int,
-    *,
-    seed: int,
-    iteration: int,
-    sample: int,
-) -> Tensor:
-    """Draw up to `count` positions of one document, without replacement.
+@dataclass(frozen=True)
+class Candidates:
+    """What a selection sees of one sample.
 
-    Each draw takes a tier by `probabilities`, renormalised over the tiers that still hold
+    entropies: fp32 [n] in nats. tiers: int64 [n], -1 where a position may not be chosen.
+    probabilities: of easy, medium and hard at this step; None without a curriculum. count: most
+    positions wanted. progress: t/T, from 0 to 1. seed, iteration, sample: key of the random
+    numbers, the latter the index of the sample in the whole run.
+    """
+
+    entropies: Tensor
+    tiers: Tensor
+    probabilities: TierProbabilities | None
+    count: int
+    progress: float
+    seed: int
+    iteration: int
+    sample: int
+
+    def draws(self, count: int) -> list[list[float]]:
+        """``count`` pairs of uniform numbers in [0, 1), a pure function of the key."""
+        return uniforms(
+            self.seed,
+            self.iteration,
+            self.sample,
+            0,
+            torch.arange(2).unsqueeze(1),
+            torch.arange(count),
+            stream=CURRICULUM_STREAM,
+        ).T.tolist()
+
+
+def choose_by_tier(of: Candidates) -> list[int]:
+    """Draw up to `of.count` positions without replacement (RMT's curriculum).
+
+    Each draw takes a tier by the probabilities, renormalised over the tiers that still hold
     positions (an empty tier hands its mass to the others in proportion; if all the mass lies on
-    empty tiers, the others are equally probable), then a position uniformly inside it. The result
-    is a pure function of the arguments.
-
-    Args:
-        tier_of_position: int64 [n], the tier of each position, -1 where it is not eligible.
-        probabilities: of easy, medium, hard; None draws uniformly over all eligible positions
-            (the paper's ablation without curriculum).
-        count: positions wanted, 0 or more.
-        seed, iteration, sample: key of the random numbers; `sample` is the global sample index.
+    empty tiers, the others are equally probable), then a position uniformly inside it. Without
+    probabilities all positions are one tier (the paper's ablation).
 
     Returns:
-        int64 [min(count, eligible)] on the CPU, ascending.
-
-    Raises:
-        ValueError: wrong shape, an unknown tier, bad probabilities or a negative count.
+        Indices of positions, ascending; fewer where there are fewer.
     """
-    if tier_of_position.dim() != 1:
-        raise ValueError(f"tier_of_position has shape {tuple(tier_of_position.shape)}; pass [n]")
-    if count < 0:
-        raise ValueError(f"count is {count}; pass 0 or more")
-    tier_of_position = tier_of_position.cpu()
-    if bool(((tier_of_position < -1) | (tier_of_position > HARD)).any()):
-        raise ValueError("tier_of_position holds a value outside -1, 0, 1, 2; use curriculum.tiers")
+    probabilities = of.probabilities
     if probabilities is None:
-        pools = [torch.nonzero(tier_of_position >= 0).flatten().tolist()]
+        pools = [torch.nonzero(of.tiers >= 0).flatten().tolist()]
         probabilities = (1.0,)
     else:
-        _check_probabilities("probabilities", probabilities)
-        pools = [torch.nonzero(tier_of_position == t).flatten().tolist() for t in range(3)]
-
-    count = min(count, sum(map(len, pools)))
-    # One pair of numbers a draw: row 0 for the tier, row 1 for the position inside it.
-    pairs = uniforms(
-        seed,
-        iteration,
-        sample,
-        0,
-        torch.arange(2).unsqueeze(1),
-        torch.arange(count),
-        stream=CURRICULUM_STREAM,
-    ).T.tolist()
+        pools = [torch.nonzero(of.tiers == tier).flatten().tolist() for tier in range(3)]
     chosen = []
-    for for_tier, for_position in pairs:
+    # One number for the tier, one for the position inside it.
+    for for_tier, for_position in of.draws(min(of.count, sum(map(len, pools)))):
         masses = [p if pool else 0.0 for p, pool in zip(probabilities, pools, strict=True)]
         if sum(masses) == 0:
             masses = [1.0 if pool else 0.0 for pool in pools]
         pool = pools[_draw(masses, for_tier)]
         chosen.append(pool.pop(int(for_position * len(pool))))
-    return torch.tensor(sorted(chosen), dtype=torch.int64)
+    return sorted(chosen)
+
+
+# By name of --rmt-select.
+SELECTIONS: dict[str, Callable[[Candidates], list[int]]] = {"tiers": choose_by_tier}
 
 
 def _draw(masses: Sequence[float], uniform: float) -> int:

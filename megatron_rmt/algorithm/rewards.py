@@ -1,70 +1,136 @@
-"""The reward of a response: r = (1 - w) * match + w * r_len (RMT, arXiv 2509.24375)."""
+"""The reward of a response: r = (1 - w) * match + w * r_len (RMT, arXiv 2509.24375).
 
-from collections.abc import Sequence
+``REWARDS`` names what may stand in the place of the match; each sees one ``Evidence``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+# [sum, count]: Megatron adds both over micro-batches and data-parallel ranks and divides.
+Metric = tuple[float, float]
 
-def length_reward(
-    length: int | float | Tensor, budget: int | float | Tensor, maximum: float = 1.0
-) -> float | Tensor:
-    """Triangular reward of a thought's length l against its budget B (RMT's r_len).
+
+class ReadResponse(Protocol):
+    """What was read from a response; see ``prompt.response.Response``."""
+
+    thought_length: int
+    closed: bool
+    well_formed: bool
+    prediction: bytes
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a reward sees: the responses to the chosen positions of one micro-batch.
+
+    trunk: the text before a position, by its index. truth: how it really goes on, the bytes of each
+    token, up to 64 tokens and to the end of the document. responses: ``[positions][group]``.
+    thought_lengths: fp32 ``[positions, group]`` in tokens. budget: B_t. boxed: answers are written
+    in a box. log_probs_of_truth: see ``log_prob_of_truth``; it runs the model.
+    """
+
+    trunk: Callable[[int], bytes]
+    truth: Sequence[Sequence[bytes]]
+    responses: Sequence[Sequence[ReadResponse]]
+    thought_lengths: Tensor
+    budget: int
+    boxed: bool
+    log_probs_of_truth: Callable[[], tuple[Tensor, Tensor]]
+    reports: dict[str, Metric] = field(default_factory=dict)
+
+    def log_prob_of_truth(self, *, after_thought: bool) -> Tensor:
+        """fp32 in nats, of the true next token by the policy at temperature 1, on the CPU.
+
+        after_thought: after the text, the thought and its end: ``[positions, group]``; else after
+        the text alone: ``[positions, 1]``. One forward pass over the tree for both, the first time.
+
+        Raises:
+            ValueError: answers are boxed, so that the token does not stand right after the thought.
+        """
+        without, after = self.log_probs_of_truth()
+        return after if after_thought else without[:, None]
+
+    def report(self, name: str, values: Tensor) -> None:
+        """Log the mean of ``values`` as "rmt ``name``", beside RMT's own metrics."""
+        self.reports[f"rmt {name}"] = (float(values.sum()), float(values.numel()))
+
+
+Reward = Callable[[Evidence], Tensor]
+
+
+def match(of: Evidence) -> Tensor:
+    """1.0 where a response predicts how the text goes on, else 0.0: ``[positions, group]``."""
+    return torch.tensor(
+        [
+            [float(is_right(response, truth, boxed=of.boxed)) for response in group]
+            for truth, group in zip(of.truth, of.responses, strict=True)
+        ]
+    ).view(of.thought_lengths.shape)
+
+
+# By name of --rmt-reward.
+REWARDS: dict[str, Reward] = {"match": match}
+
+
+def is_right(response: ReadResponse, truth: Sequence[bytes], *, boxed: bool) -> bool:
+    """Whether a well-formed response predicts the text; see ``matches``."""
+    return response.well_formed and matches(response.prediction, truth, boxed=boxed)
+
+
+def matches(prediction: bytes, truth: Sequence[bytes], *, boxed: bool) -> bool:
+    """Whether a prediction is a byte prefix of the truth that ends where a token ends.
+
+    RPT's prefix matching (arXiv 2506.08007): it does not matter how the model's tokenizer would cut
+    the prediction, and a prediction of several right tokens counts as well.
+
+    boxed is lenient towards white space: a true token often starts with a space, while a model
+    writes ``\\boxed{the}``. So a prediction that does not match as it is gets a second try,
+    stripped of white space and against the truth without the white space that opens its first
+    token. A first token of nothing but white space has to be predicted as it is: the text behind it
+    is not the next token.
+
+    Args:
+        prediction: bytes of the predicted text; empty never matches.
+        truth: bytes of each true token from the predicted position on.
+    """
+    if _is_prefix(prediction, truth):
+        return True
+    if not boxed or not truth or not truth[0].strip():
+        return False
+    return _is_prefix(prediction.strip(), [truth[0].lstrip(), *truth[1:]])
+
+
+def _is_prefix(prediction: bytes, truth: Sequence[bytes]) -> bool:
+    """Whether ``prediction`` is the first tokens of ``truth``, one or more."""
+    end = 0
+    for token in truth:
+        end += len(token)
+        if end >= len(prediction):
+            break
+    return 0 < len(prediction) == end and b"".join(truth).startswith(prediction)
+
+
+def length_reward(lengths: Tensor, budget: int, maximum: float = 1.0) -> Tensor:
+    """Triangular reward of thoughts' lengths l against the budget B (RMT's r_len).
 
     maximum * l / B on [0, B], maximum * (2 - l / B) on (B, 2B], 0 beyond.
 
     Args:
-        length: tokens of the thought; a number, or a tensor of any shape.
-        budget: tokens asked for, above 0; a number, or a tensor that broadcasts with `length`.
+        lengths: tokens of each thought, any shape.
+        budget: tokens asked for, above 0.
         maximum: the reward at l = B.
 
     Returns:
-        A float for numbers; otherwise a floating-point tensor of the broadcast shape (float32 for
-        integer tensors).
-
-    Raises:
-        ValueError: a plain budget is not above 0 or a plain length is negative.
+        A floating-point tensor of the shape of ``lengths`` (fp32 for integers).
     """
-    if not isinstance(budget, Tensor) and not budget > 0:
-        raise ValueError(f"budget is {budget}; pass a number of tokens above 0")
-    if not isinstance(length, Tensor) and not length >= 0:
-        raise ValueError(f"length is {length}; pass a number of tokens of 0 or more")
-    ratio = length / budget
-    if isinstance(ratio, Tensor):
-        return maximum * torch.minimum(ratio, 2 - ratio).clamp(min=0)
-    return maximum * max(0.0, min(ratio, 2 - ratio))
-
-
-def prefix_match_reward(prediction: bytes, continuation: bytes, boundaries: Sequence[int]) -> float:
-    """1.0 if the prediction is a byte prefix of the truth that ends on a token boundary, else 0.0.
-
-    RPT's prefix matching reward (arXiv 2506.08007): it does not matter how the model's tokenizer
-    would cut the prediction, and a prediction of several right tokens counts as well.
-
-    Args:
-        prediction: bytes of the predicted text; empty never matches.
-        continuation: bytes of the true text from the predicted position on.
-        boundaries: cumulative byte lengths of the continuation's tokens: for tokens b"th", b"e"
-            it is (2, 3).
-    """
-    matches = (
-        len(prediction) > 0
-        and continuation.startswith(prediction)
-        and len(prediction) in boundaries
-    )
-    return 1.0 if matches else 0.0
+    ratio = lengths / budget
+    return maximum * torch.minimum(ratio, 2 - ratio).clamp(min=0)
 
 
 def total_reward(match: Tensor, length_reward: Tensor, weight: float) -> Tensor:
-    """(1 - weight) * match + weight * length_reward, elementwise.
-
-    Args:
-        match, length_reward: tensors of one shape.
-        weight: w of the paper, in [0, 1].
-
-    Raises:
-        ValueError: weight lies outside [0, 1].
-    """
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight is {weight}; pass a number in [0, 1]")
+    """(1 - weight) * match + weight * length_reward, elementwise; weight is w of the paper."""
     return (1 - weight) * match + weight * length_reward

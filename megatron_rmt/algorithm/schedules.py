@@ -1,56 +1,59 @@
 """What is decided before a step: the schedules of budget and curriculum, and the warm-up."""
 
-from argparse import Namespace
 from dataclasses import dataclass
 
 from megatron_rmt.algorithm.budget import token_budget
-from megatron_rmt.algorithm.curriculum import tier_probabilities
+from megatron_rmt.algorithm.curriculum import TierProbabilities, tier_probabilities
+from megatron_rmt.algorithm.settings import Settings
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is decided before a step: iteration (0 for the first), budget B_t, probabilities of the
-    tiers (None: uniform), most positions chosen in a sample, responses to each (G), whether this is
-    a step of format warm-up, and whether its thoughts are taken from the text."""
+    """What is decided before a step: iteration (0 for the first), progress t/T, budget B_t,
+    probabilities of the tiers (None: uniform), most positions chosen in a sample, responses to each
+    (G), whether this is a step of format warm-up, and whether its thoughts are taken from the
+    text."""
 
     iteration: int
+    progress: float
     budget: int
-    probabilities: tuple[float, float, float] | None
+    probabilities: TierProbabilities | None
     positions_per_sample: int
     group: int
     warm_up: bool
     thought_from_text: bool
 
 
-def schedule_of_step(args: Namespace, iteration: int) -> Schedule:
-    """The schedules at ``iteration``; after ``--train-iters`` they stay at their end."""
-    iteration_in_range = min(iteration, args.train_iters)
-    budget = args.rmt_initial_budget
-    if not args.rmt_no_budget_decay:
+def schedule_of_step(settings: Settings, iteration: int, train_iters: int) -> Schedule:
+    """The schedules at ``iteration`` of ``train_iters``; after the last they stay at their end."""
+    iteration_in_range = min(iteration, train_iters)
+    budget = settings.initial_budget
+    if not settings.no_budget_decay:
         budget = token_budget(
             iteration_in_range,
-            args.train_iters,
-            initial=args.rmt_initial_budget,
-            minimum=args.rmt_minimum_budget,
-            decay=args.rmt_budget_decay,
+            train_iters,
+            initial=settings.initial_budget,
+            minimum=settings.minimum_budget,
+            decay=settings.budget_decay,
         )
     probabilities = None
-    if not args.rmt_no_curriculum:
+    if not settings.no_curriculum:
         probabilities = tier_probabilities(
             iteration_in_range,
-            args.train_iters,
-            args.rmt_curriculum_start,
-            args.rmt_curriculum_end,
-            tuple(args.rmt_start_probabilities),
-            tuple(args.rmt_end_probabilities),
+            train_iters,
+            settings.curriculum_start,
+            settings.curriculum_end,
+            settings.start_probabilities,
+            settings.end_probabilities,
         )
-    warm_up = iteration < args.rmt_warmup_iters
-    from_text = warm_up and args.rmt_warmup_thought == "text"
+    warm_up = iteration < settings.warmup_iters
+    from_text = warm_up and settings.warmup_thought == "text"
     # Responses that are written are all alike, so one shows as much as a group: the same number of
     # responses is spread over more positions.
-    positions, group = args.rmt_positions_per_sample, args.rmt_group_size
+    positions, group = settings.positions_per_sample, settings.group_size
     return Schedule(
         iteration=iteration,
+        progress=iteration_in_range / train_iters,
         budget=budget,
         probabilities=probabilities,
         positions_per_sample=positions * group if from_text else positions,

@@ -92,6 +92,9 @@ class Settings:
     text's own next B_t tokens, supervised like the answer, so that the model learns to draft the
     text and to answer from the draft"""
 
+    reward: str = setting("match", source="paper")
+    """What a response earns beside its length: match, or your own function as module:function; see
+    docs/change.md"""
     length_reward_weight: float = setting(0.2, "[0, 1]", "parts of 1")
     """w: reward = (1-w) * match + w * length reward"""
     length_reward_maximum: float = setting(1.0, "(0, inf)", "rewards of a match")
@@ -117,6 +120,9 @@ class Settings:
         (0.1, 0.3, 0.6), "[0, 1]", "parts of 1", **_TIERS
     )
     """Share of each tier from t2 on"""
+    select: str = setting("tiers", source="paper")
+    """How positions are chosen: tiers, or your own function as module:function; see
+    docs/change.md"""
     no_curriculum: bool = setting(False, source="ablation of the paper")
     """Positions uniformly over all tiers"""
 

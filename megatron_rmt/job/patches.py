@@ -22,7 +22,7 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_rmt.algorithm.schedules import schedule_of_step
 from megatron_rmt.job.metrics import metrics_path, write_metrics
-from megatron_rmt.job.samples import write_samples
+from megatron_rmt.job.samples import is_shown, read_samples, write_samples
 from megatron_rmt.job.settings import add_rmt_arguments, is_enabled, readable_help, versions
 from megatron_rmt.job.user_batch import take_batches
 from megatron_rmt.job.validation import check_rmt_arguments
@@ -135,7 +135,7 @@ def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
         call = signature.bind(*args, **kwargs).arguments
         try:
             model = gpt_model(call["model"])
-            if not prepared or prepared[0].model is not model:
+            if not prepared or prepared[0].policy.model is not model:
                 prepared[:] = [prepare(options, model, get_tokenizer())]
         except ValueError as error:
             # What only the built model tells; all ranks find the same.
@@ -145,7 +145,7 @@ def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
     return train_step
 
 
-def run_step(original: Callable[..., Any], call: dict[str, Any], training: MidTraining) -> Any:
+def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTraining) -> Any:
     """Roll out, then let Megatron's ``train_step`` (``call``: its arguments) train on the trees.
 
     The rollouts come first, because inside ``train_step`` Megatron's rerun state machine may run
@@ -154,7 +154,7 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], training: MidTr
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training.training import force_param_sync, should_disable_forward_pre_hook
 
-    options, chunks, iteration = training.args, call["model"], call["iteration"]
+    options, chunks, iteration = run.args, call["model"], call["iteration"]
     started = time.perf_counter()
     if should_disable_forward_pre_hook(options):
         # Overlapped parameter gathering: rollouts need the whole weights now.
@@ -163,16 +163,16 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], training: MidTr
         call["forward_step_func"],
         call["data_iterator"],
         chunks[0],
-        training.model,
+        run.policy.model,
         get_num_microbatches(),
     )
     if isinstance(call["data_iterator"], RerunDataIterator):
         # Megatron advances the iterator that it is given, which will be another one.
         call["data_iterator"].advance()
-    schedule = schedule_of_step(options, iteration)
+    schedule = schedule_of_step(run.settings, iteration, options.train_iters)
     began_collecting = time.perf_counter()
-    with generating(training.model):
-        collected = collect(training, batches, schedule)
+    with generating(run.policy.model):
+        collected = collect(run, batches, schedule)
     updates = collected.updates
     began_update = time.perf_counter()
 
@@ -193,8 +193,8 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], training: MidTr
             )
         if _is_last_rank():
             _write(options, iteration, result)
-    if _is_last_rank():
-        write_samples(options, collected.samples)
+    if _is_last_rank() and is_shown(run.settings, iteration):
+        write_samples(options, read_samples(run.prompt, collected.reasoned, iteration))
     return result
 
 

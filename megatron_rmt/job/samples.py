@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from torch import Tensor
-
+from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.metrics import append_lines, metrics_path
-from megatron_rmt.mid_training import MidTraining
-from megatron_rmt.rollout.trunk import Trunk
-from megatron_rmt.update.packing import TreeSource
-from megatron_rmt.update.scoring import continuation, read_responses
+from megatron_rmt.prompt.prompt import Prompt
+from megatron_rmt.update.scoring import continuation, text_before
+from megatron_rmt.update.tree import ReasonedSample
 
 POSITIONS = 4
 CONTEXT_CHARACTERS = 200
@@ -27,7 +25,7 @@ TABLE = "rmt samples"
 
 
 @dataclass(frozen=True)
-class Sample:
+class ShownRollout:
     """One rollout as text; bytes that are no UTF-8 are replaced, special tokens left out.
 
     iteration: 1 for the first step. context: the end of what stood before the position. truth: how
@@ -44,59 +42,42 @@ class Sample:
     reward: float
 
 
-def read_samples(
-    training: MidTraining,
-    sources: Sequence[TreeSource],
-    rewards: Sequence[Tensor],
-    iteration: int,
-) -> list[Sample]:
-    """All rollouts of the first ``POSITIONS`` positions of a rank's micro-batches, in the first
-    step after the warm-up, whose answers are written, and every ``--rmt-log-samples-interval`` th
-    after that; none in the others.
+def is_shown(settings: Settings, iteration: int) -> bool:
+    """Whether rollouts of this step (0 for the first) are shown: the first after the warm-up, whose
+    answers are written, and every ``--rmt-log-samples-interval`` th after that."""
+    since_warm_up = iteration - settings.warmup_iters
+    interval = settings.log_samples_interval
+    return interval > 0 and since_warm_up >= 0 and since_warm_up % interval == 0
 
-    sources, rewards: of each micro-batch as read; rewards are ``[positions, group]`` fp32.
+
+def read_samples(
+    prompt: Prompt, reasoned: Sequence[ReasonedSample], iteration: int
+) -> list[ShownRollout]:
+    """All rollouts of the first ``POSITIONS`` positions of a rank's samples.
+
     iteration: 0 for the first step.
     """
-    interval = training.args.rmt_log_samples_interval
-    since_warm_up = iteration - training.args.rmt_warmup_iters
-    if interval == 0 or since_warm_up < 0 or since_warm_up % interval:
-        return []
-    places = [
-        (source, reward, index)
-        for source, reward in zip(sources, rewards, strict=True)
-        for index in range(len(source.rows))
-    ]
+    places = [(of.sample, position) for of in reasoned for position in of.positions]
     shown = []
-    for source, reward, index in places[:POSITIONS]:
-        row = source.rows[index]
-        context = _context(training, source.trunk, row)
-        truth = _text(training, continuation(training, source.trunk, row, TRUTH_TOKENS))
-        own = source.responses.positions(index, index + 1)
-        (read,) = read_responses(training, own)
-        for rollout, response in enumerate(read):
-            tokens = own.tokens[0, rollout, : int(own.lengths[0, rollout])].tolist()
-            thought = _thought(training, tokens)
+    for sample, position in places[:POSITIONS]:
+        context = prompt.text(text_before(sample, position.row))[-CONTEXT_CHARACTERS:]
+        truth = prompt.text(continuation(prompt, sample, position.row, TRUTH_TOKENS))
+        for rollout, response, reward in zip(
+            position.rollouts, position.responses, position.rewards, strict=True
+        ):
+            thought = _thought(prompt, rollout.tokens.tolist())
             prediction = response.prediction.decode(errors="replace")
-            value = round(float(reward[index, rollout]), 6)
-            shown.append(Sample(iteration + 1, context, truth, thought, prediction, value))
+            shown.append(
+                ShownRollout(iteration + 1, context, truth, thought, prediction, round(reward, 6))
+            )
     return shown
 
 
-def _text(training: MidTraining, tokens: Sequence[int]) -> str:
-    return b"".join(training.bytes_of[token] for token in tokens).decode(errors="replace")
-
-
-def _context(training: MidTraining, trunk: Trunk, row: int) -> str:
-    rows = range(int(trunk.document_first[row]), row + 1)
-    document = [int(trunk.tokens[r]) for r in rows if trunk.columns[r] >= 0]
-    return _text(training, document)[-CONTEXT_CHARACTERS:]
-
-
-def _thought(training: MidTraining, tokens: Sequence[int]) -> str:
+def _thought(prompt: Prompt, tokens: Sequence[int]) -> str:
     """Of a response: the text before the end of thought, without an end token and what follows."""
-    written = itertools.takewhile(lambda token: token not in training.stop, tokens)
-    text = b"".join(training.bytes_of[token] for token in written)
-    return text.partition(training.template.close.encode())[0].decode(errors="replace")
+    written = itertools.takewhile(lambda token: token not in prompt.stop, tokens)
+    text = b"".join(prompt.bytes_of[token] for token in written)
+    return text.partition(prompt.template.close.encode())[0].decode(errors="replace")
 
 
 def samples_path(args: Namespace) -> Path | None:
@@ -105,7 +86,7 @@ def samples_path(args: Namespace) -> Path | None:
     return None if metrics is None else metrics.with_name("rmt_samples.jsonl")
 
 
-def write_samples(args: Namespace, shown: Sequence[Sample]) -> None:
+def write_samples(args: Namespace, shown: Sequence[ShownRollout]) -> None:
     """Append ``shown`` to the file, and log them as a table where this rank has a wandb run."""
     from megatron.training.global_vars import get_wandb_writer
 
@@ -116,6 +97,6 @@ def write_samples(args: Namespace, shown: Sequence[Sample]) -> None:
         append_lines(path, [json.dumps(asdict(sample), ensure_ascii=False) for sample in shown])
     wandb = get_wandb_writer()
     if wandb:
-        columns = [field.name for field in fields(Sample)]
+        columns = [field.name for field in fields(ShownRollout)]
         rows = [list(asdict(sample).values()) for sample in shown]
         wandb.log({TABLE: wandb.Table(columns=columns, data=rows)}, shown[0].iteration)

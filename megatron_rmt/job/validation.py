@@ -14,9 +14,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
+from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.settings import FLAGS, is_enabled
+from megatron_rmt.mid_training import fitting_problem, read_prompt
 from megatron_rmt.model.tree_attention import BACKENDS
-from megatron_rmt.prompt.prompt import longest_position, position_problem, prompt_template
 from megatron_rmt.prompt.token_bytes import token_bytes
 
 # Tokens of each data file that are compared with the vocabulary.
@@ -326,6 +327,7 @@ def _tracking(args: Namespace) -> Iterator[str]:
 def _vocabulary(args: Namespace) -> Iterator[str]:
     """Prompt, tokenizer, data and model against each other."""
     copy = Namespace(**vars(args))  # building a tokenizer pads the vocabulary of its arguments
+    settings = Settings.of(args)
     named = f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}"
     model = args.tokenizer_model
     if (
@@ -342,24 +344,17 @@ def _vocabulary(args: Namespace) -> Iterator[str]:
         yield f"{named} cannot be read: {_one_line(error)}."
         return
     try:
-        bytes_of = token_bytes(tokenizer)
+        vocabulary = len(token_bytes(tokenizer))
     except ValueError as error:
         yield f"{named} does not suit RMT, which reads answers as text: {_one_line(error)}."
         return
-    rows = args.padded_vocab_size
-    if rows is not None and len(bytes_of) > rows:
-        yield (
-            f"--tokenizer-model has {len(bytes_of)} tokens but the model only {rows} rows of "
-            "embedding (--padded-vocab-size); pass the tokenizer of the checkpoint."
-        )
-    yield from _data(args, len(bytes_of))
+    yield from _data(args, vocabulary)
     try:
-        template = prompt_template(args, tokenizer)
-        needed = longest_position(args, tokenizer, template)
+        prompt = read_prompt(settings, tokenizer)
     except ValueError as error:
-        yield f"--rmt-template is {args.rmt_template}; {_one_line(error)}."
+        yield f"--rmt-template is {settings.template}; {_one_line(error)}."
         return
-    problem = position_problem(args, needed)
+    problem = fitting_problem(args, settings, prompt)
     if problem:
         yield problem
 

@@ -1,10 +1,31 @@
-"""The ``GPTModel`` inside Megatron's wrappers, and its state while rollouts are generated."""
+"""The model as RMT runs it: the ``GPTModel`` inside Megatron's wrappers, and its passes' bounds."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model that is trained and that generates.
+
+    vocab_size: columns of the vocabulary that are tokens. longest_position: above every position
+    id. head_chunk_size: rows of logits held at a time. attention: a name of ``--rmt-attention``.
+    """
+
+    model: GPTModel
+    vocab_size: int
+    longest_position: int
+    head_chunk_size: int
+    attention: str = "auto"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.model.parameters()).device
 
 
 def gpt_model(chunks: Sequence[torch.nn.Module]) -> GPTModel:

@@ -55,12 +55,14 @@ def _byte_automaton(template: Template) -> tuple[np.ndarray, int]:
 class ResponseGrammar:
     """A token-level automaton that follows responses while they are generated.
 
-    `state = grammar.next_state[state, token]` advances all rows; a row starts at `grammar.start`.
+    `state = grammar.next_state[state, token]` advances all rows; a row starts at `grammar.start`,
+    or at `grammar.after_thought` where the prompt has closed the thought.
     A token without bytes leaves the state as it is.
 
     Attributes:
         next_state: int32 [states, vocab].
         start: the state before the first token.
+        after_thought: the state of an open answer of which nothing is there yet.
         thinking: bool [states], the thought is open.
         done: bool [states], the answer is complete or an end token came. A "next" answer is only
             ended by an end token here: the caller counts its tokens.
@@ -95,7 +97,7 @@ class ResponseGrammar:
         next_state[:, order] = by_token
         next_state[:, list(end_token_ids)] = states - 1
 
-        self.start = 0
+        self.start, self.after_thought = 0, answer
         self.next_state = torch.from_numpy(next_state)
         self.thinking = torch.arange(states) < answer
         self.done = torch.arange(states) == states - 1

@@ -7,11 +7,8 @@ rollouts of a position, so that `head` must not depend on the budget.
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from megatron_rmt.algorithm.rewards import prefix_match_reward
 
 BUDGET = "{budget}"
 BOX = b"\\boxed{"
@@ -62,33 +59,6 @@ class Template:
     def stem_text(self, budget: int) -> str:
         """The stem with the budget filled in."""
         return self.stem.replace(BUDGET, str(budget))
-
-    def match(self, prediction: bytes, continuation: bytes, boundaries: Sequence[int]) -> float:
-        """`rewards.prefix_match_reward`, lenient towards white space in a box.
-
-        A true token often starts with a space, while a model writes `\\boxed{the}`. So a boxed
-        prediction that does not match as it is gets a second try, stripped of white space and
-        against the continuation without the white space that opens its first token. A first token
-        of nothing but white space has to be predicted as it is: the text behind it is not the next
-        token.
-
-        Args:
-            prediction: `Response.prediction`.
-            continuation: bytes of the true text from the predicted position on.
-            boundaries: cumulative byte lengths of the continuation's tokens, ascending.
-
-        Returns:
-            1.0 or 0.0.
-        """
-        match = prefix_match_reward(prediction, continuation, boundaries)
-        if match or self.answer != "boxed":
-            return match
-        stripped = continuation.lstrip()
-        removed = len(continuation) - len(stripped)
-        if not boundaries or removed >= boundaries[0]:
-            return 0.0
-        shifted = [boundary - removed for boundary in boundaries]
-        return prefix_match_reward(prediction.strip(), stripped, shifted)
 
 
 TEMPLATES: dict[str, Template] = {

@@ -26,6 +26,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.pipeline import (
     Sends,
     begin_from_last_stage,
@@ -33,7 +34,7 @@ from megatron_rmt.model.pipeline import (
     forward_through_stages,
 )
 from megatron_rmt.model.visibility import Visibility
-from megatron_rmt.prompt.grammar import ResponseGrammar
+from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.captured_layers import captured_layers
 from megatron_rmt.rollout.decode_head import DecodeHead, Sampling
 from megatron_rmt.rollout.kv_cache import (
@@ -47,56 +48,45 @@ from megatron_rmt.rollout.kv_cache import (
 )
 from megatron_rmt.rollout.live_rollouts import Ending, LiveRollouts, RolloutPosition
 from megatron_rmt.rollout.memory import rollout_waves
-from megatron_rmt.rollout.responses import Responses, join_responses
-
-# From hidden states and output weight to drawn tokens and log-probs.
-Draw = Callable[[Tensor, Tensor], Tensor]
+from megatron_rmt.rollout.responses import Rollout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
     """How responses are drawn.
 
-    group: responses per position. temperature: of the sampling distribution. answer_tokens: most
-    tokens of an answer. force_close: write the end of thought at the bound instead of giving up
-    (deviation from the paper, for models that rarely end a thought by themselves). greedy: most
-    likely token instead of a draw. top_k, top_p: see ``sampling.sample_tokens``. kv_bytes: bound on
-    the keys and values held at a time, None for no bound.
+    group: responses per position. budget: B_t, which the stem names. seed, iteration: of the draws.
+    temperature: of the sampling distribution. greedy: most likely token instead of a draw. top_k,
+    top_p: see ``sampling.sample_tokens``. kv_bytes: bound on the keys and values held at a time,
+    None for no bound. writes_truth: format warm-up; every thought is closed at the budget at the
+    latest, or where the text would end, and the true answer is written. thinks: False closes the
+    thought in the prompt, so that a response is an answer alone.
     """
 
     group: int
+    budget: int
+    seed: int
+    iteration: int
     temperature: float
-    answer_tokens: int
-    force_close: bool = False
     greedy: bool = False
     top_k: int | None = None
     top_p: float | None = None
     kv_bytes: int | None = None
+    writes_truth: bool = False
+    thinks: bool = True
 
 
 @torch.no_grad()
 def generate(
-    model: GPTModel,
+    policy: Policy,
+    prompt: Prompt,
     store: KeyValueStore,
     positions: Sequence[RolloutPosition],
-    stem: Sequence[int],
-    close: Sequence[int],
-    grammar: ResponseGrammar,
-    settings: RolloutSettings,
-    *,
-    budget: int,
-    vocab_size: int,
-    longest_position: int,
-    seed: int,
-    iteration: int,
-    force_truth_at_budget: bool = False,
-) -> Responses:
-    """Draw ``settings.group`` responses for each position; the trunk is in ``store`` already.
+    how: RolloutSettings,
+) -> list[list[Rollout]]:
+    """Draw ``how.group`` responses for each position, whose trunk is in ``store`` already.
 
-    positions: rollouts of one sample must stand together. stem: its token ids, which name
-    ``budget``. close: token ids of the end of thought, written where it is forced.
-    force_truth_at_budget: format warm-up; every thought is closed at ``budget`` tokens at the
-    latest, or where the text would end, and the true answer is written.
+    positions: rollouts of one sample must stand together.
 
     Each draw is a pure function of (seed, iteration, sample, column, rollout, token), so it does
     not depend on the layout, the batch, or which rollouts have ended.
@@ -105,52 +95,60 @@ def generate(
     device once a token.
 
     Raises:
-        ValueError: not even one position fits into ``settings.kv_bytes``.
+        ValueError: not even one position fits into ``how.kv_bytes``.
     """
-    ending = Ending(
-        bound=budget if force_truth_at_budget else 2 * budget,
-        answer_tokens=settings.answer_tokens,
-        close=close,
-        forces=settings.force_close or force_truth_at_budget,
-        writes_truth=force_truth_at_budget,
-    )
+    model = policy.model
     experts = expert_sharing_group(model)
+    if not positions and experts is None:
+        return []
+    # How long a response may get decides how much memory its keys and values take.
+    bound = prompt.bound(
+        how.budget if how.thinks else 0,
+        warm_up=how.writes_truth,
+        truth_tokens=max((len(position.truth) for position in positions), default=0),
+    )
+    ending = Ending(bound, prompt.answer_tokens, prompt.close, how.writes_truth)
+    stem = [*prompt.stem(how.budget), *([] if how.thinks else prompt.close)]
+    tail_tokens = len(stem) + bound.tokens
+    # Positions that are decoded together, in waves that fit into the memory.
     in_flight = parallel_state.get_pipeline_model_parallel_world_size()
     waves = rollout_waves(
         model,
         trunk_tokens=store.trunk_tokens,
         positions=len(positions),
-        rows_per_position=settings.group,
-        tail_tokens=len(stem) + ending.longest(positions),
-        kv_bytes=settings.kv_bytes,
+        rows_per_position=how.group,
+        tail_tokens=tail_tokens,
+        kv_bytes=how.kv_bytes,
         in_flight=in_flight,
         experts=experts,
     )
-    sampling = Sampling(settings.temperature, settings.greedy, settings.top_k, settings.top_p)
+    sampling = Sampling(how.temperature, how.greedy, how.top_k, how.top_p)
     decoder = _Decoder(
         model=model,
         store=store,
         stem=stem,
-        head=DecodeHead(model, vocab_size, sampling) if model.post_process else None,
-        longest_position=longest_position,
-        seed=seed,
-        iteration=iteration,
+        head=DecodeHead(model, policy.vocab_size, sampling) if model.post_process else None,
+        longest_position=policy.longest_position,
+        seed=how.seed,
+        iteration=how.iteration,
         experts=experts,
     )
-    device = next(model.parameters()).device
-    done: list[Responses] = []
-    for start in range(0, len(waves), in_flight):
+    # Each wave to its end; with pipeline stages as many at a time as there are stages.
+    grammar = prompt.grammar(policy.device)
+    start = grammar.start if how.thinks else grammar.after_thought
+    done: list[list[Rollout]] = []
+    for first in range(0, len(waves), in_flight):
         batches = [
             _Batch(
-                LiveRollouts(positions[own], settings.group, grammar, ending, device),
-                TailCache(len(stem) + ending.longest(positions)),
+                LiveRollouts(positions[own], how.group, grammar, start, ending, policy.device),
+                TailCache(tail_tokens),
             )
-            for own in waves[start : start + in_flight]
+            for own in waves[first : first + in_flight]
         ]
         with captured_layers(model):
             decoder.run(batches)
-        done += [batch.live.responses() for batch in batches]
-    return join_responses(done)
+        done += [group for batch in batches for group in batch.live.responses()]
+    return done
 
 
 def expert_sharing_group(model: GPTModel) -> ProcessGroup | None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megatron_rmt.algorithm.rng import uniforms
 from megatron_rmt.prompt.grammar import ResponseGrammar
-from megatron_rmt.rollout.responses import Responses
+from megatron_rmt.prompt.prompt import ResponseBound
+from megatron_rmt.rollout.responses import Rollout
 
 # Dropping rows moves others into their places, so it waits until this share of rows has ended.
 ENDED_SHARE_TO_COMPACT = 1 / 32
@@ -36,33 +37,26 @@ class RolloutPosition:
 class Ending:
     """When responses end.
 
-    bound: most tokens of a thought. answer_tokens: most tokens of an answer. close: token ids of
-    the end of thought where it is written by force: at the bound, if ``forces``. writes_truth:
+    bound: of their lengths. answer_tokens: most tokens of an answer. close: token ids of the end of
+    thought, written at the bound of the thought where ``bound`` has room for it. writes_truth:
     format warm-up; every thought is closed at the bound at the latest, or where the text would end,
     and the true answer is written.
     """
 
-    bound: int
+    bound: ResponseBound
     answer_tokens: int
     close: Sequence[int]
-    forces: bool
     writes_truth: bool
 
     def forced(self, position: RolloutPosition) -> list[int]:
         """What is written by force: the end of thought, in the warm-up also the answer."""
         return [*self.close, *position.truth * self.writes_truth]
 
-    def longest(self, positions: Sequence[RolloutPosition]) -> int:
-        """A bound on the tokens of a response at one of ``positions``."""
-        if not self.forces:
-            return self.bound + self.answer_tokens
-        written = max([0, *(len(self.forced(position)) for position in positions)])
-        return self.bound + max(self.answer_tokens + len(self.close), written)
-
 
 class LiveRollouts:
     """``group`` responses at each of ``positions`` while they are generated, a token at a time.
 
+    start: the grammar's state before the first token.
     All rollouts of the batch are equally long. Those that have ended stay until enough of them can
     leave together. ``rows`` int64 indices of the batch's rollouts and the other state of the batch
     lie on ``device``; nothing here waits for the device but ``settle``.
@@ -73,12 +67,13 @@ class LiveRollouts:
         positions: Sequence[RolloutPosition],
         group: int,
         grammar: ResponseGrammar,
+        start: int,
         ending: Ending,
         device: torch.device,
     ) -> None:
         self.positions, self.group = positions, group
         self.grammar, self.ending = grammar, ending
-        self.longest = ending.longest(positions)
+        self.longest = ending.bound.tokens
         self.step = 0
         count = len(positions) * group
 
@@ -106,7 +101,7 @@ class LiveRollouts:
         self.rows_here = list(range(count))
         self.newest = torch.zeros(count, dtype=torch.int64, device=device)
         self._alive = torch.ones(count, dtype=torch.bool, device=device)
-        self._state = torch.full((count,), grammar.start, dtype=torch.int64, device=device)
+        self._state = torch.full((count,), start, dtype=torch.int64, device=device)
         self._answered = torch.zeros(count, dtype=torch.int64, device=device)
         # Index of the next token to write by force, -1 while the policy draws.
         self._force_next = torch.full((count,), -1, dtype=torch.int64, device=device)
@@ -121,29 +116,33 @@ class LiveRollouts:
     def write(self, token: Tensor, log_prob: Tensor) -> None:
         """Append what the policy drew, ``[rows]`` each, or what is written by force instead."""
         rows, grammar, ending = self.rows, self.grammar, self.ending
+        # Which thoughts end here, though the policy did not close them.
         was_thinking = grammar.thinking[self._state]
         drawing = self._force_next < 0
         open_at_bound = was_thinking & drawing
-        if self.step < ending.bound:
+        if self.step < ending.bound.thought:
             # Here only a response of the warm-up that would end without an answer gets its thought
             # closed.
             ends = grammar.done[grammar.next_state[self._state, token].long()]
             open_at_bound = open_at_bound & ends & ending.writes_truth
-        if ending.forces:
+        if ending.bound.close:
             self._force_next = torch.where(open_at_bound, 0, self._force_next)
-        elif self.step >= ending.bound:
+        elif self.step >= ending.bound.thought:
             self._alive = self._alive & ~open_at_bound
+        # What is written by force takes the place of what was drawn.
         forced_length = self._forced_length[rows]
         forcing = (self._force_next >= 0) & (self._force_next < forced_length)
         column = self._force_next.clamp(0, self._forced.shape[1] - 1)
         token = torch.where(forcing, self._forced[rows, column], token)
 
+        # One column of every row, zero where the row has ended.
         drawn = self._alive & ~forcing
         self._tokens[rows, self.step] = torch.where(self._alive, token, 0)
         self._drawn[rows, self.step] = drawn
         self._log_probs[rows, self.step] = torch.where(drawn, log_prob, 0.0)
         self._lengths[rows] += self._alive
 
+        # Where each row stands after this token, and whether it goes on.
         self._state = grammar.next_state[self._state, token].long()
         self._answered = self._answered + ~was_thinking
         self._force_next = torch.where(forcing, self._force_next + 1, self._force_next)
@@ -182,17 +181,21 @@ class LiveRollouts:
         self._force_next, self.newest = self._force_next[staying], self.newest[staying]
         return left
 
-    def responses(self) -> Responses:
-        """All responses, on the CPU."""
-        lengths = self._lengths.cpu()
-        used = int(lengths.max()) if len(lengths) else 0
-        shape = (len(self.positions), self.group)
-        return Responses(
-            tokens=self._tokens[:, :used].reshape(*shape, used).cpu(),
-            lengths=lengths.view(shape),
-            drawn=self._drawn[:, :used].reshape(*shape, used).cpu(),
-            log_probs=self._log_probs[:, :used].reshape(*shape, used).cpu(),
+    def responses(self) -> list[list[Rollout]]:
+        """All responses on the host, ``[positions][group]``."""
+        lengths = self._lengths.tolist()
+        used = max(lengths, default=0)
+        tokens, drawn, log_probs = (
+            values[:, :used].cpu().numpy()
+            for values in (self._tokens, self._drawn, self._log_probs)
         )
+        rollouts = [
+            Rollout(tokens[row, :length], drawn[row, :length], log_probs[row, :length])
+            for row, length in enumerate(lengths)
+        ]
+        return [
+            rollouts[first : first + self.group] for first in range(0, len(rollouts), self.group)
+        ]
 
 
 def places(rows: Sequence[int], samples: Sequence[int]) -> list[int]:

@@ -13,6 +13,11 @@ from torch.distributed import ProcessGroup
 GIB = 2**30
 
 
+def in_bytes(gib: float | None) -> int | None:
+    """GiB in bytes; None stays None, no bound."""
+    return None if gib is None else int(gib * GIB)
+
+
 def key_value_bytes(model: GPTModel) -> int:
     """Bytes of the keys and values of one token in all layers of this rank's stage."""
     config = model.config

@@ -5,62 +5,60 @@ most likely tokens of a small proxy model: ``top_k``). The same pass fills the k
 the rollouts read.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.head import token_entropies
 from megatron_rmt.model.pipeline import forward_through_stages, from_last_stage
 from megatron_rmt.rollout.kv_cache import KeyValueStore, TrunkVisibility
-from megatron_rmt.rollout.trunk import Trunk, trunk_blocks
+from megatron_rmt.rollout.trunk import Sample, trunk_blocks
 
 
 @torch.no_grad()
 def read_trunk(
-    model: GPTModel,
-    trunk: Trunk,
+    policy: Policy,
+    trunk: Sequence[Sample],
     store: KeyValueStore,
     first_row: int,
     *,
-    vocab_size: int,
-    longest_position: int,
-    chunk_size: int,
     top_k: int | None = None,
-    attention: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Read one micro-batch's trunk: keys and values go to ``store`` from ``first_row`` on.
-
-    attention: a name of ``--rmt-attention``.
 
     Returns, on every tensor- and pipeline-parallel rank and on the CPU, the entropies ``[rows]``
     fp32 in nats and the most likely next tokens ``[rows]`` int64.
     """
-    device = next(model.parameters()).device
+    device = policy.device
+    tokens = torch.cat([sample.tokens for sample in trunk]).to(device)
     visibility = TrunkVisibility(
-        tokens=len(trunk),
-        blocks=trunk_blocks(trunk),
-        attention=attention,
+        tokens=len(tokens),
+        blocks=tuple(trunk_blocks(trunk)),
+        attention=policy.attention,
         store=store,
         first_row=first_row,
     )
-    visibility.use_position_ids(trunk.position_ids.to(device), longest_position)
+    position_ids = torch.cat([sample.position_ids for sample in trunk])
+    visibility.use_position_ids(position_ids.to(device), policy.longest_position)
 
     def read(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return token_entropies(
             hidden,
             weight,
-            vocab_size=vocab_size,
+            vocab_size=policy.vocab_size,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
-            chunk_size=chunk_size,
+            chunk_size=policy.head_chunk_size,
             top_k=top_k,
         )
 
-    result = forward_through_stages(model, trunk.tokens.to(device), visibility, read)
+    result = forward_through_stages(policy.model, tokens, visibility, read)
     if result is None:
-        entropies = torch.empty(len(trunk), device=device)
-        predictions = torch.empty(len(trunk), dtype=torch.int64, device=device)
+        entropies = torch.empty(len(tokens), device=device)
+        predictions = torch.empty(len(tokens), dtype=torch.int64, device=device)
     else:
         entropies, predictions = result[0].float().contiguous(), result[1].contiguous()
     return from_last_stage(entropies).cpu(), from_last_stage(predictions).cpu()

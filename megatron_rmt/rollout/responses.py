@@ -1,47 +1,33 @@
-"""What rollouts generated."""
+"""What a rollout generated, on the host."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
 
 
 @dataclass(frozen=True)
-class Responses:
-    """What the rollouts of some positions generated; ``longest`` is the length of the longest.
+class Rollout:
+    """One response to a position. Each ``[length]``.
 
-    tokens: ``[positions, group, longest]`` int64. lengths: ``[positions, group]`` int64. drawn:
-    ``[positions, group, longest]`` bool, True where the policy drew the token (a forced end of
-    thought is not drawn). log_probs: like tokens, fp32, of each drawn token under the sampling
-    distribution when it was drawn.
+    tokens: int64. drawn: bool, True where the policy drew the token (a forced end of thought is not
+    drawn). log_probs: fp32, of each drawn token under the sampling distribution when it was drawn,
+    0 for the others.
     """
 
-    tokens: Tensor
-    lengths: Tensor
-    drawn: Tensor
-    log_probs: Tensor
+    tokens: np.ndarray
+    drawn: np.ndarray
+    log_probs: np.ndarray
 
-    def positions(self, first: int, limit: int) -> "Responses":
-        """The responses of positions ``[first, limit)``."""
-        span = slice(first, limit)
-        return Responses(
-            self.tokens[span], self.lengths[span], self.drawn[span], self.log_probs[span]
-        )
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
-def join_responses(parts: Sequence[Responses]) -> Responses:
-    """The responses of several lists of positions, one after the other."""
-    longest = max(part.tokens.shape[2] for part in parts)
-
-    def joined(name: str) -> Tensor:
-        padded = (F.pad(getattr(part, name), (0, longest - part.tokens.shape[2])) for part in parts)
-        return torch.cat(list(padded))
-
-    return Responses(
-        joined("tokens"),
-        torch.cat([p.lengths for p in parts]),
-        joined("drawn"),
-        joined("log_probs"),
+def written(tokens: Sequence[int]) -> Rollout:
+    """A response of which the policy drew nothing."""
+    count = len(tokens)
+    return Rollout(
+        np.array(tokens, dtype=np.int64),
+        np.zeros(count, dtype=bool),
+        np.zeros(count, dtype=np.float32),
     )

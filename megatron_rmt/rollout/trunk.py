@@ -1,9 +1,10 @@
 """The trunk: the samples of one micro-batch, end to end in one packed sequence.
 
-``UserBatch`` is a micro-batch as the user's job gave it; ``build_trunk`` lays its samples end to
-end and marks the documents in them.
+``UserBatch`` is a micro-batch as the user's job gave it; ``build_trunk`` makes a ``Sample`` of each
+of its rows and marks the documents in it. A trunk is a list of samples.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.model.blocks import Block
+
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -24,85 +27,96 @@ class UserBatch:
     loss_mask: Tensor
 
 
-NO_LABEL = -1
-
-
 @dataclass(frozen=True)
-class Trunk:
-    """The samples of one micro-batch, end to end. All tensors ``[rows]``, on the CPU.
+class Sample:
+    """One sample of the user's data, in rows of a trunk. All tensors ``[rows]``, on the CPU.
 
-    tokens: int64 token ids. position_ids: int64 rotary positions. labels: int64, the token that
-    follows, ``NO_LABEL`` where none is known. loss_mask: fp32 weight of each row in the NTP loss.
-    samples: int64 index of the sample in the micro-batch. columns: int64 index in the sample, -1 in
-    a prompt's preamble. document_first: int64, first row of the row's document (its preamble
-    included). documents: (first, limit) rows of each document.
+    index: of the sample in the whole run, the key of its draws. tokens: int64 token ids.
+    position_ids: int64 rotary positions. labels: int64, the token that follows, ``NO_LABEL`` where
+    none is known. loss_mask: fp32 weight of each row in the NTP loss. columns: int64 index in the
+    user's sample, -1 in a prompt's preamble. documents: (first, limit) rows of each document, its
+    preamble included.
     """
 
+    index: int
     tokens: Tensor
     position_ids: Tensor
     labels: Tensor
     loss_mask: Tensor
-    samples: Tensor
     columns: Tensor
-    document_first: Tensor
     documents: tuple[tuple[int, int], ...]
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    @property
+    def labelled(self) -> Tensor:
+        """``[rows]`` bool: rows whose prediction counts."""
+        return (self.labels != NO_LABEL) & (self.loss_mask > 0)
+
+    def document_of(self, row: int) -> tuple[int, int]:
+        """(first, limit) rows of the document that ``row`` is in."""
+        return next((first, limit) for first, limit in self.documents if first <= row < limit)
+
 
 def build_trunk(
-    tokens: Tensor,
-    position_ids: Tensor,
-    labels: Tensor,
-    loss_mask: Tensor,
+    batch: UserBatch,
+    indices: Sequence[int],
     *,
     preamble: Sequence[int],
     end_of_document: int,
     separate_documents: bool,
-) -> Trunk:
-    """Lay the samples ``[micro-batch, sequence]`` of one micro-batch end to end.
+) -> list[Sample]:
+    """The samples of one micro-batch, whose numbers in the whole run are ``indices``.
 
     preamble: token ids put before each document (each sample, if documents are not separate).
     separate_documents: documents do not see each other, as Megatron's ``--reset-attention-mask``;
     a document ends with its ``end_of_document`` token.
     """
-    batch, length = tokens.shape
-    preamble_tokens = torch.tensor(list(preamble), dtype=torch.int64)
-    pieces: dict[str, list[Tensor]] = {}
-    documents: list[tuple[int, int]] = []
-    row = 0
-    for sample in range(batch):
+    before = torch.tensor(list(preamble), dtype=torch.int64)
+    none = torch.full_like(before, -1)
+    length = batch.tokens.shape[1]
+    trunk = []
+    for index, tokens, position_ids, labels, loss_mask in zip(
+        indices, batch.tokens, batch.position_ids, batch.labels, batch.loss_mask, strict=True
+    ):
         starts = [0]
         if separate_documents:
-            ends = (tokens[sample] == end_of_document).nonzero()[:, 0] + 1
+            ends = (tokens == end_of_document).nonzero()[:, 0] + 1
             starts += [end for end in ends.tolist() if end < length]
-        for start, limit in zip(starts, [*starts[1:], length], strict=True):
-            columns = torch.arange(start, limit)
-            own_positions = position_ids[sample, start:limit]
-            count = len(preamble_tokens) + limit - start
-            no_text = torch.full((len(preamble_tokens),), -1)
-            added = {
-                "tokens": [preamble_tokens, tokens[sample, start:limit]],
-                "position_ids": [
-                    own_positions[0] + torch.arange(len(preamble_tokens)),
-                    own_positions + len(preamble_tokens),
-                ],
-                "labels": [no_text, labels[sample, start:limit]],
-                "loss_mask": [no_text.clamp(min=0), loss_mask[sample, start:limit]],
-                "samples": [torch.full((count,), sample)],
-                "columns": [no_text, columns],
-                "document_first": [torch.full((count,), row)],
+        columns = torch.arange(length)
+        fields: dict[str, list[Tensor]] = {}
+        documents: list[tuple[int, int]] = []
+        for start, limit in itertools.pairwise([*starts, length]):
+            own = slice(start, limit)
+            pieces = {
+                "tokens": (before, tokens[own]),
+                "position_ids": (
+                    position_ids[start] + torch.arange(len(before)),
+                    position_ids[own] + len(before),
+                ),
+                "labels": (none, labels[own]),
+                "loss_mask": (torch.zeros(len(before)), loss_mask[own].float()),
+                "columns": (none, columns[own]),
             }
-            for name, tensors in added.items():
-                pieces.setdefault(name, []).extend(tensors)
-            documents.append((row, row + count))
-            row += count
-    whole = {name: torch.cat(tensors) for name, tensors in pieces.items()}
-    whole["loss_mask"] = whole["loss_mask"].float()
-    return Trunk(**whole, documents=tuple(documents))
+            for name, tensors in pieces.items():
+                fields.setdefault(name, []).extend(tensors)
+            first = documents[-1][1] if documents else 0
+            documents.append((first, first + len(before) + limit - start))
+        whole = {name: torch.cat(tensors) for name, tensors in fields.items()}
+        trunk.append(Sample(index, **whole, documents=tuple(documents)))
+    return trunk
 
 
-def trunk_blocks(trunk: Trunk) -> tuple[Block, ...]:
+def first_rows(trunk: Sequence[Sample]) -> list[int]:
+    """The row of the trunk at which each sample begins."""
+    return list(itertools.accumulate([0, *map(len, trunk)]))[:-1]
+
+
+def trunk_blocks(trunk: Sequence[Sample]) -> list[Block]:
     """One causal block per document."""
-    return tuple(Block(first, limit) for first, limit in trunk.documents)
+    return [
+        Block(start + first, start + limit)
+        for sample, start in zip(trunk, first_rows(trunk), strict=True)
+        for first, limit in sample.documents
+    ]

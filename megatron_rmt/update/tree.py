@@ -6,15 +6,45 @@ tensors go to the device.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_rmt.model.blocks import position_block
 from megatron_rmt.model.visibility import TreeVisibility
-from megatron_rmt.rollout.responses import Responses
-from megatron_rmt.rollout.trunk import NO_LABEL, Trunk, trunk_blocks
+from megatron_rmt.prompt.response import Response
+from megatron_rmt.rollout.responses import Rollout
+from megatron_rmt.rollout.trunk import NO_LABEL, Sample, first_rows, trunk_blocks
+
+
+@dataclass
+class ChosenPosition:
+    """A position that is reasoned about, and what comes of it in the course of a step.
+
+    row: of its sample; its label is the token to be predicted. rollouts: its group. responses: what
+    each of them says. rewards, advantages: fp32 numbers, one for each.
+    """
+
+    row: int
+    rollouts: list[Rollout] = field(default_factory=list)
+    responses: list[Response] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+
+
+@dataclass
+class ReasonedSample:
+    """A sample and its chosen positions, ascending. All on the host."""
+
+    sample: Sample
+    positions: list[ChosenPosition] = field(default_factory=list)
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """Those of all positions, in order."""
+        return [rollout for position in self.positions for rollout in position.rollouts]
 
 
 @dataclass(frozen=True)
@@ -24,7 +54,7 @@ class Tree:
     tokens: ``[padded rows]`` int64. visibility: what each row sees. predicting: ``[predictions]``
     int64, the row whose output predicts ``targets`` ``[predictions]`` int64; the trunk's come
     first, ``trunk_predictions`` of them, then the responses'. ntp_mask: ``[trunk predictions]``
-    fp32. rollouts: ``[response predictions]`` int64, position * group + rollout. drawn:
+    fp32. rollouts: ``[response predictions]`` int64, which of the tree's rollouts. drawn:
     ``[response predictions]`` bool. drawn_log_probs: ``[response predictions]`` fp32.
     """
 
@@ -39,73 +69,84 @@ class Tree:
     drawn_log_probs: Tensor
 
 
+# A row that predicts nothing, for a micro-batch without samples: Megatron wants one token at least.
+_NO_SAMPLE = Sample(
+    index=-1,
+    tokens=torch.zeros(1, dtype=torch.int64),
+    position_ids=torch.zeros(1, dtype=torch.int64),
+    labels=torch.full((1,), NO_LABEL),
+    loss_mask=torch.zeros(1),
+    columns=torch.full((1,), -1),
+    documents=((0, 1),),
+)
+
+
 def grow_tree(
-    trunk: Trunk,
-    rows: Sequence[int],
+    reasoned: Sequence[ReasonedSample],
     stem: Sequence[int],
-    responses: Responses | None,
     *,
     longest_position: int,
     device: torch.device,
     attention: str = "auto",
 ) -> Tree:
-    """Append the stems and branches of the chosen trunk ``rows`` and list every prediction.
+    """The tree of samples and their rollouts; one row that predicts nothing where there are none.
 
-    rows: the trunk row of each chosen position; its label is the token to be predicted, and no NTP
-    loss falls on it (the paper's mask m_pos). responses: of the same positions (None if there are
-    none). longest_position: bound on every position id, sizes the rotary table. attention: a name
-    of ``--rmt-attention``.
+    No NTP loss falls on a chosen position (the paper's mask m_pos). longest_position: bound on
+    every position id, sizes the rotary table. attention: a name of ``--rmt-attention``.
     """
-    tokens, positions = [trunk.tokens], [trunk.position_ids]
-    blocks = [*trunk_blocks(trunk)]
-    predicting, targets, rollouts, drawn, log_probs = [], [], [], [], []
-    stem_tokens = torch.tensor(list(stem), dtype=torch.int64)
-    size = len(trunk)
-    for index, row in enumerate(rows):
-        lengths = responses.lengths[index].tolist()
-        # The last token of a response predicts nothing, so it has no row.
-        branches = [max(0, length - 1) for length in lengths]
-        after = trunk.position_ids[row] + 1
-        blocks.append(
-            position_block(
-                size, int(trunk.document_first[row]), row + 1, len(stem_tokens), branches
-            )
-        )
-        tokens.append(stem_tokens)
-        positions.append(after + torch.arange(len(stem_tokens)))
-        size += len(stem_tokens)
-        last_of_stem = torch.tensor([size - 1])
-        for rollout, (length, branch) in enumerate(zip(lengths, branches, strict=True)):
-            response = responses.tokens[index, rollout, :length]
-            tokens.append(response[:branch])
-            positions.append(after + len(stem_tokens) + torch.arange(branch))
-            if length:
-                predicting += [last_of_stem, torch.arange(size, size + branch)]
-                targets.append(response)
-                rollouts.append(torch.full((length,), index * len(lengths) + rollout))
-                drawn.append(responses.drawn[index, rollout, :length])
-                log_probs.append(responses.log_probs[index, rollout, :length])
-            size += branch
-    chosen = torch.zeros(len(trunk), dtype=torch.bool)
-    chosen[list(rows)] = True
-    trunk_rows = ((trunk.labels != NO_LABEL) & (trunk.loss_mask > 0) & ~chosen).nonzero()[:, 0]
+    reasoned = reasoned or [ReasonedSample(_NO_SAMPLE)]
+    trunk = [of.sample for of in reasoned]
+    stem_tokens = np.array(list(stem), dtype=np.int64)
+    # The trunk: which of its rows predict their label.
+    tokens = [sample.tokens.numpy() for sample in trunk]
+    position_ids = [sample.position_ids.numpy() for sample in trunk]
+    blocks = trunk_blocks(trunk)
+    labels = torch.cat([sample.labels for sample in trunk])
+    loss_mask = torch.cat([sample.loss_mask for sample in trunk])
+    predicted = torch.cat([sample.labelled for sample in trunk])
+    size = len(labels)
+    # The stems and branches: a response's first token is predicted by the last row of its stem.
+    predicting: list[np.ndarray] = []
+    rollouts = [rollout for of in reasoned for rollout in of.rollouts]
+    for of, start in zip(reasoned, first_rows(trunk), strict=True):
+        for position in of.positions:
+            predicted[start + position.row] = False
+            # The last token of a response predicts nothing, so it has no row.
+            branches = [max(0, len(rollout) - 1) for rollout in position.rollouts]
+            document, _ = of.sample.document_of(position.row)
+            own = (size, start + document, start + position.row + 1)
+            blocks.append(position_block(*own, len(stem_tokens), branches))
+            after = int(of.sample.position_ids[position.row]) + 1
+            tokens.append(stem_tokens)
+            position_ids.append(after + np.arange(len(stem_tokens)))
+            size += len(stem_tokens)
+            last_of_stem = np.array([size - 1])
+            for rollout, branch in zip(position.rollouts, branches, strict=True):
+                tokens.append(rollout.tokens[:branch])
+                position_ids.append(after + len(stem_tokens) + np.arange(branch))
+                if len(rollout):
+                    predicting += [last_of_stem, np.arange(size, size + branch)]
+                size += branch
+    trunk_rows = predicted.nonzero()[:, 0]
+    lengths = torch.tensor([len(rollout) for rollout in rollouts], dtype=torch.int64)
     visibility = TreeVisibility(tokens=size, blocks=tuple(blocks), attention=attention)
-    visibility.use_position_ids(torch.cat(positions).to(device), longest_position)
+    visibility.use_position_ids(_joined(position_ids, np.int64).to(device), longest_position)
+    targets = _joined([rollout.tokens for rollout in rollouts], np.int64)
     return Tree(
-        tokens=torch.cat(tokens).to(device),
+        tokens=_joined(tokens, np.int64).to(device),
         visibility=visibility,
-        predicting=torch.cat([trunk_rows, *predicting]).to(device),
-        targets=torch.cat([trunk.labels[trunk_rows], *targets]).to(device),
+        predicting=torch.cat([trunk_rows, _joined(predicting, np.int64)]).to(device),
+        targets=torch.cat([labels[trunk_rows], targets]).to(device),
         trunk_predictions=len(trunk_rows),
-        ntp_mask=trunk.loss_mask[trunk_rows].to(device),
-        rollouts=_joined(rollouts, torch.int64).to(device),
-        drawn=_joined(drawn, torch.bool).to(device),
-        drawn_log_probs=_joined(log_probs, torch.float32).to(device),
+        ntp_mask=loss_mask[trunk_rows].to(device),
+        rollouts=torch.arange(len(rollouts)).repeat_interleave(lengths).to(device),
+        drawn=_joined([rollout.drawn for rollout in rollouts], bool).to(device),
+        drawn_log_probs=_joined([rollout.log_probs for rollout in rollouts], np.float32).to(device),
     )
 
 
-def _joined(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype)
+def _joined(arrays: Sequence[np.ndarray], dtype: type) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype))
 
 
 def pad_tree(tree: Tree, rows: int) -> Tree:

@@ -1,0 +1,40 @@
+"""The functions that a user may put in the place of ours: by name, or by an importable path."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def find(flag: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The function that ``flag`` names: one of ``known``, or ``module:function``.
+
+    One of another's is called as those of ``known`` are, so it has to take as many arguments.
+
+    Raises:
+        ValueError: there is no such function, or it cannot be called like the known ones.
+    """
+    if name in known:
+        return known[name]
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(
+            f"{flag} is {name}; pass {', '.join(known)}, or your own as module:function."
+        )
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever a module does when it is imported
+        raise ValueError(
+            f"{flag} is {name}, which cannot be imported ({type(error).__name__}: {error}); pass a "
+            "module on PYTHONPATH and a function in it."
+        ) from None
+    example = next(iter(known.values()))
+    wanted = [*inspect.signature(example).parameters.values()]
+    try:
+        inspect.signature(function).bind(*wanted)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{flag} is {name}, which cannot be called as {example.__name__}"
+            f"{inspect.signature(example)} is; give it these arguments."
+        ) from None
+    return function
