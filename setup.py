@@ -18,6 +18,7 @@ setup(
         "safetensors",
         "sentencepiece",
         "numpy",
+        "omegaconf",
         "pyyaml",
         "tqdm",
         "matplotlib",

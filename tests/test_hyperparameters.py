@@ -2,10 +2,12 @@
 
 import re
 import shlex
+from dataclasses import Field, fields
 
 import pytest
 
-from megatron_rmt.job.settings import FLAGS, Flag
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.job.settings import flag_name, stated_default
 from tests.distributed import REPOSITORY
 
 PAGE = (REPOSITORY / "docs/hyperparameters.md").read_text(encoding="utf-8")
@@ -13,14 +15,15 @@ ROWS = dict(re.findall(r"^\| `(--rmt[a-z-]*)` \| ([^|]*?) \|", PAGE, re.MULTILIN
 
 
 def test_the_page_lists_exactly_the_flags():
-    assert sorted(ROWS) == sorted(flag.name for flag in FLAGS)
+    flags = [flag_name(field.name) for field in fields(Settings)]
+    assert sorted(ROWS) == sorted(flags)
     named = set(re.findall(r"--rmt[a-z-]*[a-z]", PAGE))
-    assert named <= {flag.name for flag in FLAGS}
+    assert named <= set(flags)
 
 
-@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)
-def test_the_page_states_the_default(flag: Flag):
-    assert ROWS[flag.name].strip("`") == flag.stated_default
+@pytest.mark.parametrize("field", fields(Settings), ids=lambda field: field.name)
+def test_the_page_states_the_default(field: Field):
+    assert ROWS[flag_name(field.name)].strip("`") == stated_default(field)
 
 
 def test_the_recipe_has_the_papers_values():

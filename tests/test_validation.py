@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import megatron_rmt
+from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.cpu import platform as cpu_platform
-from megatron_rmt.job.settings import add_rmt_arguments, is_enabled, readable_help
+from megatron_rmt.job.settings import add_rmt_arguments, readable_help
 from megatron_rmt.job.validation import check_rmt_arguments
 from tests.distributed import run_distributed
 
@@ -113,47 +114,65 @@ def test_experts_on_several_ranks_need_a_dispatcher_of_unequal_numbers_of_tokens
 def test_the_ablation_without_rl_needs_nothing_of_rmt():
     args = _parse("--rmt", "--rmt-no-rl", "--attention-dropout", "0.1", "--rmt-group-size", "1")
     check_rmt_arguments(args)
-    assert not is_enabled(args)
+    assert not Settings.of(args).trains_with_rl
 
 
 BLOCKWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise")
 TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
 # flags -> what the sentence says: the flag, its value, the remedy.
 BAD = {
-    ("--rmt-positions-per-sample", "0"): "--rmt-positions-per-sample is 0; pass 1 or more.",
+    ("--rmt-positions-per-sample", "0"): "--rmt-positions-per-sample is 0; pass a number in "
+    "[1, inf).",
     ("--rmt-positions-per-sample", "129"): "--rmt-positions-per-sample is 129; pass at most "
     "--seq-length (128).",
-    ("--rmt-initial-budget", "0", "--rmt-minimum-budget", "-1"): "--rmt-initial-budget is 0; pass",
-    ("--rmt-minimum-budget", "0"): "--rmt-minimum-budget is 0; pass 1 or more.",
+    (
+        "--rmt-initial-budget",
+        "0",
+        "--rmt-minimum-budget",
+        "-1",
+    ): "--rmt-initial-budget is 0; pass a "
+    "number in [1, inf). --rmt-minimum-budget is -1; pass a number in [1, inf).",
+    ("--rmt-minimum-budget", "0"): "--rmt-minimum-budget is 0; pass a number in [1, inf).",
     ("--rmt-minimum-budget", "900"): "--rmt-minimum-budget is 900; pass at most "
     "--rmt-initial-budget (800).",
-    ("--rmt-answer-tokens", "0"): "--rmt-answer-tokens is 0; pass 1 or more.",
-    ("--rmt-head-chunk-size", "0"): "--rmt-head-chunk-size is 0; pass 1 or more.",
-    ("--rmt-group-size", "1"): "--rmt-group-size is 1; an advantage needs 2 or more rollouts.",
-    ("--rmt-temperature", "0"): "--rmt-temperature is 0.0; pass more than 0",
-    ("--rmt-temperature", "nan"): "--rmt-temperature is nan; pass more than 0",
-    ("--rmt-temperature", "inf"): "--rmt-temperature is inf; pass more than 0",
+    ("--rmt-answer-tokens", "0"): "--rmt-answer-tokens is 0; pass a number in [1, inf).",
+    ("--rmt-head-chunk-size", "0"): "--rmt-head-chunk-size is 0; pass a number in [1, inf).",
+    ("--rmt-group-size", "1"): "--rmt-group-size is 1; pass a number in [2, inf).",
+    ("--rmt-temperature", "0"): "--rmt-temperature is 0.0; pass a number in (0, inf).",
+    ("--rmt-temperature", "nan"): "--rmt-temperature is nan; pass a number in (0, inf).",
+    ("--rmt-temperature", "inf"): "--rmt-temperature is inf; pass a number in (0, inf).",
     ("--rmt-budget-decay", "1.5"): "--rmt-budget-decay is 1.5; pass a number in (0, 1].",
     ("--rmt-budget-decay", "0"): "--rmt-budget-decay is 0.0; pass a number in (0, 1].",
-    ("--rmt-length-reward-weight", "2"): "--rmt-length-reward-weight is 2.0; pass a number in",
-    ("--rmt-length-reward-weight", "-0.1"): "--rmt-length-reward-weight is -0.1; pass a number in",
-    ("--rmt-length-reward-maximum", "0"): "--rmt-length-reward-maximum is 0.0; pass more than 0.",
-    ("--rmt-curriculum-start", "0.8"): "--rmt-curriculum-start is 0.8; pass 0 <= start <= "
-    "--rmt-curriculum-end (0.7) <= 1.",
-    ("--rmt-curriculum-start", "-0.1"): "--rmt-curriculum-start is -0.1; pass 0 <= start",
-    ("--rmt-curriculum-end", "1.1"): "--rmt-curriculum-end (1.1)",
-    ("--rmt-start-probabilities", "1", "1", "0"): "--rmt-start-probabilities is [1.0, 1.0, 0.0]",
-    ("--rmt-start-probabilities", "nan", "0", "1"): "--rmt-start-probabilities is [nan, 0.0, 1.0]",
-    ("--rmt-end-probabilities", "2", "-1", "0"): "--rmt-end-probabilities is [2.0, -1.0, 0.0]",
-    ("--rmt-entropy-thresholds", "1", "1", "2"): "--rmt-entropy-thresholds is [1.0, 1.0, 2.0]; "
+    ("--rmt-length-reward-weight", "2"): "--rmt-length-reward-weight is 2.0; pass a number in "
+    "[0, 1].",
+    ("--rmt-length-reward-weight", "-0.1"): "--rmt-length-reward-weight is -0.1; pass a number in "
+    "[0, 1].",
+    ("--rmt-length-reward-maximum", "0"): "--rmt-length-reward-maximum is 0.0; pass a number in "
+    "(0, inf).",
+    ("--rmt-curriculum-start", "0.8"): "--rmt-curriculum-start is 0.8; pass at most "
+    "--rmt-curriculum-end (0.7).",
+    ("--rmt-curriculum-start", "-0.1"): "--rmt-curriculum-start is -0.1; pass a number in [0, 1].",
+    ("--rmt-curriculum-end", "1.1"): "--rmt-curriculum-end is 1.1; pass a number in [0, 1].",
+    ("--rmt-start-probabilities", "1", "1", "0"): "--rmt-start-probabilities is 1.0 1.0 0.0; "
+    "pass three numbers whose sum is 1.",
+    ("--rmt-start-probabilities", "nan", "0", "1"): "--rmt-start-probabilities is nan 0.0 1.0; "
+    "pass numbers in [0, 1].",
+    ("--rmt-end-probabilities", "2", "-1", "0"): "--rmt-end-probabilities is 2.0 -1.0 0.0; "
+    "pass numbers in [0, 1].",
+    ("--rmt-entropy-thresholds", "1", "1", "2"): "--rmt-entropy-thresholds is 1.0 1.0 2.0; "
     "pass three ascending numbers.",
-    ("--rmt-entropy-thresholds", "-1", "1", "2"): "--rmt-entropy-thresholds is [-1.0, 1.0, 2.0]",
-    ("--rmt-entropy-top-k", "1"): "--rmt-entropy-top-k is 1; pass 2 or more.",
-    ("--rmt-ntp-coefficient", "-1"): "--rmt-ntp-coefficient is -1.0; pass 0 or more.",
-    ("--rmt-ntp-coefficient", "inf"): "--rmt-ntp-coefficient is inf; pass 0 or more.",
-    ("--rmt-warmup-iters", "-1"): "--rmt-warmup-iters is -1; pass 0 or more.",
-    ("--rmt-log-samples-interval", "-1"): "--rmt-log-samples-interval is -1; pass 0 or more.",
-    ("--rmt-warmup-thought", "model"): "--rmt-warmup-thought is model; pass drawn or text.",
+    ("--rmt-entropy-thresholds", "-1", "1", "2"): "--rmt-entropy-thresholds is -1.0 1.0 2.0; "
+    "pass numbers in [0, inf].",
+    (
+        "--rmt-entropy-top-k",
+        "1",
+    ): "--rmt-entropy-top-k is 1; pass a number in [2, inf), or leave it "
+    "out (the whole vocabulary).",
+    ("--rmt-ntp-coefficient", "-1"): "--rmt-ntp-coefficient is -1.0; pass a number in [0, inf).",
+    ("--rmt-ntp-coefficient", "inf"): "--rmt-ntp-coefficient is inf; pass a number in [0, inf).",
+    ("--rmt-warmup-iters", "-1"): "--rmt-warmup-iters is -1; pass a number in [0, inf).",
+    ("--rmt-log-samples-interval", "-1"): "--rmt-log-samples-interval is -1; pass a number in "
+    "[0, inf).",
     ("--rmt-warmup-iters", "11"): "--rmt-warmup-iters is 11; pass at most --train-iters (10).",
     ("--rmt-metrics-file", "."): "--rmt-metrics-file is ., a folder; pass a file in it.",
     ("--attention-dropout", "0.1"): "--attention-dropout is 0.1; RMT needs 0.0:",
@@ -168,12 +187,21 @@ BAD = {
     ("--log-max-attention-logit",): "--log-max-attention-logit is True; RMT needs False:",
     ("--cuda-graph-impl", "local"): "--cuda-graph-impl is local; RMT needs none:",
     ("--overlap-moe-expert-parallel-comm",): "--overlap-moe-expert-parallel-comm is True; RMT",
-    ("--rmt-top-k", "0"): "--rmt-top-k is 0; pass 1 or more.",
-    ("--rmt-top-p", "1.5"): "--rmt-top-p is 1.5; pass a number in (0, 1].",
-    ("--rmt-logprob-tolerance", "0"): "--rmt-logprob-tolerance is 0.0; pass more than 0",
-    ("--rmt-rollout-kv-gib", "-1"): "--rmt-rollout-kv-gib is -1.0; pass more than 0",
-    ("--rmt-max-tokens", "0"): "--rmt-max-tokens is 0; pass 1 or more",
-    ("--rmt-attention", "dense"): "--rmt-attention is dense; pass one of auto, sdpa, lse, flex.",
+    ("--rmt-top-k", "0"): "--rmt-top-k is 0; pass a number in [1, inf), or leave it out (all).",
+    ("--rmt-top-p", "1.5"): "--rmt-top-p is 1.5; pass a number in (0, 1], or leave it out (all).",
+    (
+        "--rmt-logprob-tolerance",
+        "0",
+    ): "--rmt-logprob-tolerance is 0.0; pass a number in (0, inf], or "
+    "leave it out (1e-3 in fp32, 0.2 in half precision).",
+    (
+        "--rmt-rollout-kv-gib",
+        "-1",
+    ): "--rmt-rollout-kv-gib is -1.0; pass a number in (0, inf), or leave it out (no bound).",
+    (
+        "--rmt-max-tokens",
+        "0",
+    ): "--rmt-max-tokens is 0; pass a number in [1, inf), or leave it out (as read).",
     ("--perform-rl-step",): "--perform-rl-step is True; RMT needs False:",
     ("--sft",): "--sft is True; RMT needs False:",
     ("--dataloader-inter-document-masking",): "--dataloader-inter-document-masking is True; RMT",
@@ -237,7 +265,7 @@ def test_all_problems_are_reported_at_once():
     refusal = _refusal(_parse("--rmt", *(word for flags in last.values() for word in flags)))
     assert "--rmt-minimum-budget is 900" in refusal
     for flag in last:
-        if flag not in ("--rmt-curriculum-end", "--fp8-format"):
+        if flag != "--fp8-format":
             assert f"{flag} is " in refusal, flag
 
 

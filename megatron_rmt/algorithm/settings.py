@@ -35,7 +35,7 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-_TIERS: dict[str, Any] = {"nargs": 3, "type": float, "metavar": ("EASY", "MEDIUM", "HARD")}
+_TIERS: dict[str, Any] = {"metavar": ("EASY", "MEDIUM", "HARD")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class Settings:
     """Reward = match alone"""
 
     entropy_thresholds: tuple[float, float, float] = setting(
-        (0.5, 1.0, 1.5), "[0, inf)", "nats", source="RPT", **_TIERS
+        (0.5, 1.0, 1.5), "[0, inf]", "nats", source="RPT", **_TIERS
     )
     """Lower ends of the tiers"""
     entropy_top_k: int | None = setting(None, "[2, inf)", "tokens", unset="the whole vocabulary")

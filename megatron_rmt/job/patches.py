@@ -21,9 +21,10 @@ from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_rmt.algorithm.schedules import schedule_of_step
+from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.samples import is_shown, read_samples, write_samples
-from megatron_rmt.job.settings import add_rmt_arguments, is_enabled, readable_help, versions
+from megatron_rmt.job.settings import add_rmt_arguments, readable_help, versions
 from megatron_rmt.job.user_batch import take_batches
 from megatron_rmt.job.validation import check_rmt_arguments
 from megatron_rmt.mid_training import MidTraining, prepare
@@ -101,7 +102,7 @@ def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         except ValueError as error:
             # Each rank ends here by itself, before any of them waits for another.
             raise SystemExit(str(error)) from None
-        if is_enabled(args):
+        if Settings.of(args).trains_with_rl:
             # Megatron hands all arguments to wandb as the configuration of the run.
             args.rmt_versions = versions()
         return result
@@ -130,7 +131,7 @@ def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.training import get_args, get_tokenizer
 
         options = get_args()
-        if not is_enabled(options):
+        if not Settings.of(options).trains_with_rl:
             return original(*args, **kwargs)
         call = signature.bind(*args, **kwargs).arguments
         try:

@@ -1,335 +1,87 @@
-"""The ``--rmt-*`` flags: one group of ``--help``, each with its unit, default and source.
+"""From ``Settings`` to a run: the ``--rmt-*`` flags, the YAML file of them, the bounds they keep.
 
-Sources: "paper" is RMT (arXiv 2509.24375), "RPT" is arXiv 2506.08007, "ours" is what neither says.
-``docs/hyperparameters.md`` sets what the papers say beside what we chose.
+``--rmt-config`` names a YAML file whose settings count as if they had been given as flags:
+
+    group-size: 4            # --rmt-group-size 4
+    force-close: true        # --rmt-force-close
+    entropy-thresholds: [0.5, 1.0, 1.5]
+
+The file is read while the command line is parsed, as defaults of the flags: whatever the command
+line holds wins. A switch that the file turns on cannot be turned off there.
 """
 
+import contextlib
+import functools
 import importlib.metadata
+import typing
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_rmt.job.config_file import read_config_when_parsing
+import yaml
+from megatron.training.argument_utils import ArgumentGroupFactory
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_rmt.algorithm.settings import Settings, argument_name
 
 GROUP_TITLE = "reinforcement mid-training (RMT)"
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-@dataclass(frozen=True)
-class Flag:
-    """One flag.
+def flag_name(name: str) -> str:
+    """The flag of the setting ``name``."""
+    return "--" + argument_name(name).replace("_", "-")
 
-    kind: ``bool`` for a switch. unit: of the value. source: paper, RPT or ours. metavar: names of
-    the values where there are several. unset: what ``None`` as the default means.
+
+def as_typed(value: Any) -> str:
+    """A value as one would type it behind its flag."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def stated_default(field: Field[Any]) -> str:
+    """The default as one would type it, or what its absence means."""
+    if field.type is bool:
+        return "off"
+    return field.metadata["unset"] if field.default is None else as_typed(field.default)
+
+
+class FlagFactory(ArgumentGroupFactory):
+    """Megatron's maker of flags, with our names, with tuples, and with a fuller help.
+
+    The help is a setting's docstring, then its unit, default and source.
     """
 
-    name: str
-    description: str
-    source: str
-    kind: type = bool
-    default: Any = False
-    unit: str = ""
-    metavar: tuple[str, ...] = ()
-    unset: str = ""
+    def _format_arg_name(self, config_attr_name: str, prefix: str | None = None) -> str:
+        return flag_name(config_attr_name)
 
-    @property
-    def attribute(self) -> str:
-        """Its name in the parsed arguments."""
-        return self.name.removeprefix("--").replace("-", "_")
+    def _extract_type(self, config_type: Any) -> dict[str, Any]:
+        if typing.get_origin(config_type) is not tuple:
+            return super()._extract_type(config_type)
+        kinds = typing.get_args(config_type)
+        return {"type": kinds[0], "nargs": len(kinds)}
 
-    @property
-    def stated_default(self) -> str:
-        """The default as one would type it."""
-        if self.kind is bool:
-            return "off"
-        if self.default is None:
-            return self.unset
-        if self.metavar:
-            return " ".join(str(value) for value in self.default)
-        return str(self.default)
-
-    @property
-    def help(self) -> str:
-        """The line of ``--help``."""
-        unit = f", in {self.unit}" if self.unit else ""
-        return f"{self.description}{unit} (default {self.stated_default}; {self.source})."
-
-    def add_to(self, group: Any) -> None:
-        """Add the flag to a group of a parser."""
-        if self.kind is bool:
-            group.add_argument(self.name, action="store_true", help=self.help)
-            return
-        several: dict[str, Any] = {}
-        if self.metavar:
-            several = {"nargs": len(self.metavar), "metavar": self.metavar}
-        default = list(self.default) if self.metavar else self.default
-        group.add_argument(self.name, type=self.kind, default=default, help=self.help, **several)
+    def _build_argparse_kwargs_from_field(self, attribute: Field[Any]) -> dict[str, Any]:
+        keywords = super()._build_argparse_kwargs_from_field(attribute)
+        keywords["dest"] = argument_name(attribute.name)
+        if isinstance(attribute.default, tuple):
+            keywords["default"] = list(attribute.default)  # what nargs makes of words
+        unit = f", in {attribute.metadata['unit']}" if attribute.metadata["unit"] else ""
+        default, source = stated_default(attribute), attribute.metadata["source"]
+        keywords["help"] += f"{unit} (default {default}; {source})."
+        return keywords
 
 
-_TIERS = ("EASY", "MEDIUM", "HARD")
-
-FLAGS: tuple[Flag, ...] = (
-    Flag("--rmt", "Train with RMT; without it nothing changes", "ours"),
-    Flag(
-        "--rmt-config",
-        "YAML file of these settings, such as group-size: 8; flags on the command line win",
-        "ours",
-        str,
-        None,
-        unset="no file",
-    ),
-    Flag(
-        "--rmt-positions-per-sample",
-        "Most positions chosen in each sample of the batch",
-        "ours",
-        int,
-        16,
-        "positions",
-    ),
-    Flag("--rmt-group-size", "G: responses to each position", "paper", int, 8, "rollouts"),
-    Flag(
-        "--rmt-temperature",
-        "Sampling temperature of the rollouts",
-        "paper",
-        float,
-        0.8,
-        "units of the logits",
-    ),
-    Flag("--rmt-greedy", "Most likely token instead of sampling, for tests", "ours"),
-    Flag(
-        "--rmt-top-k",
-        "Draw only from tokens at least as probable as the K th; the update still trains the whole "
-        "distribution at --rmt-temperature",
-        "paper",
-        int,
-        None,
-        "tokens",
-        unset="all",
-    ),
-    Flag(
-        "--rmt-top-p",
-        "Draw only from the most probable tokens that together have probability P, after "
-        "--rmt-top-k; the update as for --rmt-top-k",
-        "paper",
-        float,
-        None,
-        "parts of 1",
-        unset="all",
-    ),
-    Flag(
-        "--rmt-logprob-tolerance",
-        "Stop before the optimizer's step if the mean |log-prob in the update - log-prob when "
-        "drawn| of a step's tokens is larger",
-        "ours",
-        float,
-        None,
-        "nats",
-        unset="1e-3 in fp32, 0.2 in half precision",
-    ),
-    Flag(
-        "--rmt-rollout-kv-gib",
-        "Bound on the keys and values that the rollouts of a rank hold at a time; positions are "
-        "decoded in waves that fit",
-        "ours",
-        float,
-        None,
-        "GiB",
-        unset="no bound",
-    ),
-    Flag("--rmt-initial-budget", "B_0: thought asked for at first", "paper", int, 800, "tokens"),
-    Flag("--rmt-minimum-budget", "B_min: least thought asked for", "paper", int, 1, "tokens"),
-    Flag(
-        "--rmt-budget-decay",
-        "gamma: B_t = max(B_min, floor(B_0 * gamma^(t/T)))",
-        "paper",
-        float,
-        0.2,
-        "parts of B_0 left at the end",
-    ),
-    Flag("--rmt-no-budget-decay", "The budget stays B_0", "ablation of the paper"),
-    Flag("--rmt-answer-tokens", "Most that an answer may take", "ours", int, 32, "tokens"),
-    Flag(
-        "--rmt-force-close",
-        "Write the end of thought at 2*B_t tokens and let the model answer, instead of giving up; "
-        "for models that rarely end a thought by themselves",
-        "ours",
-    ),
-    Flag(
-        "--rmt-warmup-iters",
-        "Format warm-up: in the first steps thoughts are closed at B_t, the true answer is "
-        "supervised, and only the length is rewarded; for small base models",
-        "ours",
-        int,
-        0,
-        "steps",
-    ),
-    Flag(
-        "--rmt-warmup-thought",
-        "Thoughts of the warm-up: drawn by the model, with the answer alone supervised, or text: "
-        "the text's own next B_t tokens, supervised like the answer, so that the model learns to "
-        "draft the text and to answer from the draft",
-        "ours",
-        str,
-        "drawn",
-    ),
-    Flag(
-        "--rmt-length-reward-weight",
-        "w: reward = (1-w) * match + w * length reward",
-        "ours",
-        float,
-        0.2,
-        "parts of 1",
-    ),
-    Flag(
-        "--rmt-length-reward-maximum",
-        "Length reward at exactly B_t tokens",
-        "ours",
-        float,
-        1.0,
-        "rewards of a match",
-    ),
-    Flag("--rmt-no-length-reward", "Reward = match alone", "ablation of the paper"),
-    Flag(
-        "--rmt-entropy-thresholds",
-        "Lower ends of the tiers",
-        "RPT",
-        float,
-        (0.5, 1.0, 1.5),
-        "nats",
-        _TIERS,
-    ),
-    Flag(
-        "--rmt-entropy-top-k",
-        "Entropy over the most likely tokens only; RPT takes 16",
-        "ours",
-        int,
-        None,
-        "tokens",
-        unset="the whole vocabulary",
-    ),
-    Flag(
-        "--rmt-curriculum-start",
-        "t1: end of the first phase",
-        "paper",
-        float,
-        0.3,
-        "parts of --train-iters",
-    ),
-    Flag(
-        "--rmt-curriculum-end",
-        "t2: start of the last phase",
-        "paper",
-        float,
-        0.7,
-        "parts of --train-iters",
-    ),
-    Flag(
-        "--rmt-start-probabilities",
-        "Share of each tier until t1",
-        "ours",
-        float,
-        (0.6, 0.3, 0.1),
-        "parts of 1",
-        _TIERS,
-    ),
-    Flag(
-        "--rmt-end-probabilities",
-        "Share of each tier from t2 on",
-        "ours",
-        float,
-        (0.1, 0.3, 0.6),
-        "parts of 1",
-        _TIERS,
-    ),
-    Flag("--rmt-no-curriculum", "Positions uniformly over all tiers", "ablation of the paper"),
-    Flag(
-        "--rmt-ntp-coefficient",
-        "lambda: loss = L_GRPO + lambda * L_NTP",
-        "paper",
-        float,
-        0.1,
-        "parts of L_NTP",
-    ),
-    Flag("--rmt-no-ntp", "L_GRPO alone", "ablation of the paper"),
-    Flag(
-        "--rmt-no-rl",
-        "Plain pre-training, digit for digit: no entropy pass, no rollouts",
-        "ablation of the paper",
-    ),
-    Flag(
-        "--rmt-template",
-        "Prompt: rpt (instruction first), raw (document first), inline (for small base models) or "
-        "a JSON file",
-        "RPT",
-        str,
-        "rpt",
-    ),
-    Flag(
-        "--rmt-no-chat",
-        "Leave out the tokenizer's chat markers from rpt and raw prompts",
-        "ours",
-    ),
-    Flag(
-        "--rmt-seed",
-        "Seed of positions and rollouts",
-        "ours",
-        int,
-        None,
-        unset="--seed",
-    ),
-    Flag(
-        "--rmt-max-tokens",
-        "Deal the samples of a step out again after the rollouts: evenly over the data-parallel "
-        "ranks, several in one micro-batch up to N packed tokens, if they fit in the number of "
-        "micro-batches that --global-batch-size gives",
-        "ours",
-        int,
-        None,
-        "tokens",
-        unset="as read",
-    ),
-    Flag(
-        "--rmt-attention",
-        "Attention of the update: lse (CPU), flex (CUDA, compiled), sdpa (anywhere, slower); auto "
-        "takes the first of them that runs",
-        "ours",
-        str,
-        "auto",
-    ),
-    Flag(
-        "--rmt-head-chunk-size",
-        "Logits held at a time by the fused head",
-        "ours",
-        int,
-        384,
-        "rows",
-    ),
-    Flag(
-        "--rmt-metrics-file",
-        "JSON lines, one per step",
-        "ours",
-        str,
-        None,
-        unset="rmt_metrics.jsonl in --save",
-    ),
-    Flag(
-        "--rmt-log-samples-interval",
-        "Write a few rollouts as text in the first step after the warm-up and every N th after "
-        "that: into rmt_samples.jsonl beside the metrics, and as a table to wandb; 0 writes none",
-        "ours",
-        int,
-        0,
-        "steps",
-    ),
-)
+FLAGS = FlagFactory(Settings)
 
 
 def add_rmt_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the ``--rmt-*`` group to Megatron's parser. Harmless when called twice."""
     if all(group.title != GROUP_TITLE for group in parser._action_groups):
-        group = parser.add_argument_group(GROUP_TITLE)
-        for flag in FLAGS:
-            flag.add_to(group)
-        read_config_when_parsing(parser, FLAGS)
+        FLAGS.build_group(parser, GROUP_TITLE)
+        _read_config_when_parsing(parser)
         _shorten_errors(parser)
     return parser
 
@@ -346,6 +98,137 @@ def _shorten_errors(parser: ArgumentParser) -> None:
     parser.error = error
 
 
+def _read_config_when_parsing(parser: ArgumentParser) -> None:
+    """Let ``parser`` take defaults from the file that the command line names, if it names one.
+
+    A file that cannot be used ends the program with exit code 2 and one line on stderr.
+    """
+    parse = parser.parse_known_args
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--rmt-config", nargs="?")  # `parser` refuses it without a value
+
+    @functools.wraps(parse)
+    def parse_known_args(
+        args: Sequence[str] | None = None, namespace: Namespace | None = None
+    ) -> tuple[Namespace, list[str]]:
+        path = finder.parse_known_args(args)[0].rmt_config
+        if path is not None:
+            try:
+                parser.set_defaults(**read_config(path))
+            except ValueError as error:
+                parser.exit(2, f"{error}\n")
+        parsed, rest = parse(args, namespace)
+        if getattr(parsed, "yaml_cfg", None) and (parsed.rmt or parsed.rmt_config):
+            # Megatron then takes all its arguments from that file, and would forget these.
+            parser.exit(2, "--yaml-cfg is given; RMT's flags do not work with it, pass flags.\n")
+        return parsed, rest
+
+    parser.parse_known_args = parse_known_args
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The settings of a YAML file, by attribute of the parsed arguments.
+
+    Keys are the flags without ``--rmt-``; ``rmt: true`` is ``--rmt``.
+
+    Raises:
+        ValueError: the file cannot be read, is not YAML or holds a key twice; or, one sentence for
+            each and all of them: a key is unknown, a value has the wrong type.
+    """
+    remedy = "pass UTF-8 lines like 'group-size: 8', each key once"
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"--rmt-config is {path}; cannot read it: {reason}; {remedy}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--rmt-config is {path}; {remedy}.")
+
+    by_key = {one.name.replace("_", "-"): one for one in fields(Settings) if one.name != "config"}
+    problems, values = [], {}
+    for key, value in content.items():
+        if key not in by_key:
+            problems.append(f"{path}: {key} is no setting of RMT; known are {', '.join(by_key)}.")
+            continue
+        try:
+            values[argument_name(by_key[key].name)] = _typed(value, by_key[key])
+        except ValueError as expected:
+            problems.append(f"{path}: {key} is {value!r}; pass {expected}.")
+    if problems:
+        raise ValueError(" ".join(problems))
+    return values
+
+
+def _typed(value: Any, field: Field[Any]) -> Any:
+    """``value``, of a YAML file, as the parser would give it.
+
+    Stricter than OmegaConf's typed merge, for which 1 is true and 3 a text.
+
+    Raises:
+        ValueError: it is something else than the field holds; says what to pass.
+    """
+    takes = FLAGS._extract_type(field.type)
+    kind, number, choices = takes["type"], takes.get("nargs"), takes.get("choices")
+    parts = value if number and isinstance(value, list) else [value]
+    # A number may be text: YAML's own word for infinity is .inf, everybody else's inf.
+    from_types = (int, float, str) if kind is float else (kind,)
+    if len(parts) == (number or 1) and all(type(part) in from_types for part in parts):
+        with contextlib.suppress(ValueError):
+            typed = [kind(part) for part in parts]
+            if number or choices is None or value in choices:
+                return typed if number else typed[0]
+    if number:
+        raise ValueError(f"a list of {number} numbers")
+    raise ValueError(f"one of {', '.join(choices)}" if choices else _EXPECTED[kind])
+
+
+def setting_problems(args: Namespace) -> Iterator[str]:
+    """One sentence with flag, value and remedy for each setting outside its interval, and for each
+    that does not go with another."""
+    settings = Settings.of(args)
+    for field in fields(Settings):
+        value, interval = getattr(settings, field.name), field.metadata["interval"]
+        parts = value if isinstance(value, tuple) else (value,)
+        if not interval or value is None or all(_lies_in(part, interval) for part in parts):
+            continue
+        remedy = f"pass {'numbers' if len(parts) > 1 else 'a number'} in {interval}"
+        if field.default is None:
+            remedy += f", or leave it out ({field.metadata['unset']})"
+        yield f"{flag_name(field.name)} is {as_typed(value)}; {remedy}."
+
+    at_most = {
+        "minimum_budget": "--rmt-initial-budget",
+        "curriculum_start": "--rmt-curriculum-end",
+        "warmup_iters": "--train-iters",
+        "positions_per_sample": "--seq-length",
+    }
+    for name, limit in at_most.items():
+        value, most = getattr(settings, name), getattr(args, limit[2:].replace("-", "_"), None)
+        if most is not None and value > most:
+            yield f"{flag_name(name)} is {value}; pass at most {limit} ({most})."
+    for name in ("start_probabilities", "end_probabilities"):
+        shares = getattr(settings, name)
+        if abs(sum(shares) - 1) >= 1e-6:
+            yield f"{flag_name(name)} is {as_typed(shares)}; pass three numbers whose sum is 1."
+    easy, medium, hard = settings.entropy_thresholds
+    if easy >= medium or medium >= hard:
+        yield (
+            f"--rmt-entropy-thresholds is {as_typed(settings.entropy_thresholds)}; pass three "
+            "ascending numbers."
+        )
+    if args.train_iters is None:
+        yield "--train-iters is not set; RMT's schedules need it (not --train-samples alone)."
+    if settings.metrics_file and Path(settings.metrics_file).is_dir():
+        yield f"--rmt-metrics-file is {settings.metrics_file}, a folder; pass a file in it."
+
+
+def _lies_in(value: float, interval: str) -> bool:
+    """Whether ``value`` lies in an interval as written in mathematics; NaN lies in none."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
 def readable_help(parser: ArgumentParser) -> ArgumentParser:
     """Let ``--help`` work: Megatron 0.19.2 has a plain % in a help text, and argparse raises."""
     formatter = parser._get_formatter()
@@ -357,16 +240,6 @@ def readable_help(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def is_enabled(args: Namespace) -> bool:
-    """Whether training steps are RMT's (``--rmt`` without ``--rmt-no-rl``)."""
-    return bool(getattr(args, "rmt", False)) and not args.rmt_no_rl
-
-
-def rmt_settings(args: Namespace) -> dict[str, Any]:
-    """The ``--rmt-*`` values of a run, by name."""
-    return {flag.attribute: getattr(args, flag.attribute) for flag in FLAGS}
-
-
 def versions() -> dict[str, str]:
     """Versions of the packages that decide what a run computes; those that are absent left out."""
     found = {}
@@ -376,14 +249,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-__all__ = [
-    "FLAGS",
-    "Flag",
-    "add_rmt_arguments",
-    "is_enabled",
-    "readable_help",
-    "rmt_settings",
-    "versions",
-]

@@ -1,12 +1,11 @@
 """What RMT cannot run with, found on every rank before a model is built: all problems at once."""
 
-import math
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +14,8 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_rmt.algorithm.settings import Settings
-from megatron_rmt.job.settings import FLAGS, is_enabled
+from megatron_rmt.job.settings import flag_name, setting_problems
 from megatron_rmt.mid_training import fitting_problem, read_prompt
-from megatron_rmt.model.tree_attention import BACKENDS
 from megatron_rmt.prompt.token_bytes import token_bytes
 
 # Tokens of each data file that are compared with the vocabulary.
@@ -30,143 +28,21 @@ def check_rmt_arguments(args: Namespace) -> None:
     Raises:
         ValueError: one sentence per problem, each naming flag, value and remedy.
     """
-    if not getattr(args, "rmt", False):
-        stray = [flag.name for flag in FLAGS if _is_set(args, flag)]
+    settings = Settings.of(args)
+    if not settings.rmt:
+        given = (one for one in fields(settings) if getattr(settings, one.name) != one.default)
+        stray = [flag_name(one.name) for one in given]
         if stray:
             raise ValueError(f"{', '.join(stray)} given without --rmt; add --rmt or leave it out.")
         return
-    if not is_enabled(args):
+    if not settings.trains_with_rl:
         return
-    problems = [*_settings(args), *_unsupported(args), *_precision(args), *_tracking(args)]
+    problems = [*setting_problems(args), *_unsupported(args), *_precision(args), *_tracking(args)]
     if not problems:
         # These read files, and rely on what was checked above.
         problems = [*_vocabulary(args)]
     if problems:
         raise ValueError("RMT cannot train with these settings: " + " ".join(problems))
-
-
-def _is_set(args: Namespace, flag: Any) -> bool:
-    default = list(flag.default) if flag.metavar else flag.default
-    return getattr(args, flag.attribute, default) != default
-
-
-def _settings(args: Namespace) -> Iterator[str]:
-    """RMT's own settings, each by itself and against each other."""
-
-    def require(condition: bool, flag: str, remedy: str) -> Iterator[str]:
-        if not condition:
-            yield f"{flag} is {_value(args, flag)}; {remedy}."
-
-    for flag in (
-        "--rmt-positions-per-sample",
-        "--rmt-initial-budget",
-        "--rmt-minimum-budget",
-        "--rmt-answer-tokens",
-        "--rmt-head-chunk-size",
-    ):
-        yield from require(_value(args, flag) >= 1, flag, "pass 1 or more")
-    for flag in ("--rmt-warmup-iters", "--rmt-log-samples-interval"):
-        yield from require(_value(args, flag) >= 0, flag, "pass 0 or more")
-    yield from require(
-        args.rmt_warmup_thought in ("drawn", "text"),
-        "--rmt-warmup-thought",
-        "pass drawn or text",
-    )
-    yield from require(
-        args.rmt_group_size >= 2, "--rmt-group-size", "an advantage needs 2 or more rollouts"
-    )
-    yield from require(
-        0 < args.rmt_temperature < math.inf,
-        "--rmt-temperature",
-        "pass more than 0, also with --rmt-greedy",
-    )
-    yield from require(
-        args.rmt_top_k is None or args.rmt_top_k >= 1, "--rmt-top-k", "pass 1 or more"
-    )
-    yield from require(
-        args.rmt_top_p is None or 0 < args.rmt_top_p <= 1, "--rmt-top-p", "pass a number in (0, 1]"
-    )
-    yield from require(
-        args.rmt_logprob_tolerance is None or args.rmt_logprob_tolerance > 0,
-        "--rmt-logprob-tolerance",
-        "pass more than 0 (inf never stops)",
-    )
-    yield from require(
-        args.rmt_rollout_kv_gib is None or args.rmt_rollout_kv_gib > 0,
-        "--rmt-rollout-kv-gib",
-        "pass more than 0, or leave it out for no bound",
-    )
-    yield from require(
-        args.rmt_max_tokens is None or args.rmt_max_tokens >= 1,
-        "--rmt-max-tokens",
-        "pass 1 or more, or leave it out",
-    )
-    attentions = ("auto", *BACKENDS)
-    yield from require(
-        args.rmt_attention in attentions, "--rmt-attention", f"pass one of {', '.join(attentions)}"
-    )
-    yield from require(
-        0 < args.rmt_budget_decay <= 1, "--rmt-budget-decay", "pass a number in (0, 1]"
-    )
-    yield from require(
-        args.rmt_minimum_budget <= args.rmt_initial_budget,
-        "--rmt-minimum-budget",
-        f"pass at most --rmt-initial-budget ({args.rmt_initial_budget})",
-    )
-    yield from require(
-        0 <= args.rmt_length_reward_weight <= 1,
-        "--rmt-length-reward-weight",
-        "pass a number in [0, 1]",
-    )
-    yield from require(
-        0 < args.rmt_length_reward_maximum < math.inf,
-        "--rmt-length-reward-maximum",
-        "pass more than 0",
-    )
-    yield from require(
-        0 <= args.rmt_curriculum_start <= args.rmt_curriculum_end <= 1,
-        "--rmt-curriculum-start",
-        f"pass 0 <= start <= --rmt-curriculum-end ({args.rmt_curriculum_end}) <= 1",
-    )
-    for flag in ("--rmt-start-probabilities", "--rmt-end-probabilities"):
-        shares = _value(args, flag)
-        yield from require(
-            all(share >= 0 for share in shares) and abs(sum(shares) - 1) < 1e-6,
-            flag,
-            "pass three numbers of 0 or more whose sum is 1",
-        )
-    easy, medium, hard = args.rmt_entropy_thresholds
-    yield from require(
-        0 <= easy < medium < hard, "--rmt-entropy-thresholds", "pass three ascending numbers"
-    )
-    yield from require(
-        args.rmt_entropy_top_k is None or args.rmt_entropy_top_k >= 2,
-        "--rmt-entropy-top-k",
-        "pass 2 or more",
-    )
-    yield from require(
-        0 <= args.rmt_ntp_coefficient < math.inf, "--rmt-ntp-coefficient", "pass 0 or more"
-    )
-    if args.train_iters is None:
-        yield "--train-iters is not set; RMT's schedules need it (not --train-samples alone)."
-    else:
-        yield from require(
-            args.rmt_warmup_iters <= args.train_iters,
-            "--rmt-warmup-iters",
-            f"pass at most --train-iters ({args.train_iters})",
-        )
-    if args.seq_length is not None:
-        yield from require(
-            args.rmt_positions_per_sample <= args.seq_length,
-            "--rmt-positions-per-sample",
-            f"pass at most --seq-length ({args.seq_length})",
-        )
-    if args.rmt_metrics_file and Path(args.rmt_metrics_file).is_dir():
-        yield f"--rmt-metrics-file is {args.rmt_metrics_file}, a folder; pass a file in it."
-
-
-def _value(args: Namespace, flag: str) -> Any:
-    return getattr(args, flag.removeprefix("--").replace("-", "_"), None)
 
 
 def _unsupported(args: Namespace) -> Iterator[str]:
