@@ -13,6 +13,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
+from megatron_rmt.algorithm.curriculum import SELECTIONS
+from megatron_rmt.algorithm.doors import find
+from megatron_rmt.algorithm.rewards import REWARDS
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.settings import flag_name, setting_problems
 from megatron_rmt.mid_training import fitting_problem, read_prompt
@@ -37,12 +40,25 @@ def check_rmt_arguments(args: Namespace) -> None:
         return
     if not settings.trains_with_rl:
         return
-    problems = [*setting_problems(args), *_unsupported(args), *_precision(args), *_tracking(args)]
+    problems = [*setting_problems(args), *_doors(settings), *_unsupported(args)]
+    problems += [*_precision(args), *_tracking(args)]
     if not problems:
         # These read files, and rely on what was checked above.
         problems = [*_vocabulary(args)]
     if problems:
         raise ValueError("RMT cannot train with these settings: " + " ".join(problems))
+
+
+def _doors(settings: Settings) -> Iterator[str]:
+    """Functions of the user's own that cannot be found or called."""
+    for flag, name, known in (
+        ("--rmt-reward", settings.reward, REWARDS),
+        ("--rmt-select", settings.select, SELECTIONS),
+    ):
+        try:
+            find(flag, name, known)
+        except ValueError as error:
+            yield str(error)
 
 
 def _unsupported(args: Namespace) -> Iterator[str]:
