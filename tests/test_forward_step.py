@@ -17,10 +17,10 @@ from torch import Tensor
 from megatron_rmt.algorithm.losses import LossWeights, response_weights
 from megatron_rmt.model.blocks import Block
 from megatron_rmt.model.visibility import attach_tree_attention
-from megatron_rmt.rollout.responses import Responses
-from megatron_rmt.rollout.trunk import NO_LABEL, Trunk, build_trunk
+from megatron_rmt.rollout.trunk import NO_LABEL
 from megatron_rmt.update.forward_step import LossSettings, Update, make_forward_step
-from megatron_rmt.update.tree import Tree, grow_tree, pad_tree
+from megatron_rmt.update.tree import Tree, pad_tree
+from tests.packed import Responses, Trunk, build_trunk, grow_tree
 from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
 
 pytestmark = pytest.mark.usefixtures("single_process_megatron")

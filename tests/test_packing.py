@@ -3,29 +3,24 @@
 import dataclasses
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_rmt.rollout.responses import Responses
-from megatron_rmt.rollout.trunk import build_trunk
 from megatron_rmt.update.packing import (
     TreeCost,
     TreeSize,
-    TreeSource,
     deal_out,
-    empty_source,
-    from_integers,
-    join_samples,
     repack,
-    split_samples,
-    to_integers,
     tree_cost,
     tree_size,
 )
-from megatron_rmt.update.tree import Tree, grow_tree
+from megatron_rmt.update.tree import ReasonedSample, Tree, grow_tree
 from tests.distributed import run_distributed
+from tests.packed import Responses, build_trunk, reasoned
 from tests.tiny_model import build_model
 
 GROUP = 3
@@ -34,7 +29,9 @@ LENGTH = 12
 END = 0
 
 
-def _source(seed: int, samples: int = 3, positions: tuple[int, ...] = (2, 0, 1)) -> TreeSource:
+def _samples(
+    seed: int, samples: int = 3, positions: tuple[int, ...] = (2, 0, 1)
+) -> list[ReasonedSample]:
     """Samples with several documents each, ``positions`` of them chosen, one response empty."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(1, 50, (samples, LENGTH + 1), generator=generator)
@@ -63,84 +60,65 @@ def _source(seed: int, samples: int = 3, positions: tuple[int, ...] = (2, 0, 1))
         drawn=(torch.rand(shape, generator=generator) < 0.7) & real,
         log_probs=torch.randn(shape, generator=generator) * real,
     )
-    return TreeSource(trunk, rows, responses, torch.randn(len(rows), GROUP, generator=generator))
+    found = reasoned(trunk, rows, responses)
+    for position in (position for of in found for position in of.positions):
+        position.advantages = torch.randn(GROUP, generator=generator).tolist()
+    return found
 
 
-def _grow(source: TreeSource) -> Tree:
-    return grow_tree(
-        source.trunk,
-        source.rows,
-        STEM,
-        source.responses,
-        longest_position=100,
-        device=torch.device("cpu"),
-    )
+def _grow(samples: list[ReasonedSample]) -> Tree:
+    return grow_tree(samples, STEM, longest_position=100, device=torch.device("cpu"))
 
 
-def _assert_equal(source: TreeSource, expected: TreeSource) -> None:
-    """All fields, but that responses may be padded to another length."""
-    assert source.rows == expected.rows
-    assert source.trunk.documents == expected.trunk.documents
-    pairs = [(source.advantages, expected.advantages)]
-    for field in dataclasses.fields(source.trunk):
-        if field.name != "documents":
-            pairs.append((getattr(source.trunk, field.name), getattr(expected.trunk, field.name)))
-    for field in dataclasses.fields(source.responses):
-        values = [getattr(s.responses, field.name) for s in (source, expected)]
-        if values[0].dim() == 3:
-            shortest = min(value.shape[2] for value in values)
-            assert not any(value[..., shortest:].any() for value in values)
-            values = [value[..., :shortest] for value in values]
-        pairs.append(tuple(values))
-    for value, reference in pairs:
+def _assert_equal(found: list[ReasonedSample], expected: list[ReasonedSample]) -> None:
+    for own, other in zip(found, expected, strict=True):
+        for field in dataclasses.fields(own.sample):
+            _assert_same(getattr(own.sample, field.name), getattr(other.sample, field.name))
+        for position, reference in zip(own.positions, other.positions, strict=True):
+            assert position.row == reference.row
+            assert position.advantages == reference.advantages
+            for rollout, same in zip(position.rollouts, reference.rollouts, strict=True):
+                for field in dataclasses.fields(rollout):
+                    _assert_same(getattr(rollout, field.name), getattr(same, field.name))
+
+
+def _assert_same(value: Any, reference: Any) -> None:
+    if isinstance(value, Tensor):
         assert value.dtype == reference.dtype
         assert torch.equal(value, reference)
-
-
-def test_samples_are_split_and_joined_without_change():
-    source = _source(1)
-    parts = split_samples(source)
-    assert [len(part.rows) for part in parts] == [2, 0, 1]
-    assert [len(part.trunk.documents) for part in parts] == [2, 1, 2]
-    assert all(int(part.trunk.document_first[0]) == 0 for part in parts)
-    _assert_equal(join_samples(parts), source)
-    reordered = split_samples(join_samples([parts[2], parts[0], parts[1]]))
-    for part, index in zip(reordered, (2, 0, 1), strict=True):
-        _assert_equal(part, parts[index])
-
-
-@pytest.mark.parametrize("positions", [(2, 0, 1), (0, 0, 0), (5, 5, 5)])
-def test_a_sample_survives_the_journey_as_integers(positions):
-    for sample in split_samples(_source(2, positions=positions)):
-        _assert_equal(from_integers(to_integers(sample), GROUP), sample)
+    elif isinstance(value, np.ndarray):
+        assert value.dtype == reference.dtype
+        assert np.array_equal(value, reference)
+    else:
+        assert value == reference
 
 
 def test_an_empty_micro_batch_predicts_nothing():
-    tree = _grow(empty_source(GROUP))
+    tree = _grow([])
     assert tree.tokens.shape == (1,)
     assert len(tree.targets) == len(tree.predicting) == tree.trunk_predictions == 0
 
 
-def _ancestors(source: TreeSource) -> int:
+def _ancestors(of: ReasonedSample) -> int:
     """(query, key) pairs, by walking up from every token of the tree."""
-    trunk, pairs = source.trunk, 0
-    for first, limit in trunk.documents:
+    pairs = 0
+    for first, limit in of.sample.documents:
         pairs += sum(row - first + 1 for row in range(first, limit))
-    for index, row in enumerate(source.rows):
-        prefix = row - int(trunk.document_first[row]) + 1
+    for position in of.positions:
+        first, _ = of.sample.document_of(position.row)
+        prefix = position.row - first + 1
         pairs += sum(prefix + depth + 1 for depth in range(len(STEM)))
-        for length in source.responses.lengths[index].tolist():
-            pairs += sum(prefix + len(STEM) + depth + 1 for depth in range(length - 1))
+        for rollout in position.rollouts:
+            pairs += sum(prefix + len(STEM) + depth + 1 for depth in range(len(rollout) - 1))
     return pairs
 
 
 def test_sizes_are_those_of_the_grown_tree():
-    source = _source(3)
-    for whole in (source, *split_samples(source), empty_source(GROUP)):
-        tree, size = _grow(whole), tree_size(whole, len(STEM))
+    for of in _samples(3):
+        tree, size = _grow([of]), tree_size(of, len(STEM))
         assert size.tokens == tree.visibility.tokens
         assert size.predictions == len(tree.targets)
-        assert size.pairs == _ancestors(whole)
+        assert size.pairs == _ancestors(of)
 
 
 @pytest.mark.usefixtures("single_process_megatron")
@@ -179,8 +157,8 @@ def _deal(tokens: list[int], ranks: int, micro_batches: int, limit: int, use_all
     )
 
 
-def _loads(visibility: list[list[list[int]]], tokens: list[int]) -> list[list[int]]:
-    return [[sum(tokens[sample] for sample in part) for part in rank] for rank in visibility]
+def _loads(dealt: list[list[list[int]]], tokens: list[int]) -> list[list[int]]:
+    return [[sum(tokens[sample] for sample in part) for part in rank] for rank in dealt]
 
 
 @pytest.mark.parametrize("use_all", [False, True])
@@ -189,11 +167,11 @@ def test_every_sample_is_dealt_out_once_and_work_is_even(seed, use_all):
     generator = torch.Generator().manual_seed(seed)
     ranks, micro_batches = 4, 6
     tokens = torch.randint(50, 400, (24,), generator=generator).tolist()
-    visibility = _deal(tokens, ranks, micro_batches, 700, use_all)
-    assert [len(rank) for rank in visibility] == [micro_batches] * ranks
-    dealt = sorted(itertools.chain.from_iterable(itertools.chain.from_iterable(visibility)))
-    assert dealt == list(range(24))
-    loads = _loads(visibility, tokens)
+    parts = _deal(tokens, ranks, micro_batches, 700, use_all)
+    assert [len(rank) for rank in parts] == [micro_batches] * ranks
+    everything = itertools.chain.from_iterable(itertools.chain.from_iterable(parts))
+    assert sorted(everything) == list(range(24))
+    loads = _loads(parts, tokens)
     of_ranks = [sum(rank) for rank in loads]
     # Longest first is within 4/3 of the best, which is at least the mean.
     assert max(of_ranks) <= sum(tokens) / ranks * 4 / 3
@@ -224,14 +202,15 @@ def test_equal_costs_are_dealt_out_in_order():
     assert _deal([5] * 4, 2, 2, 5) == [[[0], [2]], [[1], [3]]]
 
 
-def _repacked(micro_batches: int, limit: int, use_all: bool) -> list[TreeSource]:
+def _of_rank(rank: int, index: int) -> list[ReasonedSample]:
+    counts = ((2, 0, 1), (0, 0, 0), (9, 9, 9))[(rank + index) % 3]
+    return _samples(10 * rank + index, positions=counts)
+
+
+def _repacked(micro_batches: int, limit: int, use_all: bool) -> list[list[ReasonedSample]]:
     rank = torch.distributed.get_rank()
-    sources = [
-        _source(10 * rank + index, positions=((2, 0, 1), (0, 0, 0), (9, 9, 9))[(rank + index) % 3])
-        for index in range(micro_batches)
-    ]
     return repack(
-        sources,
+        [_of_rank(rank, index) for index in range(micro_batches)],
         TreeCost(1000, 1, 500),
         stem_length=len(STEM),
         max_tokens=limit,
@@ -250,16 +229,11 @@ def test_samples_arrive_unchanged_on_the_rank_that_they_were_dealt_to(ranks, lim
         sample
         for rank in range(ranks)
         for index in range(micro_batches)
-        for sample in split_samples(
-            _source(
-                10 * rank + index,
-                positions=((2, 0, 1), (0, 0, 0), (9, 9, 9))[(rank + index) % 3],
-            )
-        )
+        for sample in _of_rank(rank, index)
     ]
     sizes = [tree_size(sample, len(STEM)) for sample in samples]
     cost = TreeCost(1000, 1, 500)
-    visibility = deal_out(
+    dealt = deal_out(
         sizes,
         [cost.of(size) for size in sizes],
         ranks=ranks,
@@ -269,14 +243,13 @@ def test_samples_arrive_unchanged_on_the_rank_that_they_were_dealt_to(ranks, lim
     )
     per_rank = len(samples) // ranks
     moved = 0
-    for rank, (parts, sources) in enumerate(zip(visibility, results, strict=True)):
-        assert len(sources) == micro_batches
-        for part, source in zip(parts, sources, strict=True):
+    for rank, (parts, found) in enumerate(zip(dealt, results, strict=True)):
+        assert len(found) == micro_batches
+        for part, own in zip(parts, found, strict=True):
             moved += sum(sample // per_rank != rank for sample in part)
-            expected = [samples[sample] for sample in part]
-            _assert_equal(source, join_samples(expected) if part else empty_source(GROUP))
+            _assert_equal(own, [samples[sample] for sample in part])
     assert moved > 0
-    assert any(not part for rank in visibility for part in rank) != use_all
+    assert any(not part for rank in dealt for part in rank) != use_all
 
 
 def _visible(tree: Tree) -> dict[str, Tensor]:
@@ -289,9 +262,9 @@ def _visible(tree: Tree) -> dict[str, Tensor]:
 
 def test_a_joined_tree_holds_the_trees_of_its_samples():
     """Row by row: each sample's tokens at the same positions, the same targets, all of them."""
-    parts = split_samples(_source(4, positions=(2, 3, 1)))
-    whole = _grow(join_samples(parts))
-    trees = [_grow(part) for part in parts]
+    parts = _samples(4, positions=(2, 3, 1))
+    whole = _grow(parts)
+    trees = [_grow([part]) for part in parts]
     for name, value in _visible(whole).items():
         own = torch.cat([_visible(tree)[name] for tree in trees])
         assert torch.equal(value.sort().values, own.sort().values), name

@@ -1,50 +1,47 @@
 """Rollouts as text: which, what is read from them, and that file and wandb hold the same rows."""
 
+import dataclasses
 import json
 import struct
-from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
-from torch import Tensor
 from wandb.proto.wandb_internal_pb2 import Record
 
 from megatron_rmt.algorithm.settings import Settings, argument_name
 from megatron_rmt.job import samples
-from megatron_rmt.job.samples import read_samples
+from megatron_rmt.job.samples import is_shown, read_samples
 from megatron_rmt.job.settings import versions
-from megatron_rmt.mid_training import MidTraining
-from megatron_rmt.update.packing import TreeSource, empty_source
-from megatron_rmt.update.scoring import score
+from megatron_rmt.update.tree import ReasonedSample
+from tests.packed import reasoned
 from tests.tiny_run import PRETRAIN, RMT, TinyInputs, run
-from tests.tiny_step import BYTES, readable_rows, scored, tiny_trunk
+from tests.tiny_step import BYTES, readable_rows, scored, tiny_prompt, tiny_trunk
 
 COLUMNS = ["iteration", "context", "truth", "thought", "prediction", "reward"]
 
 
 def test_rows_by_hand():
-    training, source, rewards = _scored(rmt_answer_tokens=1)
-    shown = read_samples(training, [empty_source(2), source], [rewards[:0], rewards], 6)
-    assert [sample.iteration for sample in shown] == [7] * 4
-    assert [sample.thought for sample in shown] == ["aa", "aaaaaaaa", "a", "aaaa"]
-    assert [sample.reward for sample in shown] == [0.875, 0.0, 0.0625, 1.0]
+    of = scored(answer_tokens=1)
+    shown = read_samples(of.run.prompt, of.reasoned, 6)
+    assert [one.iteration for one in shown] == [7] * 4
+    assert [one.thought for one in shown] == ["aa", "aaaaaaaa", "a", "aaaa"]
+    assert [one.reward for one in shown] == [0.875, 0.0, 0.0625, 1.0]
     first, never_closed, wrong, right = shown
     assert never_closed.prediction == ""
     assert first.truth.startswith(first.prediction)
     assert right.truth.startswith(right.prediction)
     assert not wrong.truth.startswith(wrong.prediction)
     # The labels begin one token after the trunk.
-    text = samples._text(training, source.trunk.labels.tolist())
-    for sample in shown:
-        assert 0 < len(sample.truth) <= samples.TRUTH_TOKENS
-        assert (sample.context + sample.truth)[1:] in text
+    text = of.run.prompt.text(of.reasoned[0].sample.labels.tolist())
+    for one in shown:
+        assert 0 < len(one.truth) <= samples.TRUTH_TOKENS
+        assert (one.context + one.truth)[1:] in text
 
 
 def test_only_the_first_positions_are_shown_each_with_its_group():
-    training, source, rewards = _scored()
-    shown = read_samples(training, [source] * 3, [rewards] * 3, 0)
+    of = scored()
+    shown = read_samples(of.run.prompt, of.reasoned * 3, 0)
     assert len(shown) == samples.POSITIONS * 2
     assert shown[:4] == shown[4:]
 
@@ -64,33 +61,30 @@ def test_only_the_first_positions_are_shown_each_with_its_group():
 def test_the_first_step_after_the_warm_up_is_shown_and_every_nth_after_it(
     interval: int, warm_up: int, expected: list[int]
 ):
-    training, source, rewards = _scored(rmt_log_samples_interval=interval, rmt_warmup_iters=warm_up)
-    shown = [step for step in range(6) if read_samples(training, [source], [rewards], step)]
-    assert shown == expected
-
-
-def _scored(**changes: Any) -> tuple[MidTraining, TreeSource, Tensor]:
-    """Four rollouts, whose texts ``tests.tiny_step.scored`` says, and their rewards."""
-    _, _, (training, trunk, rows, responses, step) = scored(**changes)
-    rewards, advantages, _ = score(training, trunk, rows, responses, step)
-    return training, TreeSource(trunk, rows, responses, advantages), rewards
+    settings = Settings(log_samples_interval=interval, warmup_iters=warm_up)
+    assert [step for step in range(6) if is_shown(settings, step)] == expected
 
 
 def test_a_context_is_the_end_of_its_document_without_the_prompt():
-    trunk = tiny_trunk(head=[9, 9])
+    of = scored()
     words = [f"<{token}>".encode() for token in range(len(BYTES))]
+    prompt = dataclasses.replace(of.run.prompt, bytes_of=words)
+    trunk = tiny_trunk([9, 9])
     row = readable_rows(trunk, 30)[-1]
-    first = int(trunk.document_first[row])
-    assert trunk.columns[first] == -1, "the prompt"
-    tokens = trunk.tokens[first + 2 : row + 1].tolist()
-    expected = "".join(f"<{token}>" for token in tokens)
-    assert samples._context(Namespace(bytes_of=words), trunk, row) == expected[-200:]
+    (sample,) = reasoned(trunk, [], None)[int(trunk.samples[row]) :][:1]
+    own = row - int((trunk.samples < trunk.samples[row]).sum())
+    first, _ = sample.sample.document_of(own)
+    assert sample.sample.columns[first] == -1, "the prompt"
+    expected = "".join(f"<{t}>" for t in sample.sample.tokens[first + 2 : own + 1].tolist())
+    position = dataclasses.replace(of.reasoned[0].positions[0], row=own)
+    shown = read_samples(prompt, [ReasonedSample(sample.sample, [position])], 0)
+    assert {one.context for one in shown} == {expected[-200:]}
 
 
 def test_bytes_that_are_no_utf8_are_replaced():
-    training = Namespace(bytes_of=["é".encode()[:1], "é".encode()[1:]])
-    assert samples._text(training, [0, 1]) == "é"
-    assert samples._text(training, [0]) == "\ufffd"
+    prompt = dataclasses.replace(tiny_prompt(), bytes_of=["é".encode()[:1], "é".encode()[1:]])
+    assert prompt.text([0, 1]) == "é"
+    assert prompt.text([0]) == "\ufffd"
 
 
 # What examples/recipe.py does for a run that names a wandb project.

@@ -1,6 +1,7 @@
 """The decisions of a step: sample numbers, positions, weights, sizes."""
 
 from argparse import Namespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,20 +10,22 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch import Tensor
 
 from megatron_rmt import step as rmt_step
-from megatron_rmt.rollout.trunk import NO_LABEL, Trunk
-from megatron_rmt.step import global_sample_indices
-from megatron_rmt.update.packing import TreeSource, empty_source
-from megatron_rmt.update.scoring import score
-from megatron_rmt.update.tree import grow_tree, pad_tree
-from megatron_rmt.update.warm_up import responses_from_text
+from megatron_rmt.rollout.trunk import NO_LABEL
+from megatron_rmt.step import choose, global_sample_indices
+from megatron_rmt.update.report import size_metrics
+from megatron_rmt.update.tree import Tree, grow_tree, pad_tree
+from megatron_rmt.update.warm_up import response_from_text
+from megatron_rmt.update.weights import loss_weights
 from tests.distributed import run_distributed
+from tests.packed import Trunk, reasoned
 from tests.tiny_step import (
     BYTES,
+    Scored,
     readable_rows,
+    score,
     scored,
-    step_args,
-    step_plan,
-    tiny_training,
+    tiny_run,
+    tiny_schedule,
     tiny_trunk,
 )
 
@@ -61,14 +64,29 @@ def test_two_data_parallel_ranks_share_the_same_numbers(size, micro_batches):
 
 
 def _entropies(trunk: Trunk) -> Tensor:
-    """By sample and column, so that they do not depend on the head."""
+    """By sample and column, so that they do not depend on the preamble."""
     generator = torch.Generator().manual_seed(1)
     return (2.2 * torch.rand(2, 200, generator=generator))[trunk.samples, trunk.columns]
 
 
+def _chosen(
+    trunk: Trunk, entropies: Tensor, indices: tuple[int, int] = (7, 8), **schedule: Any
+) -> tuple[list[int], Tensor]:
+    """The chosen rows of the trunk, and the tier of every row."""
+    trunk.indices = list(indices)
+    samples = reasoned(trunk, [], None)
+    tier = choose(tiny_run(), samples, entropies, tiny_schedule(**schedule))
+    starts = [0, len(samples[0].sample)]
+    return [
+        start + position.row
+        for of, start in zip(samples, starts, strict=True)
+        for position in of.positions
+    ], tier
+
+
 @pytest.mark.parametrize("probabilities", [(0.6, 0.3, 0.1), None], ids=["curriculum", "uniform"])
 def test_chosen_rows_are_labelled_unmasked_readable_and_uncertain(probabilities):
-    training, trunk = tiny_training(step_args()), tiny_trunk()
+    trunk = tiny_trunk()
     entropies = _entropies(trunk)
     eligible = [
         row
@@ -81,8 +99,8 @@ def test_chosen_rows_are_labelled_unmasked_readable_and_uncertain(probabilities)
     ]
     seen = set()
     for iteration in range(60):
-        step = step_plan(iteration, probabilities=probabilities, positions_per_sample=6)
-        rows, tier = rmt_step._choose(training, trunk, entropies, [7, 8], step)
+        schedule = {"iteration": iteration, "probabilities": probabilities}
+        rows, tier = _chosen(trunk, entropies, positions_per_sample=6, **schedule)
         assert rows == sorted(set(rows))
         assert set(rows) <= set(eligible)
         assert [int(trunk.samples[row]) for row in rows] == [0] * 6 + [1] * 6
@@ -93,65 +111,67 @@ def test_chosen_rows_are_labelled_unmasked_readable_and_uncertain(probabilities)
     assert seen == set(eligible)
 
 
-def test_the_choice_depends_on_sample_and_iteration_but_not_on_head_or_neighbours():
-    training = tiny_training(step_args())
+def test_the_choice_depends_on_sample_and_iteration_but_not_on_preamble_or_neighbours():
     choices = {}
-    for head in ([], [9, 9, 9]):
-        trunk = tiny_trunk(head)
-        rows, _ = rmt_step._choose(training, trunk, _entropies(trunk), [7, 8], step_plan())
-        choices[len(head)] = [(int(trunk.samples[r]), int(trunk.columns[r])) for r in rows]
+    for preamble in ([], [9, 9, 9]):
+        trunk = tiny_trunk(preamble)
+        rows, _ = _chosen(trunk, _entropies(trunk))
+        choices[len(preamble)] = [(int(trunk.samples[r]), int(trunk.columns[r])) for r in rows]
     assert choices[0] == choices[3]
 
     trunk = tiny_trunk()
-    rows, _ = rmt_step._choose(training, trunk, _entropies(trunk), [7, 9], step_plan())
+    rows, _ = _chosen(trunk, _entropies(trunk), (7, 9))
     columns = [(int(trunk.samples[r]), int(trunk.columns[r])) for r in rows]
     assert columns[:4] == choices[0][:4]
     assert columns[4:] != choices[0][4:]
-    rows, _ = rmt_step._choose(training, trunk, _entropies(trunk), [7, 8], step_plan(iteration=1))
+    rows, _ = _chosen(trunk, _entropies(trunk), iteration=1)
     assert [(int(trunk.samples[r]), int(trunk.columns[r])) for r in rows] != choices[0]
 
 
 def test_a_sample_without_uncertain_tokens_has_no_position():
-    training, trunk = tiny_training(step_args()), tiny_trunk()
+    trunk = tiny_trunk()
     entropies = _entropies(trunk)
     entropies[trunk.samples == 0] = 0.49
-    rows, _ = rmt_step._choose(training, trunk, entropies, [7, 8], step_plan())
+    rows, _ = _chosen(trunk, entropies)
     assert len(rows) == 4
     assert trunk.samples[rows].unique().tolist() == [1]
 
 
+def _grow(of: Scored) -> Tree:
+    return grow_tree(of.reasoned, [3], longest_position=200, device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize("warm_up", [False, True])
 def test_weights_hold_the_means_of_the_global_batch(warm_up):
-    advantages, _, (training, trunk, rows, responses, step) = scored(warm_up=warm_up)
-    tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
-    source = TreeSource(trunk, rows, responses, advantages)
-    weights = rmt_step._weights(training, source, tree, 6.0, 50.0, step)
+    of = scored(warm_up=warm_up)
+    tree = _grow(of)
+    positions = [position for sample in of.reasoned for position in sample.positions]
+    weights = loss_weights(positions, tree, 6.0, 50.0, of.schedule)
     torch.testing.assert_close(weights.ntp, tree.ntp_mask / 50)
     token = 0
-    for position in range(2):
-        for rollout in range(2):
-            length = int(responses.lengths[position, rollout])
-            drawn = responses.drawn[position, rollout, :length]
-            for index in range(length):
-                policy = float(advantages[position, rollout]) / int(drawn.sum()) / 12
-                written = 1 / max(1, int((~drawn).sum())) / 12
-                assert float(weights.policy[token]) == pytest.approx(policy * bool(drawn[index]))
+    for position in positions:
+        for rollout, advantage in zip(position.rollouts, position.advantages, strict=True):
+            for drawn in rollout.drawn.tolist():
+                policy = advantage / rollout.drawn.sum() / 12
+                written = 1 / max(1, (~rollout.drawn).sum()) / 12
+                assert float(weights.policy[token]) == pytest.approx(policy * drawn)
                 assert float(weights.supervised[token]) == pytest.approx(
-                    written * (warm_up and not drawn[index])
+                    written * (warm_up and not drawn)
                 )
                 token += 1
     assert token == len(weights.policy) == len(weights.supervised)
 
 
 def test_thought_and_answer_from_the_text_weigh_the_same():
-    training, trunk = tiny_training(step_args()), tiny_trunk([])
-    rows = readable_rows(trunk, 3)
-    step = step_plan(budget=3, group=1, warm_up=True, thought_from_text=True)
-    responses = responses_from_text(training, trunk, rows, step)
-    _, advantages, _ = score(training, trunk, rows, responses, step)
-    tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
-    source = TreeSource(trunk, rows, responses, advantages)
-    weights = rmt_step._weights(training, source, tree, 6.0, 50.0, step)
+    run, trunk = tiny_run(), tiny_trunk([])
+    samples = reasoned(trunk, readable_rows(trunk, 3), None)
+    positions = [position for of in samples for position in of.positions]
+    for of in samples:
+        for position in of.positions:
+            position.rollouts = [response_from_text(run.prompt, of.sample, position.row, 3)]
+    schedule = tiny_schedule(budget=3, group=1, warm_up=True, thought_from_text=True)
+    tree = _grow(score(run, schedule, samples))
+    weights = loss_weights(positions, tree, 6.0, 50.0, schedule)
     assert not weights.policy.any()
     # Three tokens of thought, then its end and the answer; 6 positions in the global batch.
     expected = [1 / 3 / 6] * 3 + [1 / 2 / 6] * 2
@@ -159,13 +179,15 @@ def test_thought_and_answer_from_the_text_weigh_the_same():
 
 
 def test_every_token_of_a_tree_is_counted_once():
-    _, _, (_, trunk, rows, responses, _) = scored()
-    tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
-    metrics = rmt_step._token_metrics(trunk, pad_tree(tree, 128), len(rows), 4.0)
-    assert metrics["rmt trunk tokens"] == (len(trunk), 0.25)
+    of = scored()
+    tree = _grow(of)
+    metrics = size_metrics(of.reasoned, pad_tree(tree, 128), 1, None, 4.0)
+    lengths = [len(rollout) for sample in of.reasoned for rollout in sample.rollouts]
+    assert metrics["rmt trunk tokens"] == (sum(len(s.sample) for s in of.reasoned), 0.25)
     assert metrics["rmt stem tokens"] == (2, 0.25)
-    assert metrics["rmt branch tokens"] == (int((responses.lengths - 1).sum()), 0.25)
-    assert sum(tokens for tokens, _ in metrics.values()) == tree.visibility.tokens
+    assert metrics["rmt branch tokens"] == (sum(length - 1 for length in lengths), 0.25)
+    counted = [metrics[f"rmt {part} tokens"][0] for part in ("trunk", "stem", "branch")]
+    assert sum(counted) == tree.visibility.tokens
 
 
 @pytest.mark.usefixtures("single_process_megatron")
@@ -176,12 +198,10 @@ def test_every_token_of_a_tree_is_counted_once():
 def test_trees_are_padded_to_what_fp8_and_sequence_parallel_ranks_want(
     fp8: str | None, sequence_parallel: bool, multiple: int
 ):
-    _, _, (training, trunk, rows, responses, _) = scored(
-        fp8=fp8, sequence_parallel=sequence_parallel, tensor_model_parallel_size=2
-    )
-    tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
+    args = Namespace(fp8=fp8, sequence_parallel=sequence_parallel, tensor_model_parallel_size=2)
+    tree = _grow(scored())
     odd = pad_tree(tree, tree.tokens.shape[0] + 1 - tree.tokens.shape[0] % 2)
-    for aligned in rmt_step._aligned(training, [tree, odd]):
+    for aligned in rmt_step._aligned(args, [tree, odd]):
         size = aligned.tokens.shape[0]
         assert size % multiple == 0
         assert 0 <= size - tree.visibility.tokens <= multiple
@@ -189,22 +209,18 @@ def test_trees_are_padded_to_what_fp8_and_sequence_parallel_ranks_want(
 
 
 def test_padding_and_tokens_above_the_limit_are_reported():
-    _, _, (_, trunk, rows, responses, _) = scored()
-    tree = grow_tree(trunk, rows, [3], responses, longest_position=200, device=torch.device("cpu"))
+    of = scored()
+    tree = _grow(of)
     tokens = tree.visibility.tokens
     padded = pad_tree(tree, tokens + 28)
-    unlimited = rmt_step._size_metrics(step_args(rmt_max_tokens=None), trunk, padded)
-    assert unlimited == {"rmt padding": (28, tokens + 28), "rmt tokens above limit": (0, 1)}
-    limited = rmt_step._size_metrics(step_args(rmt_max_tokens=tokens - 3), trunk, padded)
+    unlimited = size_metrics(of.reasoned, padded, 1, None, 4.0)
+    assert unlimited["rmt padding"] == (28, tokens + 28)
+    assert unlimited["rmt tokens above limit"] == (0, 1)
+    limited = size_metrics(of.reasoned, padded, 1, tokens - 3, 4.0)
     assert limited["rmt tokens above limit"] == (3, 1)
 
-    empty = empty_source(2)
-    grown = grow_tree(
-        empty.trunk, [], [3], empty.responses, longest_position=200, device=torch.device("cpu")
-    )
-    assert rmt_step._size_metrics(step_args(rmt_max_tokens=5), empty.trunk, grown) == {
-        "rmt padding": (1, 1),
-        "rmt tokens above limit": (0, 1),
-    }
-    tokens_of = rmt_step._token_metrics(empty.trunk, grown, 0, 4.0)
-    assert [count for count, _ in tokens_of.values()] == [0, 0, 0]
+    grown = grow_tree([], [3], longest_position=200, device=torch.device("cpu"))
+    empty = size_metrics([], grown, 1, 5, 4.0)
+    assert empty["rmt padding"] == (1, 1)
+    assert empty["rmt tokens above limit"] == (0, 1)
+    assert [count for name, (count, _) in empty.items() if name.endswith("tokens")] == [0, 0, 0]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.model.blocks import ancestry
-from megatron_rmt.rollout.responses import Responses
-from megatron_rmt.rollout.trunk import NO_LABEL, Trunk, build_trunk
-from megatron_rmt.update.tree import Tree, grow_tree, pad_tree
+from megatron_rmt.rollout.trunk import NO_LABEL
+from megatron_rmt.update.tree import Tree, pad_tree
+from tests.packed import Responses, Trunk, build_trunk, grow_tree
 
 END_OF_DOCUMENT = 0
 CPU = torch.device("cpu")

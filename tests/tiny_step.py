@@ -1,70 +1,64 @@
 """Two tiny samples and what a step knows of them, for the tests of its decisions."""
 
+import dataclasses
 from argparse import Namespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from megatron_rmt.algorithm.curriculum import choose_by_tier
+from megatron_rmt.algorithm.rewards import Evidence, Metric, match
 from megatron_rmt.algorithm.schedules import Schedule
+from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.mid_training import MidTraining
-from megatron_rmt.prompt.grammar import ResponseGrammar
+from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.template import Template
-from megatron_rmt.rollout.responses import Responses
-from megatron_rmt.rollout.trunk import Trunk, build_trunk
-from megatron_rmt.update import scoring
-
-
-def step_args(**changes: Any) -> Namespace:
-    options = {
-        "train_iters": 100,
-        "rmt_initial_budget": 800,
-        "rmt_minimum_budget": 1,
-        "rmt_budget_decay": 0.2,
-        "rmt_no_budget_decay": False,
-        "rmt_curriculum_start": 0.3,
-        "rmt_curriculum_end": 0.7,
-        "rmt_start_probabilities": [0.6, 0.3, 0.1],
-        "rmt_end_probabilities": [0.1, 0.3, 0.6],
-        "rmt_no_curriculum": False,
-        "rmt_warmup_iters": 0,
-        "rmt_warmup_thought": "drawn",
-        "rmt_entropy_thresholds": [0.5, 1.0, 1.5],
-        "rmt_positions_per_sample": 4,
-        "rmt_group_size": 2,
-        "rmt_answer_tokens": 3,
-        "rmt_length_reward_weight": 0.25,
-        "rmt_length_reward_maximum": 1.0,
-        "rmt_no_length_reward": False,
-        "rmt_log_samples_interval": 1,
-    }
-    return Namespace(**options | changes)
-
+from megatron_rmt.rollout.responses import Rollout
+from megatron_rmt.rollout.trunk import Sample
+from megatron_rmt.update import report, scoring
+from megatron_rmt.update.tree import ReasonedSample
+from tests.packed import Responses, Trunk, build_trunk, reasoned
 
 BYTES = [b"", b"", *(bytes([letter]) for letter in b"abcdefgh"), b"</t>", b" "]
+TEMPLATE = Template("test", "ff", "{budget}", "</t>", "next")
+CLOSE = 10
 
 
-TEMPLATE = Template("test", "", "{budget}", "</t>", "next")
+def settings_of_step(**changes: Any) -> Settings:
+    options = {
+        "positions_per_sample": 4,
+        "group_size": 2,
+        "answer_tokens": 3,
+        "length_reward_weight": 0.25,
+        "log_samples_interval": 1,
+    }
+    return Settings(**options | changes)
 
 
-def tiny_training(args: Namespace) -> MidTraining:
+def tiny_prompt(answer_tokens: int = 3, template: Template = TEMPLATE) -> Prompt:
+    """Every token is a letter, a space or the end of thought."""
+
+    def encode(text: str) -> list[int]:
+        return [CLOSE] if text == "</t>" else [BYTES.index(letter.encode()) for letter in text]
+
+    return Prompt(template, encode, BYTES, [0], 0, answer_tokens)
+
+
+def tiny_run(**changes: Any) -> MidTraining:
+    """A run without a model."""
+    settings = settings_of_step(**changes)
     return MidTraining(
-        args=args,
-        model=None,
-        template=TEMPLATE,
-        tokenizer=None,
-        bytes_of=BYTES,
-        has_bytes=torch.tensor([len(text) > 0 for text in BYTES]),
-        grammar=ResponseGrammar(TEMPLATE, BYTES, [0]),
-        preamble=[9, 9],
-        close=[10],
-        stop=[0],
-        longest_position=200,
+        args=Namespace(),
+        settings=settings,
+        policy=None,
+        prompt=tiny_prompt(settings.answer_tokens),
+        reward=match,
+        select=choose_by_tier,
         seed=5,
     )
 
 
-def tiny_trunk(head: list[int] = (9, 9), length: int = 40) -> Trunk:
+def tiny_trunk(preamble: list[int] = (9, 9), length: int = 40) -> Trunk:
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(1, 10, (2, length + 1), generator=generator)
     text[0, 17] = 0
@@ -74,14 +68,15 @@ def tiny_trunk(head: list[int] = (9, 9), length: int = 40) -> Trunk:
         torch.arange(length).repeat(2, 1),
         text[:, 1:],
         loss_mask,
-        preamble=list(head),
+        preamble=list(preamble),
         end_of_document=0,
         separate_documents=True,
     )
 
 
-def step_plan(iteration: int = 0, **changes: Any) -> Schedule:
+def tiny_schedule(iteration: int = 0, **changes: Any) -> Schedule:
     options = {
+        "progress": 0.0,
         "budget": 4,
         "probabilities": (0.6, 0.3, 0.1),
         "positions_per_sample": 4,
@@ -92,22 +87,54 @@ def step_plan(iteration: int = 0, **changes: Any) -> Schedule:
     return Schedule(iteration, **options | changes)
 
 
-def readable_rows(trunk: Trunk, count: int) -> list[int]:
+def readable_rows(trunk: Trunk | Sample, count: int) -> list[int]:
     """Rows with three tokens of text behind them in their document."""
     return [
         row
-        for row in range(1, len(trunk) - 3)
+        for first, limit in trunk.documents
+        for row in range(max(1, first), limit - 3)
         if all(BYTES[label] for label in trunk.labels[row : row + 3].tolist())
-        and trunk.document_first[row] == trunk.document_first[row + 3]
     ][:count]
 
 
-def scored(warm_up: bool = False, **changes: Any) -> tuple[Tensor, dict[str, Any], tuple]:
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Responses, what they earned, and what a step reports of them."""
+
+    run: MidTraining
+    schedule: Schedule
+    reasoned: list[ReasonedSample]
+    evidence: Evidence
+    metrics: dict[str, Metric]
+
+    @property
+    def rewards(self) -> list[list[float]]:
+        return [position.rewards for of in self.reasoned for position in of.positions]
+
+    @property
+    def advantages(self) -> list[list[float]]:
+        return [position.advantages for of in self.reasoned for position in of.positions]
+
+
+def score(run: MidTraining, schedule: Schedule, samples: list[ReasonedSample]) -> Scored:
+    """As a step does, of responses that have not been read."""
+    positions = [position for of in samples for position in of.positions]
+    for position in positions:
+        position.responses = [run.prompt.read(own.tokens.tolist()) for own in position.rollouts]
+    evidence = scoring.gather_evidence(run.prompt, samples, schedule, _no_model)
+    scoring.score(positions, evidence, run.reward, run.settings, warm_up=schedule.warm_up)
+    stop = run.prompt.stop
+    metrics = report.response_metrics(positions, evidence, run.settings, schedule, stop)
+    return Scored(run, schedule, samples, evidence, metrics)
+
+
+def _no_model() -> Any:
+    raise AssertionError("no reward of these tests asks for log-probs")
+
+
+def four_responses(trunk: Trunk, rows: list[int]) -> Responses:
     """Two positions, a group of two: right after 2 tokens of 4; never closed; wrong; right."""
-    training, trunk = tiny_training(step_args(**changes)), tiny_trunk([])
-    labels = trunk.labels
-    rows = readable_rows(trunk, 2)
-    right = [int(labels[row]) for row in rows]
+    right = [int(trunk.labels[row]) for row in rows]
     wrong = 2 if right[1] != 2 else 3
     texts = [[[2, 2, 10, right[0]], [2] * 8], [[2, 10, wrong], [2, 2, 2, 2, 10, right[1]]]]
     tokens = torch.zeros(2, 2, 8, dtype=torch.int64)
@@ -118,7 +145,18 @@ def scored(warm_up: bool = False, **changes: Any) -> tuple[Tensor, dict[str, Any
             lengths[position, rollout] = len(text)
     drawn = torch.ones(2, 2, 8, dtype=torch.bool)
     drawn[1, 1, 4] = False
-    responses = Responses(tokens, lengths, drawn, torch.zeros(2, 2, 8))
-    step = step_plan(warm_up=warm_up)
-    _, advantages, metrics = scoring.score(training, trunk, rows, responses, step)
-    return advantages, metrics, (training, trunk, rows, responses, step)
+    return Responses(tokens, lengths, drawn, torch.zeros(2, 2, 8))
+
+
+def scored(warm_up: bool = False, **changes: Any) -> Scored:
+    """``four_responses`` to the first readable rows, scored."""
+    trunk = tiny_trunk([])
+    rows = readable_rows(trunk, 2)
+    samples = reasoned(trunk, rows, four_responses(trunk, rows))
+    return score(tiny_run(**changes), tiny_schedule(warm_up=warm_up), samples)
+
+
+def rollout(tokens: list[int], drawn: list[int]) -> Rollout:
+    """One response by hand."""
+    values = torch.tensor(tokens), torch.tensor(drawn).bool(), torch.zeros(len(tokens))
+    return Rollout(*(value.numpy() for value in values))
