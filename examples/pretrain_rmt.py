@@ -1,12 +1,18 @@
 """Mid-train a GPT model with RMT: a plain Megatron pre-training script with the two added lines.
 
 All flags are Megatron's own plus ``--rmt-*`` (``--help`` lists them). Without ``--rmt`` this is
-ordinary pre-training on the same data. Usually started by ``examples/pretrain_rmt.sh``.
+ordinary pre-training on the same data. Usually started by ``examples/pretrain_rmt.sh``. With
+``--save`` the screen has a line for each step, and what Megatron prints is in ``megatron.log``
+there; a job of your own needs no ``console``.
 """
 
 import functools
 from collections.abc import Iterator
 from typing import Any
+
+from megatron_rmt.job import console
+
+console.leave_out_library_warnings()
 
 import megatron_rmt
 
@@ -139,4 +145,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with console.a_line_for_each_step():
+        main()

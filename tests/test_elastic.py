@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from examples.recipe import recipe_flags
+from megatron_rmt.job.console import LOG
 from tests.distributed import REPOSITORY
 from tests.tiny_run import PRETRAIN, RMT, TRAINING, TinyInputs, read_metrics, run
 
@@ -34,7 +35,7 @@ import megatron_rmt
 if __name__ == "__main__":
     megatron_rmt.patch()
     import torch
-    from megatron_rmt import patches
+    from megatron_rmt.job import patches
 
     torch.set_num_threads(1)
     run_step = patches.run_step
@@ -135,7 +136,9 @@ def test_a_lost_node_comes_back_and_training_goes_on_as_if_nothing_had_been(
 
     lines = read_metrics(saved / "rmt_metrics.jsonl")
     assert [line["iteration"] for line in lines] == [1, 2, 3, 3, 4]
-    loaded = re.findall(r"loaded checkpoint from (\S+) .*at iteration (\d+)", log.read_text())
+    loaded = re.findall(
+        r"loaded checkpoint from (\S+) .*at iteration (\d+)", (saved / LOG).read_text()
+    )
     assert loaded == [(str(inputs.checkpoint), "0"), (str(saved), "2")]
     assert (saved / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
 

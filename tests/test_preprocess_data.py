@@ -167,16 +167,21 @@ def test_several_files_and_empty_documents_and_another_key(
 
 @pytest.mark.multiprocess
 def test_two_workers_write_the_same_bytes_as_one(
-    tmp_path: Path, tokenizer_directory: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tokenizer_directory: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Progress is shown on a terminal, which stderr is for two workers only."""
     documents = [f"{DOCUMENTS[number % 4]} {number}" for number in range(300)]
     corpus = write_jsonl(tmp_path / "corpus.jsonl", documents)
     for workers in ("1", "2"):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda on=workers == "2": on)
         arguments = ["--input", str(corpus), "--output-prefix", str(tmp_path / workers)]
         preprocess_data.main([*arguments, "--tokenizer", tokenizer_directory, "--workers", workers])
         printed = capsys.readouterr()
         assert printed.out.startswith("300 documents, ")
-        assert "100%" in printed.err
+        assert ("100%" in printed.err) == (workers == "2")
     for kind in ("bin", "idx"):
         one, two = tmp_path / f"1.{kind}", tmp_path / f"2.{kind}"
         assert one.read_bytes() == two.read_bytes()

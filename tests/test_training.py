@@ -227,14 +227,22 @@ def test_a_run_resumed_in_another_layout_goes_on_alike(
 
 
 def without_the_patch(path: Path) -> Path:
-    """examples/pretrain_rmt.py as it was before the two lines were added."""
+    """examples/pretrain_rmt.py without anything of this package."""
     program = PRETRAIN.read_text(encoding="utf-8")
-    patch = "import megatron_rmt\n\nmegatron_rmt.patch()\n"
-    assert program.count(patch) == 1
-    # The wheel's helpers are compiled already, and it holds no Makefile to compile them again.
-    instead = "from megatron.core.datasets import utils\n\nutils.compile_helpers = lambda: None\n"
-    check = "\nimport sys\nassert 'megatron_rmt.job.patches' not in sys.modules\n"
-    path.write_text(program.replace(patch, instead) + check, encoding="utf-8")
+    replacements = {
+        "import megatron_rmt\n\nmegatron_rmt.patch()\n": (
+            # The wheel's helpers are compiled already, and it holds no Makefile.
+            "from megatron.core.datasets import utils\n\nutils.compile_helpers = lambda: None\n"
+        ),
+        "from megatron_rmt.job import console\n\nconsole.leave_out_library_warnings()\n": "",
+        "    with console.a_line_for_each_step():\n        main()\n": "    main()\n",
+    }
+    for ours, instead in replacements.items():
+        assert program.count(ours) == 1
+        program = program.replace(ours, instead)
+    modules = "{'megatron_rmt.job.patches', 'megatron_rmt.job.console'}"
+    check = f"\nimport sys\nassert not {modules} & sys.modules.keys()\n"
+    path.write_text(program + check, encoding="utf-8")
     return path
 
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.measurement import Report, write_report
+from megatron_rmt.job import console
 
 COMMANDS = {
     "update": "benchmarks.update",
@@ -52,4 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    console.leave_out_library_warnings()
     main()

@@ -62,6 +62,7 @@ from conversion.model_config import caution, megatron_flags, read_config
 from conversion.provenance import write_provenance
 from conversion.verify_checkpoint import VERIFY_TEXT, verify
 from conversion.weight_names import ModelShape, Place, Weight
+from megatron_rmt.job import console
 
 FLAGS = "model_flags.txt"
 HUGGINGFACE = "huggingface"
@@ -276,4 +277,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    console.leave_out_library_warnings()
     main()

@@ -41,7 +41,6 @@ import os
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +58,7 @@ from evaluation import (
     summary,
     write_output,
 )
+from megatron_rmt.job import console
 
 # Documents whose trunks are held at a time; their rollouts are bounded by --rollouts-at-once.
 DOCUMENTS_AT_ONCE = 16
@@ -230,7 +230,7 @@ def start_megatron(flags: Sequence[str]) -> Any:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     # Megatron wants it set for tensor parallelism on GPUs before Blackwell.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    warnings.filterwarnings("ignore")
+    console.leave_out_library_warnings()
     import torch
 
     if not torch.cuda.is_available():
@@ -489,7 +489,9 @@ def measure(
     most = max([positions_per_document, *(len(r.positions) for _, r in work if r is not None)])
     wave = min(DOCUMENTS_AT_ONCE, max(1, how.at_once // max(1, most * how.samples)))
     records: list[Record] = []
-    bar = tqdm(total=len(own), unit="document", disable=not show_progress, file=sys.stderr)
+    bar = tqdm(
+        total=len(own), unit="document", disable=None if show_progress else True, file=sys.stderr
+    )
     with generating(training.model), bar:
         for start in range(0, len(own), wave):
             documents, earlier = zip(*own[start : start + wave], strict=True)

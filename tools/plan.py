@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import sys
-import warnings
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +25,13 @@ from typing import Any
 
 TOOLS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TOOLS), str(TOOLS.parent)]
-# Importing Megatron without Transformer Engine or CUDA warns, which no plan needs.
-warnings.filterwarnings("ignore")
-for name in ("torch.utils.cpp_extension", "megatron", "transformers"):
+
+from megatron_rmt.job import console
+
+if __name__ == "__main__":
+    # Before Megatron is imported, which warns of what no plan needs.
+    console.leave_out_library_warnings()
+for name in ("megatron", "transformers"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 from megatron_rmt.algorithm.schedules import Schedule, schedule_of_step

@@ -1,6 +1,6 @@
 """Draw the curves of an RMT run: match rate, well-formed rate, thought length, loss, reward.
 
-    python tools/plot_curves.py runs/quickstart/metrics.jsonl --output curves.png
+    python tools/plot_curves.py runs/quickstart/checkpoint/rmt_metrics.jsonl --output curves.png
 
 The input holds one JSON object per iteration, as ``megatron_rmt.job.metrics`` writes it. A panel
 whose values are missing from the whole file is left out.

@@ -17,7 +17,6 @@ The two files appear under their names only when they are complete.
 import argparse
 import json
 import os
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,8 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-# Megatron tells at each import which optional kernels are absent; none is used here.
-warnings.filterwarnings("ignore", module=r"megatron\.")
+from megatron_rmt.job import console
 
 DOCUMENTS_PER_BATCH = 64
 
@@ -246,7 +244,9 @@ def preprocess(
         batches = read_batches(inputs, json_key)
         encoded = encode_batches(batches, tokenizer, tokenizer_name, eod, workers)
         size = sum(path.stat().st_size for path in inputs)
-        with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing") as progress:
+        with tqdm(
+            total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None
+        ) as progress:
             summary = _write(encoded, partial, tokenizer.vocab_size, progress)
         if summary.documents == 0:
             raise ValueError(f"{inputs[0]}: every document is empty; nothing to train on.")
@@ -353,4 +353,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    console.leave_out_library_warnings()
     main()

@@ -63,7 +63,9 @@ def build_megatron_model(directory: Path, sequence_length: int, flags: list[str]
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
     from megatron_rmt.cpu import platform as cpu_platform
+    from megatron_rmt.job import console
 
+    console.leave_out_library_warnings()
     cpu_platform.install_if_no_cuda()
 
     from megatron.core.process_groups_config import ProcessGroupCollection
