@@ -104,9 +104,6 @@ def test_a_percent_sign_in_a_help_text_does_not_break_help():
     assert "hidden" not in text
 
 
-UNITLESS = {"attention", "config", "metrics_file", "seed", "template", "warmup_thought"}
-
-
 @every_field
 def test_help_states_meaning_unit_default_and_source(field: Field):
     name = flag_name(field.name)
@@ -126,7 +123,7 @@ def test_help_states_meaning_unit_default_and_source(field: Field):
         assert getattr(parsed, argument_name(field.name)) == held
     assert default == stated_default(field)
     unit = field.metadata["unit"]
-    assert (unit != "") == (field.type is not bool and field.name not in UNITLESS)
+    assert (unit != "") == (field.metadata["interval"] != "")
     assert meaning.endswith(f", in {unit}" if unit else "")
 
 
