@@ -21,7 +21,7 @@ parallelism gather the rows with
 ``gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,9 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_rmt.model import head_sweeps
 from megatron_rmt.model.head_products import WeightedSums, multiply_scores, score_dtype
+
+# loss(rows, log_probs [chunk]) -> losses [chunk] of these rows of the head.
+LossOfRows = Callable[[slice, Tensor], Tensor]
 
 
 def vocab_range(
@@ -96,52 +99,43 @@ def token_statistics(
     return _TokenStatistics.apply(hidden, weight, targets, scale, shard)
 
 
-def weighted_log_prob_sum(
+def token_loss_sum(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    coefficients: Tensor,
-    entropy_coefficients: Tensor | None = None,
+    loss: LossOfRows,
     *,
     vocab_size: int,
     tp_group: ProcessGroup | None,
     chunk_size: int,
     scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """sum_i coefficients_i log p(targets_i) (+ entropy_coefficients_i H_i), differentiable.
+) -> tuple[Tensor, Tensor]:
+    """sum_i loss_i(log p(targets_i)), differentiable in hidden and weight, and the log-probs.
 
-    Its gradients are made in the same pass: for losses whose derivative by each log-probability and
-    entropy is known beforehand. Such are next-token prediction, an entropy bonus, and the policy
-    gradient exactly on policy, where the ratio is 1. Three matrix products instead of the four of
-    ``token_statistics``. The gradients are held from forward to backward, which may run once.
+    All gradients are made in one pass of three matrix products: ``loss`` is differentiated chunk by
+    chunk, as soon as the chunk's log-probabilities are known, and may be any function of them. The
+    gradients are held from forward to backward, which may run once.
 
     Collectives: forward one MAX [chunk] and one SUM [3, chunk] for each chunk and one SUM of
     [rows, hidden]; backward none.
 
     Args:
-        coefficients: [rows], constants: no gradient flows to them.
-        entropy_coefficients: likewise; None: no entropies are computed, which is faster.
+        loss: ``loss(rows, log_probs)`` gives the losses [chunk] of these rows from their
+            log-probabilities [chunk], fp32 (fp64 for fp64 inputs).
         others: as for ``token_statistics``.
 
     Returns:
-        (sum [], log_probs [rows], entropies [rows] or None); only the sum is differentiable.
+        (sum [], log_probs [rows]); only the sum is differentiable.
 
     Raises:
         ValueError: as ``token_statistics``.
     """
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
     _check_targets(hidden, targets, vocab_size)
-    _check_constants(
-        targets, coefficients=coefficients, entropy_coefficients=entropy_coefficients, scale=scale
-    )
-    dtype = score_dtype(hidden, weight)
-    constants = (
-        None if values is None else values.detach().to(dtype)
-        for values in (coefficients, entropy_coefficients, scale)
-    )
-    return _WeightedLogProbSum.apply(
-        hidden, weight, targets, *constants, shard, torch.is_grad_enabled()
-    )
+    _check_constants(targets, scale=scale)
+    scale = None if scale is None else scale.detach().to(score_dtype(hidden, weight))
+    grads = torch.is_grad_enabled()
+    return _TokenLossSum.apply(hidden, weight, targets, loss, scale, shard, grads)
 
 
 @torch.no_grad()
@@ -396,78 +390,75 @@ class _TokenStatistics(torch.autograd.Function):
         return by_hidden, by_weight, None, None, None
 
 
-class _WeightedLogProbSum(torch.autograd.Function):
+class _TokenLossSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        coefficients: Tensor,
-        entropy_coefficients: Tensor | None,
+        loss: LossOfRows,
         scale: Tensor | None,
         shard: _Shard,
         with_gradients: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         columns, held = head_sweeps.target_columns(targets, shard.start, shard.columns)
         log_probs = hidden.new_empty(hidden.shape[0], dtype=score_dtype(hidden, weight))
-        entropies = None if entropy_coefficients is None else torch.empty_like(log_probs)
-        by_log_prob = _scaled(coefficients, scale)
-        by_entropy = _scaled(entropy_coefficients, scale)
+        total = log_probs.new_zeros(())
         needed = tuple(with_gradients and needs for needs in ctx.needs_input_grad[:2])
         gradients = WeightedSums(hidden, weight, shard.columns, needed)
         for chunk, scores in _score_chunks(hidden, weight, scale, shard):
             targeted = columns[chunk], held[chunk]
-            keeps_exponentials = entropies is None and not head_sweeps.is_fused(scores)
+            keeps_exponentials = not head_sweeps.is_fused(scores)
             sweep = head_sweeps.exponentiate_ if keeps_exponentials else head_sweeps.statistics
             statistics = sweep(scores, targeted)
             local_maxima = statistics[0].clone()
-            log_normaliser, log_probs[chunk], chunk_entropies = _combine(statistics, shard)
-            if entropies is not None:
-                entropies[chunk] = chunk_entropies
+            log_normaliser, log_probs[chunk], _ = _combine(statistics, shard)
             if not any(needed):
+                total += loss(chunk, log_probs[chunk]).sum()
                 continue
+            own, by_log_prob = _differentiate(loss, chunk, log_probs[chunk])
+            total += own
+            by_log_prob = _scaled(by_log_prob, None if scale is None else scale[chunk])
             score_gradient = gradients.memory_for(scores)
             if keeps_exponentials:
                 # exp(z - local maximum) is at hand: one factor per row makes it p.
                 to_p = torch.exp(local_maxima - log_normaliser)
-                scores.mul_((-by_log_prob[chunk] * to_p)[:, None])
-                head_sweeps.add_at_targets_(scores, by_log_prob[chunk], targeted)
+                scores.mul_((-by_log_prob * to_p)[:, None])
+                head_sweeps.add_at_targets_(scores, by_log_prob, targeted)
                 if score_gradient is not scores:
                     score_gradient.copy_(scores)
             else:
-                entropy_part = None if by_entropy is None else (by_entropy[chunk], chunk_entropies)
                 head_sweeps.score_gradient_(
-                    scores,
-                    log_normaliser,
-                    by_log_prob[chunk],
-                    entropy_part,
-                    targeted,
-                    out=score_gradient,
+                    scores, log_normaliser, by_log_prob, None, targeted, out=score_gradient
                 )
             gradients.add(chunk, score_gradient)
         _sum_over_ranks(gradients, shard)
         ctx.gradients = gradients.hidden, gradients.weight
         ctx.dtypes = hidden.dtype, weight.dtype
-        total = torch.dot(coefficients, log_probs)
-        if entropies is None:
-            ctx.mark_non_differentiable(log_probs)
-        else:
-            ctx.mark_non_differentiable(log_probs, entropies)
-            total += torch.dot(entropy_coefficients, entropies)
-        return total, log_probs, entropies
+        ctx.mark_non_differentiable(log_probs)
+        return total, log_probs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_sum: Tensor, *_: Any) -> tuple:
         if ctx.gradients is None:
             raise RuntimeError(
-                "weighted_log_prob_sum: backward ran a second time, but the gradients that the "
-                "forward pass made were given away; run the forward pass again."
+                "token_loss_sum: backward ran a second time, but the gradients that the forward "
+                "pass made were given away; run the forward pass again."
             )
         gradients, ctx.gradients = ctx.gradients, None
         by_inputs = (
             None if gradient is None else gradient.mul_(by_sum).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return *by_inputs, None, None, None, None, None, None
+        return *by_inputs, None, None, None, None, None
+
+
+def _differentiate(loss: LossOfRows, rows: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum [] of the losses of ``rows``, its derivative by ``log_probs`` [chunk])."""
+    with torch.enable_grad():
+        log_probs = log_probs.detach().requires_grad_()
+        total = loss(rows, log_probs).sum()
+        (derivative,) = torch.autograd.grad(total, log_probs)
+    return total.detach(), derivative
