@@ -2,14 +2,14 @@
 
 The language-model head multiplies [rows, hidden] by [vocab/tp, hidden]; at 8192 rows and a
 vocabulary of 152k one fp32 copy of the result is 4.6 GiB, and autograd keeps several. Here rows are
-taken in chunks, a chunk's scores [chunk_size, vocab/tp] are reduced to a few numbers per row at
-once, and the backward pass computes them again. The vocabulary is never gathered: tensor-parallel
+taken in chunks: a chunk's scores [chunk_size, vocab/tp] are reduced to a few numbers per row, and
+replaced by their gradient, at once. The vocabulary is never gathered: tensor-parallel
 ranks exchange [rows]-sized statistics only.
 
 With scores z, m = max z and Z = sum exp(z - m), all sums over the whole vocabulary,
 
     log p_y = z_y - (m + log Z)            H = log Z - (1/Z) sum exp(z - m) (z - m)
-    d log p_y / dz_j = [j = y] - p_j       dH / dz_j = -p_j (log p_j + H)
+    d log p_y / dz_j = [j = y] - p_j
 
 Padding columns (Megatron rounds the vocabulary up) are left out by slicing the weight: a zero row
 would have score 0, not -inf. Scores are fp32 (fp64 for fp64 inputs) also where hidden states and
@@ -58,47 +58,6 @@ def vocab_range(
     return start, max(0, min(weight_rows, vocab_size - start))
 
 
-def token_statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    vocab_size: int,
-    tp_group: ProcessGroup | None,
-    chunk_size: int,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of the target and entropy of each row, differentiable in hidden and weight.
-
-    Collectives: forward one MAX of [rows] and one SUM of [3, rows], backward one SUM of
-    [rows, hidden], for any number of chunks. Memory: scores [chunk_size, vocab/tp], and in
-    backward the fp32 gradients of ``hidden`` and ``weight``. An output that the loss does not use
-    costs nothing in backward. Inputs are not modified.
-
-    Args:
-        hidden: [rows, hidden], fp32, bf16, fp16 or fp64; rows may be 0.
-        weight: [padded vocab/tp, hidden], this rank's shard.
-        targets: [rows] int64, token ids of the whole vocabulary.
-        vocab_size: the true vocabulary size, padding excluded.
-        tp_group: the tensor-parallel group; None for a single process.
-        chunk_size: rows whose scores are held at a time.
-        scale: [rows], a constant factor of each row's scores (1 / temperature); None for 1.
-
-    Returns:
-        (log_probs [rows], entropies [rows]), nats, fp32 (fp64 for fp64 inputs), entropies >= 0.
-        Gradients come in the dtypes of the inputs; sums over rows are made in fp32.
-
-    Raises:
-        ValueError: shapes or sizes do not fit; a target outside [0, vocab_size) (checked where the
-            targets are on the CPU: on a GPU the check would wait for the device).
-    """
-    shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
-    _check_targets(hidden, targets, vocab_size)
-    _check_constants(targets, scale=scale)
-    scale = None if scale is None else scale.detach().to(score_dtype(hidden, weight))
-    return _TokenStatistics.apply(hidden, weight, targets, scale, shard)
-
-
 def token_loss_sum(
     hidden: Tensor,
     weight: Tensor,
@@ -119,20 +78,30 @@ def token_loss_sum(
     Collectives: forward one MAX [chunk] and one SUM [3, chunk] for each chunk and one SUM of
     [rows, hidden]; backward none.
 
+    Memory: scores [chunk_size, vocab/tp], and the fp32 gradients of ``hidden`` and ``weight``.
+    Inputs are not modified.
+
     Args:
+        hidden: [rows, hidden], fp32, bf16, fp16 or fp64; rows may be 0.
+        weight: [padded vocab/tp, hidden], this rank's shard.
+        targets: [rows] int64, token ids of the whole vocabulary.
         loss: ``loss(rows, log_probs)`` gives the losses [chunk] of these rows from their
             log-probabilities [chunk], fp32 (fp64 for fp64 inputs).
-        others: as for ``token_statistics``.
+        vocab_size: the true vocabulary size, padding excluded.
+        tp_group: the tensor-parallel group; None for a single process.
+        chunk_size: rows whose scores are held at a time.
+        scale: [rows], a constant factor of each row's scores (1 / temperature); None for 1.
 
     Returns:
-        (sum [], log_probs [rows]); only the sum is differentiable.
+        (sum [], log_probs [rows]), nats, fp32 (fp64 for fp64 inputs); only the sum is
+        differentiable. Gradients come in the dtypes of the inputs; sums over rows are made in fp32.
 
     Raises:
-        ValueError: as ``token_statistics``.
+        ValueError: shapes or sizes do not fit; a target outside [0, vocab_size) (checked where the
+            targets are on the CPU: on a GPU the check would wait for the device).
     """
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
-    _check_targets(hidden, targets, vocab_size)
-    _check_constants(targets, scale=scale)
+    _check_targets(hidden, targets, scale, vocab_size)
     scale = None if scale is None else scale.detach().to(score_dtype(hidden, weight))
     grads = torch.is_grad_enabled()
     return _TokenLossSum.apply(hidden, weight, targets, loss, scale, shard, grads)
@@ -156,13 +125,13 @@ def token_entropies(
     Args:
         top_k: entropy of the ``top_k`` largest probabilities, renormalised (RPT, arXiv 2506.08007,
             takes 16); None for the whole vocabulary.
-        others: as for ``token_statistics``.
+        others: as for ``token_loss_sum``.
 
     Returns:
         (entropies [rows] fp32 in nats, argmax ids [rows] int64, the smallest id of equals).
 
     Raises:
-        ValueError: as ``token_statistics``; ``top_k`` below 1.
+        ValueError: as ``token_loss_sum``; ``top_k`` below 1.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; give at least 1, or None for the whole vocabulary.")
@@ -205,10 +174,10 @@ def selected_logits(
     Args:
         memory: what an earlier call for at least as many rows returned; it is overwritten.
         wide_weight: ``head_products.wide_copy`` of the weight, of many calls with it.
-        others: as for ``token_statistics``.
+        others: as for ``token_loss_sum``.
 
     Raises:
-        ValueError: as ``token_statistics``.
+        ValueError: as ``token_loss_sum``.
     """
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size=1)
     dtype = score_dtype(hidden, weight)
@@ -250,11 +219,15 @@ def _shard(
     return _Shard(*vocab_range(weight.shape[0], vocab_size, tp_group), tp_group, chunk_size)
 
 
-def _check_targets(hidden: Tensor, targets: Tensor, vocab_size: int) -> None:
+def _check_targets(hidden: Tensor, targets: Tensor, scale: Tensor | None, vocab_size: int) -> None:
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
             f"targets is {targets.dtype} {list(targets.shape)}; give int64 of shape "
             f"{list(hidden.shape[:1])}, one token id for each row of hidden."
+        )
+    if scale is not None and scale.shape != targets.shape:
+        raise ValueError(
+            f"scale has shape {list(scale.shape)}; give one per target: {list(targets.shape)}."
         )
     if not targets.is_cuda and targets.numel() > 0:
         lowest, highest = (int(bound) for bound in targets.aminmax())
@@ -262,15 +235,6 @@ def _check_targets(hidden: Tensor, targets: Tensor, vocab_size: int) -> None:
             raise ValueError(
                 f"targets holds {lowest if lowest < 0 else highest}, not in [0, {vocab_size}); "
                 "leave out rows without a target."
-            )
-
-
-def _check_constants(targets: Tensor, **constants: Tensor | None) -> None:
-    for name, values in constants.items():
-        if values is not None and values.shape != targets.shape:
-            raise ValueError(
-                f"{name} has shape {list(values.shape)}; give one per target: "
-                f"{list(targets.shape)}."
             )
 
 
@@ -339,57 +303,6 @@ def _first_with_maximum(ids: Tensor, maxima: Tensor, shard: _Shard) -> Tensor:
     return first
 
 
-def _scaled(values: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    return values if values is None or scale is None else values * scale
-
-
-class _TokenStatistics(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        scale: Tensor | None,
-        shard: _Shard,
-    ) -> tuple[Tensor, Tensor]:
-        columns, held = head_sweeps.target_columns(targets, shard.start, shard.columns)
-        statistics = hidden.new_empty(4, hidden.shape[0], dtype=score_dtype(hidden, weight))
-        for chunk, scores in _score_chunks(hidden, weight, scale, shard):
-            targeted = columns[chunk], held[chunk]
-            statistics[:, chunk] = head_sweeps.statistics(scores, targeted)
-        log_normaliser, log_probs, entropies = _combine(statistics, shard)
-        ctx.save_for_backward(hidden, weight, columns, held, scale, log_normaliser, entropies)
-        ctx.shard = shard
-        ctx.set_materialize_grads(False)
-        return log_probs, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None) -> tuple:
-        hidden, weight, columns, held, scale, log_normaliser, entropies = ctx.saved_tensors
-        gradients = WeightedSums(hidden, weight, ctx.shard.columns, ctx.needs_input_grad[:2])
-        if by_log_prob is None:
-            by_log_prob = torch.zeros_like(log_normaliser)
-        # d/d(h.w) = scale * d/d(scaled score), which is linear in both.
-        by_log_prob, by_entropy = _scaled(by_log_prob, scale), _scaled(by_entropy, scale)
-        for chunk, scores in _score_chunks(hidden, weight, scale, ctx.shard):
-            score_gradient = gradients.memory_for(scores)
-            head_sweeps.score_gradient_(
-                scores,
-                log_normaliser[chunk],
-                by_log_prob[chunk],
-                None if by_entropy is None else (by_entropy[chunk], entropies[chunk]),
-                (columns[chunk], held[chunk]),
-                out=score_gradient,
-            )
-            gradients.add(chunk, score_gradient)
-        _sum_over_ranks(gradients, ctx.shard)
-        by_hidden = None if gradients.hidden is None else gradients.hidden.to(hidden.dtype)
-        by_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
-        return by_hidden, by_weight, None, None, None
-
-
 class _TokenLossSum(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -419,7 +332,9 @@ class _TokenLossSum(torch.autograd.Function):
                 continue
             own, by_log_prob = _differentiate(loss, chunk, log_probs[chunk])
             total += own
-            by_log_prob = _scaled(by_log_prob, None if scale is None else scale[chunk])
+            if scale is not None:
+                # d/d(h.w) = scale * d/d(scaled score).
+                by_log_prob = by_log_prob * scale[chunk]
             score_gradient = gradients.memory_for(scores)
             if keeps_exponentials:
                 # exp(z - local maximum) is at hand: one factor per row makes it p.
@@ -430,7 +345,7 @@ class _TokenLossSum(torch.autograd.Function):
                     score_gradient.copy_(scores)
             else:
                 head_sweeps.score_gradient_(
-                    scores, log_normaliser, by_log_prob, None, targeted, out=score_gradient
+                    scores, log_normaliser, by_log_prob, targeted, out=score_gradient
                 )
             gradients.add(chunk, score_gradient)
         _sum_over_ranks(gradients, shard)

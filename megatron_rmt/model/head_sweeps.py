@@ -88,77 +88,36 @@ def exponentiate_(scores: Tensor, targets: Targets | None) -> Tensor:
 
 
 def score_gradient_(
-    scores: Tensor,
-    log_normaliser: Tensor,
-    by_log_prob: Tensor,
-    entropy_part: tuple[Tensor, Tensor] | None,
-    targets: Targets,
-    out: Tensor,
+    scores: Tensor, log_normaliser: Tensor, by_log_prob: Tensor, targets: Targets, out: Tensor
 ) -> None:
-    """The gradient by ``scores`` of a log p_target + b H, into ``out``.
+    """The gradient by ``scores`` of a log p_target, into ``out``; fused sweeps only.
 
-    d/dz_j = a [j = target] - p_j (a + b (log p_j + H)), p = exp(z - log-normaliser).
+    d/dz_j = a ([j = target] - p_j), p = exp(z - log-normaliser).
 
     Args:
         scores: [rows, columns], overwritten.
         log_normaliser: [rows], m + log Z of the whole vocabulary.
         by_log_prob: [rows], a.
-        entropy_part: (b, H), [rows] each; None for b = 0.
         targets: from ``target_columns``.
         out: [rows, columns], may be ``scores`` itself; rounded to its dtype.
     """
     kernels = _kernels(scores)
     if kernels is not None:
-        kernels.score_gradient_(scores, log_normaliser, by_log_prob, entropy_part, targets)
-    elif _is_compiled(scores):
-        of_target = scores.gather(1, targets[0][:, None])[:, 0] - log_normaliser
-        by_entropy, entropies = entropy_part or (torch.zeros_like(by_log_prob),) * 2
-        constants = by_log_prob, by_entropy, entropies
-        _write_gradient(scores, log_normaliser, *constants, out)
-        factor = by_log_prob + by_entropy * (of_target + entropies)
-        _set_at_targets_(out, by_log_prob - of_target.exp() * factor, targets)
+        kernels.score_gradient_(scores, log_normaliser, by_log_prob, targets)
+        if out is not scores:
+            out.copy_(scores)
         return
-    else:
-        _in_cache_gradient_(scores, log_normaliser, by_log_prob, entropy_part, targets)
-    if out is not scores:
-        out.copy_(scores)
+    of_target = scores.gather(1, targets[0][:, None])[:, 0] - log_normaliser
+    _write_gradient(scores, log_normaliser, by_log_prob, out)
+    _set_at_targets_(out, by_log_prob - of_target.exp() * by_log_prob, targets)
 
 
 @fused
 def _write_gradient(
-    scores: Tensor,
-    log_normaliser: Tensor,
-    by_log_prob: Tensor,
-    by_entropy: Tensor,
-    entropies: Tensor,
-    out: Tensor,
+    scores: Tensor, log_normaliser: Tensor, by_log_prob: Tensor, out: Tensor
 ) -> None:
     """``score_gradient_`` but for what it has at the targets."""
-    log_p = scores - log_normaliser[:, None]
-    factor = by_log_prob[:, None] + by_entropy[:, None] * (log_p + entropies[:, None])
-    out.copy_(-log_p.exp() * factor)
-
-
-def _in_cache_gradient_(
-    scores: Tensor,
-    log_normaliser: Tensor,
-    by_log_prob: Tensor,
-    entropy_part: tuple[Tensor, Tensor] | None,
-    targets: Targets,
-) -> None:
-    """``score_gradient_`` with ``scores`` as ``out``, some rows at a time."""
-    if entropy_part is not None:
-        by_entropy, entropies = entropy_part
-        from_sums = by_log_prob + by_entropy * entropies
-        probabilities = scores.new_empty(_block_rows(scores), scores.shape[1])
-    for block in _row_blocks(scores):
-        rows = scores[block].sub_(log_normaliser[block, None])
-        if entropy_part is None:
-            rows.exp_().mul_(-by_log_prob[block, None])
-        else:
-            p = torch.exp(rows, out=probabilities[: len(rows)])
-            rows.mul_(-by_entropy[block, None]).sub_(from_sums[block, None]).mul_(p)
-    add_at_targets_(scores, by_log_prob, targets)
+    out.copy_(-(scores - log_normaliser[:, None]).exp() * by_log_prob[:, None])
 
 
 def add_at_targets_(scores: Tensor, values: Tensor, targets: Targets) -> None:

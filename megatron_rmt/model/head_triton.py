@@ -39,12 +39,10 @@ def score_gradient_(
     scores: Tensor,
     log_normaliser: Tensor,
     by_log_prob: Tensor,
-    entropy_part: tuple[Tensor, Tensor] | None,
     targets: tuple[Tensor, Tensor],
 ) -> Tensor:
     """``head_sweeps.score_gradient_`` for fp32 scores [rows, columns], both at least 1."""
     rows, columns = scores.shape
-    by_entropy, entropies = entropy_part or (by_log_prob, by_log_prob)
     block = min(_GRADIENT_BLOCK, triton.next_power_of_2(columns))
     _score_gradient[(rows, triton.cdiv(columns, block))](
         scores,
@@ -52,10 +50,7 @@ def score_gradient_(
         columns,
         log_normaliser.contiguous(),
         by_log_prob.contiguous(),
-        by_entropy.contiguous(),
-        entropies.contiguous(),
         *(target.contiguous() for target in targets),
-        with_entropy=entropy_part is not None,
         block=block,
         num_warps=_WARPS,
     )
@@ -107,11 +102,8 @@ def _score_gradient(
     columns,
     log_normaliser,
     by_log_prob,
-    by_entropy,
-    entropies,
     targets,
     held,
-    with_entropy: tl.constexpr,
     block: tl.constexpr,
 ):
     """One program per row and block of columns; ``scores`` are replaced."""
@@ -123,9 +115,5 @@ def _score_gradient(
     log_p = z - tl.load(log_normaliser + row)
     weight = tl.load(by_log_prob + row)
     at_target = (lanes == tl.load(targets + row)) & (tl.load(held + row) != 0)
-    factor = weight
-    if with_entropy:
-        of_entropy = tl.load(by_entropy + row)
-        factor += of_entropy * (log_p + tl.load(entropies + row))
-    gradient = tl.where(at_target, weight, 0.0) - tl.exp(log_p) * factor
+    gradient = tl.where(at_target, weight, 0.0) - tl.exp(log_p) * weight
     tl.store(cells, gradient, mask=inside)
