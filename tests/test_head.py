@@ -1,11 +1,14 @@
 """The fused head against plain log_softmax in float64, alone and on two tensor-parallel ranks."""
 
+import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_rmt.cpu.compiled import is_available
+from megatron_rmt.model import head_compiled, head_plain
 from megatron_rmt.model.head import (
     LossOfRows,
     selected_logits,
@@ -323,9 +326,30 @@ def test_a_scale_of_each_row_is_a_temperature(dtype, bound):
         assert _relative(gradient, reference) < bound
 
 
+@pytest.mark.usefixtures("compiled")
+def test_compiled_sweeps_take_fp32_scores_where_functions_can_be_compiled(monkeypatch):
+    taken = []
+    for name in ("statistics_", "gradient_"):
+        plain, compiled = (getattr(sweeps, name) for sweeps in (head_plain, head_compiled))
+        assert inspect.signature(plain) == inspect.signature(compiled)
+        for sweeps, function in ((head_plain, plain), (head_compiled, compiled)):
+
+            def taking(*args: object, function: Callable = function, sweeps: object = sweeps):
+                taken.append(sweeps)
+                return function(*args)
+
+            monkeypatch.setattr(sweeps, name, taking)
+    wanted = head_compiled if is_available() else head_plain
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        taken.clear()
+        _results(_problem(dtype=dtype), 5)
+        # Three chunks: statistics and gradients, then entropies.
+        assert taken == [head_plain if dtype == torch.float64 else wanted] * 9
+
+
 @pytest.mark.parametrize("rows_in_cache", [1, 2, 3, 100])
 def test_sweeps_of_a_few_rows_at_a_time_cover_every_row(monkeypatch, rows_in_cache):
-    monkeypatch.setattr("megatron_rmt.model.head_sweeps._CPU_BLOCK", rows_in_cache * VOCAB + 1)
+    monkeypatch.setattr("megatron_rmt.model.head_plain._CPU_BLOCK", rows_in_cache * VOCAB + 1)
     problem = _problem()
     for value, reference in zip(_results(problem, 7), _expected(problem), strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)

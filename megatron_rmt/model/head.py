@@ -21,7 +21,9 @@ parallelism gather the rows with
 ``gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)``.
 """
 
+import functools
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +31,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp
 
-from megatron_rmt.model import head_sweeps
+from megatron_rmt.cpu import compiled
+from megatron_rmt.model import head_compiled, head_plain
 from megatron_rmt.model.head_products import WeightedSums, multiply_scores, score_dtype
 
 # loss(rows, log_probs [chunk]) -> losses [chunk] of these rows of the head.
@@ -131,11 +134,10 @@ def token_entropies(
         (entropies [rows] fp32 in nats, argmax ids [rows] int64, the smallest id of equals).
 
     Raises:
-        ValueError: as ``token_loss_sum``; ``top_k`` below 1.
+        ValueError: as ``token_loss_sum``.
     """
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; give at least 1, or None for the whole vocabulary.")
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
+    sweeps = _sweeps(hidden, weight, shard)
     rows, dtype = hidden.shape[0], score_dtype(hidden, weight)
     count = 1 if top_k is None else min(top_k, vocab_size)
     statistics = hidden.new_empty(4, rows, dtype=dtype)
@@ -145,7 +147,7 @@ def token_entropies(
         if shard.columns > 0:
             best[chunk] = scores.argmax(-1) + shard.start
         if top_k is None:
-            statistics[:, chunk] = head_sweeps.statistics(scores, None)
+            statistics[:, chunk] = sweeps.statistics_(scores, None)
         else:
             values = scores.topk(min(count, shard.columns), sorted=False).values
             largest[chunk, : values.shape[1]] = values
@@ -214,9 +216,25 @@ def _shard(
             f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit; "
             "give [rows, hidden] and [padded vocab/tp, hidden]."
         )
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; give at least 1.")
     return _Shard(*vocab_range(weight.shape[0], vocab_size, tp_group), tp_group, chunk_size)
+
+
+def _sweeps(hidden: Tensor, weight: Tensor, shard: _Shard) -> ModuleType:
+    """Which of ``head_plain``, ``head_compiled`` and ``head_triton`` goes over the scores."""
+    if score_dtype(hidden, weight) != torch.float32 or shard.columns == 0:
+        return head_plain
+    if hidden.is_cuda:
+        return _triton_sweeps()
+    return head_compiled if hidden.device.type == "cpu" and compiled.is_available() else head_plain
+
+
+@functools.cache
+def _triton_sweeps() -> ModuleType:
+    try:
+        from megatron_rmt.model import head_triton
+    except ImportError:  # there is no Triton
+        return head_plain
+    return head_triton
 
 
 def _check_targets(hidden: Tensor, targets: Tensor, scale: Tensor | None, vocab_size: int) -> None:
@@ -263,7 +281,7 @@ def _combine(statistics: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor]
     The entropy means nothing where the moment was not taken.
 
     Args:
-        statistics: [4, rows] of this rank, from ``head_sweeps``. Overwritten.
+        statistics: [4, rows] of this rank, from ``statistics_``. Overwritten, but not the maxima.
     """
     maxima, normaliser, moment, target_score = statistics
     overall = maxima.clone()
@@ -315,17 +333,17 @@ class _TokenLossSum(torch.autograd.Function):
         shard: _Shard,
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
-        columns, held = head_sweeps.target_columns(targets, shard.start, shard.columns)
+        sweeps = _sweeps(hidden, weight, shard)
+        columns = targets - shard.start
+        is_held = (columns >= 0) & (columns < shard.columns)
+        columns = columns.clamp(0, max(0, shard.columns - 1))
         log_probs = hidden.new_empty(hidden.shape[0], dtype=score_dtype(hidden, weight))
         total = log_probs.new_zeros(())
         needed = tuple(with_gradients and needs for needs in ctx.needs_input_grad[:2])
         gradients = WeightedSums(hidden, weight, shard.columns, needed)
         for chunk, scores in _score_chunks(hidden, weight, scale, shard):
-            targeted = columns[chunk], held[chunk]
-            keeps_exponentials = not head_sweeps.is_fused(scores)
-            sweep = head_sweeps.exponentiate_ if keeps_exponentials else head_sweeps.statistics
-            statistics = sweep(scores, targeted)
-            local_maxima = statistics[0].clone()
+            targeted = columns[chunk], is_held[chunk]
+            statistics = sweeps.statistics_(scores, targeted)
             log_normaliser, log_probs[chunk], _ = _combine(statistics, shard)
             if not any(needed):
                 total += loss(chunk, log_probs[chunk]).sum()
@@ -336,17 +354,9 @@ class _TokenLossSum(torch.autograd.Function):
                 # d/d(h.w) = scale * d/d(scaled score).
                 by_log_prob = by_log_prob * scale[chunk]
             score_gradient = gradients.memory_for(scores)
-            if keeps_exponentials:
-                # exp(z - local maximum) is at hand: one factor per row makes it p.
-                to_p = torch.exp(local_maxima - log_normaliser)
-                scores.mul_((-by_log_prob * to_p)[:, None])
-                head_sweeps.add_at_targets_(scores, by_log_prob, targeted)
-                if score_gradient is not scores:
-                    score_gradient.copy_(scores)
-            else:
-                head_sweeps.score_gradient_(
-                    scores, log_normaliser, by_log_prob, targeted, out=score_gradient
-                )
+            sweeps.gradient_(
+                scores, statistics[0], log_normaliser, by_log_prob, targeted, score_gradient
+            )
             gradients.add(chunk, score_gradient)
         _sum_over_ranks(gradients, shard)
         ctx.gradients = gradients.hidden, gradients.weight

@@ -1,4 +1,4 @@
-"""Triton kernels of ``head_sweeps``: a chunk's scores are read once, and once more to be replaced.
+"""The functions of ``head_plain`` for fp32 scores on a GPU, each a kernel that reads them once.
 
 Imported only where the scores are on a GPU. Their arithmetic is tested against float64 under
 Triton's interpreter, on a CPU; their speed, and that they compile, is unverified on a GPU.
@@ -9,14 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_rmt.model.head_plain import Targets
+
 # Columns that one program holds at a time.
 _STATISTICS_BLOCK = 4096
 _GRADIENT_BLOCK = 2048
 _WARPS = 8
 
 
-def statistics(scores: Tensor, targets: tuple[Tensor, Tensor] | None) -> Tensor:
-    """``head_sweeps.statistics`` for fp32 scores [rows, columns], both at least 1."""
+def statistics_(scores: Tensor, targets: Targets | None) -> Tensor:
+    """As ``head_plain``'s; ``scores`` [rows, columns] stay what they are."""
     rows, columns = scores.shape
     result = scores.new_zeros(4, rows)
     target_columns, held = targets or _no_targets(scores)
@@ -35,16 +37,18 @@ def statistics(scores: Tensor, targets: tuple[Tensor, Tensor] | None) -> Tensor:
     return result
 
 
-def score_gradient_(
+def gradient_(
     scores: Tensor,
+    maxima: Tensor,
     log_normaliser: Tensor,
     by_log_prob: Tensor,
-    targets: tuple[Tensor, Tensor],
-) -> Tensor:
-    """``head_sweeps.score_gradient_`` for fp32 scores [rows, columns], both at least 1."""
+    targets: Targets,
+    out: Tensor,
+) -> None:
+    """As ``head_plain``'s."""
     rows, columns = scores.shape
     block = min(_GRADIENT_BLOCK, triton.next_power_of_2(columns))
-    _score_gradient[(rows, triton.cdiv(columns, block))](
+    _gradient[(rows, triton.cdiv(columns, block))](
         scores,
         scores.stride(0),
         columns,
@@ -54,10 +58,11 @@ def score_gradient_(
         block=block,
         num_warps=_WARPS,
     )
-    return scores
+    if out is not scores:
+        out.copy_(scores)
 
 
-def _no_targets(scores: Tensor) -> tuple[Tensor, Tensor]:
+def _no_targets(scores: Tensor) -> Targets:
     columns = torch.zeros(scores.shape[0], dtype=torch.int64, device=scores.device)
     return columns, columns.bool()
 
@@ -96,7 +101,7 @@ def _statistics(scores, stride, columns, targets, held, result, rows, block: tl.
 
 
 @triton.jit
-def _score_gradient(
+def _gradient(
     scores,
     stride,
     columns,
