@@ -61,6 +61,26 @@ def vocab_range(
     return start, max(0, min(weight_rows, vocab_size - start))
 
 
+def reduce_over_ranks(values: Tensor, operation: Any, tp_group: ProcessGroup | None) -> Tensor:
+    """``values``, all-reduced in place. Ranks have the same rows: all skip when there are none."""
+    if tp_group is not None and tp_group.size() > 1 and values.numel() > 0:
+        torch.distributed.all_reduce(values, op=operation, group=tp_group)
+    return values
+
+
+def first_with_maximum(ids: Tensor, maxima: Tensor, tp_group: ProcessGroup | None) -> Tensor:
+    """[rows] the id, out of one per rank, whose score is the largest; the smallest of equals.
+
+    Args:
+        ids: [rows] int64. maxima: [rows], their scores on this rank.
+    """
+    if tp_group is None or tp_group.size() == 1:
+        return ids
+    overall = reduce_over_ranks(maxima.clone(), ReduceOp.MAX, tp_group)
+    first = ids.masked_fill(maxima != overall, torch.iinfo(ids.dtype).max)
+    return reduce_over_ranks(first, ReduceOp.MIN, tp_group)
+
+
 def token_loss_sum(
     hidden: Tensor,
     weight: Tensor,
@@ -152,9 +172,9 @@ def token_entropies(
             values = scores.topk(min(count, shard.columns), sorted=False).values
             largest[chunk, : values.shape[1]] = values
     if top_k is not None:
-        argmax_ids = _first_with_maximum(best, largest.amax(-1), shard)
+        argmax_ids = first_with_maximum(best, largest.amax(-1), tp_group)
         return _entropy_of_largest(largest, shard), argmax_ids
-    argmax_ids = _first_with_maximum(best, statistics[0], shard)
+    argmax_ids = first_with_maximum(best, statistics[0], tp_group)
     return _combine(statistics, shard)[2], argmax_ids
 
 
@@ -197,11 +217,6 @@ class _Shard(NamedTuple):
     columns: int
     group: ProcessGroup | None
     chunk_size: int
-
-    def reduce(self, tensor: Tensor, operation: Any) -> None:
-        """All-reduces ``tensor`` in place. Ranks have the same rows: all skip when it is empty."""
-        if self.group is not None and self.group.size() > 1 and tensor.numel() > 0:
-            torch.distributed.all_reduce(tensor, op=operation, group=self.group)
 
 
 def _shard(
@@ -284,22 +299,15 @@ def _combine(statistics: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor]
         statistics: [4, rows] of this rank, from ``statistics_``. Overwritten, but not the maxima.
     """
     maxima, normaliser, moment, target_score = statistics
-    overall = maxima.clone()
-    shard.reduce(overall, ReduceOp.MAX)
+    overall = reduce_over_ranks(maxima.clone(), ReduceOp.MAX, shard.group)
     shift = maxima - overall
     moment.addcmul_(normaliser, shift)
     statistics[1:3] *= shift.exp()
-    shard.reduce(statistics[1:], ReduceOp.SUM)
+    reduce_over_ranks(statistics[1:], ReduceOp.SUM, shard.group)
     log_normaliser = overall + normaliser.log()
     # Never negative, without a clamp: the normaliser is at least 1, the moment at most 0.
     entropies = normaliser.log() - moment / normaliser
     return log_normaliser, target_score - log_normaliser, entropies
-
-
-def _sum_over_ranks(gradients: WeightedSums, shard: _Shard) -> None:
-    """Each rank knows what its own columns give; ``hidden`` needs all of them."""
-    if gradients.hidden is not None:
-        shard.reduce(gradients.hidden, ReduceOp.SUM)
 
 
 def _entropy_of_largest(largest: Tensor, shard: _Shard) -> Tensor:
@@ -310,15 +318,6 @@ def _entropy_of_largest(largest: Tensor, shard: _Shard) -> Tensor:
         torch.distributed.all_gather(of_ranks, largest, group=shard.group)
         largest = torch.cat(of_ranks, -1).topk(count, sorted=False).values
     return torch.special.entr(largest.softmax(-1)).sum(-1)
-
-
-def _first_with_maximum(ids: Tensor, maxima: Tensor, shard: _Shard) -> Tensor:
-    """[rows] the id, out of one per rank, whose score is the largest; the smallest of equals."""
-    overall = maxima.clone()
-    shard.reduce(overall, ReduceOp.MAX)
-    first = ids.masked_fill(maxima != overall, torch.iinfo(ids.dtype).max)
-    shard.reduce(first, ReduceOp.MIN)
-    return first
 
 
 class _TokenLossSum(torch.autograd.Function):
@@ -358,7 +357,9 @@ class _TokenLossSum(torch.autograd.Function):
                 scores, statistics[0], log_normaliser, by_log_prob, targeted, score_gradient
             )
             gradients.add(chunk, score_gradient)
-        _sum_over_ranks(gradients, shard)
+        if gradients.hidden is not None:
+            # Each rank knows what its own columns give.
+            reduce_over_ranks(gradients.hidden, ReduceOp.SUM, shard.group)
         ctx.gradients = gradients.hidden, gradients.weight
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(log_probs)

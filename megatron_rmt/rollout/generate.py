@@ -35,7 +35,6 @@ from megatron_rmt.model.pipeline import (
 from megatron_rmt.model.visibility import Visibility
 from megatron_rmt.prompt.grammar import ResponseGrammar
 from megatron_rmt.rollout.captured_layers import captured_layers
-from megatron_rmt.rollout.decode_head import DecodeHead, Sampling
 from megatron_rmt.rollout.kv_cache import (
     DecodeVisibility,
     IdleVisibility,
@@ -48,6 +47,7 @@ from megatron_rmt.rollout.kv_cache import (
 from megatron_rmt.rollout.live_rollouts import Ending, LiveRollouts, RolloutPosition
 from megatron_rmt.rollout.memory import rollout_waves
 from megatron_rmt.rollout.responses import Responses, join_responses
+from megatron_rmt.rollout.sampling import DecodeHead, Sampling
 
 # From hidden states and output weight to drawn tokens and log-probs.
 Draw = Callable[[Tensor, Tensor], Tensor]
