@@ -1,7 +1,6 @@
 """What one run of RMT needs in every step, built once: settings, model, prompt, their limits."""
 
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from megatron_rmt.algorithm.curriculum import SELECTIONS, Candidates
+from megatron_rmt.algorithm.curriculum import SELECTIONS, Selection
 from megatron_rmt.algorithm.doors import find
+from megatron_rmt.algorithm.losses import LOSSES, TokenLoss
 from megatron_rmt.algorithm.rewards import REWARDS, Reward
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.model.gpt import Policy
@@ -26,8 +26,8 @@ from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes, key_value_byte
 class MidTraining:
     """What one run needs in every step.
 
-    args: Megatron's. reward, select: what ``--rmt-reward`` and ``--rmt-select`` name. seed: of
-    positions and rollouts.
+    args: Megatron's. reward, select, loss: what ``--rmt-reward``, ``--rmt-select`` and
+    ``--rmt-loss`` name. seed: of positions and rollouts.
     """
 
     args: Namespace
@@ -35,7 +35,8 @@ class MidTraining:
     policy: Policy
     prompt: Prompt
     reward: Reward
-    select: Callable[[Candidates], list[int]]
+    select: Selection
+    loss: TokenLoss
     seed: int
 
 
@@ -69,6 +70,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
         prompt=prompt,
         reward=find("--rmt-reward", settings.reward, REWARDS),
         select=find("--rmt-select", settings.select, SELECTIONS),
+        loss=find("--rmt-loss", settings.loss, LOSSES),
         seed=args.seed if settings.seed is None else settings.seed,
     )
     _announce_memory(run)

@@ -344,6 +344,7 @@ def _grow(
         chunk_size=run.policy.head_chunk_size,
         ntp_tokens=max(ntp_tokens, 1.0),
         scale=slots,
+        loss=run.loss,
     )
     return updates, loss
 

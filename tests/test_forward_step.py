@@ -14,7 +14,14 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_rmt.algorithm.losses import LossWeights, response_weights
+from megatron_rmt.algorithm.losses import (
+    LossWeights,
+    Predictions,
+    TokenLoss,
+    TokenLosses,
+    response_weights,
+    token_losses,
+)
 from megatron_rmt.model.blocks import Block
 from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.rollout.trunk import NO_LABEL
@@ -132,11 +139,15 @@ def _updates(batches: list[MicroBatch], dtype: torch.dtype, warm_up: bool) -> li
 
 
 def _tree_step(
-    model: GPTModel, batches: list[MicroBatch], dtype: torch.dtype, warm_up: bool = False
+    model: GPTModel,
+    batches: list[MicroBatch],
+    dtype: torch.dtype,
+    warm_up: bool = False,
+    loss: TokenLoss = token_losses,
 ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]], list[Update]]:
     """Loss, gradients and reports of one step of Megatron's schedule over ``batches``."""
     updates = _updates(batches, dtype, warm_up)
-    forward_step = make_forward_step(_loss_settings(updates))
+    forward_step = make_forward_step(dataclasses.replace(_loss_settings(updates), loss=loss))
     losses = []
 
     def recording_forward_step(iterator: Any, model: GPTModel) -> tuple[Tensor, Any]:
@@ -522,6 +533,50 @@ def test_what_is_reported():
     everything = torch.cat(differences)
     expected = torch.tensor([float(everything.sum()), float(len(everything))])
     torch.testing.assert_close(total["rmt logprob difference"], expected)
+
+
+def _clipped(log_probs: Tensor, predictions: Predictions) -> TokenLosses:
+    ratio = torch.exp(log_probs - predictions.drawn_log_probs)
+    weighted, clipped = predictions.policy * ratio, predictions.policy * ratio.clamp(0.8, 1.28)
+    return token_losses(log_probs, predictions)._replace(policy=-torch.minimum(weighted, clipped))
+
+
+def test_another_loss_is_trained_and_logged():
+    """A clipped policy gradient, of rollouts that another policy drew, against its derivative."""
+    _, with_trees = _models(torch.float64)
+    batches = [_micro_batch(seed, True, [], STEM) for seed in (1, 2)]
+    now = _forward(with_trees, _updates(batches, torch.float64, warm_up=True))
+    for batch in batches:
+        tree, responses = batch.tree, len(batch.tree.drawn)
+        own, now = now[1:].tensor_split([len(batch.tree.targets)])
+        log_ratios = torch.linspace(-0.6, 0.6, responses, dtype=torch.float64)
+        drawn_log_probs = own[len(own) - responses :] - log_ratios
+        batch.tree = dataclasses.replace(tree, drawn_log_probs=drawn_log_probs)
+    shares = []
+
+    def by_hand(log_probs: Tensor, predictions: Predictions) -> TokenLosses:
+        ratio = torch.exp(log_probs - predictions.drawn_log_probs).detach()
+        is_clipped = torch.where(predictions.policy > 0, ratio > 1.28, ratio < 0.8)
+        shares.append(is_clipped[predictions.policy != 0].double())
+        coefficient = predictions.policy * ratio * ~is_clipped
+        return token_losses(log_probs, predictions)._replace(policy=-coefficient * log_probs)
+
+    _, expected, reports, _ = _tree_step(with_trees, batches, torch.float64, True, by_hand)
+    assert 0.1 < float(torch.cat(shares).mean()) < 0.9
+    _, gradients, clipped_reports, updates = _tree_step(
+        with_trees, batches, torch.float64, True, _clipped
+    )
+    assert _whole_error(gradients, expected) < 1e-12
+    on_policy = _tree_step(with_trees, batches, torch.float64, True)[1]
+    assert _whole_error(on_policy, expected) > 0.1
+    for update, report, other in zip(updates, clipped_reports, reports, strict=True):
+        ratio = torch.linspace(-0.6, 0.6, len(update.tree.drawn), dtype=torch.float64).exp()
+        policy = update.weights.policy
+        clipped = torch.minimum(policy * ratio, policy * ratio.clamp(0.8, 1.28))
+        torch.testing.assert_close(report["rmt rl loss"][0], -clipped.sum().float())
+        for name in ("lm loss", "rmt warm-up loss"):
+            assert torch.equal(report[name], other[name])
+            assert report[name][0] != 0
 
 
 def _with_positions_in_packed_order(batch: MicroBatch) -> None:

@@ -1,15 +1,20 @@
 """The fused head against plain log_softmax in float64, alone and on two tensor-parallel ranks."""
 
+import inspect
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_rmt.cpu.compiled import is_available
+from megatron_rmt.model import head_compiled, head_plain
 from megatron_rmt.model.head import (
+    LossOfRows,
     selected_logits,
     token_entropies,
-    token_statistics,
+    token_loss_sum,
     vocab_range,
-    weighted_log_prob_sum,
 )
 from megatron_rmt.model.head_products import wide_copy
 from tests.distributed import run_distributed
@@ -17,8 +22,10 @@ from tests.distributed import run_distributed
 HIDDEN = 24
 VOCAB, PADDED = 90, 128
 
+Problem = dict[str, Tensor]
 
-def _problem(rows: int = 13, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+
+def _problem(rows: int = 13, dtype: torch.dtype = torch.float64) -> Problem:
     """Inputs whose scores spread over some 40 nats and whose padding rows would be noticed."""
     generator = torch.Generator().manual_seed(5)
 
@@ -30,7 +37,6 @@ def _problem(rows: int = 13, dtype: torch.dtype = torch.float64) -> dict[str, Te
         "weight": normal(PADDED, HIDDEN).to(dtype),
         "targets": torch.randint(VOCAB, (rows,), generator=generator),
         "by_log_prob": normal(rows),
-        "by_entropy": normal(rows),
     }
 
 
@@ -44,82 +50,98 @@ def _reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor,
     return log_p.gather(1, targets[:, None])[:, 0], entropies
 
 
-def _reference_gradients(problem: dict[str, Tensor]) -> list[Tensor]:
+def _linear(problem: Problem) -> LossOfRows:
+    return lambda rows, log_probs: problem["by_log_prob"][rows] * log_probs
+
+
+def _clipped(problem: Problem) -> LossOfRows:
+    """The policy gradient of rollouts that an older policy drew, clipped: for some rows it is."""
+    older = torch.linspace(-30, -1, len(problem["targets"]), dtype=torch.float64)
+
+    def loss(rows: slice, log_probs: Tensor) -> Tensor:
+        advantages, ratio = problem["by_log_prob"][rows], torch.exp(log_probs - older[rows])
+        return -torch.minimum(advantages * ratio, advantages * ratio.clamp(0.8, 1.28))
+
+    return loss
+
+
+def _squared(problem: Problem) -> LossOfRows:
+    return lambda rows, log_probs: problem["by_log_prob"][rows] * log_probs.square()
+
+
+LOSSES = {"linear": _linear, "clipped": _clipped, "squared": _squared}
+
+
+def _expected(problem: Problem, loss_of: Callable[[Problem], LossOfRows] = _linear) -> list[Tensor]:
+    """Sum of the losses, log-probs, entropies, and three times the gradients."""
     hidden = problem["hidden"].double().requires_grad_()
     weight = problem["weight"].double().requires_grad_()
-    log_probs, entropies = _reference(hidden, weight, problem["targets"])
-    loss = (log_probs * problem["by_log_prob"]).sum() + (entropies * problem["by_entropy"]).sum()
-    return [log_probs.detach(), entropies.detach(), *torch.autograd.grad(loss, [hidden, weight])]
+    scaled = hidden * problem["scale"][:, None] if "scale" in problem else hidden
+    log_probs, entropies = _reference(scaled, weight, problem["targets"])
+    total = loss_of(problem)(slice(None), log_probs).sum()
+    gradients = torch.autograd.grad(3 * total, [hidden, weight])
+    return [total.detach(), log_probs.detach(), entropies.detach(), *gradients]
 
 
-def _results(problem: dict[str, Tensor], chunk_size: int, shard: slice, group=None) -> list[Tensor]:
-    """Log-probs, entropies and the gradients of hidden and of this shard of the weight."""
+def _results(
+    problem: Problem,
+    chunk_size: int = 5,
+    shard: slice = slice(None),
+    group: torch.distributed.ProcessGroup | None = None,
+    loss_of: Callable[[Problem], LossOfRows] = _linear,
+) -> list[Tensor]:
+    """The same by the head, the gradient of the weight for this shard."""
     hidden = problem["hidden"].clone().requires_grad_()
     weight = problem["weight"][shard].clone().requires_grad_()
-    log_probs, entropies = token_statistics(
-        hidden,
-        weight,
-        problem["targets"],
-        vocab_size=problem.get("vocab_size", VOCAB),
-        tp_group=group,
-        chunk_size=chunk_size,
+    settings = {
+        "vocab_size": problem.get("vocab_size", VOCAB),
+        "tp_group": group,
+        "chunk_size": chunk_size,
+    }
+    scale = problem.get("scale")
+    total, log_probs = token_loss_sum(
+        hidden, weight, problem["targets"], loss_of(problem), scale=scale, **settings
     )
-    loss = (log_probs * problem["by_log_prob"]).sum() + (entropies * problem["by_entropy"]).sum()
-    gradients = torch.autograd.grad(loss, [hidden, weight])
-    return [log_probs.detach(), entropies.detach(), *gradients]
+    assert not log_probs.requires_grad
+    gradients = torch.autograd.grad(3 * total, [hidden, weight])
+    scaled = problem["hidden"] if scale is None else problem["hidden"].double() * scale[:, None]
+    entropies, _ = token_entropies(scaled, weight, **settings)
+    return [total.detach(), log_probs, entropies, *gradients]
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:
     return ((value.double() - reference).norm() / reference.norm()).item()
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("chunk_size", [1, 4, 13, 100])
-def test_values_and_gradients_equal_log_softmax(chunk_size):
+def test_values_and_gradients_equal_log_softmax(chunk_size, loss):
     problem = _problem()
     for value, reference in zip(
-        _results(problem, chunk_size, slice(None)), _reference_gradients(problem), strict=True
+        _results(problem, chunk_size, loss_of=LOSSES[loss]),
+        _expected(problem, LOSSES[loss]),
+        strict=True,
     ):
         assert value.dtype == torch.float64
         torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("used", ["log_probs", "entropies"])
-def test_gradient_through_one_output_alone(used):
+def test_a_clipped_loss_is_clipped_in_some_rows_and_not_in_others():
+    """So that the tests with it see both."""
     problem = _problem()
-    problem["by_entropy" if used == "log_probs" else "by_log_prob"].zero_()
-    references = _reference_gradients(problem)
-    hidden, weight = problem["hidden"].requires_grad_(), problem["weight"].requires_grad_()
-    outputs = token_statistics(
-        hidden, weight, problem["targets"], vocab_size=VOCAB, tp_group=None, chunk_size=5
-    )
-    if used == "log_probs":
-        loss = (outputs[0] * problem["by_log_prob"]).sum()
-    else:
-        loss = (outputs[1] * problem["by_entropy"]).sum()
-    for gradient, reference in zip(
-        torch.autograd.grad(loss, [hidden, weight]), references[2:], strict=True
-    ):
-        torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-12)
-
-
-def test_gradcheck():
-    problem = _problem(rows=3)
-    targets = problem["targets"] % 7
-    assert torch.autograd.gradcheck(
-        lambda hidden, weight: token_statistics(
-            hidden, weight, targets, vocab_size=7, tp_group=None, chunk_size=2
-        ),
-        (problem["hidden"][:, :4].requires_grad_(), problem["weight"][:8, :4].requires_grad_()),
-    )
+    by_log_probs = _expected(problem)[1].requires_grad_()
+    loss = _clipped(problem)(slice(None), by_log_probs)
+    (gradient,) = torch.autograd.grad(loss.sum(), by_log_probs)
+    assert 0 < int((gradient == 0).sum()) < len(gradient)
 
 
 def test_padding_rows_of_the_weight_get_no_gradient_and_have_no_say():
     problem = _problem()
-    plain = _results(problem, 5, slice(None))
+    plain = _results(problem)
     problem["weight"][VOCAB:] = 1e4
-    for padded, value in zip(_results(problem, 5, slice(None)), plain, strict=True):
+    for padded, value in zip(_results(problem), plain, strict=True):
         assert torch.equal(padded, value)
-    assert plain[3][VOCAB:].abs().max() == 0
+    assert plain[4][VOCAB:].abs().max() == 0
 
 
 # Scores of bf16 inputs are made in fp32: the values are as good as those of fp32 inputs. Gradients
@@ -129,26 +151,24 @@ def test_padding_rows_of_the_weight_get_no_gradient_and_have_no_say():
 @pytest.mark.parametrize(
     ("dtype", "value_bound", "gradient_bound"),
     [(torch.float32, 1e-6, 1e-6), (torch.bfloat16, 1e-6, 2.0**-8), (torch.float16, 1e-6, 2.0**-12)],
+    ids=str,
 )
 def test_half_precision_inputs_lose_nothing_but_the_rounding_of_gradients(
     dtype, value_bound, gradient_bound
 ):
     problem = _problem(rows=40, dtype=dtype)
-    results, references = _results(problem, 16, slice(None)), _reference_gradients(problem)
-    assert [value.dtype for value in results] == [torch.float32, torch.float32, dtype, dtype]
-    for value, reference in zip(results[:2], references[:2], strict=True):
-        assert _relative(value, reference) < value_bound
-    for value, reference in zip(results[2:], references[2:], strict=True):
-        assert _relative(value, reference) < gradient_bound
+    results = _results(problem, 16)
+    bounds = [1e-5, value_bound, value_bound, gradient_bound, gradient_bound]
+    assert [value.dtype for value in results] == [*[torch.float32] * 3, dtype, dtype]
+    for value, reference, bound in zip(results, _expected(problem), bounds, strict=True):
+        assert _relative(value, reference) < bound
 
 
 @pytest.mark.usefixtures("compiled")
 def test_conversion_in_blocks_covers_a_vocabulary_of_many_blocks(monkeypatch):
     monkeypatch.setattr("megatron_rmt.model.head_products._CONVERSION_BLOCK", 7)
     problem = _problem(rows=6, dtype=torch.bfloat16)
-    for value, reference in zip(
-        _results(problem, 4, slice(None)), _reference_gradients(problem), strict=True
-    ):
+    for value, reference in zip(_results(problem, 4), _expected(problem), strict=True):
         assert _relative(value, reference) < 2.0**-8
 
 
@@ -158,11 +178,7 @@ def test_memory_that_was_not_written_has_no_say(dtype):
     problem = _problem(rows=40, dtype=dtype) | {"vocab_size": 101}
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
-        results = [
-            *_results(problem, 40, slice(None)),
-            *_one_pass(problem, slice(None), None, True),
-            *_one_pass(problem, slice(None), None, False),
-        ]
+        results = [*_results(problem, 40), *_results(problem)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(value.isfinite().all() for value in results)
@@ -172,9 +188,10 @@ def test_bf16_hidden_states_with_an_fp32_weight():
     problem = _problem()
     problem["hidden"] = problem["hidden"].bfloat16()
     problem["weight"] = problem["weight"].float()
-    results, references = _results(problem, 16, slice(None)), _reference_gradients(problem)
-    assert [value.dtype for value in results[2:]] == [torch.bfloat16, torch.float32]
-    for value, reference, bound in zip(results, references, [1e-6, 1e-6, 2**-9, 1e-6], strict=True):
+    results, references = _results(problem, 16), _expected(problem)
+    assert [value.dtype for value in results[3:]] == [torch.bfloat16, torch.float32]
+    bounds = [1e-5, 1e-6, 1e-6, 2**-9, 1e-6]
+    for value, reference, bound in zip(results, references, bounds, strict=True):
         assert _relative(value, reference) < bound
 
 
@@ -183,11 +200,9 @@ def test_inputs_are_not_modified():
     before = {name: value.clone() for name, value in problem.items()}
     hidden, weight = problem["hidden"].requires_grad_(), problem["weight"].requires_grad_()
     arguments = {"vocab_size": VOCAB, "tp_group": None, "chunk_size": 4}
-    log_probs, entropies = token_statistics(hidden, weight, problem["targets"], **arguments)
-    total, _, _ = weighted_log_prob_sum(
-        hidden, weight, problem["targets"], problem["by_log_prob"], **arguments
-    )
-    (log_probs.sum() + entropies.sum() + total).backward()
+    loss = _linear(problem)
+    total, _ = token_loss_sum(hidden, weight, problem["targets"], loss, **arguments)
+    total.backward()
     token_entropies(hidden, weight, **arguments)
     selected_logits(hidden, weight, vocab_size=VOCAB, tp_group=None)
     for name, value in before.items():
@@ -195,131 +210,96 @@ def test_inputs_are_not_modified():
 
 
 @pytest.mark.usefixtures("compiled")
+def test_inputs_need_not_be_contiguous():
+    problem = _problem(rows=40, dtype=torch.float32)
+    plain = _results(problem, 16)
+    strided = problem | {
+        "hidden": torch.stack([problem["hidden"]] * 2, 1)[:, 0],
+        "weight": problem["weight"].t().contiguous().t(),
+        "targets": torch.stack([problem["targets"]] * 2, 1)[:, 0],
+        "by_log_prob": torch.stack([problem["by_log_prob"]] * 2, 1)[:, 0],
+    }
+    for value, reference in zip(_results(strided, 16), plain, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compiled")
 def test_extreme_scores_stay_finite_and_entropy_is_not_negative():
     hidden = torch.tensor([[1e4], [-1e4], [0.0]], requires_grad=True)
     weight = torch.arange(5.0)[:, None].requires_grad_()
-    log_probs, entropies = token_statistics(
-        hidden, weight, torch.tensor([4, 4, 2]), vocab_size=5, tp_group=None, chunk_size=2
+    settings = {"vocab_size": 5, "tp_group": None, "chunk_size": 2}
+    total, log_probs = token_loss_sum(
+        hidden, weight, torch.tensor([4, 4, 2]), lambda _, log_probs: log_probs, **settings
     )
+    entropies, _ = token_entropies(hidden, weight, **settings)
     torch.testing.assert_close(log_probs, torch.tensor([0.0, -4e4, -torch.tensor(5.0).log()]))
     torch.testing.assert_close(entropies, torch.tensor([0.0, 0.0, torch.tensor(5.0).log()]))
     assert entropies.min() >= 0
-    (log_probs.sum() + entropies.sum()).backward()
+    total.backward()
     assert hidden.grad.isfinite().all()
     assert weight.grad.isfinite().all()
 
 
 def test_no_rows():
-    log_probs, entropies, by_hidden, by_weight = _results(_problem(rows=0), 4, slice(None))
+    total, log_probs, entropies, by_hidden, by_weight = _results(_problem(rows=0), 4)
+    assert total == 0
     assert log_probs.shape == entropies.shape == (0,)
     assert by_hidden.shape == (0, HIDDEN)
     assert torch.equal(by_weight, torch.zeros(PADDED, HIDDEN, dtype=torch.float64))
 
 
-def test_a_frozen_weight_gets_no_gradient():
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_input_gets_no_gradient(frozen):
     problem = _problem()
-    hidden = problem["hidden"].requires_grad_()
-    outputs = token_statistics(
-        hidden, problem["weight"], problem["targets"], vocab_size=VOCAB, tp_group=None, chunk_size=5
-    )
-    (outputs[0] * problem["by_log_prob"] + outputs[1] * problem["by_entropy"]).sum().backward()
-    torch.testing.assert_close(hidden.grad, _reference_gradients(problem)[2])
-
-
-def _one_pass(
-    problem: dict[str, Tensor], shard: slice, group=None, with_entropies: bool = True
-) -> list[Tensor]:
-    """Sum, log-probs, (entropies,) and three times the gradients."""
-    hidden = problem["hidden"].clone().requires_grad_()
-    weight = problem["weight"][shard].clone().requires_grad_()
-    total, log_probs, entropies = weighted_log_prob_sum(
-        hidden,
-        weight,
+    trained = "weight" if frozen == "hidden" else "hidden"
+    problem[trained].requires_grad_()
+    total, _ = token_loss_sum(
+        problem["hidden"],
+        problem["weight"],
         problem["targets"],
-        problem["by_log_prob"],
-        problem["by_entropy"] if with_entropies else None,
-        vocab_size=problem.get("vocab_size", VOCAB),
-        tp_group=group,
+        _clipped(problem),
+        vocab_size=VOCAB,
+        tp_group=None,
         chunk_size=5,
     )
-    values = [log_probs, entropies] if with_entropies else [log_probs]
-    assert all(not value.requires_grad for value in values)
-    assert with_entropies or entropies is None
-    gradients = torch.autograd.grad(3 * total, [hidden, weight])
-    return [total.detach(), *values, *gradients]
+    (3 * total).backward()
+    assert problem[frozen].grad is None
+    expected = _expected(problem, _clipped)[3 if trained == "hidden" else 4]
+    torch.testing.assert_close(problem[trained].grad, expected)
 
 
-def _one_pass_reference(problem: dict[str, Tensor], with_entropies: bool = True) -> list[Tensor]:
-    by_entropy = problem["by_entropy"] * with_entropies
-    log_probs, entropies, by_hidden, by_weight = _reference_gradients(
-        {**problem, "by_entropy": by_entropy}
-    )
-    total = (log_probs * problem["by_log_prob"]).sum() + (entropies * by_entropy).sum()
-    values = [log_probs, entropies] if with_entropies else [log_probs]
-    return [total, *values, 3 * by_hidden, 3 * by_weight]
-
-
-WITH_AND_WITHOUT_ENTROPIES = pytest.mark.parametrize(
-    "with_entropies", [True, False], ids=["entropies", "no entropies"]
-)
-
-
-@WITH_AND_WITHOUT_ENTROPIES
-@pytest.mark.parametrize("rows", [0, 13])
-def test_one_pass_equals_log_softmax(rows, with_entropies):
-    problem = _problem(rows)
-    for value, reference in zip(
-        _one_pass(problem, slice(None), None, with_entropies),
-        _one_pass_reference(problem, with_entropies),
-        strict=True,
-    ):
-        torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.usefixtures("compiled")
-@WITH_AND_WITHOUT_ENTROPIES
-@pytest.mark.parametrize(
-    ("dtype", "rounding"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-12)], ids=str
-)
-def test_one_pass_in_half_precision_is_as_exact_as_the_two_passes(dtype, rounding, with_entropies):
-    problem = _problem(rows=40, dtype=dtype)
-    bounds = [1e-5, 1e-6, *[1e-6] * with_entropies, rounding, rounding]
-    for value, reference, bound in zip(
-        _one_pass(problem, slice(None), None, with_entropies),
-        _one_pass_reference(problem, with_entropies),
-        bounds,
-        strict=True,
-    ):
-        assert _relative(value, reference) < bound
-
-
-def test_one_pass_without_grad_gives_the_same_numbers():
+def test_without_grad_it_gives_the_same_numbers_and_differentiates_nothing():
     problem = _problem()
+    seen = []
+
+    def loss(rows: slice, log_probs: Tensor) -> Tensor:
+        seen.append(log_probs.requires_grad)
+        return _clipped(problem)(rows, log_probs)
+
     with torch.no_grad():
-        total, log_probs, entropies = weighted_log_prob_sum(
-            problem["hidden"],
+        values = token_loss_sum(
+            problem["hidden"].requires_grad_(),
             problem["weight"],
             problem["targets"],
-            problem["by_log_prob"],
-            problem["by_entropy"],
+            loss,
             vocab_size=VOCAB,
             tp_group=None,
             chunk_size=5,
         )
-    for value, reference in zip(
-        (total, log_probs, entropies), _one_pass_reference(problem), strict=False
-    ):
+    assert seen == [False] * 3
+    assert not values[0].requires_grad
+    for value, reference in zip(values, _expected(problem, _clipped)[:2], strict=True):
         torch.testing.assert_close(value, reference)
 
 
-def test_one_pass_gives_its_gradients_once():
+def test_gradients_are_given_once():
     problem = _problem()
     hidden = problem["hidden"].requires_grad_()
-    total, _, _ = weighted_log_prob_sum(
+    total, _ = token_loss_sum(
         hidden,
         problem["weight"],
         problem["targets"],
-        problem["by_log_prob"],
+        _linear(problem),
         vocab_size=VOCAB,
         tp_group=None,
         chunk_size=5,
@@ -338,45 +318,40 @@ def test_one_pass_gives_its_gradients_once():
 def test_a_scale_of_each_row_is_a_temperature(dtype, bound):
     """Scores of bf16 hidden states are scaled after the product: nothing is rounded for it."""
     problem = _problem(rows=40, dtype=dtype)
-    scale = torch.linspace(0.3, 1.7, 40, dtype=torch.float64)
-    hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
-    wide = [value.detach().double().requires_grad_() for value in (hidden, weight)]
-    log_probs, entropies = _reference(wide[0] * scale[:, None], wide[1], problem["targets"])
-    loss = (log_probs * problem["by_log_prob"]).sum() + (entropies * problem["by_entropy"]).sum()
-    references = torch.autograd.grad(loss, wide)
-    arguments = {"vocab_size": VOCAB, "tp_group": None, "chunk_size": 7, "scale": scale}
-    constants = problem["by_log_prob"], problem["by_entropy"]
-    total, *one_pass = weighted_log_prob_sum(
-        hidden, weight, problem["targets"], *constants, **arguments
-    )
-    recomputed = token_statistics(hidden, weight, problem["targets"], **arguments)
-    by_hand = sum((value * by).sum() for value, by in zip(recomputed, constants, strict=True))
-    alone = weighted_log_prob_sum(
-        hidden, weight, problem["targets"], problem["by_log_prob"], **arguments
-    )[1]
-    for values in (one_pass, recomputed, (alone,)):
-        for value, reference in zip(values, (log_probs, entropies), strict=False):
-            assert _relative(value.detach(), reference.detach()) < min(bound, 2e-6)
-    for loss in (total, by_hand):
-        for gradient, reference in zip(
-            torch.autograd.grad(loss, [hidden, weight]), references, strict=True
-        ):
-            assert _relative(gradient, reference) < bound
+    problem["scale"] = torch.linspace(0.3, 1.7, 40, dtype=torch.float64)
+    _, log_probs, _, *gradients = _results(problem, 7)
+    _, expected, _, *references = _expected(problem)
+    assert _relative(log_probs, expected) < min(bound, 2e-6)
+    for gradient, reference in zip(gradients, references, strict=True):
+        assert _relative(gradient, reference) < bound
+
+
+@pytest.mark.usefixtures("compiled")
+def test_compiled_sweeps_take_fp32_scores_where_functions_can_be_compiled(monkeypatch):
+    taken = []
+    for name in ("statistics_", "gradient_"):
+        plain, compiled = (getattr(sweeps, name) for sweeps in (head_plain, head_compiled))
+        assert inspect.signature(plain) == inspect.signature(compiled)
+        for sweeps, function in ((head_plain, plain), (head_compiled, compiled)):
+
+            def taking(*args: object, function: Callable = function, sweeps: object = sweeps):
+                taken.append(sweeps)
+                return function(*args)
+
+            monkeypatch.setattr(sweeps, name, taking)
+    wanted = head_compiled if is_available() else head_plain
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        taken.clear()
+        _results(_problem(dtype=dtype), 5)
+        # Three chunks: statistics and gradients, then entropies.
+        assert taken == [head_plain if dtype == torch.float64 else wanted] * 9
 
 
 @pytest.mark.parametrize("rows_in_cache", [1, 2, 3, 100])
 def test_sweeps_of_a_few_rows_at_a_time_cover_every_row(monkeypatch, rows_in_cache):
-    monkeypatch.setattr("megatron_rmt.model.head_sweeps._CPU_BLOCK", rows_in_cache * VOCAB + 1)
+    monkeypatch.setattr("megatron_rmt.model.head_plain._CPU_BLOCK", rows_in_cache * VOCAB + 1)
     problem = _problem()
-    for value, reference in (
-        *zip(_results(problem, 7, slice(None)), _reference_gradients(problem), strict=True),
-        *zip(_one_pass(problem, slice(None)), _one_pass_reference(problem), strict=True),
-        *zip(
-            _one_pass(problem, slice(None), None, False),
-            _one_pass_reference(problem, False),
-            strict=True,
-        ),
-    ):
+    for value, reference in zip(_results(problem, 7), _expected(problem), strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
 
 
@@ -435,12 +410,12 @@ def test_selected_logits_are_fp32_scores_without_padding():
     [
         ({"vocab_size": PADDED + 1}, "vocab_size is 129, but the head weight has 1 x 128 rows"),
         ({"vocab_size": 0}, "vocab_size is 0"),
-        ({"chunk_size": 0}, "chunk_size is 0"),
         ({"targets": torch.full((13,), VOCAB)}, r"targets holds 90, not in \[0, 90\)"),
         ({"targets": torch.full((13,), -1)}, r"targets holds -1, not in \[0, 90\)"),
         ({"targets": torch.zeros(12, dtype=torch.int64)}, r"targets is torch.int64 \[12\]"),
         ({"targets": torch.zeros(13)}, r"targets is torch.float32 \[13\]"),
         ({"hidden": torch.zeros(13, HIDDEN + 1)}, r"hidden \[13, 25\] and weight \[128, 24\]"),
+        ({"scale": torch.ones(())}, r"scale has shape \[\]; .* \[13\]"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -448,52 +423,30 @@ def test_bad_arguments_are_named(change, message):
     arguments = {name: problem[name] for name in ("hidden", "weight", "targets")}
     arguments |= {"vocab_size": VOCAB, "tp_group": None, "chunk_size": 4, **change}
     with pytest.raises(ValueError, match=message):
-        token_statistics(**arguments)
-
-
-def test_bad_coefficients_and_top_k_are_named():
-    hidden, weight = torch.zeros(2, 3), torch.zeros(5, 3)
-    arguments = {"vocab_size": 5, "tp_group": None, "chunk_size": 4}
-    targets = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"coefficients has shape \[3\]; .* \[2\]"):
-        weighted_log_prob_sum(hidden, weight, targets, torch.zeros(3), **arguments)
-    with pytest.raises(ValueError, match=r"entropy_coefficients has shape \[1\]; .* \[2\]"):
-        weighted_log_prob_sum(hidden, weight, targets, torch.zeros(2), torch.zeros(1), **arguments)
-    with pytest.raises(ValueError, match=r"scale has shape \[\]; .* \[2\]"):
-        token_statistics(hidden, weight, targets, scale=torch.ones(()), **arguments)
-    with pytest.raises(ValueError, match="top_k is 0"):
-        token_entropies(hidden, weight, top_k=0, **arguments)
+        token_loss_sum(loss=_linear(problem), **arguments)
 
 
 def test_no_rows_by_vocabulary_tensor_is_ever_allocated():
     rows, vocab, chunk_size = 512, 1024, 16
     hidden = torch.randn(rows, 8, requires_grad=True)
     weight = torch.randn(vocab, 8, requires_grad=True)
+    settings = {"vocab_size": vocab, "tp_group": None, "chunk_size": chunk_size}
+    targets = torch.zeros(rows, dtype=torch.int64)
     with torch.profiler.profile(profile_memory=True) as profile:
-        log_probs, entropies = token_statistics(
-            hidden,
-            weight,
-            torch.zeros(rows, dtype=torch.int64),
-            vocab_size=vocab,
-            tp_group=None,
-            chunk_size=chunk_size,
-        )
-        (log_probs.sum() + entropies.sum()).backward()
-        token_entropies(hidden, weight, vocab_size=vocab, tp_group=None, chunk_size=chunk_size)
+        token_loss_sum(hidden, weight, targets, lambda _, x: x.square(), **settings)[0].backward()
+        token_entropies(hidden, weight, **settings)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert 0 < largest <= 2 * chunk_size * vocab * 4 + 1024
 
 
-def _on_rank(problem: dict[str, Tensor]) -> dict[str, object]:
+def _on_rank(problem: Problem) -> dict[str, object]:
     group = torch.distributed.group.WORLD
     rows = PADDED // group.size()
     shard = slice(group.rank() * rows, (group.rank() + 1) * rows)
     hidden, weight = problem["hidden"], problem["weight"][shard]
     arguments = {"vocab_size": VOCAB, "tp_group": group, "chunk_size": 5}
     return {
-        "statistics": _results(problem, 5, shard, group),
-        "one_pass": _one_pass(problem, shard, group),
-        "one_pass_alone": _one_pass(problem, shard, group, with_entropies=False),
+        **{name: _results(problem, 5, shard, group, loss) for name, loss in LOSSES.items()},
         "entropies": token_entropies(hidden, weight, **arguments),
         "top_k": {k: token_entropies(hidden, weight, top_k=k, **arguments) for k in (1, 16, 80)},
         "equal_scores": token_entropies(torch.ones_like(hidden), weight * 0 - 1, **arguments)[1],
@@ -514,11 +467,8 @@ def test_tensor_parallel_ranks_equal_a_single_process(ranks, count):
     starts = [rank * PADDED // ranks for rank in range(ranks)]
     lengths = {2: [64, 26], 4: [32, 32, 26, 0]}[ranks]
     assert [result["range"] for result in results] == list(zip(starts, lengths, strict=True))
-    for name, references in (
-        ("statistics", _reference_gradients(problem)),
-        ("one_pass", _one_pass_reference(problem)),
-        ("one_pass_alone", _one_pass_reference(problem, with_entropies=False)),
-    ):
+    for name, loss in LOSSES.items():
+        references = _expected(problem, loss)
         for result in results:
             for value, reference in zip(result[name][:-1], references[:-1], strict=True):
                 torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
@@ -536,7 +486,7 @@ def test_tensor_parallel_ranks_equal_a_single_process(ranks, count):
         assert torch.equal(result["equal_scores"], torch.zeros(count, dtype=torch.int64))
 
 
-def _count_collectives(problem: dict[str, Tensor]) -> dict[str, list[tuple[str, list[int]]]]:
+def _count_collectives(problem: Problem) -> dict[str, list[tuple[str, list[int]]]]:
     """(kind, shape) of the collectives of each function, in order."""
     group = torch.distributed.group.WORLD
     seen: list[tuple[str, list[int]]] = []
@@ -561,17 +511,11 @@ def _count_collectives(problem: dict[str, Tensor]) -> dict[str, list[tuple[str, 
         counted[name] = seen.copy()
         seen.clear()
 
-    log_probs, entropies = token_statistics(hidden, weight, problem["targets"], **arguments)
-    take("statistics, forward")
-    (log_probs.sum() + entropies.sum()).backward()
-    take("statistics, backward")
-    for name, of_entropies in (("entropies", problem["by_entropy"]), ("alone", None)):
-        total, _, _ = weighted_log_prob_sum(
-            hidden, weight, problem["targets"], problem["by_log_prob"], of_entropies, **arguments
-        )
-        take(f"one pass, {name}, forward")
-        total.backward()
-        take(f"one pass, {name}, backward")
+    loss = _linear(problem)
+    total, _ = token_loss_sum(hidden, weight, problem["targets"], loss, **arguments)
+    take("loss, forward")
+    total.backward()
+    take("loss, backward")
     token_entropies(hidden, weight, **arguments)
     take("entropies")
     token_entropies(hidden, weight, top_k=4, **arguments)
@@ -585,14 +529,9 @@ def _count_collectives(problem: dict[str, Tensor]) -> dict[str, list[tuple[str, 
 def test_the_collectives_are_those_that_the_docstrings_name():
     """13 rows in chunks of 5."""
     chunks = [call for rows in (5, 5, 3) for call in (("MAX", [rows]), ("SUM", [3, rows]))]
-    one_pass = [*chunks, ("SUM", [13, HIDDEN])]
     expected = {
-        "statistics, forward": [("MAX", [13]), ("SUM", [3, 13])],
-        "statistics, backward": [("SUM", [13, HIDDEN])],
-        "one pass, entropies, forward": one_pass,
-        "one pass, entropies, backward": [],
-        "one pass, alone, forward": one_pass,
-        "one pass, alone, backward": [],
+        "loss, forward": [*chunks, ("SUM", [13, HIDDEN])],
+        "loss, backward": [],
         "entropies": [("MAX", [13]), ("MIN", [13]), ("MAX", [13]), ("SUM", [3, 13])],
         "top k": [("MAX", [13]), ("MIN", [13]), ("GATHER", [13, 4])],
         "logits": [],

@@ -12,9 +12,15 @@ pytest.importorskip("triton")
 
 # Triton decides at import whether it interprets.
 PROGRAM = r"""
+import inspect
+
 import torch
 import megatron_rmt.model.head_triton as kernels
-from megatron_rmt import head, head_sweeps
+from megatron_rmt.model import head, head_plain
+
+for name in ("statistics_", "gradient_"):
+    own, plain = (inspect.signature(getattr(module, name)) for module in (kernels, head_plain))
+    assert own == plain
 
 kernels._STATISTICS_BLOCK, kernels._GRADIENT_BLOCK = 32, 16
 generator = torch.Generator().manual_seed(3)
@@ -38,12 +44,12 @@ for rows, columns, padded in [(1, 1, 1), (3, 5, 8), (4, 16, 16), (2, 31, 40), (5
     scores = held_scores[:, :columns]
     z = scores.double()
     targets = torch.randint(-3, columns + 3, (rows,), generator=generator)
-    targeted = head_sweeps.target_columns(targets, 0, columns)
-    a, b = normal(rows), normal(rows)
+    a = normal(rows)
     held = (targets >= 0) & (targets < columns)
+    targeted = targets.clamp(0, columns - 1), held
     own_score = torch.where(held, z.gather(1, targeted[0][:, None])[:, 0], 0)
     for given in (targeted, None):
-        result = kernels.statistics(scores, given)
+        result = kernels.statistics_(scores, given)
         m = z.amax(-1)
         e = (z - m[:, None]).exp()
         check("maximum", result[0], m)
@@ -52,60 +58,47 @@ for rows, columns, padded in [(1, 1, 1), (3, 5, 8), (4, 16, 16), (2, 31, 40), (5
         check("target", result[3], own_score if given else 0 * own_score)
     assert torch.equal(held_scores, before)
 
-    log_p = z.log_softmax(-1)
-    entropies = -(log_p.exp() * log_p).sum(-1)
     one_hot = torch.zeros_like(z)
     one_hot[held, targets[held]] = 1
-    for entropy_part in (None, (b, entropies.float())):
-        expected = a[:, None] * (one_hot - log_p.exp())
-        if entropy_part:
-            expected -= b[:, None] * log_p.exp() * (log_p + entropies[:, None])
-        own = held_scores.clone()
-        result = kernels.score_gradient_(
-            own[:, :columns], z.logsumexp(-1).float(), a, entropy_part, targeted)
-        assert result.data_ptr() == own.data_ptr()
-        # The log-normaliser of the first row is about 70, fp32 rounds it by 4e-6.
-        assert (own[:, :columns] - expected).abs().max() < 5e-5
-        assert torch.equal(own[:, columns:], before[:, columns:])
+    expected = a[:, None] * (one_hot - z.softmax(-1))
+    own, rounded = held_scores.clone(), torch.empty(rows, columns, dtype=torch.bfloat16)
+    constants = z.amax(-1).float(), z.logsumexp(-1).float(), a, targeted
+    kernels.gradient_(own[:, :columns], *constants, rounded)
+    assert torch.equal(rounded, own[:, :columns].bfloat16())
+    own = held_scores.clone()
+    scores = own[:, :columns]
+    kernels.gradient_(scores, *constants, scores)
+    # The log-normaliser of the first row is about 70, fp32 rounds it by 4e-6.
+    assert (scores - expected).abs().max() < 5e-5
+    assert torch.equal(own[:, columns:], before[:, columns:])
 
 # The whole head on the kernels, as it runs on a GPU.
 used = []
-head_sweeps._kernels = lambda scores: used.append(scores.shape) or kernels
+head._sweeps = lambda *_: used.append(1) or kernels
 hidden = normal(11, 24).requires_grad_()
 weight = (normal(128, 24)).requires_grad_()
 targets = torch.randint(90, (11,), generator=generator)
-a, b = normal(11), normal(11)
+a = normal(11)
 log_p = (hidden.double() @ weight.double()[:90].T).log_softmax(-1)
 log_probs = log_p.gather(1, targets[:, None])[:, 0]
 entropies = -(log_p.exp() * log_p).sum(-1)
 settings = {"vocab_size": 90, "tp_group": None, "chunk_size": 4}
-for b in (0 * b, b):
-    loss = (a * log_probs).sum() + (b * entropies).sum()
-    expected = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
-    own_log_probs, own_entropies = head.token_statistics(hidden, weight, targets, **settings)
-    own = (a * own_log_probs).sum() + (b * own_entropies).sum()
-    of_entropies = b if b.any() else None
-    total, one_pass_log_probs, one_pass_entropies = head.weighted_log_prob_sum(
-        hidden, weight, targets, a, of_entropies, **settings)
-    check("log-probs", own_log_probs, log_probs.detach())
-    check("one-pass log-probs", one_pass_log_probs, log_probs.detach())
-    assert (own_entropies - entropies).abs().max() < 1e-5
-    assert b.any() == (one_pass_entropies is not None)
-    for name, value in (("recompute", own), ("one pass", total)):
-        for gradient, reference in zip(
-            torch.autograd.grad(value, [hidden, weight]), expected, strict=True
-        ):
-            check(name, gradient, reference.double(), 1e-5)
+loss = lambda rows, own: a[rows] * own.square()
+expected = torch.autograd.grad(loss(slice(None), log_probs).sum(), [hidden, weight])
+total, own_log_probs = head.token_loss_sum(hidden, weight, targets, loss, **settings)
+check("log-probs", own_log_probs, log_probs.detach())
+for gradient, reference in zip(torch.autograd.grad(total, [hidden, weight]), expected, strict=True):
+    check("gradient", gradient, reference.double(), 1e-5)
 found, ids = head.token_entropies(hidden, weight, **settings)
 assert (found - entropies).abs().max() < 1e-5
 assert torch.equal(ids, log_p.argmax(-1))
-assert len(used) > 20
+assert len(used) == 2
 
 # A control: the comparison notices a kernel that is off by a thousandth.
-plain = kernels.statistics
-kernels.statistics = lambda scores, targets: 1.001 * plain(scores, targets)
+plain = kernels.statistics_
+kernels.statistics_ = lambda scores, targets: 1.001 * plain(scores, targets)
 try:
-    own, _ = head.token_statistics(hidden, weight, targets, **settings)
+    _, own = head.token_loss_sum(hidden, weight, targets, loss, **settings)
     check("control", own, log_probs.detach())
 except AssertionError:
     print("kernels agree")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_rmt.algorithm.losses import LossWeights, hybrid_loss, response_weights
+from megatron_rmt.algorithm.losses import Predictions, TokenLosses, response_weights, token_losses
 
 LENGTHS = [3, 0, 1, 5]
 
@@ -47,63 +47,90 @@ def test_no_positions_and_no_tokens_give_no_weights():
     assert weights.shape == (0,)
 
 
+def _predictions(trunk: int = 0, responses: int = 0, **weights: torch.Tensor) -> Predictions:
+    """``ntp`` is of the trunk, the rest of the responses; 0 where not given."""
+    given = dict.fromkeys(Predictions._fields, None) | weights
+    for name, values in given.items():
+        if name == "ntp":
+            own = torch.zeros(trunk) if values is None else values
+            given[name] = torch.cat([own, own.new_zeros(responses)])
+        else:
+            own = torch.zeros(responses) if values is None else values
+            given[name] = torch.cat([own.new_zeros(trunk), own])
+    return Predictions(**given)
+
+
+def _sums(losses: TokenLosses) -> list[float]:
+    return [float(part.sum()) for part in losses]
+
+
 def test_loss_and_gradient_equal_the_papers_formula():
     rollouts, drawn, response_log_probs = _tokens()
     generator = torch.Generator().manual_seed(1)
     trunk_log_probs = -torch.rand(6, generator=generator, dtype=torch.float64)
     mask = torch.tensor([1.0, 1, 0, 1, 0.5, 1], dtype=torch.float64)
     advantages = torch.tensor([1.5, -0.5, -1.0, 0.25], dtype=torch.float64)
-    inputs = [trunk_log_probs.requires_grad_(), response_log_probs.requires_grad_()]
-    weights = LossWeights(
+    log_probs = torch.cat([trunk_log_probs, response_log_probs]).requires_grad_()
+    predictions = _predictions(
+        trunk=6,
+        responses=9,
         ntp=mask / mask.sum(),
         policy=response_weights(advantages, rollouts, drawn, positions=4),
-        supervised=torch.zeros(9, dtype=torch.float64),
     )
-    loss = hybrid_loss(*inputs, weights, ntp_coefficient=0.1)
+    losses = token_losses(log_probs, predictions)
 
     policy = torch.zeros((), dtype=torch.float64)
     for rollout in range(4):
         own = [t for t in range(9) if rollouts[t] == rollout and drawn[t]]
         for token in own:
-            log_p = response_log_probs[token]
+            log_p = log_probs[6 + token]
             policy = policy - torch.exp(log_p - log_p.detach()) * advantages[rollout] / len(own) / 4
-    ntp = -(mask * trunk_log_probs).sum() / mask.sum()
+    ntp = -(mask * log_probs[:6]).sum() / mask.sum()
     reference = policy + 0.1 * ntp
-    torch.testing.assert_close(loss.total, reference, rtol=1e-12, atol=0)
-    torch.testing.assert_close(loss.ntp, ntp, rtol=1e-12, atol=0)
-    torch.testing.assert_close(loss.policy, policy, rtol=1e-12, atol=0)
-    assert loss.supervised.detach() == 0
-    for gradient, expected in zip(
-        torch.autograd.grad(loss.total, inputs),
-        torch.autograd.grad(reference, inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
+    total = losses.hybrid(0.1).sum()
+    torch.testing.assert_close(total, reference, rtol=1e-12, atol=0)
+    torch.testing.assert_close(losses.ntp.sum(), ntp, rtol=1e-12, atol=0)
+    torch.testing.assert_close(losses.policy.sum(), policy, rtol=1e-12, atol=0)
+    assert losses.supervised.detach().sum() == 0
+    (gradient,) = torch.autograd.grad(total, log_probs)
+    (expected,) = torch.autograd.grad(reference, log_probs)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_on_policy_the_value_is_minus_the_advantages_and_the_gradient_reinforces():
     """The ratio is 1 whatever the log-probs; the gradient by each log-prob is minus its weight."""
     log_probs = torch.tensor([-0.1, -30.0, -2.0], requires_grad=True)
-    weights = LossWeights(torch.zeros(0), torch.tensor([0.5, -0.25, 0.0]), torch.zeros(3))
-    loss = hybrid_loss(torch.zeros(0), log_probs, weights, ntp_coefficient=0.1)
-    assert float(loss.total) == -0.25
-    (gradient,) = torch.autograd.grad(loss.total, log_probs)
+    predictions = _predictions(responses=3, policy=torch.tensor([0.5, -0.25, 0.0]))
+    total = token_losses(log_probs, predictions).hybrid(0.1).sum()
+    assert float(total) == -0.25
+    (gradient,) = torch.autograd.grad(total, log_probs)
     assert gradient.tolist() == [-0.5, 0.25, 0.0]
 
 
 def test_the_warm_up_is_plain_cross_entropy_of_what_was_written():
     log_probs = torch.tensor([-0.5, -2.0, -1.0], dtype=torch.float64, requires_grad=True)
     written = torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64)
-    weights = LossWeights(torch.zeros(0), torch.zeros(3), written)
-    loss = hybrid_loss(torch.zeros(0), log_probs, weights, ntp_coefficient=0.1)
-    assert float(loss.total) == float(loss.supervised) == 1.5
-    (gradient,) = torch.autograd.grad(loss.total, log_probs)
+    losses = token_losses(log_probs, _predictions(responses=3, supervised=written))
+    total = losses.hybrid(0.1).sum()
+    assert float(total) == 1.5
+    assert _sums(losses) == [0, 0, 1.5]
+    (gradient,) = torch.autograd.grad(total, log_probs)
     assert gradient.tolist() == [0.0, -0.5, -0.5]
 
 
 def test_a_coefficient_of_zero_leaves_the_next_token_loss_out():
     log_probs = torch.full((4,), math.log(0.5), requires_grad=True)
-    weights = LossWeights(torch.full((4,), 0.25), torch.zeros(0), torch.zeros(0))
-    loss = hybrid_loss(log_probs, torch.zeros(0), weights, ntp_coefficient=0.0)
-    assert float(loss.total) == 0
-    assert float(loss.ntp) == pytest.approx(math.log(2))
+    losses = token_losses(log_probs, _predictions(trunk=4, ntp=torch.full((4,), 0.25)))
+    assert float(losses.hybrid(0.0).sum()) == 0
+    assert _sums(losses) == [pytest.approx(math.log(2)), 0, 0]
+
+
+def test_the_loss_of_some_predictions_is_theirs_in_the_loss_of_all():
+    """The head takes a chunk of them at a time."""
+    generator = torch.Generator().manual_seed(2)
+    predictions = Predictions(*torch.randn(4, 9, generator=generator))
+    log_probs = -torch.rand(9, generator=generator)
+    whole = token_losses(log_probs, predictions).hybrid(0.1)
+    rows = slice(2, 7)
+    part = token_losses(log_probs[rows], predictions.at(rows)).hybrid(0.1)
+    assert torch.equal(part, whole[rows])

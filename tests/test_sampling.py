@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_rmt.algorithm import rng
 from megatron_rmt.algorithm.rng import CURRICULUM_STREAM, uniforms
 from megatron_rmt.rollout import sampling
 from megatron_rmt.rollout.sampling import greedy_tokens, sample_tokens
@@ -43,10 +44,8 @@ def test_mixing_gives_the_published_splitmix64_sequence():
         4593380528125082431,
         16408922859458223821,
     ]
-    state = torch.tensor(
-        [sampling._signed(1234567 + (k + 1) * 0x9E3779B97F4A7C15) for k in range(5)]
-    )
-    assert [word % 2**64 for word in sampling._mix(state).tolist()] == published
+    state = torch.tensor([rng._signed(1234567 + (k + 1) * 0x9E3779B97F4A7C15) for k in range(5)])
+    assert [word % 2**64 for word in rng._mix(state).tolist()] == published
 
 
 def test_uniforms_equal_the_integer_reference():
@@ -296,12 +295,7 @@ def test_greedy_takes_the_lowest_id_among_ties():
         ({"logits": torch.zeros(2, 3, 4)}, "logits has shape"),
         ({"uniforms": torch.zeros(2)}, "uniforms is torch.float32"),
         ({"uniforms": torch.zeros(3, dtype=torch.float64)}, "uniforms is"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
         ({"vocab_start": 2**19}, "columns"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_rmt.algorithm.curriculum import choose_by_tier
+from megatron_rmt.algorithm.losses import token_losses
 from megatron_rmt.algorithm.rewards import Evidence, Metric, match
 from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
@@ -54,6 +55,7 @@ def tiny_run(**changes: Any) -> MidTraining:
         prompt=tiny_prompt(settings.answer_tokens),
         reward=match,
         select=choose_by_tier,
+        loss=token_losses,
         seed=5,
     )
 

@@ -1,7 +1,7 @@
 """Measure megatron_rmt against what other frameworks do, in one process, on this machine.
 
     python tools/benchmark.py update      one update: trunk, stems and branches
-    python tools/benchmark.py head        the language-model head: log-probs, entropies, gradients
+    python tools/benchmark.py head        the language-model head: log-probs, gradients
     python tools/benchmark.py rollout     one step's rollouts
 
 Each prints its table; ``--json FILE`` also writes it with every single time. Cases are interleaved

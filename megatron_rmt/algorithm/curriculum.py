@@ -97,6 +97,9 @@ class Candidates:
         ).T.tolist()
 
 
+Selection = Callable[[Candidates], list[int]]
+
+
 def choose_by_tier(of: Candidates) -> list[int]:
     """Draw up to `of.count` positions without replacement (RMT's curriculum).
 
@@ -126,7 +129,7 @@ def choose_by_tier(of: Candidates) -> list[int]:
 
 
 # By name of --rmt-select.
-SELECTIONS: dict[str, Callable[[Candidates], list[int]]] = {"tiers": choose_by_tier}
+SELECTIONS: dict[str, Selection] = {"tiers": choose_by_tier}
 
 
 def _draw(masses: Sequence[float], uniform: float) -> int:

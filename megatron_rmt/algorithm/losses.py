@@ -9,7 +9,9 @@ tokens, mean over the group), mean over the chosen positions of the global batch
 over the other unmasked tokens of the global batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,40 +48,59 @@ def response_weights(
     return per_token[rollouts] * chosen
 
 
-@dataclass(frozen=True)
-class HybridLoss:
-    """total: what is differentiated. ntp, policy, supervised: its parts, without lambda."""
+class Predictions(NamedTuple):
+    """What a loss knows of each prediction besides its log-prob: ``[predictions]`` each, those of
+    the trunk first, 0 where it does not apply.
 
-    total: Tensor
+    ntp, policy, supervised: as in ``LossWeights``. drawn_log_probs: of a drawn token, when it was.
+    """
+
+    ntp: Tensor
+    policy: Tensor
+    supervised: Tensor
+    drawn_log_probs: Tensor
+
+    def at(self, rows: slice) -> "Predictions":
+        """Those of ``rows`` alone."""
+        return Predictions(*(values[rows] for values in self))
+
+
+class TokenLosses(NamedTuple):
+    """``[predictions]`` each: shares of the three parts of the global batch's loss, by prediction.
+
+    The sum of each part is logged ("lm loss", "rmt rl loss", "rmt warm-up loss").
+    """
+
     ntp: Tensor
     policy: Tensor
     supervised: Tensor
 
+    def hybrid(self, ntp_coefficient: float) -> Tensor:
+        """What is trained, ``[predictions]``."""
+        return self.policy + self.supervised + ntp_coefficient * self.ntp
 
-def hybrid_loss(
-    trunk_log_probs: Tensor,
-    response_log_probs: Tensor,
-    weights: LossWeights,
-    *,
-    ntp_coefficient: float,
-) -> HybridLoss:
-    """This micro-batch's share of the loss of the global batch.
 
-    trunk_log_probs ``[trunk predictions]``, response_log_probs ``[response predictions]``: fp32,
-    the latter under the sampling temperature. The policy part is GRPO on-policy: the ratio
-    exp(logp - stopgrad(logp)) is 1, so clipping never acts, and there is no KL term (paper).
+TokenLoss = Callable[[Tensor, Predictions], TokenLosses]
+
+
+def token_losses(log_probs: Tensor, predictions: Predictions) -> TokenLosses:
+    """The loss: ``TokenLosses`` of ``log_probs`` ``[predictions]``, differentiable in them.
+
+    Any function of this signature can take its place (``LOSSES``), also one that is not linear. It
+    is called for some predictions at a time, so that each share depends on its own
+    prediction alone. log_probs: fp32 (fp64 for fp64 models), those of responses under the sampling
+    temperature.
+
+    The policy part is GRPO on-policy: the ratio exp(logp - stopgrad(logp)) is 1, so clipping never
+    acts, and there is no KL term (paper).
     """
-    ratio = torch.exp(response_log_probs - response_log_probs.detach())
-    policy = -(weights.policy * ratio).sum()
-    ntp = -(weights.ntp * trunk_log_probs).sum()
-    supervised = -(weights.supervised * response_log_probs).sum()
-    return HybridLoss(policy + supervised + ntp_coefficient * ntp, ntp, policy, supervised)
+    ratio = torch.exp(log_probs - log_probs.detach())
+    return TokenLosses(
+        ntp=-predictions.ntp * log_probs,
+        policy=-predictions.policy * ratio,
+        supervised=-predictions.supervised * log_probs,
+    )
 
 
-def loss_coefficients(weights: LossWeights, *, ntp_coefficient: float) -> tuple[Tensor, Tensor]:
-    """Derivative of ``hybrid_loss(...).total`` by each log-prob: of the trunk, of the responses.
-
-    Known before the update because the ratio is 1, so that the head's gradients can be made in the
-    pass that computes the log-probs (``head.weighted_log_prob_sum``).
-    """
-    return -ntp_coefficient * weights.ntp, -(weights.policy + weights.supervised)
+# By name of --rmt-loss.
+LOSSES: dict[str, TokenLoss] = {"hybrid": token_losses}

@@ -126,6 +126,8 @@ class Settings:
     no_curriculum: bool = setting(False, source="ablation of the paper")
     """Positions uniformly over all tiers"""
 
+    loss: str = setting("hybrid", source="paper")
+    """Loss on tokens: hybrid, or your own function as module:function; see docs/change.md"""
     ntp_coefficient: float = setting(0.1, "[0, inf)", "parts of L_NTP", source="paper")
     """lambda: loss = L_GRPO + lambda * L_NTP"""
     no_ntp: bool = setting(False, source="ablation of the paper")

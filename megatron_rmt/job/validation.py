@@ -15,6 +15,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_rmt.algorithm.curriculum import SELECTIONS
 from megatron_rmt.algorithm.doors import find
+from megatron_rmt.algorithm.losses import LOSSES
 from megatron_rmt.algorithm.rewards import REWARDS
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.settings import flag_name, setting_problems
@@ -54,6 +55,7 @@ def _doors(settings: Settings) -> Iterator[str]:
     for flag, name, known in (
         ("--rmt-reward", settings.reward, REWARDS),
         ("--rmt-select", settings.select, SELECTIONS),
+        ("--rmt-loss", settings.loss, LOSSES),
     ):
         try:
             find(flag, name, known)

@@ -2,14 +2,14 @@
 
 The language-model head multiplies [rows, hidden] by [vocab/tp, hidden]; at 8192 rows and a
 vocabulary of 152k one fp32 copy of the result is 4.6 GiB, and autograd keeps several. Here rows are
-taken in chunks, a chunk's scores [chunk_size, vocab/tp] are reduced to a few numbers per row at
-once, and the backward pass computes them again. The vocabulary is never gathered: tensor-parallel
+taken in chunks: a chunk's scores [chunk_size, vocab/tp] are reduced to a few numbers per row, and
+replaced by their gradient, at once. The vocabulary is never gathered: tensor-parallel
 ranks exchange [rows]-sized statistics only.
 
 With scores z, m = max z and Z = sum exp(z - m), all sums over the whole vocabulary,
 
     log p_y = z_y - (m + log Z)            H = log Z - (1/Z) sum exp(z - m) (z - m)
-    d log p_y / dz_j = [j = y] - p_j       dH / dz_j = -p_j (log p_j + H)
+    d log p_y / dz_j = [j = y] - p_j
 
 Padding columns (Megatron rounds the vocabulary up) are left out by slicing the weight: a zero row
 would have score 0, not -inf. Scores are fp32 (fp64 for fp64 inputs) also where hidden states and
@@ -21,7 +21,9 @@ parallelism gather the rows with
 ``gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)``.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +31,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp
 
-from megatron_rmt.model import head_sweeps
+from megatron_rmt.cpu import compiled
+from megatron_rmt.model import head_compiled, head_plain
 from megatron_rmt.model.head_products import WeightedSums, multiply_scores, score_dtype
+
+# loss(rows, log_probs [chunk]) -> losses [chunk] of these rows of the head.
+LossOfRows = Callable[[slice, Tensor], Tensor]
 
 
 def vocab_range(
@@ -55,93 +61,73 @@ def vocab_range(
     return start, max(0, min(weight_rows, vocab_size - start))
 
 
-def token_statistics(
+def reduce_over_ranks(values: Tensor, operation: Any, tp_group: ProcessGroup | None) -> Tensor:
+    """``values``, all-reduced in place. Ranks have the same rows: all skip when there are none."""
+    if tp_group is not None and tp_group.size() > 1 and values.numel() > 0:
+        torch.distributed.all_reduce(values, op=operation, group=tp_group)
+    return values
+
+
+def first_with_maximum(ids: Tensor, maxima: Tensor, tp_group: ProcessGroup | None) -> Tensor:
+    """[rows] the id, out of one per rank, whose score is the largest; the smallest of equals.
+
+    Args:
+        ids: [rows] int64. maxima: [rows], their scores on this rank.
+    """
+    if tp_group is None or tp_group.size() == 1:
+        return ids
+    overall = reduce_over_ranks(maxima.clone(), ReduceOp.MAX, tp_group)
+    first = ids.masked_fill(maxima != overall, torch.iinfo(ids.dtype).max)
+    return reduce_over_ranks(first, ReduceOp.MIN, tp_group)
+
+
+def token_loss_sum(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    loss: LossOfRows,
     *,
     vocab_size: int,
     tp_group: ProcessGroup | None,
     chunk_size: int,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of the target and entropy of each row, differentiable in hidden and weight.
+    """sum_i loss_i(log p(targets_i)), differentiable in hidden and weight, and the log-probs.
 
-    Collectives: forward one MAX of [rows] and one SUM of [3, rows], backward one SUM of
-    [rows, hidden], for any number of chunks. Memory: scores [chunk_size, vocab/tp], and in
-    backward the fp32 gradients of ``hidden`` and ``weight``. An output that the loss does not use
-    costs nothing in backward. Inputs are not modified.
+    All gradients are made in one pass of three matrix products: ``loss`` is differentiated chunk by
+    chunk, as soon as the chunk's log-probabilities are known, and may be any function of them. The
+    gradients are held from forward to backward, which may run once.
+
+    Collectives: forward one MAX [chunk] and one SUM [3, chunk] for each chunk and one SUM of
+    [rows, hidden]; backward none.
+
+    Memory: scores [chunk_size, vocab/tp], and the fp32 gradients of ``hidden`` and ``weight``.
+    Inputs are not modified.
 
     Args:
         hidden: [rows, hidden], fp32, bf16, fp16 or fp64; rows may be 0.
         weight: [padded vocab/tp, hidden], this rank's shard.
         targets: [rows] int64, token ids of the whole vocabulary.
+        loss: ``loss(rows, log_probs)`` gives the losses [chunk] of these rows from their
+            log-probabilities [chunk], fp32 (fp64 for fp64 inputs).
         vocab_size: the true vocabulary size, padding excluded.
         tp_group: the tensor-parallel group; None for a single process.
         chunk_size: rows whose scores are held at a time.
         scale: [rows], a constant factor of each row's scores (1 / temperature); None for 1.
 
     Returns:
-        (log_probs [rows], entropies [rows]), nats, fp32 (fp64 for fp64 inputs), entropies >= 0.
-        Gradients come in the dtypes of the inputs; sums over rows are made in fp32.
+        (sum [], log_probs [rows]), nats, fp32 (fp64 for fp64 inputs); only the sum is
+        differentiable. Gradients come in the dtypes of the inputs; sums over rows are made in fp32.
 
     Raises:
         ValueError: shapes or sizes do not fit; a target outside [0, vocab_size) (checked where the
             targets are on the CPU: on a GPU the check would wait for the device).
     """
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
-    _check_targets(hidden, targets, vocab_size)
-    _check_constants(targets, scale=scale)
+    _check_targets(hidden, targets, scale, vocab_size)
     scale = None if scale is None else scale.detach().to(score_dtype(hidden, weight))
-    return _TokenStatistics.apply(hidden, weight, targets, scale, shard)
-
-
-def weighted_log_prob_sum(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    coefficients: Tensor,
-    entropy_coefficients: Tensor | None = None,
-    *,
-    vocab_size: int,
-    tp_group: ProcessGroup | None,
-    chunk_size: int,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """sum_i coefficients_i log p(targets_i) (+ entropy_coefficients_i H_i), differentiable.
-
-    Its gradients are made in the same pass: for losses whose derivative by each log-probability and
-    entropy is known beforehand. Such are next-token prediction, an entropy bonus, and the policy
-    gradient exactly on policy, where the ratio is 1. Three matrix products instead of the four of
-    ``token_statistics``. The gradients are held from forward to backward, which may run once.
-
-    Collectives: forward one MAX [chunk] and one SUM [3, chunk] for each chunk and one SUM of
-    [rows, hidden]; backward none.
-
-    Args:
-        coefficients: [rows], constants: no gradient flows to them.
-        entropy_coefficients: likewise; None: no entropies are computed, which is faster.
-        others: as for ``token_statistics``.
-
-    Returns:
-        (sum [], log_probs [rows], entropies [rows] or None); only the sum is differentiable.
-
-    Raises:
-        ValueError: as ``token_statistics``.
-    """
-    shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
-    _check_targets(hidden, targets, vocab_size)
-    _check_constants(
-        targets, coefficients=coefficients, entropy_coefficients=entropy_coefficients, scale=scale
-    )
-    dtype = score_dtype(hidden, weight)
-    constants = (
-        None if values is None else values.detach().to(dtype)
-        for values in (coefficients, entropy_coefficients, scale)
-    )
-    return _WeightedLogProbSum.apply(
-        hidden, weight, targets, *constants, shard, torch.is_grad_enabled()
-    )
+    grads = torch.is_grad_enabled()
+    return _TokenLossSum.apply(hidden, weight, targets, loss, scale, shard, grads)
 
 
 @torch.no_grad()
@@ -162,17 +148,16 @@ def token_entropies(
     Args:
         top_k: entropy of the ``top_k`` largest probabilities, renormalised (RPT, arXiv 2506.08007,
             takes 16); None for the whole vocabulary.
-        others: as for ``token_statistics``.
+        others: as for ``token_loss_sum``.
 
     Returns:
         (entropies [rows] fp32 in nats, argmax ids [rows] int64, the smallest id of equals).
 
     Raises:
-        ValueError: as ``token_statistics``; ``top_k`` below 1.
+        ValueError: as ``token_loss_sum``.
     """
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; give at least 1, or None for the whole vocabulary.")
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
+    sweeps = _sweeps(hidden, weight, shard)
     rows, dtype = hidden.shape[0], score_dtype(hidden, weight)
     count = 1 if top_k is None else min(top_k, vocab_size)
     statistics = hidden.new_empty(4, rows, dtype=dtype)
@@ -182,14 +167,14 @@ def token_entropies(
         if shard.columns > 0:
             best[chunk] = scores.argmax(-1) + shard.start
         if top_k is None:
-            statistics[:, chunk] = head_sweeps.statistics(scores, None)
+            statistics[:, chunk] = sweeps.statistics_(scores, None)
         else:
             values = scores.topk(min(count, shard.columns), sorted=False).values
             largest[chunk, : values.shape[1]] = values
     if top_k is not None:
-        argmax_ids = _first_with_maximum(best, largest.amax(-1), shard)
+        argmax_ids = first_with_maximum(best, largest.amax(-1), tp_group)
         return _entropy_of_largest(largest, shard), argmax_ids
-    argmax_ids = _first_with_maximum(best, statistics[0], shard)
+    argmax_ids = first_with_maximum(best, statistics[0], tp_group)
     return _combine(statistics, shard)[2], argmax_ids
 
 
@@ -211,10 +196,10 @@ def selected_logits(
     Args:
         memory: what an earlier call for at least as many rows returned; it is overwritten.
         wide_weight: ``head_products.wide_copy`` of the weight, of many calls with it.
-        others: as for ``token_statistics``.
+        others: as for ``token_loss_sum``.
 
     Raises:
-        ValueError: as ``token_statistics``.
+        ValueError: as ``token_loss_sum``.
     """
     shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size=1)
     dtype = score_dtype(hidden, weight)
@@ -233,11 +218,6 @@ class _Shard(NamedTuple):
     group: ProcessGroup | None
     chunk_size: int
 
-    def reduce(self, tensor: Tensor, operation: Any) -> None:
-        """All-reduces ``tensor`` in place. Ranks have the same rows: all skip when it is empty."""
-        if self.group is not None and self.group.size() > 1 and tensor.numel() > 0:
-            torch.distributed.all_reduce(tensor, op=operation, group=self.group)
-
 
 def _shard(
     hidden: Tensor,
@@ -251,16 +231,36 @@ def _shard(
             f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit; "
             "give [rows, hidden] and [padded vocab/tp, hidden]."
         )
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; give at least 1.")
     return _Shard(*vocab_range(weight.shape[0], vocab_size, tp_group), tp_group, chunk_size)
 
 
-def _check_targets(hidden: Tensor, targets: Tensor, vocab_size: int) -> None:
+def _sweeps(hidden: Tensor, weight: Tensor, shard: _Shard) -> ModuleType:
+    """Which of ``head_plain``, ``head_compiled`` and ``head_triton`` goes over the scores."""
+    if score_dtype(hidden, weight) != torch.float32 or shard.columns == 0:
+        return head_plain
+    if hidden.is_cuda:
+        return _triton_sweeps()
+    return head_compiled if hidden.device.type == "cpu" and compiled.is_available() else head_plain
+
+
+@functools.cache
+def _triton_sweeps() -> ModuleType:
+    try:
+        from megatron_rmt.model import head_triton
+    except ImportError:  # there is no Triton
+        return head_plain
+    return head_triton
+
+
+def _check_targets(hidden: Tensor, targets: Tensor, scale: Tensor | None, vocab_size: int) -> None:
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
             f"targets is {targets.dtype} {list(targets.shape)}; give int64 of shape "
             f"{list(hidden.shape[:1])}, one token id for each row of hidden."
+        )
+    if scale is not None and scale.shape != targets.shape:
+        raise ValueError(
+            f"scale has shape {list(scale.shape)}; give one per target: {list(targets.shape)}."
         )
     if not targets.is_cuda and targets.numel() > 0:
         lowest, highest = (int(bound) for bound in targets.aminmax())
@@ -268,15 +268,6 @@ def _check_targets(hidden: Tensor, targets: Tensor, vocab_size: int) -> None:
             raise ValueError(
                 f"targets holds {lowest if lowest < 0 else highest}, not in [0, {vocab_size}); "
                 "leave out rows without a target."
-            )
-
-
-def _check_constants(targets: Tensor, **constants: Tensor | None) -> None:
-    for name, values in constants.items():
-        if values is not None and values.shape != targets.shape:
-            raise ValueError(
-                f"{name} has shape {list(values.shape)}; give one per target: "
-                f"{list(targets.shape)}."
             )
 
 
@@ -305,25 +296,18 @@ def _combine(statistics: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor]
     The entropy means nothing where the moment was not taken.
 
     Args:
-        statistics: [4, rows] of this rank, from ``head_sweeps``. Overwritten.
+        statistics: [4, rows] of this rank, from ``statistics_``. Overwritten, but not the maxima.
     """
     maxima, normaliser, moment, target_score = statistics
-    overall = maxima.clone()
-    shard.reduce(overall, ReduceOp.MAX)
+    overall = reduce_over_ranks(maxima.clone(), ReduceOp.MAX, shard.group)
     shift = maxima - overall
     moment.addcmul_(normaliser, shift)
     statistics[1:3] *= shift.exp()
-    shard.reduce(statistics[1:], ReduceOp.SUM)
+    reduce_over_ranks(statistics[1:], ReduceOp.SUM, shard.group)
     log_normaliser = overall + normaliser.log()
     # Never negative, without a clamp: the normaliser is at least 1, the moment at most 0.
     entropies = normaliser.log() - moment / normaliser
     return log_normaliser, target_score - log_normaliser, entropies
-
-
-def _sum_over_ranks(gradients: WeightedSums, shard: _Shard) -> None:
-    """Each rank knows what its own columns give; ``hidden`` needs all of them."""
-    if gradients.hidden is not None:
-        shard.reduce(gradients.hidden, ReduceOp.SUM)
 
 
 def _entropy_of_largest(largest: Tensor, shard: _Shard) -> Tensor:
@@ -336,138 +320,71 @@ def _entropy_of_largest(largest: Tensor, shard: _Shard) -> Tensor:
     return torch.special.entr(largest.softmax(-1)).sum(-1)
 
 
-def _first_with_maximum(ids: Tensor, maxima: Tensor, shard: _Shard) -> Tensor:
-    """[rows] the id, out of one per rank, whose score is the largest; the smallest of equals."""
-    overall = maxima.clone()
-    shard.reduce(overall, ReduceOp.MAX)
-    first = ids.masked_fill(maxima != overall, torch.iinfo(ids.dtype).max)
-    shard.reduce(first, ReduceOp.MIN)
-    return first
-
-
-def _scaled(values: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    return values if values is None or scale is None else values * scale
-
-
-class _TokenStatistics(torch.autograd.Function):
+class _TokenLossSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        scale: Tensor | None,
-        shard: _Shard,
-    ) -> tuple[Tensor, Tensor]:
-        columns, held = head_sweeps.target_columns(targets, shard.start, shard.columns)
-        statistics = hidden.new_empty(4, hidden.shape[0], dtype=score_dtype(hidden, weight))
-        for chunk, scores in _score_chunks(hidden, weight, scale, shard):
-            targeted = columns[chunk], held[chunk]
-            statistics[:, chunk] = head_sweeps.statistics(scores, targeted)
-        log_normaliser, log_probs, entropies = _combine(statistics, shard)
-        ctx.save_for_backward(hidden, weight, columns, held, scale, log_normaliser, entropies)
-        ctx.shard = shard
-        ctx.set_materialize_grads(False)
-        return log_probs, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None) -> tuple:
-        hidden, weight, columns, held, scale, log_normaliser, entropies = ctx.saved_tensors
-        gradients = WeightedSums(hidden, weight, ctx.shard.columns, ctx.needs_input_grad[:2])
-        if by_log_prob is None:
-            by_log_prob = torch.zeros_like(log_normaliser)
-        # d/d(h.w) = scale * d/d(scaled score), which is linear in both.
-        by_log_prob, by_entropy = _scaled(by_log_prob, scale), _scaled(by_entropy, scale)
-        for chunk, scores in _score_chunks(hidden, weight, scale, ctx.shard):
-            score_gradient = gradients.memory_for(scores)
-            head_sweeps.score_gradient_(
-                scores,
-                log_normaliser[chunk],
-                by_log_prob[chunk],
-                None if by_entropy is None else (by_entropy[chunk], entropies[chunk]),
-                (columns[chunk], held[chunk]),
-                out=score_gradient,
-            )
-            gradients.add(chunk, score_gradient)
-        _sum_over_ranks(gradients, ctx.shard)
-        by_hidden = None if gradients.hidden is None else gradients.hidden.to(hidden.dtype)
-        by_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
-        return by_hidden, by_weight, None, None, None
-
-
-class _WeightedLogProbSum(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        coefficients: Tensor,
-        entropy_coefficients: Tensor | None,
+        loss: LossOfRows,
         scale: Tensor | None,
         shard: _Shard,
         with_gradients: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        columns, held = head_sweeps.target_columns(targets, shard.start, shard.columns)
+    ) -> tuple[Tensor, Tensor]:
+        sweeps = _sweeps(hidden, weight, shard)
+        columns = targets - shard.start
+        is_held = (columns >= 0) & (columns < shard.columns)
+        columns = columns.clamp(0, max(0, shard.columns - 1))
         log_probs = hidden.new_empty(hidden.shape[0], dtype=score_dtype(hidden, weight))
-        entropies = None if entropy_coefficients is None else torch.empty_like(log_probs)
-        by_log_prob = _scaled(coefficients, scale)
-        by_entropy = _scaled(entropy_coefficients, scale)
+        total = log_probs.new_zeros(())
         needed = tuple(with_gradients and needs for needs in ctx.needs_input_grad[:2])
         gradients = WeightedSums(hidden, weight, shard.columns, needed)
         for chunk, scores in _score_chunks(hidden, weight, scale, shard):
-            targeted = columns[chunk], held[chunk]
-            keeps_exponentials = entropies is None and not head_sweeps.is_fused(scores)
-            sweep = head_sweeps.exponentiate_ if keeps_exponentials else head_sweeps.statistics
-            statistics = sweep(scores, targeted)
-            local_maxima = statistics[0].clone()
-            log_normaliser, log_probs[chunk], chunk_entropies = _combine(statistics, shard)
-            if entropies is not None:
-                entropies[chunk] = chunk_entropies
+            targeted = columns[chunk], is_held[chunk]
+            statistics = sweeps.statistics_(scores, targeted)
+            log_normaliser, log_probs[chunk], _ = _combine(statistics, shard)
             if not any(needed):
+                total += loss(chunk, log_probs[chunk]).sum()
                 continue
+            own, by_log_prob = _differentiate(loss, chunk, log_probs[chunk])
+            total += own
+            if scale is not None:
+                # d/d(h.w) = scale * d/d(scaled score).
+                by_log_prob = by_log_prob * scale[chunk]
             score_gradient = gradients.memory_for(scores)
-            if keeps_exponentials:
-                # exp(z - local maximum) is at hand: one factor per row makes it p.
-                to_p = torch.exp(local_maxima - log_normaliser)
-                scores.mul_((-by_log_prob[chunk] * to_p)[:, None])
-                head_sweeps.add_at_targets_(scores, by_log_prob[chunk], targeted)
-                if score_gradient is not scores:
-                    score_gradient.copy_(scores)
-            else:
-                entropy_part = None if by_entropy is None else (by_entropy[chunk], chunk_entropies)
-                head_sweeps.score_gradient_(
-                    scores,
-                    log_normaliser,
-                    by_log_prob[chunk],
-                    entropy_part,
-                    targeted,
-                    out=score_gradient,
-                )
+            sweeps.gradient_(
+                scores, statistics[0], log_normaliser, by_log_prob, targeted, score_gradient
+            )
             gradients.add(chunk, score_gradient)
-        _sum_over_ranks(gradients, shard)
+        if gradients.hidden is not None:
+            # Each rank knows what its own columns give.
+            reduce_over_ranks(gradients.hidden, ReduceOp.SUM, shard.group)
         ctx.gradients = gradients.hidden, gradients.weight
         ctx.dtypes = hidden.dtype, weight.dtype
-        total = torch.dot(coefficients, log_probs)
-        if entropies is None:
-            ctx.mark_non_differentiable(log_probs)
-        else:
-            ctx.mark_non_differentiable(log_probs, entropies)
-            total += torch.dot(entropy_coefficients, entropies)
-        return total, log_probs, entropies
+        ctx.mark_non_differentiable(log_probs)
+        return total, log_probs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_sum: Tensor, *_: Any) -> tuple:
         if ctx.gradients is None:
             raise RuntimeError(
-                "weighted_log_prob_sum: backward ran a second time, but the gradients that the "
-                "forward pass made were given away; run the forward pass again."
+                "token_loss_sum: backward ran a second time, but the gradients that the forward "
+                "pass made were given away; run the forward pass again."
             )
         gradients, ctx.gradients = ctx.gradients, None
         by_inputs = (
             None if gradient is None else gradient.mul_(by_sum).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return *by_inputs, None, None, None, None, None, None
+        return *by_inputs, None, None, None, None, None
+
+
+def _differentiate(loss: LossOfRows, rows: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum [] of the losses of ``rows``, its derivative by ``log_probs`` [chunk])."""
+    with torch.enable_grad():
+        log_probs = log_probs.detach().requires_grad_()
+        total = loss(rows, log_probs).sum()
+        (derivative,) = torch.autograd.grad(total, log_probs)
+    return total.detach(), derivative

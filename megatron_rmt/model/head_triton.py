@@ -1,4 +1,4 @@
-"""Triton kernels of ``head_sweeps``: a chunk's scores are read once, and once more to be replaced.
+"""The functions of ``head_plain`` for fp32 scores on a GPU, each a kernel that reads them once.
 
 Imported only where the scores are on a GPU. Their arithmetic is tested against float64 under
 Triton's interpreter, on a CPU; their speed, and that they compile, is unverified on a GPU.
@@ -9,14 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_rmt.model.head_plain import Targets
+
 # Columns that one program holds at a time.
 _STATISTICS_BLOCK = 4096
 _GRADIENT_BLOCK = 2048
 _WARPS = 8
 
 
-def statistics(scores: Tensor, targets: tuple[Tensor, Tensor] | None) -> Tensor:
-    """``head_sweeps.statistics`` for fp32 scores [rows, columns], both at least 1."""
+def statistics_(scores: Tensor, targets: Targets | None) -> Tensor:
+    """As ``head_plain``'s; ``scores`` [rows, columns] stay what they are."""
     rows, columns = scores.shape
     result = scores.new_zeros(4, rows)
     target_columns, held = targets or _no_targets(scores)
@@ -35,34 +37,32 @@ def statistics(scores: Tensor, targets: tuple[Tensor, Tensor] | None) -> Tensor:
     return result
 
 
-def score_gradient_(
+def gradient_(
     scores: Tensor,
+    maxima: Tensor,
     log_normaliser: Tensor,
     by_log_prob: Tensor,
-    entropy_part: tuple[Tensor, Tensor] | None,
-    targets: tuple[Tensor, Tensor],
-) -> Tensor:
-    """``head_sweeps.score_gradient_`` for fp32 scores [rows, columns], both at least 1."""
+    targets: Targets,
+    out: Tensor,
+) -> None:
+    """As ``head_plain``'s."""
     rows, columns = scores.shape
-    by_entropy, entropies = entropy_part or (by_log_prob, by_log_prob)
     block = min(_GRADIENT_BLOCK, triton.next_power_of_2(columns))
-    _score_gradient[(rows, triton.cdiv(columns, block))](
+    _gradient[(rows, triton.cdiv(columns, block))](
         scores,
         scores.stride(0),
         columns,
         log_normaliser.contiguous(),
         by_log_prob.contiguous(),
-        by_entropy.contiguous(),
-        entropies.contiguous(),
         *(target.contiguous() for target in targets),
-        with_entropy=entropy_part is not None,
         block=block,
         num_warps=_WARPS,
     )
-    return scores
+    if out is not scores:
+        out.copy_(scores)
 
 
-def _no_targets(scores: Tensor) -> tuple[Tensor, Tensor]:
+def _no_targets(scores: Tensor) -> Targets:
     columns = torch.zeros(scores.shape[0], dtype=torch.int64, device=scores.device)
     return columns, columns.bool()
 
@@ -101,17 +101,14 @@ def _statistics(scores, stride, columns, targets, held, result, rows, block: tl.
 
 
 @triton.jit
-def _score_gradient(
+def _gradient(
     scores,
     stride,
     columns,
     log_normaliser,
     by_log_prob,
-    by_entropy,
-    entropies,
     targets,
     held,
-    with_entropy: tl.constexpr,
     block: tl.constexpr,
 ):
     """One program per row and block of columns; ``scores`` are replaced."""
@@ -123,9 +120,5 @@ def _score_gradient(
     log_p = z - tl.load(log_normaliser + row)
     weight = tl.load(by_log_prob + row)
     at_target = (lanes == tl.load(targets + row)) & (tl.load(held + row) != 0)
-    factor = weight
-    if with_entropy:
-        of_entropy = tl.load(by_entropy + row)
-        factor += of_entropy * (log_p + tl.load(entropies + row))
-    gradient = tl.where(at_target, weight, 0.0) - tl.exp(log_p) * factor
+    gradient = tl.where(at_target, weight, 0.0) - tl.exp(log_p) * weight
     tl.store(cells, gradient, mask=inside)

@@ -64,11 +64,9 @@ def forward_through_stages(
         dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor([received])
 
-    def read_hidden(
-        *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any
-    ) -> Any:
-        weight = output_layer.weight if output_weight is None else output_weight
-        return read(full_hidden(hidden_states, config)[: visibility.tokens], weight)
+    def read_hidden(*, hidden_states: Tensor, **_: Any) -> Any:
+        hidden = full_hidden(hidden_states, config)[: visibility.tokens]
+        return read(hidden, output_weight(model))
 
     output = model(
         input_ids=tokens[None],
@@ -106,6 +104,13 @@ def full_hidden(hidden: Tensor, config: Any) -> Tensor:
     # MuP multiplies the scores, which are linear in the hidden states.
     multiplier = config.mup_output_mult if config.use_mup else 1.0
     return hidden[:, 0] if multiplier == 1.0 else hidden[:, 0] * multiplier
+
+
+def output_weight(model: GPTModel) -> Tensor:
+    """The output layer's weight ``[vocab/tp, hidden]``, on the last stage."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
 
 
 def from_last_stage(value: Tensor) -> Tensor:

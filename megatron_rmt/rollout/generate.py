@@ -36,7 +36,6 @@ from megatron_rmt.model.pipeline import (
 from megatron_rmt.model.visibility import Visibility
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.captured_layers import captured_layers
-from megatron_rmt.rollout.decode_head import DecodeHead, Sampling
 from megatron_rmt.rollout.kv_cache import (
     DecodeVisibility,
     IdleVisibility,
@@ -49,6 +48,7 @@ from megatron_rmt.rollout.kv_cache import (
 from megatron_rmt.rollout.live_rollouts import Ending, LiveRollouts, RolloutPosition
 from megatron_rmt.rollout.memory import rollout_waves
 from megatron_rmt.rollout.responses import Rollout
+from megatron_rmt.rollout.sampling import DecodeHead, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

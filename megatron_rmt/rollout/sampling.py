@@ -1,12 +1,27 @@
-"""Tokens drawn from scores that are split over the tensor-parallel ranks (``algorithm.rng``)."""
+"""From the hidden states of rollouts to their next tokens.
+
+Scores are split over the tensor-parallel ranks; ``algorithm.rng`` gives the numbers for the draws.
+"""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_rmt.cpu import compiled
 from megatron_rmt.cpu.compiled import fused
+from megatron_rmt.model.head import (
+    first_with_maximum,
+    reduce_over_ranks,
+    selected_logits,
+    vocab_range,
+)
+from megatron_rmt.model.head_products import wide_copy
+from megatron_rmt.model.pipeline import output_weight
 
 # A token's weight is a whole number of 2^-34 of the weight of the most probable token. With at most
 # 2^19 tokens every sum of weights stays below 2^53 and is exact in float64, in whatever order and
@@ -21,6 +36,67 @@ _ELEMENTS_CPU = 2**18
 _ELEMENTS_CUDA = 2**25
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from its scores.
+
+    temperature: above 0, also divides the scores of ``greedy``'s log-probs. greedy: the most likely
+    token. top_k, top_p: see ``sample_tokens``.
+    """
+
+    temperature: float
+    greedy: bool = False
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+class DecodeHead:
+    """The language-model head while rollouts are generated, on the last pipeline stage."""
+
+    def __init__(self, model: GPTModel, vocab_size: int, sampling: Sampling) -> None:
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.vocab_size = vocab_size
+        self.sampling = sampling
+        self.weight = output_weight(model)
+        self.start, _ = vocab_range(self.weight.shape[0], vocab_size, self.tp_group)
+        self._wide_weight = wide_copy(self.weight)
+        self._scores: Tensor | None = None
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """fp32 scores ``[rows, vocab/tp]`` of ``hidden`` ``[rows, hidden]``, without padding; the
+        next call overwrites them."""
+        memory = self._scores
+        if memory is not None and len(memory) < len(hidden):
+            memory = None
+        scores = selected_logits(
+            hidden,
+            self.weight,
+            vocab_size=self.vocab_size,
+            tp_group=self.tp_group,
+            memory=memory,
+            wide_weight=self._wide_weight,
+        )
+        if memory is None:
+            self._scores = scores
+        return scores
+
+    def draw(self, scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """A token ``[rows]`` and its log-prob fp32 for each row of ``scores``."""
+        shard = {"vocab_start": self.start, "tp_group": self.tp_group}
+        sampling = self.sampling
+        if not sampling.greedy:
+            return sample_tokens(
+                scores,
+                uniforms,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                **shard,
+            )
+        tokens = greedy_tokens(scores, **shard)
+        return tokens, token_log_probs(scores, tokens, temperature=sampling.temperature, **shard)
+
+
 def _check_logits(logits: Tensor) -> None:
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; pass [rows, vocab/tp]")
@@ -28,8 +104,13 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits has dtype {logits.dtype}; pass float32 (logits.float())")
 
 
-def _parallel_size(tp_group: ProcessGroup | None) -> int:
-    return 1 if tp_group is None else torch.distributed.get_world_size(tp_group)
+def _of_all_ranks(values: Tensor, tp_group: ProcessGroup | None) -> Tensor:
+    """[tp, ...]: ``values`` of every tensor-parallel rank."""
+    if tp_group is None or tp_group.size() == 1:
+        return values[None]
+    gathered = values.new_empty(tp_group.size(), *values.shape)
+    torch.distributed.all_gather_into_tensor(gathered, values.contiguous(), group=tp_group)
+    return gathered
 
 
 def _row_chunks(scores: Tensor) -> list[slice]:
@@ -108,14 +189,9 @@ def _kth_weight(
     """Weight [rows] of the ``k`` th most probable token."""
     largest = logits.topk(min(k, logits.shape[1]), sorted=False).values
     largest = F.pad(largest, (0, k - largest.shape[1]), value=-torch.inf)
-    tp_size = _parallel_size(tp_group)
-    if tp_size > 1:
-        rows = len(logits)
-        gathered = largest.new_empty(tp_size * rows, k)
-        torch.distributed.all_gather_into_tensor(gathered, largest.contiguous(), group=tp_group)
-        largest = gathered.view(tp_size, rows, k).transpose(0, 1).reshape(rows, -1)
-        largest = largest.topk(k, sorted=False).values
-    block = largest.amin(1, keepdim=True).repeat(1, _BLOCK)
+    of_all = _of_all_ranks(largest, tp_group).transpose(0, 1).flatten(1)
+    kth = of_all.topk(k, sorted=False).values.amin(1, keepdim=True)
+    block = kth.repeat(1, _BLOCK)
     return _weigh(block, maxima, temperature)[:, 0]
 
 
@@ -136,8 +212,7 @@ def _nucleus_weight(
     for _ in range(int(_WEIGHT_SCALE).bit_length()):
         middle = ((low + high) / 2).floor()
         reached = _block_sums(logits, maxima, temperature, middle).sum(1)
-        if _parallel_size(tp_group) > 1:
-            torch.distributed.all_reduce(reached, group=tp_group)
+        reduce_over_ranks(reached, ReduceOp.SUM, tp_group)
         heavy = reached >= mass
         low, high = torch.where(heavy, middle, low), torch.where(heavy, high, middle)
     return low
@@ -179,8 +254,7 @@ def sample_tokens(
         an error (no synchronisation with the device).
 
     Raises:
-        ValueError: wrong shape or dtype, temperature not above 0, vocabulary above 2^19, `top_k`
-            below 1, `top_p` not in (0, 1].
+        ValueError: wrong shape or dtype, vocabulary above 2^19.
     """
     _check_logits(logits)
     rows, columns = logits.shape
@@ -188,13 +262,6 @@ def sample_tokens(
         raise ValueError(
             f"uniforms is {uniforms.dtype} {tuple(uniforms.shape)}; pass float64 [{rows}]"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; pass a number above 0")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; pass 1 or more, or None for all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; pass a number in (0, 1], or None for all tokens")
-    tp_size = _parallel_size(tp_group)
     if vocab_start + columns > _MAXIMUM_VOCABULARY:
         raise ValueError(
             f"the vocabulary has {vocab_start + columns} columns or more; at most "
@@ -204,9 +271,7 @@ def sample_tokens(
         nothing = torch.empty(0, device=logits.device)
         return nothing.long(), nothing
 
-    maxima = logits.amax(1)
-    if tp_size > 1:
-        torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=tp_group)
+    maxima = reduce_over_ranks(logits.amax(1), ReduceOp.MAX, tp_group)
     cumulative = _block_sums(logits, maxima, temperature).cumsum(1)
     offset, total = _shard_offset(cumulative[:, -1], tp_group)
     whole, least = total, None
@@ -238,22 +303,15 @@ def sample_tokens(
     column = (block.squeeze(1) * _BLOCK + step).clamp_(max=columns - 1)
     # Ids are below 2^19, so one float64 sum carries them and the scores.
     drawn = torch.stack([column + vocab_start, logits.gather(1, column[:, None])[:, 0]]).double()
-    if tp_size > 1:
-        drawn = torch.where(owned, drawn, 0.0)
-        torch.distributed.all_reduce(drawn, group=tp_group)
+    drawn = reduce_over_ranks(torch.where(owned, drawn, 0.0), ReduceOp.SUM, tp_group)
     log_probs = (drawn[1] - maxima) / temperature - (whole / _WEIGHT_SCALE).log()
     return drawn[0].long(), log_probs.float()
 
 
 def _shard_offset(shard_sum: Tensor, tp_group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """(sum of the weights [rows] of the shards before this one, sum over all shards)."""
-    tp_size = _parallel_size(tp_group)
-    if tp_size == 1:
-        return torch.zeros_like(shard_sum), shard_sum
-    shard_sums = shard_sum.new_empty(tp_size * len(shard_sum))
-    torch.distributed.all_gather_into_tensor(shard_sums, shard_sum.contiguous(), group=tp_group)
-    shard_sums = shard_sums.view(tp_size, -1)
-    rank = torch.distributed.get_rank(tp_group)
+    shard_sums = _of_all_ranks(shard_sum, tp_group)
+    rank = 0 if tp_group is None else tp_group.rank()
     return shard_sums[:rank].sum(0), shard_sums.sum(0)
 
 
@@ -272,16 +330,7 @@ def greedy_tokens(logits: Tensor, *, vocab_start: int, tp_group: ProcessGroup | 
         ValueError: wrong shape or dtype.
     """
     _check_logits(logits)
-    column = logits.argmax(1)
-    token = column + vocab_start
-    if _parallel_size(tp_group) == 1 or len(token) == 0:
-        return token
-    mine = logits.gather(1, column.unsqueeze(1)).squeeze(1)
-    best = mine.clone()
-    torch.distributed.all_reduce(best, torch.distributed.ReduceOp.MAX, group=tp_group)
-    token = torch.where(mine == best, token, torch.iinfo(torch.int64).max)
-    torch.distributed.all_reduce(token, torch.distributed.ReduceOp.MIN, group=tp_group)
-    return token
+    return first_with_maximum(logits.argmax(1) + vocab_start, logits.amax(1), tp_group)
 
 
 def token_log_probs(
@@ -298,9 +347,7 @@ def token_log_probs(
     and scores, both [rows]-sized.
     """
     _check_logits(logits)
-    maxima = logits.amax(1)
-    if _parallel_size(tp_group) > 1:
-        torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=tp_group)
+    maxima = reduce_over_ranks(logits.amax(1), ReduceOp.MAX, tp_group)
     sums = torch.empty(2, len(tokens), dtype=torch.float32, device=logits.device)
     for chunk in _row_chunks(logits):
         shifted = (logits[chunk] - maxima[chunk, None]).mul_(1.0 / temperature)
@@ -308,6 +355,5 @@ def token_log_probs(
         here = (column >= 0) & (column < logits.shape[1])
         own = shifted.gather(1, column.clamp(0, logits.shape[1] - 1)) * here
         sums[0, chunk], sums[1, chunk] = own[:, 0], shifted.exp_().sum(1)
-    if _parallel_size(tp_group) > 1:
-        torch.distributed.all_reduce(sums, group=tp_group)
+    reduce_over_ranks(sums, ReduceOp.SUM, tp_group)
     return sums[0] - sums[1].log()

@@ -17,13 +17,11 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_rmt.algorithm.losses import LossWeights, hybrid_loss, loss_coefficients
-from megatron_rmt.model.head import weighted_log_prob_sum
+from megatron_rmt.algorithm.losses import LossWeights, Predictions, TokenLoss, token_losses
+from megatron_rmt.algorithm.rewards import Metric
+from megatron_rmt.model.head import token_loss_sum
 from megatron_rmt.model.pipeline import full_hidden
 from megatron_rmt.update.tree import Tree
-
-# [sum, count]: Megatron adds both over micro-batches and data-parallel ranks and divides.
-Metric = tuple[float, float]
 
 
 @dataclass
@@ -46,7 +44,8 @@ class Update:
 class LossSettings:
     """ntp_coefficient: the paper's lambda. temperature: at which responses were drawn.
     vocab_size: without padding. chunk_size: rows of the head at a time. ntp_tokens: unmasked NTP
-    tokens of the global batch. scale: undoes what Megatron divides the loss by."""
+    tokens of the global batch. scale: undoes what Megatron divides the loss by. loss: what is
+    trained and logged."""
 
     ntp_coefficient: float
     temperature: float
@@ -54,6 +53,7 @@ class LossSettings:
     chunk_size: int
     ntp_tokens: float
     scale: float
+    loss: TokenLoss = token_losses
 
 
 def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
@@ -61,6 +61,7 @@ def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
 
     def forward_step(updates: Iterator[Update], model: torch.nn.Module) -> tuple[Tensor, Any]:
         update = next(updates)
+        predictions = _predictions(update)
         output = model(
             input_ids=update.tree.tokens[None],
             position_ids=update.tree.visibility.position_ids[None],
@@ -68,9 +69,9 @@ def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
             packed_seq_params=update.tree.visibility,
             padding_mask=_padding(update.tree, get_model_config(model)),
             output_processor=_read_predictions,
-            output_processor_context=(update, settings),
+            output_processor_context=(update.tree, predictions, settings),
         )
-        return output, functools.partial(_loss, update, settings)
+        return output, functools.partial(_loss, update, predictions, settings)
 
     return forward_step
 
@@ -84,43 +85,56 @@ def _padding(tree: Tree, config: Any) -> Tensor | None:
     return (torch.arange(rows, device=tree.tokens.device) >= tree.visibility.tokens)[None]
 
 
+def _predictions(update: Update) -> Predictions:
+    weights = update.weights
+    on_trunk, on_responses = torch.zeros_like(weights.ntp), torch.zeros_like(weights.policy)
+    return Predictions(
+        ntp=torch.cat([weights.ntp, on_responses]),
+        policy=torch.cat([on_trunk, weights.policy]),
+        supervised=torch.cat([on_trunk, weights.supervised]),
+        drawn_log_probs=torch.cat([on_trunk, update.tree.drawn_log_probs]),
+    )
+
+
 def _read_predictions(
     *,
     hidden_states: Tensor,
     output_layer: Any,
     output_weight: Tensor | None,
-    context: tuple[Update, LossSettings],
+    context: tuple[Tree, Predictions, LossSettings],
     config: Any,
     **_: Any,
 ) -> Tensor:
     """``GPTModel``'s ``output_processor``: ``[1 + predictions]`` fp32.
 
-    First a sum whose gradient is the loss's, as the derivative of the loss by every log-prob is
-    known before (``loss_coefficients``), then the log-probs of the tree's targets, constants. Only
-    rows that predict something reach the head. The sampling temperature divides the scores of
-    responses.
+    First the loss, then the log-probs of the tree's targets, constants. Only rows that predict
+    something reach the head. The sampling temperature divides the scores of responses.
     """
-    update, settings = context
-    tree = update.tree
+    tree, predictions, settings = context
     hidden = full_hidden(hidden_states, config).index_select(0, tree.predicting)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     scale = torch.ones(hidden.shape[0], dtype=wide, device=hidden.device)
     scale[tree.trunk_predictions :] = 1 / settings.temperature
-    total, log_probs, _ = weighted_log_prob_sum(
+
+    def loss(rows: slice, log_probs: Tensor) -> Tensor:
+        losses = settings.loss(log_probs, predictions.at(rows))
+        return losses.hybrid(settings.ntp_coefficient)
+
+    total, log_probs = token_loss_sum(
         hidden,
         output_layer.weight if output_weight is None else output_weight,
         tree.targets,
-        torch.cat(loss_coefficients(update.weights, ntp_coefficient=settings.ntp_coefficient)),
+        loss,
         vocab_size=settings.vocab_size,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         chunk_size=settings.chunk_size,
         scale=scale,
     )
-    return torch.cat([total[None], log_probs.detach()])
+    return torch.cat([total[None], log_probs])
 
 
 def _loss(
-    update: Update, settings: LossSettings, output: Tensor
+    update: Update, predictions: Predictions, settings: LossSettings, output: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's ``loss_func``: (loss, 1 "token", report).
 
@@ -129,27 +143,26 @@ def _loss(
     each micro-batch reports one. ``settings.scale`` undoes it, since the weights are global.
     """
     tree = update.tree
-    for_gradient, log_probs = output[0], output[1:].detach()
-    on_trunk, on_responses = log_probs.split(
-        [tree.trunk_predictions, log_probs.shape[0] - tree.trunk_predictions]
-    )
-    loss = hybrid_loss(
-        on_trunk, on_responses, update.weights, ntp_coefficient=settings.ntp_coefficient
-    )
+    total, log_probs = output[0], output[1:].detach()
+    on_trunk, on_responses = slice(tree.trunk_predictions), slice(tree.trunk_predictions, None)
+
+    def sums_of(rows: slice) -> Tensor:
+        losses = settings.loss(log_probs[rows], predictions.at(rows))
+        return torch.stack([part.sum() for part in losses])
+
+    # What is trained, in its parts; apart, as a sum's last digit depends on what zeros are added.
+    ntp, policy, supervised = sums_of(on_trunk) + sums_of(on_responses)
     # Forced tokens were not drawn, so there is nothing to compare.
-    difference = (on_responses - tree.drawn_log_probs).abs() * tree.drawn
+    difference = (log_probs[on_responses] - tree.drawn_log_probs).abs() * tree.drawn
     if difference.numel():
         update.largest_difference = difference.max()
     report = {key: torch.tensor(value) for key, value in update.metrics.items()}
-    ntp_tokens = tree.ntp_mask.sum()
-    report["lm loss"] = torch.stack([loss.ntp * settings.ntp_tokens, ntp_tokens])
+    report["lm loss"] = torch.stack([ntp * settings.ntp_tokens, tree.ntp_mask.sum()])
     one = torch.ones((), device=log_probs.device) / settings.scale
-    report["rmt rl loss"] = torch.stack([loss.policy, one])
-    report["rmt warm-up loss"] = torch.stack([loss.supervised, one])
+    report["rmt rl loss"] = torch.stack([policy, one])
+    report["rmt warm-up loss"] = torch.stack([supervised, one])
     update.difference = torch.stack([difference.sum(), tree.drawn.float().sum()])
     report["rmt logprob difference"] = update.difference
     report = {key: value.to(log_probs.device).float() for key, value in report.items()}
     one_token = torch.ones((), dtype=torch.int, device=log_probs.device)
-    # The value of the loss with the gradient of the sum.
-    total = for_gradient + (loss.total - for_gradient).detach()
     return total * settings.scale, one_token, report

@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_rmt.model.gpt import Policy
-from megatron_rmt.model.head import weighted_log_prob_sum
+from megatron_rmt.model.head import token_loss_sum
 from megatron_rmt.model.pipeline import forward_through_stages, from_last_stage
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.responses import written
@@ -61,11 +61,11 @@ def log_probs_of_truth(
     targets = torch.cat([labels, tree.targets[last]])
 
     def read(hidden: Tensor, weight: Tensor) -> Tensor:
-        _, log_probs, _ = weighted_log_prob_sum(
+        _, log_probs = token_loss_sum(
             hidden[predicting],
             weight,
             targets,
-            torch.ones(len(targets), device=device),
+            lambda rows, log_probs: -log_probs,
             vocab_size=policy.vocab_size,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             chunk_size=policy.head_chunk_size,

@@ -1,17 +1,12 @@
-"""The language-model head, forward and backward: log-probs, entropies, gradients of both inputs.
+"""The language-model head, forward and backward: log-probs, gradients of both inputs.
 
-Cases, on the same rows, weight and targets; before they are timed, the gradients of those with the
-same loss are compared:
+Cases, on the same rows, weight and targets; before they are timed, their gradients are compared:
 
-    one-pass             log-probs; gradients in the same sweep (next-token loss, on-policy GRPO)
-    one-pass, entropies  the same with entropies
-    recompute            log-probs and entropies; scores computed again in backward
+    one-pass             the gradients are made in the sweep that finds the log-probs
     saved softmax        what RL frameworks on Megatron do: all logits, then vocabulary-parallel
-                         entropy and cross entropy, 3 all-reduces each, softmax kept for backward
-    saved, log-probs     the same without entropies: Megatron's vocabulary-parallel cross entropy
+                         cross entropy, 3 all-reduces, softmax kept for backward
     gather, log-softmax  gather the vocabulary on every rank, then torch's log_softmax
-    3 products           scores, and both gradients from them: the floor of one-pass
-    4 products           the floor of recompute, which computes the scores twice
+    3 products           scores, and both gradients from them: the floor
 
 Peak memory is what torch's allocators hold at most beyond the inputs, gradients included, added up
 from the allocator events of the profiler (on a GPU: its own counter): every temporary inside an
@@ -21,7 +16,6 @@ CPU are of processor time, in which other programs that take the processor do no
 """
 
 import argparse
-import functools
 import os
 import sys
 import tempfile
@@ -39,25 +33,14 @@ from benchmarks.measurement import Report, interleaved, median, peak_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_rmt.model.head import token_statistics, weighted_log_prob_sum
+from megatron_rmt.model.head import token_loss_sum
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FLOORS = {
-    "one-pass": "3 products",
-    "one-pass, entropies": "3 products",
-    "recompute": "4 products",
-    "saved softmax": "3 products",
-    "saved, log-probs": "3 products",
-    "gather, log-softmax": "3 products",
-}
-# What gives the same results as "one-pass, entropies" and "recompute".
-SAME_LOSS = (
-    ("one-pass", "saved, log-probs"),
-    ("one-pass, entropies", "recompute", "saved softmax", "gather, log-softmax"),
-)
 # The baselines round logits to bf16 in bf16.
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}
 BASELINES = ("saved softmax", "gather, log-softmax")
+FLOOR = "3 products"
+CASES = ("one-pass", *BASELINES, FLOOR)
 MEBIBYTE = 2**20
 
 
@@ -87,9 +70,9 @@ def run(flags: argparse.Namespace) -> Report:
         raise ValueError(
             f"--vocab is {flags.vocab}; pass 2 or more, a multiple of --tensor-parallel ({ranks})."
         )
-    unknown = set(flags.cases or ()) - {*FLOORS, *FLOORS.values()}
+    unknown = set(flags.cases or ()) - {*CASES}
     if unknown:
-        raise ValueError(f"--cases names {sorted(unknown)}; pass {[*FLOORS, *FLOORS.values()]}.")
+        raise ValueError(f"--cases names {sorted(unknown)}; pass {[*CASES]}.")
     torch.set_num_threads(flags.threads)
     if ranks == 1:
         return _report(flags, [_measure(flags, rows, None) for rows in flags.rows])
@@ -125,13 +108,12 @@ def _measure(
     cases = _cases(flags, rows, group)
     if flags.cases:
         cases = {name: case for name, case in cases.items() if name in flags.cases}
-    memory, results = {}, {}
+    memory, reference = {}, None
     for name, case in cases.items():
         memory[name], gradients = peak_memory(case, flags.device)
-        for group_of_cases in SAME_LOSS:
-            if name in group_of_cases:
-                reference = results.setdefault(group_of_cases, gradients)
-                _compare(name, gradients, reference, TOLERANCE[flags.dtype])
+        if name != FLOOR:
+            reference = reference or gradients
+            _compare(name, gradients, reference, TOLERANCE[flags.dtype])
         del gradients
 
     processor: dict[str, list[float]] = {name: [] for name in cases}
@@ -175,8 +157,6 @@ def _cases(
     hidden = normal(rows, flags.hidden).to(flags.device, dtype)
     targets = torch.randint(flags.vocab, (rows,), generator=generator).to(flags.device)
     by_log_prob = normal(rows).to(flags.device)
-    by_entropy = 0.01 * normal(rows).to(flags.device)
-    coefficients = {"coefficients": by_log_prob}
     settings = {"vocab_size": flags.vocab, "tp_group": group, "chunk_size": flags.chunk_size}
 
     def gradients(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
@@ -187,49 +167,29 @@ def _cases(
         return forward_and_backward
 
     def one_pass(hidden: Tensor, weight: Tensor) -> Tensor:
-        return weighted_log_prob_sum(hidden, weight, targets, **coefficients, **settings)[0]
-
-    def one_pass_entropies(hidden: Tensor, weight: Tensor) -> Tensor:
-        return weighted_log_prob_sum(
-            hidden, weight, targets, **coefficients, entropy_coefficients=by_entropy, **settings
+        return token_loss_sum(
+            hidden, weight, targets, lambda rows, own: by_log_prob[rows] * own, **settings
         )[0]
 
-    def recompute(hidden: Tensor, weight: Tensor) -> Tensor:
-        log_probs, entropies = token_statistics(hidden, weight, targets, **settings)
-        return torch.dot(log_probs, by_log_prob) + torch.dot(entropies, by_entropy)
-
-    def saved_softmax(with_entropies: bool, hidden: Tensor, weight: Tensor) -> Tensor:
+    def saved_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = _parallel_logits(hidden, weight, group)
-        loss = torch.zeros((), device=hidden.device)
-        if with_entropies:
-            loss = torch.dot(_SavedEntropy.apply(logits, group), by_entropy)
-            # The cross entropy writes into its input, as Megatron's does.
-            logits = logits.clone()
-        start = rank * shard_rows
-        cross_entropy = _SavedCrossEntropy.apply(logits, targets - start, group)
-        return loss - torch.dot(cross_entropy, by_log_prob)
+        cross_entropy = _SavedCrossEntropy.apply(logits, targets - rank * shard_rows, group)
+        return -torch.dot(cross_entropy, by_log_prob)
 
     def gather(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = _Gather.apply(_parallel_logits(hidden, weight, group), group)
-        log_p = logits.log_softmax(-1)
-        log_probs = log_p.gather(1, targets[:, None])[:, 0]
-        entropies = -(log_p.exp() * log_p).sum(-1)
-        return torch.dot(log_probs, by_log_prob) + torch.dot(entropies, by_entropy)
+        log_probs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return torch.dot(log_probs, by_log_prob)
 
-    def products(of_scores: int) -> tuple[Tensor, Tensor]:
-        for _ in range(of_scores):
-            scores = hidden @ weight.t()
+    def products() -> tuple[Tensor, Tensor]:
+        scores = hidden @ weight.t()
         return scores @ weight, scores.t() @ hidden
 
     return {
         "one-pass": gradients(one_pass),
-        "one-pass, entropies": gradients(one_pass_entropies),
-        "recompute": gradients(recompute),
-        "saved softmax": gradients(functools.partial(saved_softmax, True)),
-        "saved, log-probs": gradients(functools.partial(saved_softmax, False)),
+        "saved softmax": gradients(saved_softmax),
         "gather, log-softmax": gradients(gather),
-        "3 products": functools.partial(products, 1),
-        "4 products": functools.partial(products, 2),
+        FLOOR: products,
     }
 
 
@@ -252,7 +212,7 @@ def _report(flags: argparse.Namespace, results: list[dict[str, dict[str, object]
         memory = {name: case["peak bytes"] for name, case in cases.items()}
         best = min((n for n in BASELINES if n in cases), key=seconds.__getitem__, default=None)
         for name in cases:
-            floor = seconds.get(FLOORS.get(name))
+            floor = None if name == FLOOR else seconds.get(FLOOR)
             table.append(
                 [
                     str(rows),
@@ -277,7 +237,7 @@ def _report(flags: argparse.Namespace, results: list[dict[str, dict[str, object]
         rows=table,
         notes=[
             f"Medians of {flags.repeats}, interleaved; ratios are of {clock}. Best baseline: the "
-            f"faster of {' and '.join(BASELINES)}, which give the same results as recompute.",
+            f"faster of {' and '.join(BASELINES)}.",
             "Gradients, part of every peak: "
             + ", ".join(
                 f"{size:.0f} MB ({rows} rows)"
@@ -311,25 +271,6 @@ class _ToEveryRank(torch.autograd.Function):
 def _parallel_logits(hidden: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[rows, vocab/tp] fp32, made in the dtype of the inputs."""
     return (_ToEveryRank.apply(hidden, group) @ weight.t()).float()
-
-
-class _SavedEntropy(torch.autograd.Function):
-    """H = m + log Z - sum p z; keeps logits and softmax. MAX, SUM, SUM."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        maxima = _reduce(logits.amax(-1, keepdim=True), ReduceOp.MAX, group)
-        softmax = (logits - maxima).exp_()
-        normaliser = _reduce(softmax.sum(-1, keepdim=True), ReduceOp.SUM, group)
-        softmax.div_(normaliser)
-        mean = _reduce((softmax * logits).sum(-1, keepdim=True), ReduceOp.SUM, group)
-        ctx.save_for_backward(logits, softmax, mean)
-        return (maxima + normaliser.log() - mean)[:, 0]
-
-    @staticmethod
-    def backward(ctx, by_entropy: Tensor) -> tuple[Tensor, None]:
-        logits, softmax, mean = ctx.saved_tensors
-        return (mean - logits).mul_(softmax).mul_(by_entropy[:, None]), None
 
 
 class _SavedCrossEntropy(torch.autograd.Function):
