@@ -108,9 +108,10 @@ def _of_all_ranks(values: Tensor, tp_group: ProcessGroup | None) -> Tensor:
     """[tp, ...]: ``values`` of every tensor-parallel rank."""
     if tp_group is None or tp_group.size() == 1:
         return values[None]
-    gathered = values.new_empty(tp_group.size(), *values.shape)
+    ranks, shape = tp_group.size(), values.shape
+    gathered = values.new_empty(ranks * shape[0], *shape[1:])
     torch.distributed.all_gather_into_tensor(gathered, values.contiguous(), group=tp_group)
-    return gathered
+    return gathered.view(ranks, *shape)
 
 
 def _row_chunks(scores: Tensor) -> list[slice]:
