@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 PROGRAM = r"""
 import torch
 import megatron_rmt.model.head_triton as kernels
-from megatron_rmt import head, head_sweeps
+from megatron_rmt.model import head, head_sweeps
 
 kernels._STATISTICS_BLOCK, kernels._GRADIENT_BLOCK = 32, 16
 generator = torch.Generator().manual_seed(3)
