@@ -1,4 +1,4 @@
-"""Functions in the place of ours, by name or by importable path; what cannot be called is refused."""
+"""Functions in the place of ours, by name or by path; what cannot be called is refused."""
 
 import re
 from collections.abc import Callable
