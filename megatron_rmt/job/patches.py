@@ -32,6 +32,7 @@ from megatron_rmt.step import collect
 from megatron_rmt.update.forward_step import Update, make_forward_step
 from megatron_rmt.update.logprob_check import check_log_probs, logprob_tolerance
 
+# The one minor version that is supported, and the next.
 SUPPORTED = ("0.19", "0.20")
 
 
@@ -282,9 +283,7 @@ def unpatch() -> None:
 
 def _check_version() -> None:
     version = importlib.metadata.version("megatron-core")
-    numbers = tuple(int(part) for part in version.split(".")[:2])
-    low, high = (tuple(map(int, bound.split("."))) for bound in SUPPORTED)
-    if not low <= numbers < high:
+    if version.split(".")[:2] != SUPPORTED[0].split("."):
         raise RuntimeError(
             f"megatron_rmt.patch() supports megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]} but "
             f"found {version}; install a supported release."

@@ -16,7 +16,7 @@ does not change, since its weights are those of the global batch.
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,7 @@ import torch.distributed as dist
 from megatron_rmt.update.tree import ReasonedSample
 
 
-@dataclass(frozen=True)
-class TreeSize:
+class TreeSize(NamedTuple):
     """Of one tree: packed tokens, (query, key) pairs that see each other, rows of the head."""
 
     tokens: int
@@ -156,11 +155,10 @@ def repack(
     """
     samples = [sample for micro_batch in micro_batches for sample in micro_batch]
     sent = [pickle.dumps(sample) for sample in samples]
-    sizes = [tree_size(sample, stem_length) for sample in samples]
     own = torch.tensor(
         [
-            [size.tokens, size.pairs, size.predictions, len(content)]
-            for size, content in zip(sizes, sent, strict=True)
+            [*tree_size(sample, stem_length), len(content)]
+            for sample, content in zip(samples, sent, strict=True)
         ],
         dtype=torch.int64,
         device=device,
