@@ -137,8 +137,12 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
         call["data_iterator"].advance()
     schedule = schedule_of_step(run.settings, iteration, options.train_iters)
     began_collecting = time.perf_counter()
-    with generating(run.policy.model):
-        collected = collect(run, batches, schedule)
+    try:
+        with generating(run.policy.model):
+            collected = collect(run, batches, schedule)
+    except ValueError as error:
+        # What only a reward of the user's own, or its memory, tells; before any weight has moved.
+        raise SystemExit(f"RMT, iteration {iteration + 1}: {error}") from None
     updates = collected.updates
     began_update = time.perf_counter()
 

@@ -85,6 +85,12 @@ def response_metrics(
         "rmt budget": (schedule.budget * len(positions), float(len(positions))),
     }
     metrics = {name: (float(of) if count else 0.0, count) for name, (of, count) in sums.items()}
+    taken = metrics.keys() & evidence.reports.keys()
+    if taken:
+        raise ValueError(
+            f"--rmt-reward {settings.reward} reports {', '.join(sorted(taken))}, which RMT logs by "
+            "itself; choose another name."
+        )
     return metrics | evidence.reports
 
 
