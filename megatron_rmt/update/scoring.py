@@ -83,12 +83,11 @@ def score(
     # In the warm-up answers are given; what is drawn, the thoughts, learns to last until the
     # budget. Else models soon close every thought at once, as closing is all that they are shown.
     earned = torch.zeros_like(by_length) if warm_up else reward(evidence)
-    fits = isinstance(earned, Tensor) and earned.shape == by_length.shape
-    if not (fits and bool(earned.isfinite().all())):
-        found = f"values that are not finite, {list(earned.shape)}" if fits else repr(earned)
+    shape = list(earned.shape) if isinstance(earned, Tensor) else type(earned).__name__
+    if shape != list(by_length.shape) or not bool(earned.isfinite().all()):
         raise ValueError(
-            f"--rmt-reward {settings.reward} returned {found}; return a finite float tensor "
-            f"[positions, group], here {list(by_length.shape)}."
+            f"--rmt-reward {settings.reward} returned {shape}, or values that are not finite; "
+            f"return a finite float tensor [positions, group], here {list(by_length.shape)}."
         )
     weight = 0.0 if settings.no_length_reward else settings.length_reward_weight
     rewards = total_reward(earned, by_length, weight)
