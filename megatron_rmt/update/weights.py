@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_rmt.algorithm.losses import LossWeights, response_weights
+from megatron_rmt.algorithm.losses import Predictions, response_weights
 from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.update.tree import ChosenPosition, Tree
 
@@ -17,7 +17,7 @@ def loss_weights(
     all_positions: float,
     ntp_tokens: float,
     schedule: Schedule,
-) -> LossWeights:
+) -> Predictions:
     """Of one tree's predictions. all_positions, ntp_tokens: of the global batch."""
     device = tree.tokens.device
     values = torch.tensor([value for position in positions for value in position.advantages])
@@ -32,9 +32,8 @@ def loss_weights(
         # of the answer its weight.
         for part in (~tree.drawn & thought, ~tree.drawn & ~thought):
             supervised += share(torch.ones_like(values).to(device), selected=part)
-    return LossWeights(
-        ntp=tree.ntp_mask / max(ntp_tokens, 1.0), policy=policy, supervised=supervised
-    )
+    ntp = tree.ntp_mask / max(ntp_tokens, 1.0)
+    return Predictions.of(ntp, policy, supervised, tree.drawn_log_probs)
 
 
 def _in_thought(tree: Tree, thought_lengths: Sequence[int]) -> Tensor:
