@@ -9,10 +9,16 @@ import torch
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.mid_training import longest_position
 from megatron_rmt.prompt.prompt import Prompt, ResponseBound
 from megatron_rmt.prompt.response import Response
 from megatron_rmt.prompt.template import TEMPLATES, Template
 from megatron_rmt.rollout.live_rollouts import Ending, LiveRollouts, RolloutPosition
+from megatron_rmt.rollout.responses import written
+from megatron_rmt.rollout.trunk import UserBatch, build_trunk
+from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree
+from megatron_rmt.update.truth import _closed_with_truth
 from tests.tiny_tokenizer import build_tokenizer
 
 CHAT = (
@@ -220,19 +226,19 @@ def test_the_longest_response_that_can_be_written_is_the_bound(name, budget):
     ends = ([], [END_OF_THOUGHT], _ids("</t>"), _ids("</t"), [0], [END_OF_THOUGHT, 0])
     scripts = [[OTHER] * before + end for before in range(2 * budget + 2) for end in ends]
 
-    def written(bound: ResponseBound) -> list[list[int]]:
+    def responses_within(bound: ResponseBound) -> list[list[int]]:
         ending = Ending(bound, prompt.answer_tokens, prompt.close, mode["writes_truth"])
         return [
             _written(prompt, ending, mode["thinks"], mode["truth"], script) for script in scripts
         ]
 
     # With room for more, so that what is too long shows.
-    responses = written(dataclasses.replace(bound, answer=bound.answer + 50))
+    responses = responses_within(dataclasses.replace(bound, answer=bound.answer + 50))
     longest = max(map(len, responses))
     assert longest <= bound.tokens
     # Nothing is reserved in vain, but for a truth that is shorter than an answer may be.
     assert longest == bound.tokens or name == "warm-up, short truth"
-    assert written(bound) == responses
+    assert responses_within(bound) == responses
 
 
 def test_the_parts_of_the_bound():
@@ -274,3 +280,26 @@ def test_no_step_of_a_run_has_a_larger_bound_than_the_longest_response(
                 for budget in range(1, largest + 1)
             ]
         assert max(bound.tokens for bound in bounds) <= longest
+
+
+@pytest.mark.parametrize("answer_tokens", [1, 3, 4, 32])
+@pytest.mark.parametrize("force_close", [False, True])
+def test_positions_hold_the_longest_thought_with_its_end_written_for_a_reward(
+    force_close, answer_tokens
+):
+    """As it is where a reward asks for the log-prob of the truth behind it."""
+    budget, length = 5, 12
+    prompt = _of_letters(force_close=force_close, answer_tokens=answer_tokens)
+    settings = Settings(initial_budget=budget, answer_tokens=answer_tokens, force_close=force_close)
+    text = torch.full((1, length), OTHER)
+    batch = UserBatch(text, torch.arange(length)[None], text, torch.ones(1, length))
+    (sample,) = build_trunk(batch, [0], preamble=[], end_of_document=0, separate_documents=False)
+    thought = written([OTHER] * 2 * budget)
+    last = ChosenPosition(length - 1, [thought], [prompt.read(thought.tokens.tolist())])
+    tree = grow_tree(
+        [_closed_with_truth(prompt, ReasonedSample(sample, [last]))],
+        prompt.stem(budget),
+        longest_position=longest_position(length, settings, prompt),
+        device=torch.device("cpu"),
+    )
+    assert int(tree.visibility.position_ids.max()) < longest_position(length, settings, prompt)
