@@ -21,6 +21,9 @@ from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes, key_value_bytes
 
+# The settings that may name a function of the user's own, and ours by name.
+DOORS = {"reward": REWARDS, "select": SELECTIONS, "loss": LOSSES}
+
 
 @dataclass(frozen=True)
 class MidTraining:
@@ -66,9 +69,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
             attention=settings.attention,
         ),
         prompt=prompt,
-        reward=find("--rmt-reward", settings.reward, REWARDS),
-        select=find("--rmt-select", settings.select, SELECTIONS),
-        loss=find("--rmt-loss", settings.loss, LOSSES),
+        **{name: find(f"--rmt-{name}", getattr(settings, name), DOORS[name]) for name in DOORS},
         seed=args.seed if settings.seed is None else settings.seed,
     )
     _announce_memory(run)

@@ -15,7 +15,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rmt.algorithm.losses import (
-    LossWeights,
     Predictions,
     TokenLoss,
     TokenLosses,
@@ -129,12 +128,13 @@ def _updates(batches: list[MicroBatch], dtype: torch.dtype, warm_up: bool) -> li
         tree, values = batch.tree, batch.advantages.flatten().to(dtype)
         ones = torch.ones_like(values)
         share = {"positions": positions * GROUP}
-        weights = LossWeights(
-            ntp=tree.ntp_mask.to(dtype) / _ntp_tokens(batches),
-            policy=response_weights(values, tree.rollouts, tree.drawn, **share),
-            supervised=response_weights(ones, tree.rollouts, ~tree.drawn, **share) * warm_up,
+        predictions = Predictions.of(
+            tree.ntp_mask.to(dtype) / _ntp_tokens(batches),
+            response_weights(values, tree.rollouts, tree.drawn, **share),
+            response_weights(ones, tree.rollouts, ~tree.drawn, **share) * warm_up,
+            tree.drawn_log_probs,
         )
-        updates.append(Update(tree, weights, {"rmt reward": (2.5, 4.0)}))
+        updates.append(Update(tree, predictions, {"rmt reward": (2.5, 4.0)}))
     return updates
 
 
@@ -571,7 +571,7 @@ def test_another_loss_is_trained_and_logged():
     assert _whole_error(on_policy, expected) > 0.1
     for update, report, other in zip(updates, clipped_reports, reports, strict=True):
         ratio = torch.linspace(-0.6, 0.6, len(update.tree.drawn), dtype=torch.float64).exp()
-        policy = update.weights.policy
+        policy = update.predictions.policy[update.tree.trunk_predictions :]
         clipped = torch.minimum(policy * ratio, policy * ratio.clamp(0.8, 1.28))
         torch.testing.assert_close(report["rmt rl loss"][0], -clipped.sum().float())
         for name in ("lm loss", "rmt warm-up loss"):

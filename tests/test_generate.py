@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from megatron_rmt.algorithm.losses import LossWeights
+from megatron_rmt.algorithm.losses import Predictions
 from megatron_rmt.algorithm.rng import uniforms
 from megatron_rmt.cpu import compiled as cpu_compiled
 from megatron_rmt.model.gpt import Policy
@@ -457,9 +457,9 @@ def test_log_probs_when_drawn_equal_those_of_the_update(name):
             scale=1.0,
         )
         of_responses = torch.zeros(len(tree.drawn))
-        weights = LossWeights(tree.ntp_mask, of_responses, of_responses)
+        known = Predictions.of(tree.ntp_mask, of_responses, of_responses, tree.drawn_log_probs)
         with torch.no_grad():
-            output, _ = make_forward_step(settings)(iter([Update(tree, weights, {})]), model)
+            output, _ = make_forward_step(settings)(iter([Update(tree, known, {})]), model)
         _, on_responses = output[1:].split([tree.trunk_predictions, len(tree.drawn)])
         assert tree.drawn.sum() > 10
         difference = (on_responses - tree.drawn_log_probs)[tree.drawn].abs().max()

@@ -147,8 +147,10 @@ def test_weights_hold_the_means_of_the_global_batch(warm_up):
     tree = _grow(of)
     positions = [position for sample in of.reasoned for position in sample.positions]
     weights = loss_weights(positions, tree, 6.0, 50.0, of.schedule)
-    torch.testing.assert_close(weights.ntp, tree.ntp_mask / 50)
-    token = 0
+    token = tree.trunk_predictions
+    torch.testing.assert_close(weights.ntp[:token], tree.ntp_mask / 50)
+    assert not weights.ntp[token:].any()
+    assert not torch.stack([weights.policy, weights.supervised])[:, :token].any()
     for position in positions:
         for rollout, advantage in zip(position.rollouts, position.advantages, strict=True):
             for drawn in rollout.drawn.tolist():
@@ -175,7 +177,8 @@ def test_thought_and_answer_from_the_text_weigh_the_same():
     assert not weights.policy.any()
     # Three tokens of thought, then its end and the answer; 6 positions in the global batch.
     expected = [1 / 3 / 6] * 3 + [1 / 2 / 6] * 2
-    torch.testing.assert_close(weights.supervised, torch.tensor(expected * 3))
+    on_responses = weights.supervised[tree.trunk_predictions :]
+    torch.testing.assert_close(on_responses, torch.tensor(expected * 3))
 
 
 def test_every_token_of_a_tree_is_counted_once():

@@ -10,25 +10,10 @@ over the other unmasked tokens of the global batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Weight of each prediction's log-prob in the loss of one micro-batch, all fp32.
-
-    ntp: ``[trunk predictions]``, loss mask / unmasked tokens of the global batch. policy:
-    ``[response predictions]``, advantage / (drawn tokens of the response * group * positions of the
-    global batch). supervised: ``[response predictions]``, the format warm-up's weights.
-    """
-
-    ntp: Tensor
-    policy: Tensor
-    supervised: Tensor
 
 
 def response_weights(
@@ -49,10 +34,13 @@ def response_weights(
 
 
 class Predictions(NamedTuple):
-    """What a loss knows of each prediction besides its log-prob: ``[predictions]`` each, those of
-    the trunk first, 0 where it does not apply.
+    """What a loss knows of each prediction besides its log-prob: fp32 ``[predictions]`` each, those
+    of the trunk first, 0 where it does not apply.
 
-    ntp, policy, supervised: as in ``LossWeights``. drawn_log_probs: of a drawn token, when it was.
+    ntp, policy, supervised: weights of the log-prob in the global batch's loss. ntp: loss mask /
+    unmasked tokens of the global batch. policy: advantage / (drawn tokens of the response * group *
+    positions of the global batch). supervised: the format warm-up's. drawn_log_probs: of a drawn
+    token, when it was.
     """
 
     ntp: Tensor
@@ -60,7 +48,14 @@ class Predictions(NamedTuple):
     supervised: Tensor
     drawn_log_probs: Tensor
 
-    def at(self, rows: slice) -> "Predictions":
+    @classmethod
+    def of(cls, ntp: Tensor, *of_responses: Tensor) -> Self:
+        """ntp: ``[trunk predictions]``; the others, in order, ``[response predictions]``."""
+        on_trunk, on_responses = torch.zeros_like(ntp), torch.zeros_like(of_responses[0])
+        padded = (torch.cat([on_trunk, values]) for values in of_responses)
+        return cls(torch.cat([ntp, on_responses]), *padded)
+
+    def at(self, rows: slice) -> Self:
         """Those of ``rows`` alone."""
         return Predictions(*(values[rows] for values in self))
 

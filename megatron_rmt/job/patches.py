@@ -32,8 +32,7 @@ from megatron_rmt.step import collect
 from megatron_rmt.update.forward_step import Update, make_forward_step
 from megatron_rmt.update.logprob_check import check_log_probs, logprob_tolerance
 
-# The one minor version that is supported, and the next.
-SUPPORTED = ("0.19", "0.20")
+SUPPORTED = ">=0.19,<0.20"
 
 
 @dataclass(frozen=True)
@@ -246,7 +245,12 @@ def patch() -> None:
         RuntimeError: Megatron-Core's version is outside the supported range, or a symbol is missing
             or lacks a parameter; nothing is patched then.
     """
-    _check_version()
+    version = importlib.metadata.version("megatron-core")
+    if version.split(".")[:2] != ["0", "19"]:
+        raise RuntimeError(
+            f"megatron_rmt.patch() supports megatron-core {SUPPORTED} but found {version}; install "
+            "a supported release."
+        )
     found = [(symbol, *_expected(symbol)) for symbol in (*PATCHES, *RELIED_ON)]
     for symbol, owner, function in found:
         if symbol.replacement and not hasattr(function, "megatron_rmt_original"):
@@ -285,30 +289,19 @@ def unpatch() -> None:
         setattr(owner, entry.name, function.megatron_rmt_original)
 
 
-def _check_version() -> None:
-    version = importlib.metadata.version("megatron-core")
-    if version.split(".")[:2] != SUPPORTED[0].split("."):
-        raise RuntimeError(
-            f"megatron_rmt.patch() supports megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]} but "
-            f"found {version}; install a supported release."
-        )
-
-
 def _expected(symbol: Symbol) -> tuple[Any, Callable[..., Any]]:
     """What holds ``symbol`` and the function, if it is what RMT was written for."""
-    version = importlib.metadata.version("megatron-core")
+    release = f"megatron-core {importlib.metadata.version('megatron-core')}"
     place = symbol.find()
     if place is None:
         raise RuntimeError(
-            f"megatron_rmt.patch() expected {symbol} but megatron-core {version} has no such "
-            f"symbol; install megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]}."
+            f"megatron_rmt.patch() expected {symbol} but {release} has no such symbol; install "
+            f"megatron-core {SUPPORTED}."
         )
-    present = tuple(inspect.signature(place[1]).parameters)
-    needed = symbol.parameters.split()
+    present, needed = inspect.signature(place[1]).parameters, symbol.parameters.split()
     if not set(needed) <= set(present):
         raise RuntimeError(
-            f"megatron_rmt.patch() expected {symbol} with parameters "
-            f"{', '.join(needed)} but megatron-core {version} has "
-            f"{', '.join(present)}; install megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]}."
+            f"megatron_rmt.patch() expected {symbol} with parameters {', '.join(needed)} but "
+            f"{release} has {', '.join(present)}; install megatron-core {SUPPORTED}."
         )
     return place

@@ -244,8 +244,6 @@ def versions() -> dict[str, str]:
     """Versions of the packages that decide what a run computes; those that are absent left out."""
     found = {}
     for name in ("megatron_rmt", "megatron-core", "torch", "transformers", "transformer-engine"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found

@@ -13,13 +13,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-from megatron_rmt.algorithm.curriculum import SELECTIONS
 from megatron_rmt.algorithm.doors import find
-from megatron_rmt.algorithm.losses import LOSSES
-from megatron_rmt.algorithm.rewards import REWARDS
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.settings import flag_name, setting_problems
-from megatron_rmt.mid_training import fitting_problem, read_prompt
+from megatron_rmt.mid_training import DOORS, fitting_problem, read_prompt
 from megatron_rmt.prompt.token_bytes import token_bytes
 
 # Tokens of each data file that are compared with the vocabulary.
@@ -52,13 +49,9 @@ def check_rmt_arguments(args: Namespace) -> None:
 
 def _doors(settings: Settings) -> Iterator[str]:
     """Functions of the user's own that cannot be found or called."""
-    for flag, name, known in (
-        ("--rmt-reward", settings.reward, REWARDS),
-        ("--rmt-select", settings.select, SELECTIONS),
-        ("--rmt-loss", settings.loss, LOSSES),
-    ):
+    for name, known in DOORS.items():
         try:
-            find(flag, name, known)
+            find(flag_name(name), getattr(settings, name), known)
         except ValueError as error:
             yield str(error)
 

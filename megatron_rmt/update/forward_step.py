@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_rmt.algorithm.losses import LossWeights, Predictions, TokenLoss, token_losses
+from megatron_rmt.algorithm.losses import Predictions, TokenLoss, token_losses
 from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.model.head import token_loss_sum
 from megatron_rmt.model.pipeline import full_hidden
@@ -26,7 +26,7 @@ from megatron_rmt.update.tree import Tree
 
 @dataclass
 class Update:
-    """One micro-batch of the update: its tree, the weights of its predictions, what to report.
+    """One micro-batch of the update: its tree, what the loss knows of its predictions, metrics.
 
     metrics: [sum, count] of what is known before the update; every micro-batch of every rank has
     the same keys. largest_difference, difference: 0-d and ``[sum, tokens]``, filled by the loss:
@@ -34,7 +34,7 @@ class Update:
     """
 
     tree: Tree
-    weights: LossWeights
+    predictions: Predictions
     metrics: dict[str, Metric]
     largest_difference: Tensor = field(default_factory=lambda: torch.zeros(()))
     difference: Tensor = field(default_factory=lambda: torch.zeros(2))
@@ -61,7 +61,6 @@ def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
 
     def forward_step(updates: Iterator[Update], model: torch.nn.Module) -> tuple[Tensor, Any]:
         update = next(updates)
-        predictions = _predictions(update)
         output = model(
             input_ids=update.tree.tokens[None],
             position_ids=update.tree.visibility.position_ids[None],
@@ -69,9 +68,9 @@ def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
             packed_seq_params=update.tree.visibility,
             padding_mask=_padding(update.tree, get_model_config(model)),
             output_processor=_read_predictions,
-            output_processor_context=(update.tree, predictions, settings),
+            output_processor_context=(update.tree, update.predictions, settings),
         )
-        return output, functools.partial(_loss, update, predictions, settings)
+        return output, functools.partial(_loss, update, settings)
 
     return forward_step
 
@@ -83,17 +82,6 @@ def _padding(tree: Tree, config: Any) -> Tensor | None:
     if not config.num_moe_experts or config.sequence_parallel or rows == tree.visibility.tokens:
         return None
     return (torch.arange(rows, device=tree.tokens.device) >= tree.visibility.tokens)[None]
-
-
-def _predictions(update: Update) -> Predictions:
-    weights = update.weights
-    on_trunk, on_responses = torch.zeros_like(weights.ntp), torch.zeros_like(weights.policy)
-    return Predictions(
-        ntp=torch.cat([weights.ntp, on_responses]),
-        policy=torch.cat([on_trunk, weights.policy]),
-        supervised=torch.cat([on_trunk, weights.supervised]),
-        drawn_log_probs=torch.cat([on_trunk, update.tree.drawn_log_probs]),
-    )
 
 
 def _read_predictions(
@@ -134,7 +122,7 @@ def _read_predictions(
 
 
 def _loss(
-    update: Update, predictions: Predictions, settings: LossSettings, output: Tensor
+    update: Update, settings: LossSettings, output: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's ``loss_func``: (loss, 1 "token", report).
 
@@ -147,7 +135,7 @@ def _loss(
     on_trunk, on_responses = slice(tree.trunk_predictions), slice(tree.trunk_predictions, None)
 
     def sums_of(rows: slice) -> Tensor:
-        losses = settings.loss(log_probs[rows], predictions.at(rows))
+        losses = settings.loss(log_probs[rows], update.predictions.at(rows))
         return torch.stack([part.sum() for part in losses])
 
     # What is trained, in its parts; apart, as a sum's last digit depends on what zeros are added.

@@ -106,17 +106,16 @@ def deal_out(
     first, so that ranks that meet in every micro-batch (experts) have like work.
     """
     by_cost = sorted(range(len(sizes)), key=lambda sample: (-costs[sample], sample))
-    of_ranks = _spread(by_cost, costs, ranks)
+    tokens = [size.tokens for size in sizes]
     result = []
-    for own in of_ranks:
-        tokens = [size.tokens for size in sizes]
+    for own in _spread(by_cost, costs, ranks):
         by_tokens = sorted(own, key=lambda sample: (-tokens[sample], sample))
         total = sum(tokens[sample] for sample in own)
-        count = micro_batches if use_all else min(micro_batches, max(1, -(-total // max_tokens)))
-        parts = _spread(by_tokens, tokens, count)
-        while count < micro_batches and _most(parts, tokens) > max_tokens:
-            count += 1
+        least = micro_batches if use_all else min(micro_batches, max(1, -(-total // max_tokens)))
+        for count in range(least, micro_batches + 1):
             parts = _spread(by_tokens, tokens, count)
+            if all(sum(tokens[sample] for sample in part) <= max_tokens for part in parts):
+                break
         parts.sort(key=lambda part: (-sum(tokens[sample] for sample in part), part))
         result.append([sorted(part) for part in parts] + [[]] * (micro_batches - count))
     return result
@@ -131,10 +130,6 @@ def _spread(samples: Sequence[int], weights: Sequence[int], parts: int) -> list[
         result[least].append(sample)
         loads[least] += weights[sample]
     return result
-
-
-def _most(parts: Sequence[Sequence[int]], tokens: Sequence[int]) -> int:
-    return max(sum(tokens[sample] for sample in part) for part in parts)
 
 
 def repack(

@@ -1,5 +1,6 @@
 """From responses to advantages: what they are worth, and how each compares with its group."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,12 +23,8 @@ def continuation(
 ) -> list[int]:
     """At most ``most`` of the true next tokens from ``row`` on, to the end of the document."""
     _, limit = sample.document_of(row)
-    tokens = []
-    for token in sample.labels[row : min(limit, row + most)].tolist():
-        if token == NO_LABEL or not prompt.bytes_of[token]:
-            break
-        tokens.append(token)
-    return tokens
+    labels = sample.labels[row : min(limit, row + most)].tolist()
+    return [*itertools.takewhile(lambda own: own != NO_LABEL and prompt.bytes_of[own], labels)]
 
 
 def text_before(sample: Sample, row: int) -> list[int]:

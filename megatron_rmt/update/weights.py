@@ -4,9 +4,8 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from megatron_rmt.algorithm.losses import LossWeights, response_weights
+from megatron_rmt.algorithm.losses import Predictions, response_weights
 from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.update.tree import ChosenPosition, Tree
 
@@ -17,7 +16,7 @@ def loss_weights(
     all_positions: float,
     ntp_tokens: float,
     schedule: Schedule,
-) -> LossWeights:
+) -> Predictions:
     """Of one tree's predictions. all_positions, ntp_tokens: of the global batch."""
     device = tree.tokens.device
     values = torch.tensor([value for position in positions for value in position.advantages])
@@ -27,19 +26,14 @@ def loss_weights(
     supervised = torch.zeros_like(policy)
     if schedule.warm_up:
         lengths = [own.thought_length for position in positions for own in position.responses]
-        thought = _in_thought(tree, lengths) & schedule.thought_from_text
+        # Predictions stand in the order of their rollouts.
+        token = torch.arange(len(tree.drawn), device=device)
+        token -= torch.searchsorted(tree.rollouts, tree.rollouts)
+        thought = token < torch.tensor(lengths, device=device)[tree.rollouts]
+        thought &= schedule.thought_from_text
         # Thought and answer each have their own mean, so that a long thought leaves the one token
         # of the answer its weight.
         for part in (~tree.drawn & thought, ~tree.drawn & ~thought):
             supervised += share(torch.ones_like(values).to(device), selected=part)
-    return LossWeights(
-        ntp=tree.ntp_mask / max(ntp_tokens, 1.0), policy=policy, supervised=supervised
-    )
-
-
-def _in_thought(tree: Tree, thought_lengths: Sequence[int]) -> Tensor:
-    """``[response predictions]`` bool: the predicted token belongs to a thought."""
-    # Predictions stand in the order of their rollouts.
-    first = torch.searchsorted(tree.rollouts, tree.rollouts)
-    index = torch.arange(len(tree.rollouts), device=tree.rollouts.device) - first
-    return index < torch.tensor(thought_lengths, device=index.device)[tree.rollouts]
+    ntp = tree.ntp_mask / max(ntp_tokens, 1.0)
+    return Predictions.of(ntp, policy, supervised, tree.drawn_log_probs)

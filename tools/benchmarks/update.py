@@ -37,7 +37,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from benchmarks.measurement import Report, interleaved, median, peak_memory
-from megatron_rmt.algorithm.losses import LossWeights, response_weights
+from megatron_rmt.algorithm.losses import Predictions, response_weights
 from megatron_rmt.model.blocks import Block, attended_pairs, position_block
 from megatron_rmt.model.tree_attention import check_backend
 from megatron_rmt.model.visibility import TreeVisibility, attach_tree_attention
@@ -232,12 +232,13 @@ class Layout:
             drawn=drawn.to(device),
             drawn_log_probs=torch.zeros(len(rollouts), device=device),
         )
-        weights = LossWeights(
-            ntp=(ntp_mask / ntp_predictions(problem)).to(device),
-            policy=policy.to(device),
-            supervised=torch.zeros_like(policy).to(device),
+        predictions = Predictions.of(
+            (ntp_mask / ntp_predictions(problem)).to(device),
+            policy.to(device),
+            torch.zeros_like(policy).to(device),
+            tree.drawn_log_probs,
         )
-        return Update(tree, weights, {})
+        return Update(tree, predictions, {})
 
 
 def ntp_predictions(problem: Problem) -> int:
