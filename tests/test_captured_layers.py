@@ -14,8 +14,8 @@ from megatron_rmt.cpu import layer_kernels
 from megatron_rmt.model.blocks import Block
 from megatron_rmt.model.pipeline import forward_through_stages
 from megatron_rmt.model.visibility import attach_tree_attention
+from megatron_rmt.rollout import captured_layers as captured
 from megatron_rmt.rollout.captured_layers import captured_layers
-from megatron_rmt.rollout.generate import captured_layers as captured
 from megatron_rmt.rollout.kv_cache import (
     DecodeVisibility,
     KeyValueStore,
@@ -167,7 +167,7 @@ def test_in_training_mode_it_is_recorded_anew(recordings):
     assert len(recordings) == 4
 
 
-def test_the_trunk_pass_and_passes_without_a_plan_are_megatrons(recordings):
+def test_the_trunk_pass_and_passes_without_a_visibility_are_megatrons(recordings):
     model = _model()
     tokens = torch.arange(5)
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).triu(1)

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -26,21 +27,22 @@ from transformers import PreTrainedTokenizerFast
 from megatron_rmt.algorithm.losses import LossWeights
 from megatron_rmt.algorithm.rng import uniforms
 from megatron_rmt.cpu import compiled as cpu_compiled
+from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.visibility import attach_tree_attention
-from megatron_rmt.prompt.grammar import ResponseGrammar
-from megatron_rmt.prompt.response import read_response
+from megatron_rmt.prompt.prompt import Prompt
+from megatron_rmt.prompt.response import Response
 from megatron_rmt.prompt.template import Template
 from megatron_rmt.prompt.token_bytes import token_bytes
+from megatron_rmt.rollout import generate as generate_module
 from megatron_rmt.rollout.generate import RolloutSettings, generate
-from megatron_rmt.rollout.generate import generate as rollout_module
 from megatron_rmt.rollout.kv_cache import DecodeVisibility, KeyValueStore, TailCache
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.prefill import read_trunk
-from megatron_rmt.rollout.responses import Responses, join_responses
+from megatron_rmt.rollout.responses import Rollout
 from megatron_rmt.rollout.sampling import greedy_tokens, sample_tokens
-from megatron_rmt.rollout.trunk import Trunk, build_trunk
+from megatron_rmt.rollout.trunk import Sample, UserBatch, build_trunk, first_rows
 from megatron_rmt.update.forward_step import LossSettings, Update, make_forward_step
-from megatron_rmt.update.tree import grow_tree
+from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree
 from tests.distributed import run_distributed
 from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
 
@@ -82,15 +84,19 @@ def _models() -> tuple[GPTModel, GPTModel]:
     return stock.eval(), with_trees.eval()
 
 
+def _policy() -> Policy:
+    return Policy(_models()[1], VOCAB, LONGEST_POSITION, head_chunk_size=16)
+
+
 STEM = [9, 14, 3]
 CHOSEN = [(0, 0), (0, 4), (0, 11), (1, 1), (3, 9)]
 
 
 @functools.cache
-def _trunks() -> tuple[Trunk, Trunk]:
+def _trunks() -> tuple[list[Sample], list[Sample]]:
     """Two micro-batches of two samples with documents kept apart, after a prompt head."""
     trunks = []
-    for seed in (1, 2):
+    for micro_batch, seed in enumerate((1, 2)):
         generator = torch.Generator().manual_seed(seed)
         text = torch.randint(1, VOCAB, (2, 13), generator=generator)
         text[0, 5] = END
@@ -98,10 +104,8 @@ def _trunks() -> tuple[Trunk, Trunk]:
         positions[0, 6:] -= 6
         trunks.append(
             build_trunk(
-                text[:, :-1],
-                positions,
-                text[:, 1:],
-                torch.ones(2, 12),
+                UserBatch(text[:, :-1], positions, text[:, 1:], torch.ones(2, 12)),
+                [100 + 2 * micro_batch, 101 + 2 * micro_batch],
                 preamble=[21, 22],
                 end_of_document=END,
                 separate_documents=True,
@@ -110,11 +114,14 @@ def _trunks() -> tuple[Trunk, Trunk]:
     return tuple(trunks)
 
 
-def _chosen_row(sample: int, column: int) -> tuple[Trunk, int, int]:
-    """The trunk of a sample, the first row of that trunk in the store, and the row in the trunk."""
-    trunk = _trunks()[sample // 2]
-    row = (trunk.samples == sample % 2) & (trunk.columns == column)
-    return trunk, sample // 2 * len(_trunks()[0]), int(row.nonzero()[0])
+def _samples() -> list[Sample]:
+    return [sample for trunk in _trunks() for sample in trunk]
+
+
+def _chosen_row(number: int, column: int) -> tuple[Sample, int, int]:
+    """A sample, its first row in the store, and the row of ``column`` in the sample."""
+    sample = _samples()[number]
+    return sample, first_rows(_samples())[number], sample.columns.tolist().index(column)
 
 
 def _truth(sample: int, column: int) -> tuple[int, ...]:
@@ -124,16 +131,16 @@ def _truth(sample: int, column: int) -> tuple[int, ...]:
 
 def _positions(chosen: list[tuple[int, int]]) -> list[RolloutPosition]:
     positions = []
-    for sample, column in chosen:
-        trunk, first_row, row = _chosen_row(sample, column)
+    for number, column in chosen:
+        sample, first_row, row = _chosen_row(number, column)
         positions.append(
             RolloutPosition(
-                sample=sample + 100,
+                sample=sample.index,
                 column=column,
-                first=first_row + int(trunk.document_first[row]),
+                first=first_row + sample.document_of(row)[0],
                 limit=first_row + row + 1,
-                next_position=int(trunk.position_ids[row]) + 1,
-                truth=_truth(sample, column),
+                next_position=int(sample.position_ids[row]) + 1,
+                truth=_truth(number, column),
             )
         )
     return positions
@@ -150,6 +157,7 @@ class Case:
     greedy: bool = False
     warm_up: bool = False
     spelled_close: bool = False
+    thinks: bool = True
     kv_bytes: int | None = None
 
     @property
@@ -160,57 +168,58 @@ class Case:
         return _tokenizer().encode(CLOSE, add_special_tokens=False)
 
     @property
-    def template(self) -> Template:
-        return Template("test", "", "{budget}", CLOSE, self.answer)
+    def prompt(self) -> Prompt:
+        return Prompt(
+            template=Template("test", "", "{budget}", CLOSE, self.answer),
+            encode={str(self.budget): STEM, CLOSE: self.close}.__getitem__,
+            bytes_of=_bytes(),
+            stop=[END],
+            end_of_document=END,
+            answer_tokens=self.answer_tokens,
+            force_close=self.force_close,
+        )
 
     @property
     def settings(self) -> RolloutSettings:
         return RolloutSettings(
             group=self.group,
+            budget=self.budget,
+            seed=SEED,
+            iteration=ITERATION,
             temperature=self.temperature,
-            answer_tokens=self.answer_tokens,
-            force_close=self.force_close,
             greedy=self.greedy,
             kv_bytes=self.kv_bytes,
+            writes_truth=self.warm_up,
+            thinks=self.thinks,
         )
 
 
 def _filled_store() -> KeyValueStore:
-    trunks = _trunks()
-    store = KeyValueStore(sum(map(len, trunks)))
-    for index, trunk in enumerate(trunks):
-        read_trunk(
-            _models()[1],
-            trunk,
-            store,
-            index * len(trunks[0]),
-            vocab_size=VOCAB,
-            longest_position=LONGEST_POSITION,
-            chunk_size=16,
-        )
+    store, first_row = KeyValueStore(sum(map(len, _samples()))), 0
+    for trunk in _trunks():
+        read_trunk(_policy(), trunk, store, first_row)
+        first_row += sum(map(len, trunk))
     return store
 
 
-def _generate(case: Case, chosen: list[tuple[int, int]], store: KeyValueStore) -> Responses:
-    return generate(
-        _models()[1],
-        store,
-        _positions(chosen),
-        STEM,
-        case.close,
-        ResponseGrammar(case.template, _bytes(), [END]),
-        case.settings,
-        budget=case.budget,
-        vocab_size=VOCAB,
-        longest_position=LONGEST_POSITION,
-        seed=SEED,
-        iteration=ITERATION,
-        force_truth_at_budget=case.warm_up,
-    )
+def _generate(
+    case: Case, chosen: list[tuple[int, int]], store: KeyValueStore, **changes: Any
+) -> list[list[Rollout]]:
+    how = dataclasses.replace(case.settings, **changes)
+    return generate(_policy(), case.prompt, store, _positions(chosen), how)
+
+
+def _assert_same(groups: list[list[Rollout]], expected: list[list[Rollout]]) -> None:
+    for group, expected_group in zip(groups, expected, strict=True):
+        for rollout, other in zip(group, expected_group, strict=True):
+            assert np.array_equal(rollout.tokens, other.tokens)
+            assert np.array_equal(rollout.drawn, other.drawn)
+            np.testing.assert_allclose(rollout.log_probs, other.log_probs, rtol=0, atol=1e-5)
 
 
 def _answer_is_complete(text: bytes, answer: str) -> bool:
-    """Whether a box in the text after the thought is closed, braces balanced."""
+    """Whether a box in the text after the thought is closed, braces balanced. ``text`` begins with
+    the thought."""
     _, closed, after = text.partition(CLOSE.encode())
     if not closed or answer != "boxed" or b"\\boxed{" not in after:
         return False
@@ -224,27 +233,30 @@ def _answer_is_complete(text: bytes, answer: str) -> bool:
 
 @torch.no_grad()
 def _slow_response(
-    case: Case, sample: int, column: int, rollout: int
+    case: Case, number: int, column: int, rollout: int
 ) -> tuple[list[int], list[bool], list[float]]:
     """One response, each token by a pass of the stock model over prefix, stem and response."""
-    trunk, _, row = _chosen_row(sample, column)
-    prefix = torch.cat([trunk.tokens[int(trunk.document_first[row]) : row + 1], torch.tensor(STEM)])
+    sample, _, row = _chosen_row(number, column)
+    before = b"" if case.thinks else CLOSE.encode()
+    stem = STEM if case.thinks else STEM + case.close
+    document_first = sample.document_of(row)[0]
+    prefix = torch.cat([sample.tokens[document_first : row + 1], torch.tensor(stem)])
     tokens: list[int] = []
     drawn: list[bool] = []
     log_probs: list[float] = []
     to_write: list[int] | None = None
-    truth = list(_truth(sample, column)) if case.warm_up else []
+    truth = list(_truth(number, column)) if case.warm_up else []
     bound = case.budget if case.warm_up else 2 * case.budget
     answered = 0
     while True:
-        text = b"".join(_bytes()[token] for token in tokens)
+        text = before + b"".join(_bytes()[token] for token in tokens)
         thinking = CLOSE.encode() not in text
         if thinking and to_write is None and len(tokens) >= bound:
             if not (case.force_close or case.warm_up):
                 break
             to_write = case.close + truth
         logits = stock_logits(_models()[0], torch.cat([prefix, torch.tensor(tokens).long()]))[-1:]
-        draw = uniforms(SEED, ITERATION, sample + 100, column, rollout, len(tokens))[None]
+        draw = uniforms(SEED, ITERATION, sample.index, column, rollout, len(tokens))[None]
         shard = {"vocab_start": 0, "tp_group": None}
         if case.greedy:
             token = int(greedy_tokens(logits, **shard))
@@ -286,29 +298,27 @@ CASES = {
     "hot": Case(temperature=1.7, group=3),
     "greedy": Case(greedy=True, group=2),
     "greedy, forced close": Case(answer="next", greedy=True, group=2, force_close=True),
+    "no thought": Case(answer="next", thinks=False),
+    "no thought, boxed": Case(thinks=False, spelled_close=True, answer_tokens=9),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_responses_equal_those_of_the_stock_model_token_by_token(name):
     case = CASES[name]
-    responses = _generate(case, CHOSEN, _filled_store())
-    assert responses.tokens.shape[:2] == (len(CHOSEN), case.group)
-    for index, (sample, column) in enumerate(CHOSEN):
-        for rollout in range(case.group):
-            tokens, drawn, log_probs = _slow_response(case, sample, column, rollout)
-            length = int(responses.lengths[index, rollout])
-            assert responses.tokens[index, rollout, :length].tolist() == tokens
-            assert responses.drawn[index, rollout, :length].tolist() == drawn
-            torch.testing.assert_close(
-                responses.log_probs[index, rollout, :length],
-                torch.tensor(log_probs),
-                rtol=0,
-                atol=1e-5,
-            )
-            # Nothing is left behind the end.
-            for field in (responses.tokens, responses.drawn, responses.log_probs):
-                assert not field[index, rollout, length:].any()
+    groups = _generate(case, CHOSEN, _filled_store())
+    assert [len(group) for group in groups] == [case.group] * len(CHOSEN)
+    for group, (number, column) in zip(groups, CHOSEN, strict=True):
+        for index, rollout in enumerate(group):
+            tokens, drawn, log_probs = _slow_response(case, number, column, index)
+            assert rollout.tokens.tolist() == tokens
+            assert rollout.drawn.tolist() == drawn
+            assert len(rollout) == len(tokens)
+            np.testing.assert_allclose(rollout.log_probs, log_probs, rtol=0, atol=1e-5)
+            # Nothing of what was not drawn has a probability.
+            assert not rollout.log_probs[~rollout.drawn].any()
+            assert rollout.tokens.dtype == np.int64
+            assert rollout.log_probs.dtype == np.float32
 
 
 @pytest.mark.usefixtures("compiling")
@@ -318,24 +328,16 @@ def test_compiled_and_captured_it_draws_the_same_tokens(name, monkeypatch):
         warnings.filterwarnings("error", ".*(uncompiled|uncaptured)")
         compiled = _generate(CASES[name], CHOSEN, _filled_store())
     monkeypatch.setattr(cpu_compiled, "is_available", lambda: False)
-    expected = _generate(CASES[name], CHOSEN, _filled_store())
-    for field in ("tokens", "lengths", "drawn"):
-        assert torch.equal(getattr(compiled, field), getattr(expected, field))
-    torch.testing.assert_close(compiled.log_probs, expected.log_probs, rtol=0, atol=1e-5)
+    _assert_same(compiled, _generate(CASES[name], CHOSEN, _filled_store()))
 
 
-def _read(case: Case, responses: Responses) -> list:
-    return [
-        (
-            tokens[:length].tolist(),
-            read_response(
-                tokens[:length].tolist(), case.template, _bytes(), [END], case.answer_tokens
-            ),
-        )
-        for tokens, length in zip(
-            responses.tokens.flatten(0, 1), responses.lengths.flatten(), strict=True
-        )
-    ]
+def _flat(groups: list[list[Rollout]]) -> list[Rollout]:
+    return [rollout for group in groups for rollout in group]
+
+
+def _read(case: Case, groups: list[list[Rollout]]) -> list[tuple[list[int], Response]]:
+    tokens = [rollout.tokens.tolist() for rollout in _flat(groups)]
+    return [(own, case.prompt.read(own)) for own in tokens]
 
 
 def test_the_cases_hold_what_can_happen(monkeypatch: pytest.MonkeyPatch):
@@ -355,7 +357,8 @@ def test_the_cases_hold_what_can_happen(monkeypatch: pytest.MonkeyPatch):
     spelled = [tokens for tokens, read in responses if read.closed]
     assert any(CLOSE.encode() not in [_bytes()[t] for t in tokens] for tokens in spelled)
     for name in ("warm-up", "next, forced close"):
-        drawn = _generate(CASES[name], CHOSEN, _filled_store()).drawn
+        groups = _generate(CASES[name], CHOSEN, _filled_store())
+        drawn = np.concatenate([rollout.drawn for rollout in _flat(groups)])
         assert drawn.any()
         assert not drawn.all()
 
@@ -370,93 +373,80 @@ def test_no_thought_is_longer_than_twice_the_budget():
 
 def test_a_forced_thought_is_closed_and_answered():
     case = CASES["next, forced close"]
-    responses = _generate(case, CHOSEN, _filled_store())
-    for (tokens, read), drawn, length in zip(
-        _read(case, responses),
-        responses.drawn.flatten(0, 1),
-        responses.lengths.flatten().tolist(),
-        strict=True,
-    ):
+    groups = _generate(case, CHOSEN, _filled_store())
+    for (tokens, read), rollout in zip(_read(case, groups), _flat(groups), strict=True):
         assert read.closed or tokens[-1] == END
-        written = [t for t, own in zip(tokens, drawn[:length].tolist(), strict=True) if not own]
-        assert written in ([], case.close)
+        assert rollout.tokens[~rollout.drawn].tolist() in ([], case.close)
 
 
 @pytest.mark.parametrize("name", ["warm-up", "warm-up, boxed"])
 def test_the_warm_up_ends_every_response_with_the_truth_after_a_closed_thought(name):
     case = CASES[name]
-    responses = _generate(case, CHOSEN, _filled_store())
-    for index, (sample, column) in enumerate(CHOSEN):
-        truth = list(_truth(sample, column))
-        for rollout in range(case.group):
-            length = int(responses.lengths[index, rollout])
-            tokens = responses.tokens[index, rollout, :length].tolist()
+    groups = _generate(case, CHOSEN, _filled_store())
+    for group, (number, column) in zip(groups, CHOSEN, strict=True):
+        truth = list(_truth(number, column))
+        for rollout in group:
+            tokens = rollout.tokens.tolist()
             assert tokens[-len(truth) :] == truth
-            assert not responses.drawn[index, rollout, length - len(truth) : length].any()
+            assert not rollout.drawn[-len(truth) :].any()
             thought = b"".join(_bytes()[token] for token in tokens[: -len(truth)])
             assert CLOSE.encode() in thought
             assert END not in tokens
 
 
-@pytest.mark.parametrize("name", ["boxed", "next, forced close", "warm-up"])
+@pytest.mark.parametrize("name", ["boxed", "next, forced close", "warm-up", "no thought"])
 def test_a_response_does_not_depend_on_what_else_is_in_the_batch(name):
     case = CASES[name]
     together = _generate(case, CHOSEN, _filled_store())
     store = _filled_store()
-    for index, position in enumerate(CHOSEN):
-        alone = _generate(case, [position], store)
-        longest = alone.tokens.shape[2]
-        own = together.positions(index, index + 1)
-        assert torch.equal(alone.lengths, own.lengths)
-        assert torch.equal(alone.tokens, own.tokens[..., :longest])
-        assert torch.equal(alone.drawn, own.drawn[..., :longest])
-        torch.testing.assert_close(alone.log_probs, own.log_probs[..., :longest])
+    for position, group in zip(CHOSEN, together, strict=True):
+        _assert_same(_generate(case, [position], store), [group])
 
 
 def test_rollouts_do_not_depend_on_the_group_size():
     case = CASES["boxed"]
     large = _generate(case, CHOSEN, _filled_store())
-    small = _generate(dataclasses.replace(case, group=2), CHOSEN, _filled_store())
-    assert torch.equal(small.lengths, large.lengths[:, :2])
-    longest = small.tokens.shape[2]
-    assert torch.equal(small.tokens, large.tokens[:, :2, :longest])
+    small = _generate(case, CHOSEN, _filled_store(), group=2)
+    _assert_same(small, [group[:2] for group in large])
 
 
 def test_the_draws_depend_on_seed_iteration_sample_column_and_rollout():
-    case = CASES["boxed"]
-    responses = _generate(case, CHOSEN, _filled_store())
-    texts = {tuple(tokens) for tokens in responses.tokens[0].tolist()}
+    case, store = CASES["boxed"], _filled_store()
+    groups = _generate(case, CHOSEN, store)
+    texts = {tuple(rollout.tokens.tolist()) for rollout in groups[0]}
     assert len(texts) == case.group
-    arguments = (_models()[1], _filled_store(), _positions(CHOSEN), STEM, case.close)
-    arguments += (ResponseGrammar(case.template, _bytes(), [END]), case.settings)
-    for seed, iteration in ((SEED + 1, ITERATION), (SEED, ITERATION + 1)):
-        other = generate(
-            *arguments,
-            budget=case.budget,
-            vocab_size=VOCAB,
-            longest_position=LONGEST_POSITION,
-            seed=seed,
-            iteration=iteration,
-        )
-        assert other.tokens[:, :, 0].tolist() != responses.tokens[:, :, 0].tolist()
+
+    def first_tokens(groups: list[list[Rollout]]) -> list[int]:
+        return [int(rollout.tokens[0]) for rollout in _flat(groups)]
+
+    for change in ({"seed": SEED + 1}, {"iteration": ITERATION + 1}):
+        other = _generate(case, CHOSEN, store, **change)
+        assert first_tokens(other) != first_tokens(groups)
+    # The same context under another key.
+    position = _positions(CHOSEN[:1])[0]
+    for change in ({"sample": position.sample + 1}, {"column": position.column + 1}):
+        moved = dataclasses.replace(position, **change)
+        other = generate(_policy(), case.prompt, store, [moved], case.settings)
+        assert first_tokens(other) != first_tokens(groups[:1])
 
 
 @pytest.mark.parametrize("name", ["boxed", "next, forced close", "warm-up", "hot"])
 def test_log_probs_when_drawn_equal_those_of_the_update(name):
     """No mismatch between rollout and training: what was recorded is what the tree computes."""
     case = CASES[name]
-    responses = _generate(case, CHOSEN, _filled_store())
+    groups = _generate(case, CHOSEN, _filled_store())
     model = _models()[1]
-    for index, trunk in enumerate(_trunks()):
-        own = [i for i, (sample, _) in enumerate(CHOSEN) if sample // 2 == index]
-        rows = [_chosen_row(*CHOSEN[i])[2] for i in own]
+    for trunk in _trunks():
+        reasoned = []
+        for sample in trunk:
+            own = [
+                ChosenPosition(_chosen_row(number, column)[2], group)
+                for (number, column), group in zip(CHOSEN, groups, strict=True)
+                if _samples()[number] is sample
+            ]
+            reasoned.append(ReasonedSample(sample, own))
         tree = grow_tree(
-            trunk,
-            rows,
-            STEM,
-            responses.positions(own[0], own[-1] + 1),
-            longest_position=LONGEST_POSITION,
-            device=torch.device("cpu"),
+            reasoned, STEM, longest_position=LONGEST_POSITION, device=torch.device("cpu")
         )
         settings = LossSettings(
             ntp_coefficient=0.1,
@@ -482,23 +472,18 @@ def test_padding_of_the_vocabulary_is_never_drawn():
     try:
         with torch.no_grad():
             weight[VOCAB:] = 50 * kept[:1]
-        responses = _generate(CASES["hot"], CHOSEN, _filled_store())
+        groups = _generate(CASES["hot"], CHOSEN, _filled_store())
     finally:
         with torch.no_grad():
             weight.copy_(kept)
-    assert responses.tokens.max() < VOCAB
-    assert torch.equal(responses.tokens, _generate(CASES["hot"], CHOSEN, _filled_store()).tokens)
+    assert max(rollout.tokens.max() for rollout in _flat(groups)) < VOCAB
+    again = _generate(CASES["hot"], CHOSEN, _filled_store())
+    for rollout, other in zip(_flat(groups), _flat(again), strict=True):
+        assert np.array_equal(rollout.tokens, other.tokens)
 
 
 # Keys and values of a token: two layers, two key heads of width 8, fp32.
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
-
-
-def _assert_same(responses: Responses, expected: Responses) -> None:
-    assert torch.equal(responses.lengths, expected.lengths)
-    assert torch.equal(responses.tokens, expected.tokens)
-    assert torch.equal(responses.drawn, expected.drawn)
-    torch.testing.assert_close(responses.log_probs, expected.log_probs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["boxed", "next, forced close", "warm-up"])
@@ -517,17 +502,43 @@ def test_responses_do_not_depend_on_the_waves_that_a_memory_bound_makes(
 
     monkeypatch.setattr(TailCache, "start", measured)
     tail = len(STEM) + 2 * case.budget + case.answer_tokens + 12
-    bound = sum(map(len, _trunks())) * TOKEN_BYTES + 2 * case.group * tail * TOKEN_BYTES
-    _assert_same(
-        _generate(dataclasses.replace(case, kv_bytes=bound), CHOSEN, _filled_store()), together
-    )
+    bound = sum(map(len, _samples())) * TOKEN_BYTES + 2 * case.group * tail * TOKEN_BYTES
+    _assert_same(_generate(case, CHOSEN, _filled_store(), kv_bytes=bound), together)
     assert len(allocated) >= 2 * 2, "two waves, two layers"
     assert max(allocated) <= bound
 
 
 def test_a_bound_that_no_position_fits_in_is_refused():
     with pytest.raises(ValueError, match=r"--rmt-rollout-kv-gib is 1\.86e-08"):
-        _generate(dataclasses.replace(CASES["boxed"], kv_bytes=20), CHOSEN, _filled_store())
+        _generate(CASES["boxed"], CHOSEN, _filled_store(), kv_bytes=20)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_response_is_longer_than_its_bound_which_is_what_is_allocated(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    case = CASES[name]
+    capacities: list[int] = []
+    keep = TailCache.__init__
+
+    def measured(tails: TailCache, capacity: int) -> None:
+        capacities.append(capacity)
+        keep(tails, capacity)
+
+    monkeypatch.setattr(TailCache, "__init__", measured)
+    groups = _generate(case, CHOSEN, _filled_store())
+    bound = case.prompt.bound(
+        case.budget * case.thinks,
+        warm_up=case.warm_up,
+        truth_tokens=max(len(_truth(*position)) for position in CHOSEN),
+    )
+    stem = STEM if case.thinks else STEM + case.close
+    assert capacities == [len(stem) + bound.tokens]
+    assert max(map(len, _flat(groups))) <= bound.tokens
+
+
+def test_no_positions_give_no_responses():
+    assert _generate(CASES["boxed"], [], _filled_store()) == []
 
 
 def test_the_host_waits_for_the_device_once_a_token(monkeypatch: pytest.MonkeyPatch):
@@ -551,8 +562,8 @@ def test_the_host_waits_for_the_device_once_a_token(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(DecodeVisibility, "attend", attended)
     # What lies on the host anyway, to sort rows by sample.
-    grouped = _uncounted(rollout_module.shared_trunks, reads)
-    monkeypatch.setattr(rollout_module, "shared_trunks", grouped)
+    grouped = _uncounted(generate_module.shared_trunks, reads)
+    monkeypatch.setattr(generate_module, "shared_trunks", grouped)
     _generate(CASES["boxed"], CHOSEN, _filled_store())
     assert len(steps) > 8
     assert [b - a for a, b in itertools.pairwise(steps)] == [1] * (len(steps) - 1)
@@ -611,14 +622,12 @@ def test_random_models_budgets_and_positions(seed: int, monkeypatch: pytest.Monk
     places = torch.randperm(12, generator=generator)[:2].tolist()
     chosen = [(0, 1), *((pick(0, 1, 2, 3), place) for place in places), (3, 11)]
     chosen = sorted(set(chosen))
-    responses = _generate(case, chosen, _filled_store())
-    for index, (sample, column) in enumerate(chosen):
-        rollout = case.group - 1
-        tokens, drawn, _ = _slow_response(case, sample, column, rollout)
-        length = int(responses.lengths[index, rollout])
-        assert responses.tokens[index, rollout, :length].tolist() == tokens
-        assert responses.drawn[index, rollout, :length].tolist() == drawn
-    for tokens, read in _read(case, responses):
+    groups = _generate(case, chosen, _filled_store())
+    for group, (number, column) in zip(groups, chosen, strict=True):
+        tokens, drawn, _ = _slow_response(case, number, column, case.group - 1)
+        assert group[-1].tokens.tolist() == tokens
+        assert group[-1].drawn.tolist() == drawn
+    for tokens, read in _read(case, groups):
         forced = len(case.close) if case.force_close else 0
         assert read.thought_length <= 2 * case.budget + forced
         assert len(tokens) <= 2 * case.budget + forced + case.answer_tokens
@@ -648,7 +657,9 @@ def _with_experts(expert_ranks: int) -> GPTModel:
     return model.eval()
 
 
-def _rollouts_of_shares(shares: list[list[tuple[int, int]]], kv_bytes: int | None) -> Responses:
+def _rollouts_of_shares(
+    shares: list[list[tuple[int, int]]], kv_bytes: int | None
+) -> list[list[Rollout]]:
     """This rank's share, with experts on all ranks; _models of a rank is its own."""
     ranks = torch.distributed.get_world_size()
     if not parallel_state.model_parallel_is_initialized():
@@ -656,8 +667,8 @@ def _rollouts_of_shares(shares: list[list[tuple[int, int]]], kv_bytes: int | Non
         tensor_parallel.model_parallel_cuda_manual_seed(1)
     model = _with_experts(ranks)
     globals()["_models"] = lambda: (None, model)
-    case = dataclasses.replace(CASES["boxed"], kv_bytes=kv_bytes)
-    return _generate(case, shares[torch.distributed.get_rank()], _filled_store())
+    own = shares[torch.distributed.get_rank()]
+    return _generate(CASES["boxed"], own, _filled_store(), kv_bytes=kv_bytes)
 
 
 @pytest.mark.multiprocess
@@ -669,11 +680,7 @@ def test_ranks_that_share_experts_wait_for_each_other(share, bound, monkeypatch)
     monkeypatch.setattr(sys.modules[__name__], "_models", lambda: (None, model))
     alone = _generate(CASES["boxed"], CHOSEN, _filled_store())
     tail = len(STEM) + 2 * CASES["boxed"].budget + CASES["boxed"].answer_tokens
-    trunk = sum(map(len, _trunks()))
+    trunk = sum(map(len, _samples()))
     kv_bytes = (trunk + 2 * CASES["boxed"].group * tail) * TOKEN_BYTES if bound else None
     results = run_distributed(2, _rollouts_of_shares, share, kv_bytes, timeout=60)
-    lengths = torch.cat([part.lengths for part in results])
-    assert torch.equal(lengths, alone.lengths)
-    joined = join_responses(results)
-    assert torch.equal(joined.tokens, alone.tokens)
-    torch.testing.assert_close(joined.log_probs, alone.log_probs, rtol=0, atol=1e-5)
+    _assert_same([group for part in results for group in part], alone)

@@ -1,10 +1,10 @@
-"""Planned against allocated keys and values, and the waves that a bound makes."""
+"""Foreseen against allocated keys and values, and the waves that a bound makes."""
 
 import pytest
 import torch
 
 from megatron_rmt.rollout.kv_cache import KeyValueStore, TailCache
-from megatron_rmt.rollout.memory import GIB, CacheSize, key_value_bytes, rollout_waves
+from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes, key_value_bytes, rollout_waves
 from tests.tiny_model import build_model
 
 pytestmark = pytest.mark.usefixtures("single_process_megatron")
@@ -18,17 +18,23 @@ def _bytes(stored: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_plan_is_what_the_store_allocates(dtype):
+def test_the_size_is_what_the_store_allocates(dtype):
     token_bytes = key_value_bytes(build_model(dtype))
     assert token_bytes == TOKEN_BYTES * dtype.itemsize // 4
-    plan = CacheSize(token_bytes, 11, rows=6, rows_per_position=3, tail_tokens=9)
+    size = CacheSize(token_bytes, 11, rows=6, rows_per_position=3, tail_tokens=9)
     store, tails = KeyValueStore(11), TailCache(9)
     for layer in (1, 2):
         trunk = torch.zeros(11, 2, 8, dtype=dtype)
         store.write_trunk(layer, 0, trunk, trunk)
         stem = torch.zeros(2, 4, 2, 8, dtype=dtype)
         tails.start(layer, stem, stem, group=3)
-    assert plan.total_bytes == _bytes(store.trunk) + _bytes(tails.stored)
+    assert size.total_bytes == _bytes(store.trunk) + _bytes(tails.stored)
+
+
+def test_gibibytes_in_bytes_and_no_bound_is_none():
+    assert in_bytes(0.5) == 2**29
+    assert in_bytes(1 / 3) == 357913941
+    assert in_bytes(None) is None
 
 
 def _waves(positions: int, kv_bytes: int | None, in_flight: int = 1) -> list[slice]:

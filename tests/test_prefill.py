@@ -9,10 +9,11 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.prefill import entropy_percentiles, read_trunk
-from megatron_rmt.rollout.trunk import Trunk, build_trunk
+from megatron_rmt.rollout.trunk import Sample, UserBatch, build_trunk, first_rows
 from tests.distributed import run_distributed
 from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("single_process_megatron")
 END_OF_DOCUMENT = 0
 
 
-def _trunk(seed: int, head: list[int]) -> Trunk:
+def _trunk(seed: int, head: list[int]) -> list[Sample]:
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(1, VOCAB, (2, 13), generator=generator)
     text[0, 4] = text[1, 8] = END_OF_DOCUMENT
@@ -29,10 +30,8 @@ def _trunk(seed: int, head: list[int]) -> Trunk:
     for sample, end in ((0, 5), (1, 9)):
         positions[sample, end:] -= end
     return build_trunk(
-        text[:, :-1],
-        positions,
-        text[:, 1:],
-        torch.ones(2, 12),
+        UserBatch(text[:, :-1], positions, text[:, 1:], torch.ones(2, 12)),
+        [0, 1],
         preamble=head,
         end_of_document=END_OF_DOCUMENT,
         separate_documents=True,
@@ -46,24 +45,23 @@ def _models(dtype: torch.dtype = torch.float64) -> tuple[GPTModel, GPTModel]:
     return stock.eval(), with_trees.eval()
 
 
-def _read(model: GPTModel, trunks: list[Trunk], top_k: int | None = None) -> tuple:
-    store = KeyValueStore(sum(map(len, trunks)))
+def _read(model: GPTModel, trunks: list[list[Sample]], top_k: int | None = None) -> tuple:
+    policy = Policy(model, VOCAB, LONGEST_POSITION, head_chunk_size=7)
+    store = KeyValueStore(sum(len(sample) for trunk in trunks for sample in trunk))
     results, first_row = [], 0
     for trunk in trunks:
-        results.append(
-            read_trunk(
-                model,
-                trunk,
-                store,
-                first_row,
-                vocab_size=VOCAB,
-                longest_position=LONGEST_POSITION,
-                chunk_size=7,
-                top_k=top_k,
-            )
-        )
-        first_row += len(trunk)
+        results.append(read_trunk(policy, trunk, store, first_row, top_k=top_k))
+        first_row += sum(map(len, trunk))
     return store, results
+
+
+def _documents(trunk: list[Sample]) -> list[tuple[slice, Tensor]]:
+    """The rows of the trunk and the tokens of each document."""
+    return [
+        (slice(start + first, start + limit), sample.tokens[first:limit])
+        for sample, start in zip(trunk, first_rows(trunk), strict=True)
+        for first, limit in sample.documents
+    ]
 
 
 @pytest.mark.parametrize("head", [[], [11, 12]], ids=["no head", "head"])
@@ -74,17 +72,16 @@ def test_entropies_and_predictions_of_every_row(head, top_k):
     _, results = _read(with_trees, trunks, top_k)
     for trunk, (entropies, predictions) in zip(trunks, results, strict=True):
         assert entropies.dtype == torch.float32
-        for first, limit in trunk.documents:
+        assert len(entropies) == len(predictions) == sum(map(len, trunk))
+        for rows, tokens in _documents(trunk):
             with torch.no_grad():
-                p = stock_logits(stock, trunk.tokens[first:limit]).softmax(-1)
-            assert torch.equal(predictions[first:limit], p.argmax(-1))
+                p = stock_logits(stock, tokens).softmax(-1)
+            assert torch.equal(predictions[rows], p.argmax(-1))
             if top_k is not None:
                 p = p.sort(descending=True).values[:, :top_k]
                 p = p / p.sum(-1, keepdim=True)
             reference = -(p * p.log()).sum(-1)
-            torch.testing.assert_close(
-                entropies[first:limit].double(), reference, rtol=1e-6, atol=1e-7
-            )
+            torch.testing.assert_close(entropies[rows].double(), reference, rtol=1e-6, atol=1e-7)
 
 
 def test_the_store_holds_the_keys_and_values_of_the_stock_model():
@@ -99,9 +96,9 @@ def test_the_store_holds_the_keys_and_values_of_the_stock_model():
             )
         )
     for trunk in trunks:
-        for first, limit in trunk.documents:
+        for _, tokens in _documents(trunk):
             with torch.no_grad():
-                stock_logits(stock, trunk.tokens[first:limit])
+                stock_logits(stock, tokens)
     for layer, pairs in seen.items():
         for stored, documents in zip(store.trunk[layer], zip(*pairs, strict=True), strict=True):
             reference = torch.cat(documents).transpose(0, 1)
@@ -111,12 +108,14 @@ def test_the_store_holds_the_keys_and_values_of_the_stock_model():
 def test_a_document_does_not_depend_on_its_neighbours():
     _, with_trees = _models()
     trunk, other = _trunk(1, []), _trunk(1, [])
-    first, limit = trunk.documents[2]
-    other.tokens[:first] = 3
-    other.tokens[limit:] = 4
+    # The first document of the second sample: one sample before it, one document behind it.
+    own, _ = _documents(trunk)[2]
+    other[0].tokens[:] = 3
+    other[1].tokens[other[1].documents[0][1] :] = 4
     entropies, changed = (_read(with_trees, [t])[1][0][0] for t in (trunk, other))
-    assert torch.equal(entropies[first:limit], changed[first:limit])
-    assert not torch.equal(entropies[:first], changed[:first])
+    assert torch.equal(entropies[own], changed[own])
+    assert not torch.equal(entropies[: own.start], changed[: own.start])
+    assert not torch.equal(entropies[own.stop :], changed[own.stop :])
 
 
 def test_no_gradient_is_kept():

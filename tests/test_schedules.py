@@ -1,11 +1,18 @@
 """The schedules of a step: budget, curriculum, warm-up."""
 
 import math
+from typing import Any
 
 import pytest
 
-from megatron_rmt.algorithm.schedules import schedule_of_step
-from tests.tiny_step import step_args
+from megatron_rmt.algorithm.schedules import Schedule, schedule_of_step
+from megatron_rmt.algorithm.settings import Settings
+
+
+def _schedule(iteration: int, **changes: Any) -> Schedule:
+    """At one iteration of 100."""
+    settings = Settings(**{"positions_per_sample": 4, "group_size": 2} | changes)
+    return schedule_of_step(settings, iteration, train_iters=100)
 
 
 @pytest.mark.parametrize(
@@ -21,27 +28,29 @@ from tests.tiny_step import step_args
     ],
 )
 def test_the_schedules_follow_the_paper(iteration, budget, probabilities):
-    schedule = schedule_of_step(step_args(), iteration)
+    schedule = _schedule(iteration)
     assert schedule.iteration == iteration
+    assert schedule.progress == min(iteration, 100) / 100
     assert schedule.budget == budget == math.floor(800 * 0.2 ** (min(iteration, 100) / 100) + 1e-9)
     assert schedule.probabilities == pytest.approx(probabilities)
     assert not schedule.warm_up
 
 
 def test_ablations_and_warm_up_of_the_schedules():
-    assert schedule_of_step(step_args(rmt_no_budget_decay=True), 90).budget == 800
-    assert schedule_of_step(step_args(rmt_initial_budget=2), 100).budget == 1
-    assert schedule_of_step(step_args(rmt_no_curriculum=True), 0).probabilities is None
-    args = step_args(rmt_warmup_iters=3)
-    plans = [schedule_of_step(args, iteration) for iteration in range(5)]
-    assert [schedule.warm_up for schedule in plans] == [1, 1, 1, 0, 0]
-    assert not any(schedule.thought_from_text for schedule in plans)
-    assert {(schedule.positions_per_sample, schedule.group) for schedule in plans} == {(4, 2)}
+    assert _schedule(90, no_budget_decay=True).budget == 800
+    assert _schedule(100, initial_budget=2).budget == 1
+    assert _schedule(0, no_curriculum=True).probabilities is None
+    schedules = [_schedule(iteration, warmup_iters=3) for iteration in range(5)]
+    assert [schedule.warm_up for schedule in schedules] == [1, 1, 1, 0, 0]
+    assert not any(schedule.thought_from_text for schedule in schedules)
+    assert {(schedule.positions_per_sample, schedule.group) for schedule in schedules} == {(4, 2)}
 
 
 def test_responses_from_the_text_are_spread_over_more_positions():
-    args = step_args(rmt_warmup_iters=3, rmt_warmup_thought="text")
-    plans = [schedule_of_step(args, iteration) for iteration in range(5)]
-    assert [schedule.thought_from_text for schedule in plans] == [1, 1, 1, 0, 0]
-    shapes = [(schedule.positions_per_sample, schedule.group) for schedule in plans]
+    schedules = [
+        _schedule(iteration, warmup_iters=3, warmup_thought="text") for iteration in range(5)
+    ]
+    assert [schedule.warm_up for schedule in schedules] == [1, 1, 1, 0, 0]
+    assert [schedule.thought_from_text for schedule in schedules] == [1, 1, 1, 0, 0]
+    shapes = [(schedule.positions_per_sample, schedule.group) for schedule in schedules]
     assert shapes == [(8, 1)] * 3 + [(4, 2)] * 2

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.model.blocks import ancestry
-from megatron_rmt.rollout.trunk import NO_LABEL
 from megatron_rmt.update.tree import Tree, pad_tree
 from tests.packed import Responses, Trunk, build_trunk, grow_tree
 
@@ -179,40 +178,6 @@ def test_a_tree_without_positions_is_the_trunk():
     assert len(tree.rollouts) == len(tree.drawn) == len(tree.drawn_log_probs) == 0
     assert tree.rollouts.dtype == torch.int64
     assert tree.drawn.dtype == torch.bool
-
-
-@pytest.mark.parametrize("head", [[], [41, 42, 43]])
-def test_trunk_of_separate_documents(head):
-    tokens, positions, labels, loss_mask = _sample_text()
-    trunk = _trunk(head)
-    # End-of-document tokens stand at columns 3 and 7 of the first sample and end the second one.
-    spans = [(0, 0, 4), (0, 4, 8), (0, 8, 12), (1, 0, 12)]
-    assert len(trunk.documents) == len(spans)
-    size = 0
-    for (first, limit), (sample, start, end) in zip(trunk.documents, spans, strict=True):
-        assert (first, limit) == (size, size + len(head) + end - start)
-        size = limit
-        assert trunk.tokens[first:limit].tolist() == head + tokens[sample, start:end].tolist()
-        assert trunk.labels[first:limit].tolist() == (
-            [NO_LABEL] * len(head) + labels[sample, start:end].tolist()
-        )
-        assert trunk.loss_mask[first:limit].tolist() == (
-            [0.0] * len(head) + loss_mask[sample, start:end].tolist()
-        )
-        assert trunk.columns[first:limit].tolist() == [-1] * len(head) + list(range(start, end))
-        assert trunk.position_ids[first:limit].tolist() == list(
-            range(int(positions[sample, start]), int(positions[sample, start]) + limit - first)
-        )
-        assert trunk.samples[first:limit].unique().tolist() == [sample]
-        assert trunk.document_first[first:limit].unique().tolist() == [first]
-    assert len(trunk) == size
-
-
-def test_trunk_of_whole_samples_ignores_ends_of_documents():
-    trunk = _trunk([41], separate=False)
-    assert trunk.documents == ((0, 13), (13, 26))
-    assert trunk.document_first.unique().tolist() == [0, 13]
-    assert trunk.loss_mask.dtype == torch.float32
 
 
 def test_responses_of_some_positions():

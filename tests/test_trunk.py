@@ -1,0 +1,100 @@
+"""The trunk: samples of one micro-batch with their documents and preambles."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_rmt.model.blocks import Block
+from megatron_rmt.rollout.trunk import (
+    NO_LABEL,
+    Sample,
+    UserBatch,
+    build_trunk,
+    first_rows,
+    trunk_blocks,
+)
+
+END_OF_DOCUMENT = 0
+# End-of-document tokens stand at columns 3 and 7 of the first sample and end the second one.
+SPANS = [[(0, 4), (4, 8), (8, 12)], [(0, 12)]]
+
+
+def _batch(seed: int = 0, samples: int = 2, length: int = 12) -> UserBatch:
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, 50, (samples, length + 1), generator=generator)
+    text[0, 3] = text[0, 7] = text[-1, length - 1] = END_OF_DOCUMENT
+    positions = torch.arange(length).repeat(samples, 1)
+    loss_mask = (text[:, :-1] != END_OF_DOCUMENT).float()
+    return UserBatch(text[:, :-1], positions, text[:, 1:], loss_mask)
+
+
+def _trunk(head: list[int] = (), separate: bool = True) -> list[Sample]:
+    return build_trunk(
+        _batch(),
+        [70, 71],
+        preamble=list(head),
+        end_of_document=END_OF_DOCUMENT,
+        separate_documents=separate,
+    )
+
+
+@pytest.mark.parametrize("head", [[], [41, 42, 43]])
+def test_trunk_of_separate_documents(head):
+    batch, trunk = _batch(), _trunk(head)
+    assert [sample.index for sample in trunk] == [70, 71]
+    for number, (sample, spans) in enumerate(zip(trunk, SPANS, strict=True)):
+        assert len(sample.documents) == len(spans)
+        tokens, positions = batch.tokens[number], batch.position_ids[number]
+        labels, loss_mask = batch.labels[number], batch.loss_mask[number]
+        size = 0
+        for (first, limit), (start, end) in zip(sample.documents, spans, strict=True):
+            assert (first, limit) == (size, size + len(head) + end - start)
+            size = limit
+            assert sample.tokens[first:limit].tolist() == head + tokens[start:end].tolist()
+            assert sample.labels[first:limit].tolist() == (
+                [NO_LABEL] * len(head) + labels[start:end].tolist()
+            )
+            assert sample.loss_mask[first:limit].tolist() == (
+                [0.0] * len(head) + loss_mask[start:end].tolist()
+            )
+            assert sample.columns[first:limit].tolist() == (
+                [-1] * len(head) + list(range(start, end))
+            )
+            assert sample.position_ids[first:limit].tolist() == list(
+                range(int(positions[start]), int(positions[start]) + limit - first)
+            )
+            assert {sample.document_of(row) for row in range(first, limit)} == {(first, limit)}
+        assert len(sample) == size
+
+
+def test_trunk_of_whole_samples_ignores_ends_of_documents():
+    for sample in _trunk([41], separate=False):
+        assert sample.documents == ((0, 13),)
+        assert {sample.document_of(row) for row in range(13)} == {(0, 13)}
+        assert sample.loss_mask.dtype == torch.float32
+
+
+def test_only_rows_with_a_label_and_a_loss_are_labelled():
+    sample = _trunk([41, 42])[0]
+    labels, loss_mask = sample.labels.clone(), sample.loss_mask.clone()
+    labels[9], loss_mask[11] = NO_LABEL, 0.25
+    changed = dataclasses.replace(sample, labels=labels, loss_mask=loss_mask)
+    # Preambles have no labels, and the end of a document, but for the second, has no loss.
+    unlabelled = {0, 1, 6, 7, 12, 13} | {9} | {5}
+    assert {row for row in range(18) if not changed.labelled[row]} == unlabelled
+
+
+def test_samples_lie_end_to_end_and_each_document_is_a_block():
+    trunk = _trunk([41, 42])
+    assert [len(sample) for sample in trunk] == [18, 14]
+    assert first_rows(trunk) == [0, 18]
+    assert trunk_blocks(trunk) == [Block(0, 6), Block(6, 12), Block(12, 18), Block(18, 32)]
+    assert first_rows([]) == trunk_blocks([]) == []
+
+
+def test_as_many_indices_as_samples():
+    with pytest.raises(ValueError, match="zip"):
+        build_trunk(
+            _batch(), [70], preamble=[], end_of_document=END_OF_DOCUMENT, separate_documents=True
+        )
