@@ -85,7 +85,6 @@ def attach_tree_attention(model: torch.nn.Module) -> int:
         if isinstance(module, SelfAttention):
             _follow_visibility(module.core_attention, module.layer_number, _softmax_scale(module))
             attached += 1
-    for module in model.modules():
         if hasattr(module, "rotary_pos_emb") and hasattr(module, "decoder"):
             _rotate_by_visibility(module.decoder)
     return attached
