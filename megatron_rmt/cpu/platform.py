@@ -62,8 +62,6 @@ _FACTORIES = [
     "zeros_like",
 ]
 
-_installed = False
-
 _ABSENT = object()
 # (owner, name, its own value there or _ABSENT, what ``install()`` put in its place).
 _replacements: list[tuple[Any, str, Any, Any]] = []
@@ -71,7 +69,7 @@ _replacements: list[tuple[Any, str, Any, Any]] = []
 
 def is_installed() -> bool:
     """Whether ``install()`` has been called in this process."""
-    return _installed
+    return bool(_replacements)
 
 
 def add_required_flags(argv: Sequence[str]) -> list[str]:
@@ -95,8 +93,7 @@ def install() -> None:
     Raises:
         RuntimeError: CUDA is available; the stand-in would hide the GPU.
     """
-    global _installed
-    if _installed:
+    if is_installed():
         return
     if torch.cuda.is_available():
         raise RuntimeError(
@@ -116,7 +113,6 @@ def install() -> None:
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
         _replace(torch.optim.Optimizer, name, lambda self: None)
     _stand_aside_while_torch_compiles()
-    _installed = True
     from megatron_rmt.cpu import layer_kernels
 
     layer_kernels.install()
@@ -211,31 +207,26 @@ def _constant(answer: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: answer
 
 
-class _Event:
-    """A CUDA event that has always happened: CPU work is done when the call returns."""
+class _Done:
+    """A CUDA event that has always happened, or a stream with nothing in it: CPU work is done when
+    the call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def record(self, *args: Any) -> None: ...
-    def wait(self, *args: Any) -> None: ...
     def synchronize(self) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def record_event(self, *args: Any) -> "_Done":
+        return _Done()
+
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, other: "_Event") -> float:
+    def elapsed_time(self, other: "_Done") -> float:
         return 0.0
 
-
-class _Stream:
-    """A CUDA stream with nothing in it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def wait_stream(self, *args: Any) -> None: ...
-    def wait_event(self, *args: Any) -> None: ...
-    def synchronize(self) -> None: ...
-    def record_event(self, *args: Any) -> _Event:
-        return _Event()
-
-    def __enter__(self) -> "_Stream":
+    def __enter__(self) -> "_Done":
         return self
 
     def __exit__(self, *args: Any) -> None: ...
@@ -243,11 +234,10 @@ class _Stream:
 
 def _answer_stream_questions() -> None:
     cuda = torch.cuda
-    stream = _Stream()
-    _replace(cuda, "Stream", _Stream)
-    _replace(cuda, "Event", _Event)
-    _replace(cuda, "current_stream", _constant(stream))
-    _replace(cuda, "default_stream", _constant(stream))
+    for name in ("Stream", "Event"):
+        _replace(cuda, name, _Done)
+    for name in ("current_stream", "default_stream"):
+        _replace(cuda, name, _constant(_Done()))
     _replace(cuda, "set_stream", _constant(None))
     _replace(cuda, "stream", lambda *args, **kwargs: contextlib.nullcontext())
 
@@ -261,33 +251,20 @@ class _Generators:
 
 
 def _answer_random_state_questions() -> None:
-    def seed(value: int) -> torch.Generator:
-        return torch.default_generator.manual_seed(int(value))
-
-    def get(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def put(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        torch.set_rng_state(state)
-
     cuda = torch.cuda
     for name in ("manual_seed", "manual_seed_all"):
-        _replace(cuda, name, seed)
+        _replace(cuda, name, lambda value: torch.default_generator.manual_seed(int(value)))
     for owner in (cuda, cuda.random):
-        _replace(owner, "get_rng_state", get)
-        _replace(owner, "set_rng_state", put)
+        _replace(owner, "get_rng_state", lambda *_, **__: torch.get_rng_state())
+        _replace(owner, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
     _replace(cuda, "default_generators", _Generators())
 
 
 def _cpu_for_cuda(device: Any) -> Any:
     """The CPU where ``device`` names a CUDA device, else ``device``."""
-    if isinstance(device, int) and not isinstance(device, bool):
-        return CPU
-    if isinstance(device, str) and device.startswith("cuda"):
-        return CPU
-    if isinstance(device, torch.device) and device.type == "cuda":
-        return CPU
-    return device
+    if isinstance(device, bool) or not isinstance(device, int | str | torch.device):
+        return device
+    return CPU if isinstance(device, int) or str(device).startswith("cuda") else device
 
 
 def _let_cuda_device_mean_cpu() -> None:
@@ -358,10 +335,12 @@ def _exchange_by_sizes_on_the_host() -> None:
 
 def install_if_no_cuda() -> bool:
     """``install()`` and add the flags to ``sys.argv`` unless CUDA is there; True if it did."""
-    if not _installed and torch.cuda.is_available():
-        return False
-    if not _installed and os.environ.get("RANK", "0") == "0":
-        print("megatron_rmt: there is no CUDA device, so Megatron runs on the CPU", file=sys.stderr)
+    if not is_installed():
+        if torch.cuda.is_available():
+            return False
+        if os.environ.get("RANK", "0") == "0":
+            message = "megatron_rmt: there is no CUDA device, so Megatron runs on the CPU"
+            print(message, file=sys.stderr)
     install()
     sys.argv[1:] = add_required_flags(sys.argv[1:])
     return True
