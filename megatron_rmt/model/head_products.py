@@ -27,15 +27,15 @@ def multiply_scores(
     """
     if hidden.dtype == weight.dtype == out.dtype:
         torch.mm(hidden, weight.t(), out=out)
-    elif wide_weight is not None:
-        with _rounding_inputs_to_bf16(_are_bf16(hidden, weight)):
-            torch.mm(hidden.to(out.dtype), wide_weight.t(), out=out)
     elif _multiplies_into_fp32(hidden, weight):
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
+        blocks = [(slice(None), wide_weight)]
+        if wide_weight is None:
+            blocks = _wide_blocks(weight, out.dtype)
         with _rounding_inputs_to_bf16(_are_bf16(hidden, weight)):
-            for block, converted in _wide_blocks(weight, out.dtype):
+            for block, converted in blocks:
                 torch.mm(wide, converted.t(), out=out[:, block])
 
 
@@ -133,10 +133,14 @@ class WeightedSums:
         wide, columns = hidden.to(self.weight.dtype), len(weight)
         held = wide.new_empty(len(wide), min(columns, _CONVERSION_BLOCK))
         with _rounding_inputs_to_bf16(True):
-            for start in range(0, columns, _CONVERSION_BLOCK):
-                block = slice(start, min(columns, start + _CONVERSION_BLOCK))
-                part = held[:, : block.stop - start].copy_(score_gradient[:, block])
+            for block in slices(columns, _CONVERSION_BLOCK):
+                part = held[:, : block.stop - block.start].copy_(score_gradient[:, block])
                 self.weight[block].addmm_(part.t(), wide, beta=int(self._added))
+
+
+def slices(total: int, step: int) -> Iterator[slice]:
+    """[0, total) in slices of ``step``, the last one may be shorter."""
+    return (slice(first, min(total, first + step)) for first in range(0, total, step))
 
 
 def score_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -174,6 +178,5 @@ def _wide_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Te
     """(rows, these rows of ``weight`` in ``dtype``); the next block overwrites them."""
     rows = weight.shape[0]
     held = weight.new_empty(min(rows, _CONVERSION_BLOCK), weight.shape[1], dtype=dtype)
-    for start in range(0, rows, _CONVERSION_BLOCK):
-        block = slice(start, min(rows, start + _CONVERSION_BLOCK))
-        yield block, held[: block.stop - start].copy_(weight[block])
+    for block in slices(rows, _CONVERSION_BLOCK):
+        yield block, held[: block.stop - block.start].copy_(weight[block])
