@@ -54,7 +54,7 @@ def test_sums_of_weights_are_exact_over_any_split():
     assert exact == [math.fsum(row) for row in weights]
     for cut in (1, 255, 1000, 2999):
         parts = [
-            sampling._block_sums(part, maxima, 0.8).sum(1)
+            sampling._block_sums(sampling._Scores(part, maxima, 0.8, None)).sum(1)
             for part in (logits[:, :cut], logits[:, cut:])
         ]
         assert (parts[0] + parts[1]).tolist() == exact

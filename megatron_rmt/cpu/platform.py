@@ -103,7 +103,6 @@ def install() -> None:
     _share_cores_between_ranks()
     _leave_the_cores_to_this_thread()
     _answer_device_questions()
-    _answer_stream_questions()
     _answer_random_state_questions()
     _let_cuda_device_mean_cpu()
     _name_cuda_tensor_types()
@@ -174,39 +173,6 @@ class _Properties:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _answer_device_questions() -> None:
-    cuda = torch.cuda
-    answers: dict[str, Any] = {
-        "is_available": True,
-        "is_initialized": True,
-        "device_count": max(8, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
-        "current_device": CPU,
-        "set_device": None,
-        "synchronize": None,
-        "empty_cache": None,
-        "get_device_name": "cpu",
-        "get_device_capability": (0, 0),
-        "get_device_properties": _Properties(),
-        "is_current_stream_capturing": False,
-        "memory_allocated": 0,
-        "max_memory_allocated": 0,
-        "memory_reserved": 0,
-        "max_memory_reserved": 0,
-        "reset_peak_memory_stats": None,
-        "_lazy_init": None,
-    }
-    for name, answer in answers.items():
-        _replace(cuda, name, _constant(answer))
-    _replace(cuda, "memory_stats", lambda *args, **kwargs: {})
-    _replace(cuda, "_lazy_call", lambda function, **kwargs: function())
-    _replace(cuda.nvtx, "range_push", _constant(None))
-    _replace(cuda.nvtx, "range_pop", _constant(None))
-
-
-def _constant(answer: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: answer
-
-
 class _Done:
     """A CUDA event that has always happened, or a stream with nothing in it: CPU work is done when
     the call returns."""
@@ -232,14 +198,43 @@ class _Done:
     def __exit__(self, *args: Any) -> None: ...
 
 
-def _answer_stream_questions() -> None:
+def _answer_device_questions() -> None:
     cuda = torch.cuda
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": max(8, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        "current_device": CPU,
+        "set_device": None,
+        "synchronize": None,
+        "empty_cache": None,
+        "get_device_name": "cpu",
+        "get_device_capability": (0, 0),
+        "get_device_properties": _Properties(),
+        "current_stream": _Done(),
+        "default_stream": _Done(),
+        "set_stream": None,
+        "stream": contextlib.nullcontext(),
+        "is_current_stream_capturing": False,
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
+        "memory_reserved": 0,
+        "max_memory_reserved": 0,
+        "reset_peak_memory_stats": None,
+        "memory_stats": {},
+        "_lazy_init": None,
+    }
+    for name, answer in answers.items():
+        _replace(cuda, name, _constant(answer))
     for name in ("Stream", "Event"):
         _replace(cuda, name, _Done)
-    for name in ("current_stream", "default_stream"):
-        _replace(cuda, name, _constant(_Done()))
-    _replace(cuda, "set_stream", _constant(None))
-    _replace(cuda, "stream", lambda *args, **kwargs: contextlib.nullcontext())
+    _replace(cuda, "_lazy_call", lambda function, **kwargs: function())
+    _replace(cuda.nvtx, "range_push", _constant(None))
+    _replace(cuda.nvtx, "range_pop", _constant(None))
+
+
+def _constant(answer: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: answer
 
 
 class _Generators:

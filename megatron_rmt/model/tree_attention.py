@@ -85,7 +85,14 @@ class FlexAttention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if self._mask is None:
-            self._mask = self._make_mask(query.shape[0], query.device)
+            sees = ancestry(self.blocks, query.device)
+
+            def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return sees(query, key)
+
+            make = _compiled(create_block_mask) if query.is_cuda else create_block_mask
+            tokens = len(query)
+            self._mask = make(visible, None, None, tokens, tokens, device=query.device)
         attend = _compiled(flex_attention) if query.is_cuda else flex_attention
         output = attend(
             _batch(query),
@@ -96,15 +103,6 @@ class FlexAttention:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return output[0].transpose(0, 1)
-
-    def _make_mask(self, tokens: int, device: torch.device) -> BlockMask:
-        sees = ancestry(self.blocks, device)
-
-        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return sees(query, key)
-
-        make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-        return make(visible, None, None, tokens, tokens, device=device)
 
 
 @functools.cache
@@ -131,7 +129,8 @@ def backend_for(name: str, device: torch.device) -> type[TreeAttention]:
     """
     on_cpu = device.type == "cpu"
     if name == "auto":
-        name = "lse" if on_cpu else "flex" if _can_compile() else "sdpa"
+        compiles = importlib.util.find_spec("triton") and not torch._dynamo.config.disable
+        name = "lse" if on_cpu else "flex" if compiles else "sdpa"
     if name == "lse" and not on_cpu:
         raise ValueError(
             "--rmt-attention is lse, which is made of the CPU's flash attention, but the model is "
@@ -151,7 +150,3 @@ def check_backend(name: str, device: torch.device) -> None:
             "--rmt-attention is flex, whose backward does not exist on the CPU; pass auto, lse or "
             "sdpa."
         )
-
-
-def _can_compile() -> bool:
-    return importlib.util.find_spec("triton") is not None and not torch._dynamo.config.disable

@@ -5,6 +5,7 @@ Scores are split over the tensor-parallel ranks; ``algorithm.rng`` gives the num
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,13 +136,21 @@ def _sums_of_weights(
     return weights.sum(-1, dtype=torch.float64)
 
 
-def _block_sums(
-    logits: Tensor, maxima: Tensor, temperature: float, least: Tensor | None = None
-) -> Tensor:
+class _Scores(NamedTuple):
+    """logits: fp32 [rows, vocab/tp]. maxima: [rows], of the whole vocabulary."""
+
+    logits: Tensor
+    maxima: Tensor
+    temperature: float
+    tp_group: ProcessGroup | None
+
+
+def _block_sums(scores: _Scores, least: Tensor | None = None) -> Tensor:
     """Sums of the weights of each block of columns: float64 [rows, blocks], exact.
 
     least: smallest weight [rows] that counts.
     """
+    logits, maxima, temperature, _ = scores
     # Compiled, it holds no more than the weights.
     at_once = compiled.is_available() and not logits.is_cuda
     whole = logits.shape[1] // _BLOCK
@@ -162,10 +171,9 @@ def _block_sums(
     return torch.cat(sums, 1)
 
 
-def _kth_weight(
-    logits: Tensor, maxima: Tensor, temperature: float, k: int, tp_group: ProcessGroup | None
-) -> Tensor:
+def _kth_weight(scores: _Scores, k: int) -> Tensor:
     """Weight [rows] of the ``k`` th most probable token."""
+    logits, maxima, temperature, tp_group = scores
     largest = logits.topk(min(k, logits.shape[1]), sorted=False).values
     largest = F.pad(largest, (0, k - largest.shape[1]), value=-torch.inf)
     of_all = of_all_ranks(largest, tp_group).transpose(0, 1).flatten(1)
@@ -174,13 +182,7 @@ def _kth_weight(
     return _weigh(block, maxima, temperature)[:, 0]
 
 
-def _nucleus_weight(
-    logits: Tensor,
-    maxima: Tensor,
-    temperature: float,
-    mass: Tensor,
-    tp_group: ProcessGroup | None,
-) -> Tensor:
+def _nucleus_weight(scores: _Scores, mass: Tensor) -> Tensor:
     """The largest weight [rows] such that the tokens that reach it weigh at least ``mass`` [rows].
 
     Bisection of the whole numbers up to the largest weight, as a sort of the vocabulary would have
@@ -190,8 +192,8 @@ def _nucleus_weight(
     high = torch.full_like(mass, _WEIGHT_SCALE + 1)  # reached by none
     for _ in range(int(_WEIGHT_SCALE).bit_length()):
         middle = ((low + high) / 2).floor()
-        reached = _block_sums(logits, maxima, temperature, middle).sum(1)
-        reduce_over_ranks(reached, ReduceOp.SUM, tp_group)
+        reached = _block_sums(scores, middle).sum(1)
+        reduce_over_ranks(reached, ReduceOp.SUM, scores.tp_group)
         heavy = reached >= mass
         low, high = torch.where(heavy, middle, low), torch.where(heavy, high, middle)
     return low
@@ -247,19 +249,16 @@ def sample_tokens(
 
     # First level: the cumulative sum over blocks, of the tokens that may be drawn.
     maxima = reduce_over_ranks(logits.amax(1), ReduceOp.MAX, tp_group)
-    cumulative, offset, total = _block_distribution(logits, maxima, temperature, None, tp_group)
+    scores = _Scores(logits, maxima, temperature, tp_group)
+    cumulative, offset, total = _block_distribution(scores, None)
     whole, least = total, None
     if top_k is not None:
-        least = _kth_weight(logits, maxima, temperature, top_k, tp_group)
-        cumulative, offset, total = _block_distribution(
-            logits, maxima, temperature, least, tp_group
-        )
+        least = _kth_weight(scores, top_k)
+        cumulative, offset, total = _block_distribution(scores, least)
     if top_p is not None:
-        nucleus = _nucleus_weight(logits, maxima, temperature, top_p * total, tp_group)
+        nucleus = _nucleus_weight(scores, top_p * total)
         least = nucleus if least is None else torch.maximum(least, nucleus)
-        cumulative, offset, total = _block_distribution(
-            logits, maxima, temperature, least, tp_group
-        )
+        cumulative, offset, total = _block_distribution(scores, least)
 
     # The token is the first column whose cumulative sum exceeds this whole number, which is below
     # the total: no uniform number exceeds 1 - 2^-53, so the product does not round up to the total.
@@ -285,18 +284,12 @@ def sample_tokens(
     return drawn[0].long(), log_probs.float()
 
 
-def _block_distribution(
-    logits: Tensor,
-    maxima: Tensor,
-    temperature: float,
-    least: Tensor | None,
-    tp_group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _block_distribution(scores: _Scores, least: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(cumulative sums of this shard's weights [rows, blocks], sum of the weights [rows] of the
     shards before this one, sum over all shards)."""
-    cumulative = _block_sums(logits, maxima, temperature, least).cumsum(1)
-    shard_sums = of_all_ranks(cumulative[:, -1], tp_group)
-    rank = 0 if tp_group is None else tp_group.rank()
+    cumulative = _block_sums(scores, least).cumsum(1)
+    shard_sums = of_all_ranks(cumulative[:, -1], scores.tp_group)
+    rank = 0 if scores.tp_group is None else scores.tp_group.rank()
     return cumulative, shard_sums[:rank].sum(0), shard_sums.sum(0)
 
 
