@@ -101,7 +101,10 @@ def longest_position(seq_length: int, settings: Settings, prompt: Prompt) -> int
     """A bound on every position id: a sample behind its preamble, stem and response."""
     budget = largest_budget(settings)
     asked = len(prompt.preamble) + len(prompt.stem(budget))
-    return seq_length + asked + prompt.longest_response(budget, settings.warmup_iters > 0)
+    response = prompt.longest_response(budget, settings.warmup_iters > 0)
+    # A reward may ask for the truth behind the longest thought, whose end is then written.
+    closed_thought = 2 * budget + len(prompt.close)
+    return seq_length + asked + max(response, closed_thought)
 
 
 def fitting_problem(args: Namespace, settings: Settings, prompt: Prompt) -> str | None:

@@ -1,4 +1,4 @@
-"""Functions in the place of ours, by name or by importable path; what cannot be called is refused."""
+"""Functions in the place of ours, by name or by path; what cannot be called is refused."""
 
 import re
 from collections.abc import Callable
@@ -44,6 +44,10 @@ def ours(evidence: Any) -> str:
     return "ours"
 
 
+def other(evidence: Any) -> str:
+    return "the other"
+
+
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a user's module."""
@@ -55,7 +59,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def _find(name: str) -> Callable[..., Any]:
-    return find("--rmt-reward", name, {"match": ours, "other": ours})
+    return find("--rmt-reward", name, {"match": ours, "other": other})
 
 
 def _refusal(name: str) -> str:
@@ -70,6 +74,7 @@ def _refusal(name: str) -> str:
 
 def test_a_known_name_is_the_known_function():
     assert _find("match") is ours
+    assert _find("other") is other
     assert find("--rmt-reward", "match", REWARDS) is REWARDS["match"]
     assert find("--rmt-select", "tiers", SELECTIONS) is SELECTIONS["tiers"]
 

@@ -1,0 +1,305 @@
+"""The prompt in token ids, and the bound of a response against the longest that can be written."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.mid_training import longest_position
+from megatron_rmt.prompt.prompt import Prompt, ResponseBound
+from megatron_rmt.prompt.response import Response
+from megatron_rmt.prompt.template import TEMPLATES, Template
+from megatron_rmt.rollout.live_rollouts import Ending, LiveRollouts, RolloutPosition
+from megatron_rmt.rollout.responses import written
+from megatron_rmt.rollout.trunk import UserBatch, build_trunk
+from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree
+from megatron_rmt.update.truth import _closed_with_truth
+from tests.tiny_tokenizer import build_tokenizer
+
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+class MegatronsTokenizer:
+    """As ``megatron.training.get_tokenizer()`` returns it, as far as a prompt asks."""
+
+    library = "huggingface"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, eod: int, eos: int | None) -> None:
+        self._tokenizer = SimpleNamespace(tokenizer=tokenizer)
+        self.eod, self._eos = eod, eos
+
+    @property
+    def eos(self) -> int:
+        if self._eos is None:
+            raise NotImplementedError
+        return self._eos
+
+
+@pytest.fixture(scope="module")
+def inner() -> PreTrainedTokenizerFast:
+    """<|endoftext|> is 0, <|im_start|>, which it puts before a text, 1 and <|im_end|> 2."""
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    assert tokenizer.encode("a")[0] == 1
+    return tokenizer
+
+
+def _prompt(
+    inner: PreTrainedTokenizerFast,
+    template: str = "rpt",
+    *,
+    chat: bool = False,
+    answer_tokens: int = 32,
+    force_close: bool = False,
+    eos: int | None = 2,
+) -> Prompt:
+    tokenizer = MegatronsTokenizer(inner, eod=0, eos=eos)
+    return Prompt.of(
+        tokenizer, template, chat=chat, answer_tokens=answer_tokens, force_close=force_close
+    )
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_its_pieces_are_those_of_the_template_without_special_tokens(name, inner):
+    prompt, template = _prompt(inner, name), TEMPLATES[name]
+    assert prompt.template == template
+    for tokens, text in (
+        (prompt.preamble, template.head),
+        (prompt.close, template.close),
+        (prompt.stem(800), template.stem_text(800)),
+        (prompt.stem(7), template.stem_text(7)),
+    ):
+        assert prompt.text(tokens) == text
+        assert not {0, 1, 2}.intersection(tokens)
+    assert prompt.end_of_document == 0
+
+
+def test_responses_end_at_the_end_of_a_document_and_of_a_sequence(inner):
+    assert _prompt(inner).stop == [0, 2]
+    assert _prompt(inner, eos=0).stop == [0]
+    assert _prompt(inner, eos=None).stop == [0]
+
+
+def test_a_tokenizer_that_is_not_of_hugging_face_splits_text_itself():
+    class OfLetters:
+        library, eod = "tiktoken", 0
+        _tokenizer = SimpleNamespace(vocab_size=len(LETTERS), id2token=dict(enumerate(LETTERS)))
+
+        def tokenize(self, text: str) -> tuple[int, ...]:
+            return tuple(_ids(text))
+
+    prompt = Prompt.of(OfLetters(), "inline", chat=True, answer_tokens=1, force_close=False)
+    assert prompt.preamble == []
+    assert prompt.close == _ids("</think>")
+    assert prompt.stem(12) == _ids("<think budget=12>")
+    assert prompt.stop == [0]
+
+
+def test_chat_markers_go_round_the_template_where_they_are_asked_for(inner):
+    inner.chat_template = CHAT
+    try:
+        with_markers, without = (_prompt(inner, "rpt", chat=chat) for chat in (True, False))
+    finally:
+        inner.chat_template = None
+    assert with_markers.template.head == "<|user|>\n" + TEMPLATES["rpt"].head
+    assert with_markers.text(with_markers.preamble) == with_markers.template.head
+    assert with_markers.text(with_markers.stem(9)).endswith("<|end|><|assistant|>\n<think>\n")
+    assert without.template == TEMPLATES["rpt"]
+    assert _prompt(inner, "rpt", chat=True).template == TEMPLATES["rpt"]
+
+
+def test_special_tokens_have_no_bytes(inner):
+    prompt = _prompt(inner)
+    assert len(prompt.bytes_of) == len(prompt.has_bytes) == len(inner)
+    assert [token for token, text in enumerate(prompt.has_bytes) if not text] == [0, 1, 2]
+
+
+def test_text_leaves_special_tokens_out_and_replaces_what_is_no_utf_8(inner):
+    prompt = _prompt(inner)
+    half = prompt.bytes_of.index(b"\xc3")
+    assert prompt.text([0, *prompt.encode(" the"), half, 2]) == " the\ufffd"
+
+
+def test_the_true_answer_is_the_token_or_its_text_in_a_box(inner):
+    token = _prompt(inner).bytes_of.index(b" the")
+    assert _prompt(inner, "inline").true_answer(token) == [token]
+    for name in ("rpt", "raw"):
+        prompt = _prompt(inner, name)
+        assert prompt.text(prompt.true_answer(token)) == "\n\\boxed{ the}"
+
+
+@pytest.mark.parametrize("name", ["rpt", "inline"])
+def test_it_reads_the_answers_that_it_writes(name, inner):
+    prompt = _prompt(inner, name)
+    token = prompt.bytes_of.index(b" the")
+    thought = prompt.encode("so it goes on")
+    written = [*thought, *prompt.close, *prompt.true_answer(token)]
+    expected = Response(len(thought), closed=True, well_formed=True, prediction=b" the")
+    assert prompt.read([*written, 2]) == expected
+
+
+def test_as_much_of_an_answer_is_read_as_the_prompt_allows(inner):
+    whole, one = (_prompt(inner, "inline", answer_tokens=count) for count in (32, 1))
+    tokens = [token for piece in ("a", "</think>", *[" the"] * 3) for token in whole.encode(piece)]
+    assert whole.bytes_of[tokens[-1]] == b" the"
+    assert whole.read(tokens).prediction == b" the the the"
+    assert one.read(tokens).prediction == b" the"
+
+
+def test_the_grammar_is_made_once_for_each_device(inner):
+    prompt = _prompt(inner)
+    grammar = prompt.grammar(torch.device("cpu"))
+    assert prompt.grammar(torch.device("cpu")) is grammar
+    assert grammar.next_state.device.type == "cpu"
+    assert prompt.grammar(torch.device("meta")).next_state.device.type == "meta"
+    assert grammar.done[grammar.next_state[grammar.start, prompt.stop]].all()
+    assert _prompt(inner).grammar(torch.device("cpu")) is not grammar
+
+
+# An end token, then letters, so that what is written is as many tokens as letters; the policy may
+# draw a whole end of thought as well.
+LETTERS = [b"", *(bytes([byte]) for byte in range(32, 127)), b"</t>"]
+OTHER, END_OF_THOUGHT = LETTERS.index(b"x"), LETTERS.index(b"</t>")
+
+
+def _ids(text: str) -> list[int]:
+    return [LETTERS.index(letter.encode()) for letter in text]
+
+
+def _of_letters(**changes: Any) -> Prompt:
+    """With a close of 4 tokens."""
+    options = {
+        "template": Template("test", "", "{budget}", "</t>", "next"),
+        "encode": _ids,
+        "bytes_of": LETTERS,
+        "stop": [0],
+        "end_of_document": 0,
+        "answer_tokens": 3,
+    }
+    return Prompt(**options | changes)
+
+
+MODES = {
+    "drawn": {},
+    "forced close": {"force_close": True},
+    "warm-up": {"writes_truth": True},
+    "warm-up, short truth": {"writes_truth": True, "truth": 1},
+    "warm-up, forced close": {"writes_truth": True, "force_close": True},
+    "no thought": {"thinks": False},
+}
+
+
+def _written(
+    prompt: Prompt, ending: Ending, thinks: bool, truth: int, script: list[int]
+) -> list[int]:
+    """A response of which the policy draws ``script``, then letters without end."""
+    grammar = prompt.grammar(torch.device("cpu"))
+    position = RolloutPosition(0, 0, 0, 1, 1, truth=(OTHER,) * truth)
+    start = grammar.start if thinks else grammar.after_thought
+    live = LiveRollouts([position], 1, grammar, start, ending, torch.device("cpu"))
+    while live.alive.any():
+        token = script[live.step] if live.step < len(script) else OTHER
+        live.write(torch.tensor([token]), torch.zeros(1))
+    return live.responses()[0][0].tokens.tolist()
+
+
+@pytest.mark.parametrize("budget", [1, 2, 5])
+@pytest.mark.parametrize("name", MODES)
+def test_the_longest_response_that_can_be_written_is_the_bound(name, budget):
+    mode = {"writes_truth": False, "force_close": False, "thinks": True, "truth": 6} | MODES[name]
+    prompt = _of_letters(force_close=mode["force_close"])
+    bound = prompt.bound(
+        budget * mode["thinks"], warm_up=mode["writes_truth"], truth_tokens=mode["truth"]
+    )
+    # A thought may end anywhere, by its marker, in one token or in several, or by an end token, or
+    # go on with a marker half written.
+    ends = ([], [END_OF_THOUGHT], _ids("</t>"), _ids("</t"), [0], [END_OF_THOUGHT, 0])
+    scripts = [[OTHER] * before + end for before in range(2 * budget + 2) for end in ends]
+
+    def responses_within(bound: ResponseBound) -> list[list[int]]:
+        ending = Ending(bound, prompt.answer_tokens, prompt.close, mode["writes_truth"])
+        return [
+            _written(prompt, ending, mode["thinks"], mode["truth"], script) for script in scripts
+        ]
+
+    # With room for more, so that what is too long shows.
+    responses = responses_within(dataclasses.replace(bound, answer=bound.answer + 50))
+    longest = max(map(len, responses))
+    assert longest <= bound.tokens
+    # Nothing is reserved in vain, but for a truth that is shorter than an answer may be.
+    assert longest == bound.tokens or name == "warm-up, short truth"
+    assert responses_within(bound) == responses
+
+
+def test_the_parts_of_the_bound():
+    prompt, forcing = _of_letters(), _of_letters(force_close=True)
+    assert prompt.bound(5) == ResponseBound(thought=10, close=0, answer=3)
+    assert forcing.bound(5) == ResponseBound(thought=10, close=4, answer=3)
+    for of in (prompt, forcing):
+        assert of.bound(5, warm_up=True, truth_tokens=1) == ResponseBound(5, close=4, answer=3)
+        assert of.bound(5, warm_up=True, truth_tokens=9) == ResponseBound(5, close=4, answer=9)
+    # A truth is written in the warm-up alone.
+    assert prompt.bound(5, truth_tokens=9) == prompt.bound(5)
+    assert ResponseBound(5, 4, 9).tokens == 18
+
+
+def test_a_warm_up_with_a_budget_below_its_close_is_foreseen():
+    """Thoughts of 2 tokens, a close of 4: the warm-up takes 2 + 4, later steps take 2 * 2."""
+    prompt = _of_letters(answer_tokens=32)
+    assert prompt.bound(2).tokens == 36
+    assert prompt.bound(2, warm_up=True, truth_tokens=1).tokens == 38
+    assert prompt.longest_response(2, warm_up=False) == 36
+    assert prompt.longest_response(2, warm_up=True) == 38
+
+
+@pytest.mark.parametrize("warm_up", [False, True])
+@pytest.mark.parametrize("force_close", [False, True])
+@pytest.mark.parametrize("answer_tokens", [1, 32])
+@pytest.mark.parametrize("name", ["rpt", "inline"])
+def test_no_step_of_a_run_has_a_larger_bound_than_the_longest_response(
+    name, answer_tokens, force_close, warm_up, inner
+):
+    prompt = _prompt(inner, name, answer_tokens=answer_tokens, force_close=force_close)
+    truth = max(len(prompt.true_answer(token)) for token in range(len(inner)) if token > 2)
+    for largest in (1, 2, 3, 40):
+        longest = prompt.longest_response(largest, warm_up)
+        bounds = [prompt.bound(budget) for budget in range(1, largest + 1)]
+        if warm_up:
+            bounds += [
+                prompt.bound(budget, warm_up=True, truth_tokens=truth)
+                for budget in range(1, largest + 1)
+            ]
+        assert max(bound.tokens for bound in bounds) <= longest
+
+
+@pytest.mark.parametrize("answer_tokens", [1, 3, 4, 32])
+@pytest.mark.parametrize("force_close", [False, True])
+def test_positions_hold_the_longest_thought_with_its_end_written_for_a_reward(
+    force_close, answer_tokens
+):
+    """As it is where a reward asks for the log-prob of the truth behind it."""
+    budget, length = 5, 12
+    prompt = _of_letters(force_close=force_close, answer_tokens=answer_tokens)
+    settings = Settings(initial_budget=budget, answer_tokens=answer_tokens, force_close=force_close)
+    text = torch.full((1, length), OTHER)
+    batch = UserBatch(text, torch.arange(length)[None], text, torch.ones(1, length))
+    (sample,) = build_trunk(batch, [0], preamble=[], end_of_document=0, separate_documents=False)
+    thought = written([OTHER] * 2 * budget)
+    last = ChosenPosition(length - 1, [thought], [prompt.read(thought.tokens.tolist())])
+    tree = grow_tree(
+        [_closed_with_truth(prompt, ReasonedSample(sample, [last]))],
+        prompt.stem(budget),
+        longest_position=longest_position(length, settings, prompt),
+        device=torch.device("cpu"),
+    )
+    assert int(tree.visibility.position_ids.max()) < longest_position(length, settings, prompt)
