@@ -145,5 +145,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with console.a_line_for_each_step():
-        main()
+    console.a_line_for_each_step()
+    main()

@@ -24,9 +24,7 @@ from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes, key_value_byte
 
 @dataclass(frozen=True)
 class MidTraining:
-    """What one run needs in every step.
-
-    args: Megatron's. reward, select, loss: what ``--rmt-reward``, ``--rmt-select`` and
+    """args: Megatron's. reward, select, loss: what ``--rmt-reward``, ``--rmt-select`` and
     ``--rmt-loss`` name. seed: of positions and rollouts.
     """
 
@@ -92,14 +90,9 @@ def read_prompt(settings: Settings, tokenizer: Any) -> Prompt:
     )
 
 
-def largest_budget(settings: Settings) -> int:
-    """The largest B_t of a run, in tokens."""
-    return max(settings.initial_budget, settings.minimum_budget)
-
-
 def longest_position(seq_length: int, settings: Settings, prompt: Prompt) -> int:
     """A bound on every position id: a sample behind its preamble, stem and response."""
-    budget = largest_budget(settings)
+    budget = settings.initial_budget
     asked = len(prompt.preamble) + len(prompt.stem(budget))
     response = prompt.longest_response(budget, settings.warmup_iters > 0)
     # A reward may ask for the truth behind the longest thought, whose end is then written.
@@ -144,7 +137,7 @@ def cache_size(
     in_flight: int,
 ) -> CacheSize:
     """Keys and values of a step's rollouts on one rank, at the longest thoughts of the run."""
-    budget, samples = largest_budget(settings), args.global_batch_size // data_parallel_size
+    budget, samples = settings.initial_budget, args.global_batch_size // data_parallel_size
     draws_in_warm_up = settings.warmup_iters > 0 and settings.warmup_thought == "drawn"
     return CacheSize(
         token_bytes=token_bytes,

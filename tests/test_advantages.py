@@ -70,18 +70,5 @@ def test_a_group_of_one_gives_zero():
     assert group_advantages(torch.tensor([[0.7], [0.0]])).tolist() == [[0.0], [0.0]]
 
 
-def test_low_precision_and_integers_come_back_in_float32():
-    for rewards in (torch.tensor([[0.0, 1.0]]).bfloat16(), torch.tensor([[0, 1]])):
-        advantages = group_advantages(rewards)
-        assert advantages.dtype == torch.float32
-        assert advantages.tolist() == [[-1.0, 1.0]]
-
-
 def test_no_positions_give_no_advantages():
     assert group_advantages(torch.empty(0, 8)).shape == (0, 8)
-
-
-@pytest.mark.parametrize("shape", [(8,), (2, 2, 8), (3, 0)])
-def test_other_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match="rewards has shape"):
-        group_advantages(torch.zeros(shape))

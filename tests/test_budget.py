@@ -7,7 +7,7 @@ from megatron_rmt.algorithm.budget import token_budget
 
 def test_budget_decays_from_800_to_a_fifth():
     # 800 * 0.2^(1/4) = 534.99; 800 * 0.2^(1/2) = 357.77; 800 * 0.2^(3/4) = 239.26; 800 * 0.2 = 160
-    values = [token_budget(iteration, 1000) for iteration in (0, 250, 500, 750, 1000)]
+    values = [token_budget(iteration, 1000, 800, 1, 0.2) for iteration in (0, 250, 500, 750, 1000)]
     assert values == [800, 534, 357, 239, 160]
 
 
@@ -23,12 +23,12 @@ def test_whole_powers_are_not_lost_to_rounding():
 
 def test_budget_does_not_fall_below_the_minimum():
     assert token_budget(100, 100, 800, 1, 1e-6) == 1
-    assert token_budget(100, 100, 800, 200) == 200
-    assert token_budget(0, 100, 800, 200) == 800
+    assert token_budget(100, 100, 800, 200, 0.2) == 200
+    assert token_budget(0, 100, 800, 200, 0.2) == 800
 
 
 def test_budget_never_rises():
-    values = [token_budget(iteration, 777) for iteration in range(778)]
+    values = [token_budget(iteration, 777, 800, 1, 0.2) for iteration in range(778)]
     assert values == sorted(values, reverse=True)
 
 

@@ -10,14 +10,15 @@ from megatron_rmt.algorithm.curriculum import (
     EASY,
     HARD,
     MEDIUM,
-    THRESHOLDS,
     Candidates,
     choose_by_tier,
     tier_probabilities,
     tiers,
 )
 from megatron_rmt.algorithm.rng import CURRICULUM_STREAM, uniforms
+from megatron_rmt.algorithm.settings import Settings
 
+THRESHOLDS = Settings().entropy_thresholds
 START = (0.6, 0.3, 0.1)
 END = (0.1, 0.3, 0.6)
 KEY = {"seed": 5, "iteration": 3, "sample": 11}
@@ -57,12 +58,12 @@ def test_constants_are_the_papers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_tiers_are_closed_below_and_open_above(dtype):
     entropies = torch.tensor([0.0, 0.498, 0.5, 0.99, 1.0, 1.49, 1.5, 9.0], dtype=dtype)
-    assert tiers(entropies).tolist() == [-1, -1, 0, 0, 1, 1, 2, 2]
-    assert tiers(entropies).dtype == torch.int64
+    assert tiers(entropies, THRESHOLDS).tolist() == [-1, -1, 0, 0, 1, 1, 2, 2]
+    assert tiers(entropies, THRESHOLDS).dtype == torch.int64
 
 
 def test_nan_is_in_no_tier():
-    assert tiers(torch.tensor([float("nan"), float("inf")])).tolist() == [-1, 2]
+    assert tiers(torch.tensor([float("nan"), float("inf")]), THRESHOLDS).tolist() == [-1, 2]
 
 
 def test_tiers_by_other_thresholds():

@@ -112,32 +112,6 @@ def test_unpatching_leaves_somebody_elses_wrapper_alone(monkeypatch):
     assert _current() == ours
 
 
-@pytest.mark.parametrize("symbol", [*patches.PATCHES, *patches.RELIED_ON], ids=str)
-def test_the_installed_release_has_the_signatures_that_rmt_was_written_for(symbol):
-    """Fails when a release in the supported range changes one of them, even harmlessly."""
-    _, function = symbol.find()
-    assert patches.describe_signature(function) == symbol.signature
-    parameters = symbol.signature.replace("=", "").split(", ")
-    assert set(symbol.parameters) <= set(parameters)
-    assert symbol.why
-
-
-def test_a_signature_is_described_as_python_has_it():
-    def function(a: int, b: str = "x", *rest: int, c: bool = False, **others: Any) -> None: ...
-
-    assert patches.describe_signature(function) == "a, b=, *rest, c=, **others"
-
-
-def test_a_harmless_change_is_warned_of_and_patched(monkeypatch):
-    from megatron.training import arguments
-
-    monkeypatch.setattr(arguments, "validate_args", lambda args, defaults=None, strict=True: None)
-    expected = r"changed megatron.training.arguments.validate_args from \(args, defaults=\) to "
-    with pytest.warns(UserWarning, match=expected):
-        megatron_rmt.patch()
-    assert hasattr(arguments.validate_args, "megatron_rmt_original")
-
-
 def test_a_symbol_that_is_only_called_is_checked_too(monkeypatch):
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -171,14 +145,14 @@ def test_another_signature_is_named_and_nothing_is_patched(monkeypatch, entry):
         with pytest.raises(RuntimeError) as error:
             megatron_rmt.patch()
     assert f"expected {entry.module}.{entry.name} with parameters" in str(error.value)
-    assert ", ".join(entry.parameters) in str(error.value)
+    assert ", ".join(entry.parameters.split()) in str(error.value)
     assert "has options, state;" in str(error.value)
     assert "\n" not in str(error.value)
     assert _nothing_is_patched()
 
 
 def test_a_missing_module_is_named_and_nothing_is_patched(monkeypatch):
-    gone = patches.Patch("megatron.training.no_such_module", "step", "test", "")
+    gone = patches.Symbol("megatron.training.no_such_module", "step")
     monkeypatch.setattr(patches, "PATCHES", (*patches.PATCHES, gone))
     with pytest.raises(RuntimeError, match=r"expected megatron.training.no_such_module.step but"):
         megatron_rmt.patch()

@@ -115,9 +115,3 @@ def assert_uniform(numbers: Tensor) -> None:
 def assert_uncorrelated(x: Tensor, y: Tensor) -> None:
     correlation = torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].item()
     assert abs(correlation) < 4.5 / math.sqrt(x.numel())
-
-
-@pytest.mark.parametrize("bad", [0.5, torch.tensor([0.5]), torch.tensor([True])])
-def test_uniforms_refuse_what_is_no_integer(bad):
-    with pytest.raises(ValueError, match="token"):
-        uniforms(0, 0, 0, 0, 0, bad)

@@ -68,6 +68,44 @@ def test_rewards_and_advantages_by_hand():
     assert of.metrics["rmt budget"] == (8, 2)
 
 
+@pytest.mark.parametrize(
+    "earned",
+    [
+        torch.ones(2),
+        torch.ones(2, 1),
+        torch.ones(1, 2),
+        [[1.0, 1.0]] * 2,
+        torch.full((2, 2), torch.nan),
+    ],
+    ids=["positions", "one each", "group", "a list", "not a number"],
+)
+def test_a_reward_of_another_shape_or_without_a_value_is_refused(earned):
+    of = scored()
+    run = dataclasses.replace(of.run, reward=lambda evidence: earned)
+    with pytest.raises(ValueError, match=r"--rmt-reward match returned .* here \[2, 2\]\."):
+        score(run, of.schedule, of.reasoned)
+
+
+def test_a_reward_does_not_report_under_a_name_of_rmts_own():
+    def reward(evidence):
+        evidence.report("match rate", evidence.thought_lengths)
+        return evidence.thought_lengths
+
+    of = scored()
+    with pytest.raises(ValueError, match="reports rmt match rate, which RMT logs by itself"):
+        score(dataclasses.replace(of.run, reward=reward), of.schedule, of.reasoned)
+
+
+def test_what_a_reward_reports_is_logged_as_a_mean():
+    def reward(evidence):
+        evidence.report("thoughts", evidence.thought_lengths)
+        return evidence.thought_lengths
+
+    of = scored()
+    metrics = score(dataclasses.replace(of.run, reward=reward), of.schedule, of.reasoned).metrics
+    assert metrics["rmt thoughts"] == (15, 4)
+
+
 def test_without_the_length_reward_the_match_is_all():
     metrics = scored(no_length_reward=True, answer_tokens=1).metrics
     assert metrics["rmt reward"] == (2, 4)

@@ -205,9 +205,3 @@ def test_padding_adds_rows_that_nobody_sees():
         assert torch.equal(getattr(padded, name), getattr(original, name))
     same = pad_tree(original, size)
     assert len(same.tokens) == len(same.visibility.position_ids) == size
-
-
-def test_padding_to_less_than_the_tree_is_refused():
-    tree = _grow(_trunk(), [], [31], None)
-    with pytest.raises(ValueError, match=r"rows=23 is less than the tree's 24"):
-        pad_tree(tree, 23)

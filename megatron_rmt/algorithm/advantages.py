@@ -13,21 +13,14 @@ def group_advantages(rewards: Tensor) -> Tensor:
     dtype, has nothing to prefer and gets zeros; so does a group of one.
 
     Args:
-        rewards: [positions, group].
+        rewards: [positions, group], float32 or float64.
 
     Returns:
-        [positions, group] in the dtype of `rewards` if that is float32 or float64, else float32.
-
-    Raises:
-        ValueError: rewards is not [positions, group] with at least one reward a group.
+        [positions, group] in the dtype of `rewards`.
     """
-    if rewards.dim() != 2 or rewards.shape[1] == 0:
-        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; pass [positions, group]")
-    dtype = rewards.dtype if rewards.dtype in (torch.float32, torch.float64) else torch.float32
-    rounding = torch.finfo(rewards.dtype if rewards.is_floating_point() else dtype).eps
-    rewards = rewards.to(torch.float64)
-    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
-    flat = spread <= 8 * rounding * rewards.abs().amax(1, keepdim=True)
-    centred = rewards - rewards.mean(1, keepdim=True)
+    exact = rewards.to(torch.float64)
+    spread = exact.amax(1, keepdim=True) - exact.amin(1, keepdim=True)
+    flat = spread <= 8 * torch.finfo(rewards.dtype).eps * exact.abs().amax(1, keepdim=True)
+    centred = exact - exact.mean(1, keepdim=True)
     deviation = centred.square().mean(1, keepdim=True).sqrt()
-    return torch.where(flat, 0.0, centred / deviation).to(dtype)
+    return torch.where(flat, 0.0, centred / deviation).to(rewards.dtype)

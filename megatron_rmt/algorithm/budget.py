@@ -3,13 +3,7 @@
 import math
 
 
-def token_budget(
-    iteration: int,
-    train_iters: int,
-    initial: int = 800,
-    minimum: int = 1,
-    decay: float = 0.2,
-) -> int:
+def token_budget(iteration: int, train_iters: int, initial: int, minimum: int, decay: float) -> int:
     """Tokens that the prompt asks for: B_t = max(minimum, floor(initial * decay^(t / T))).
 
     Args:

@@ -13,13 +13,11 @@ from torch import Tensor
 from megatron_rmt.algorithm.rng import CURRICULUM_STREAM, uniforms
 
 EASY, MEDIUM, HARD = 0, 1, 2
-# Nats (RPT, arXiv 2506.08007). Easy is [0.5, 1.0), medium [1.0, 1.5), hard [1.5, inf).
-THRESHOLDS = (0.5, 1.0, 1.5)
 
 TierProbabilities = tuple[float, float, float]
 
 
-def tiers(entropies: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tensor:
+def tiers(entropies: Tensor, thresholds: Sequence[float]) -> Tensor:
     """The disjoint tier of each position.
 
     Args:

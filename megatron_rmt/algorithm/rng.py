@@ -59,29 +59,10 @@ def uniforms(
     Returns:
         float64 of the broadcast shape (0-d for plain integers), with 53 random bits, on the
         tensors' device.
-
-    Raises:
-        ValueError: a coordinate is not an integer.
     """
-    coordinates = {
-        "seed": seed,
-        "stream": stream,
-        "iteration": iteration,
-        "sample": sample,
-        "position": position,
-        "rollout": rollout,
-        "token": token,
-    }
     word = torch.zeros((), dtype=torch.int64)
-    for name, value in coordinates.items():
-        if isinstance(value, Tensor):
-            if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-                raise ValueError(f"{name} has dtype {value.dtype}; pass an integer tensor")
-            value = value.to(torch.int64)
-        elif isinstance(value, int):
-            # A 0-d CPU tensor takes part in CUDA arithmetic as a scalar, without a copy.
-            value = torch.tensor(_signed(value), dtype=torch.int64)
-        else:
-            raise ValueError(f"{name} is {value!r}; pass an integer or an integer tensor")
-        word = _mix(word + (value + 1) * _signed(_INCREMENT))
+    for coordinate in (seed, stream, iteration, sample, position, rollout, token):
+        # A 0-d CPU tensor takes part in CUDA arithmetic as a scalar, without a copy.
+        value = coordinate if isinstance(coordinate, Tensor) else torch.tensor(_signed(coordinate))
+        word = _mix(word + (value.to(torch.int64) + 1) * _signed(_INCREMENT))
     return _shift_right(word, 11).to(torch.float64) * 2.0**-53

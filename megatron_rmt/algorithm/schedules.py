@@ -32,9 +32,9 @@ def schedule_of_step(settings: Settings, iteration: int, train_iters: int) -> Sc
         budget = token_budget(
             iteration_in_range,
             train_iters,
-            initial=settings.initial_budget,
-            minimum=settings.minimum_budget,
-            decay=settings.budget_decay,
+            settings.initial_budget,
+            settings.minimum_budget,
+            settings.budget_decay,
         )
     probabilities = None
     if not settings.no_curriculum:

@@ -6,7 +6,6 @@ output as it is: nothing here is imported there.
 
 import argparse
 import atexit
-import contextlib
 import functools
 import inspect
 import logging
@@ -16,10 +15,10 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import megatron_rmt
 from megatron_rmt.job.metrics import PREFIX
@@ -70,9 +69,8 @@ def step_line(iteration: int, last: int, values: Mapping[str, Any]) -> str:
     return " | ".join(parts if measured else [*parts, "skipped"])
 
 
-@contextlib.contextmanager
-def a_line_for_each_step() -> Iterator[None]:
-    """While it lasts, stdout has one line for each step, and a file what Megatron prints.
+def a_line_for_each_step() -> None:
+    """From now on stdout has one line for each step, and a file what Megatron prints.
 
     The file is ``megatron.log`` in the folder that ``--save`` names on the command line; all ranks
     append to it. Without ``--save`` Megatron prints as ever.
@@ -81,18 +79,17 @@ def a_line_for_each_step() -> Iterator[None]:
     parser.add_argument("--save")
     folder = parser.parse_known_args()[0].save
     if folder is None:
-        yield
         return
     from megatron.training import get_args, training
 
     path = Path(folder) / LOG
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Never closed: what logs until the process ends keeps it as its stdout.
-    log = path.open("a", encoding="utf-8", buffering=1)
-    screen = sys.stdout
+    screen, sys.stdout = sys.stdout, path.open("a", encoding="utf-8", buffering=1)
+    for handler in logging.root.handlers:
+        # Megatron's logging took its stdout when it was imported.
+        if getattr(handler, "stream", None) is screen:
+            handler.setStream(sys.stdout)
     training_log, print_rank_last = training.training_log, training.print_rank_last
-    # Megatron's logging took its stdout when it was imported.
-    handlers = [h for h in logging.root.handlers if getattr(h, "stream", None) is screen]
 
     def show(line: str) -> None:
         if _is_last_rank():
@@ -101,10 +98,8 @@ def a_line_for_each_step() -> Iterator[None]:
     @functools.wraps(training_log)
     def log_step(*args: Any, **kwargs: Any) -> Any:
         training.print_rank_last = print_rank_last
-        try:
-            result = training_log(*args, **kwargs)
-        finally:
-            training.print_rank_last = print_and_show
+        result = training_log(*args, **kwargs)
+        training.print_rank_last = print_and_show
         call = inspect.signature(training_log).bind(*args, **kwargs).arguments
         show(step_line(call["iteration"], get_args().train_iters, call["loss_dict"]))
         return result
@@ -117,15 +112,6 @@ def a_line_for_each_step() -> Iterator[None]:
 
     show(f"A line for each step; all that Megatron prints is in {path}")
     training.training_log, training.print_rank_last = log_step, print_and_show
-    for handler in handlers:
-        handler.setStream(log)
-    try:
-        with contextlib.redirect_stdout(log):
-            yield
-    finally:
-        training.training_log, training.print_rank_last = training_log, print_rank_last
-        for handler in handlers:
-            handler.setStream(screen)
 
 
 def _is_last_rank() -> bool:
@@ -145,15 +131,10 @@ def leave_out_library_warnings() -> None:
     show = warnings.showwarning
 
     def show_own(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
+        message: Warning | str, category: type[Warning], filename: str, *place: Any
     ) -> None:
         if filename.startswith(_OWN) or _warner(sys._getframe(1)).startswith(_OWN):
-            show(message, category, filename, lineno, file, line)
+            show(message, category, filename, *place)
         else:
             left_out[_cause(f"{category.__name__}: {message}")] += 1
 

@@ -5,7 +5,6 @@ A resumed run writes its iterations again; whoever reads the file takes the last
 
 import json
 import math
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,8 +35,5 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
     One write, so that a crash leaves no half line behind a whole one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, "".join(f"{line}\n" for line in lines).encode())
-    finally:
-        os.close(descriptor)
+    with path.open("ab", buffering=0) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())

@@ -2,8 +2,7 @@
 
 All symbols are looked up as module globals at call time by Megatron 0.19, so patching works also
 after the user's script has imported ``pretrain``. Each patched symbol, and each that the wrappers
-call, is compared with what it was when the patches were written: a parameter that RMT relies on and
-that is gone is refused, another change warned of.
+call, is checked first: one that is gone, or lacks a parameter that RMT relies on, is refused.
 """
 
 import functools
@@ -11,13 +10,13 @@ import importlib
 import importlib.metadata
 import inspect
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_rmt.algorithm.schedules import schedule_of_step
@@ -33,21 +32,20 @@ from megatron_rmt.step import collect
 from megatron_rmt.update.forward_step import Update, make_forward_step
 from megatron_rmt.update.logprob_check import check_log_probs, logprob_tolerance
 
+# The one minor version that is supported, and the next.
 SUPPORTED = ("0.19", "0.20")
-
-Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
 class Symbol:
-    """A function of Megatron's. signature: all its parameters as of 0.19.2, ``=`` behind those
-    with a default. parameters: those that RMT passes or reads by name."""
+    """A function of Megatron's. parameters: names of those that RMT passes or reads by name.
+    replacement: called in its place, with the original before the arguments; None if RMT only
+    calls it."""
 
     module: str
     name: str
-    why: str
-    signature: str
-    parameters: tuple[str, ...] = ()
+    parameters: str = ""
+    replacement: Callable[..., Any] | None = None
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
@@ -67,83 +65,50 @@ class Symbol:
         return None if function is None else (owner, function)
 
 
-@dataclass(frozen=True)
-class Patch(Symbol):
-    """A function of Megatron's that ``wrap`` replaces."""
-
-    wrap: Wrapper = functools.wraps
+def _add_arguments(original: Callable[..., Any], parser: Any) -> Any:
+    return readable_help(add_rmt_arguments(original(parser)))
 
 
-def describe_signature(function: Callable[..., Any]) -> str:
-    """Names of the parameters in order, ``=`` behind those with a default, ``*`` as in Python."""
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return ", ".join(
-        stars.get(parameter.kind, "")
-        + parameter.name
-        + ("" if parameter.default is inspect.Parameter.empty else "=")
-        for parameter in inspect.signature(function).parameters.values()
-    )
+def _validate_args(original: Callable[..., Any], args: Any, *others: Any, **named: Any) -> Any:
+    result = original(args, *others, **named)
+    try:
+        check_rmt_arguments(args)
+    except ValueError as error:
+        # Each rank ends here by itself, before any of them waits for another.
+        raise SystemExit(str(error)) from None
+    if Settings.of(args).trains_with_rl:
+        # Megatron hands all arguments to wandb as the configuration of the run.
+        args.rmt_versions = versions()
+    return result
 
 
-def _add_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def add_megatron_arguments(parser: Any) -> Any:
-        return readable_help(add_rmt_arguments(original(parser)))
-
-    return add_megatron_arguments
-
-
-def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def validate_args(args: Any, *others: Any, **named: Any) -> Any:
-        result = original(args, *others, **named)
-        try:
-            check_rmt_arguments(args)
-        except ValueError as error:
-            # Each rank ends here by itself, before any of them waits for another.
-            raise SystemExit(str(error)) from None
-        if Settings.of(args).trains_with_rl:
-            # Megatron hands all arguments to wandb as the configuration of the run.
-            args.rmt_versions = versions()
-        return result
-
-    return validate_args
+def _compile_helpers(original: Callable[..., Any]) -> None:
+    try:
+        importlib.import_module("megatron.core.datasets.helpers_cpp")
+    except ImportError:
+        original()
 
 
-def _compile_helpers(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def compile_helpers() -> None:
-        try:
-            importlib.import_module("megatron.core.datasets.helpers_cpp")
-        except ImportError:
-            original()
+def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # Imported here, as Megatron's globals do not exist when the patches are installed.
+    from megatron.training import get_args
 
-    return compile_helpers
+    if not Settings.of(get_args()).trains_with_rl:
+        return original(*args, **kwargs)
+    call = inspect.signature(original).bind(*args, **kwargs).arguments
+    try:
+        run = _prepared(gpt_model(call["model"]))
+    except ValueError as error:
+        # What only the built model tells; all ranks find the same.
+        raise SystemExit(str(error)) from None
+    return run_step(original, call, run)
 
 
-def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-    prepared: list[MidTraining] = []
+@functools.lru_cache(maxsize=1)
+def _prepared(model: GPTModel) -> MidTraining:
+    from megatron.training import get_args, get_tokenizer
 
-    @functools.wraps(original)
-    def train_step(*args: Any, **kwargs: Any) -> Any:
-        # Imported here, as Megatron's globals do not exist when the patches are installed.
-        from megatron.training import get_args, get_tokenizer
-
-        options = get_args()
-        if not Settings.of(options).trains_with_rl:
-            return original(*args, **kwargs)
-        call = signature.bind(*args, **kwargs).arguments
-        try:
-            model = gpt_model(call["model"])
-            if not prepared or prepared[0].policy.model is not model:
-                prepared[:] = [prepare(options, model, get_tokenizer())]
-        except ValueError as error:
-            # What only the built model tells; all ranks find the same.
-            raise SystemExit(str(error)) from None
-        return run_step(original, call, prepared[0])
-
-    return train_step
+    return prepare(get_args(), model, get_tokenizer())
 
 
 def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTraining) -> Any:
@@ -172,8 +137,12 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
         call["data_iterator"].advance()
     schedule = schedule_of_step(run.settings, iteration, options.train_iters)
     began_collecting = time.perf_counter()
-    with generating(run.policy.model):
-        collected = collect(run, batches, schedule)
+    try:
+        with generating(run.policy.model):
+            collected = collect(run, batches, schedule)
+    except ValueError as error:
+        # What only a reward of the user's own, or its memory, tells; before any weight has moved.
+        raise SystemExit(f"RMT, iteration {iteration + 1}: {error}") from None
     updates = collected.updates
     began_update = time.perf_counter()
 
@@ -184,16 +153,18 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     )
     result = original(**call)
     if parallel_state.is_pipeline_last_stage() and result[0]:
-        report = result[0]
-        report["rmt largest logprob difference"] = _largest_difference(updates)
+        report, device = result[0], updates[0].tree.tokens.device
+        report["rmt largest logprob difference"] = _largest_difference(updates, device)
         seconds = {"batch": began_collecting - started, **collected.seconds}
         seconds["update"] = time.perf_counter() - began_update
         for phase, value in seconds.items():
-            report[f"rmt {phase} seconds"] = torch.tensor(
-                value, device=updates[0].tree.tokens.device
-            )
-        if _is_last_rank():
-            _write(options, iteration, result)
+            report[f"rmt {phase} seconds"] = torch.tensor(value, device=device)
+        path = metrics_path(options)
+        if path is not None and _is_last_rank():
+            values = dict(report)
+            values["ntp loss"] = values.pop("lm loss")
+            values["grad norm"] = float("nan") if result[5] is None else result[5]
+            write_metrics(path, iteration + 1, values)
     if _is_last_rank() and is_shown(run.settings, iteration):
         write_samples(options, read_samples(run.prompt, collected.reasoned, iteration))
     return result
@@ -223,8 +194,7 @@ def _for_trees(
     return forward_backward
 
 
-def _largest_difference(updates: list[Update]) -> torch.Tensor:
-    device = updates[0].tree.tokens.device
+def _largest_difference(updates: list[Update], device: torch.device) -> torch.Tensor:
     largest = torch.stack([update.largest_difference.to(device) for update in updates]).max()
     torch.distributed.all_reduce(
         largest,
@@ -234,104 +204,38 @@ def _largest_difference(updates: list[Update]) -> torch.Tensor:
     return largest
 
 
-def _write(options: Any, iteration: int, result: Any) -> None:
-    path = metrics_path(options)
-    if path is None:
-        return
-    values = dict(result[0])
-    values["ntp loss"] = values.pop("lm loss")
-    values["grad norm"] = float("nan") if result[5] is None else result[5]
-    write_metrics(path, iteration + 1, values)
-
-
-PATCHES: tuple[Patch, ...] = (
-    Patch(
-        "megatron.training.arguments",
-        "add_megatron_arguments",
-        "the --rmt-* flags",
-        "parser",
-        ("parser",),
-        _add_arguments,
-    ),
-    Patch(
-        "megatron.training.arguments",
-        "validate_args",
-        "refuse what RMT cannot run with, before a model is built",
-        "args, defaults=",
-        ("args",),
-        _validate_args,
-    ),
-    Patch(
-        "megatron.core.datasets.utils",
-        "compile_helpers",
-        "the wheel ships the compiled helper and no Makefile",
-        "",
-        (),
-        _compile_helpers,
-    ),
-    Patch(
+PATCHES: tuple[Symbol, ...] = (
+    # The --rmt-* flags.
+    Symbol("megatron.training.arguments", "add_megatron_arguments", "parser", _add_arguments),
+    # Refuse what RMT cannot run with, before a model is built.
+    Symbol("megatron.training.arguments", "validate_args", "args", _validate_args),
+    # The wheel ships the compiled helper and no Makefile.
+    Symbol("megatron.core.datasets.utils", "compile_helpers", "", _compile_helpers),
+    # Rollouts before the step, trees instead of the batch in it.
+    Symbol(
         "megatron.training.training",
         "train_step",
-        "rollouts before the step, trees instead of the batch in it",
-        "forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, "
-        "forward_backward_func, iteration=, pg_collection=, p2p_communicator=",
-        (
-            "forward_step_func",
-            "data_iterator",
-            "model",
-            "forward_backward_func",
-            "iteration",
-        ),
+        "forward_step_func data_iterator model forward_backward_func iteration",
         _train_step,
     ),
 )
 
-# Called or handed over to by the wrappers, not replaced.
+# Called or handed over to, not replaced.
 RELIED_ON: tuple[Symbol, ...] = (
+    # Records the user's batch; takes trees and RMT's own head.
     Symbol(
         "megatron.core.models.gpt.gpt_model",
         "GPTModel.forward",
-        "records the user's batch; takes trees and RMT's own head",
-        "self, input_ids, position_ids, attention_mask, decoder_input=, labels=, "
-        "inference_context=, packed_seq_params=, extra_block_kwargs=, "
-        "runtime_gather_output=, inference_params=, loss_mask=, padding_mask=, "
-        "output_processor=, output_processor_context=",
-        (
-            "input_ids",
-            "position_ids",
-            "attention_mask",
-            "labels",
-            "loss_mask",
-            "packed_seq_params",
-            "output_processor",
-            "output_processor_context",
-        ),
+        "input_ids position_ids attention_mask labels loss_mask packed_seq_params "
+        "output_processor output_processor_context",
     ),
-    Symbol(
-        "megatron.training.training",
-        "force_param_sync",
-        "whole weights for rollouts, where their gathering is overlapped",
-        "model_chunks, optimizer=",
-    ),
-    Symbol(
-        "megatron.training.training",
-        "should_disable_forward_pre_hook",
-        "tells whether the gathering of weights is overlapped",
-        "args",
-    ),
-    Symbol(
-        "megatron.core.num_microbatches_calculator",
-        "get_num_microbatches",
-        "how many micro-batches of the user's a step takes",
-        "",
-    ),
-    Symbol(
-        "megatron.core.rerun_state_machine",
-        "RerunDataIterator.__init__",
-        "the updates as Megatron's schedules expect them",
-        "self, iterable",
-        ("iterable",),
-    ),
+    # Whole weights for rollouts, where their gathering is overlapped.
+    Symbol("megatron.training.training", "should_disable_forward_pre_hook"),
+    Symbol("megatron.training.training", "force_param_sync"),
+    # How many micro-batches of the user's a step takes.
+    Symbol("megatron.core.num_microbatches_calculator", "get_num_microbatches"),
+    # The updates as Megatron's schedules expect them.
+    Symbol("megatron.core.rerun_state_machine", "RerunDataIterator.__init__", "iterable"),
 )
 
 
@@ -343,15 +247,20 @@ def patch() -> None:
             or lacks a parameter; nothing is patched then.
     """
     _check_version()
-    for symbol in RELIED_ON:
-        _expected(symbol)
-    found = [(entry, *_expected(entry)) for entry in PATCHES]
-    for entry, owner, function in found:
-        if not hasattr(function, "megatron_rmt_original"):
-            wrapped = entry.wrap(function)
-            wrapped.megatron_rmt_original = function
-            wrapped.megatron_rmt_wrapper = wrapped
-            setattr(owner, entry.name, wrapped)
+    found = [(symbol, *_expected(symbol)) for symbol in (*PATCHES, *RELIED_ON)]
+    for symbol, owner, function in found:
+        if symbol.replacement and not hasattr(function, "megatron_rmt_original"):
+            setattr(owner, symbol.name, _replaced(function, symbol.replacement))
+
+
+def _replaced(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    wrapper.megatron_rmt_original = original
+    wrapper.megatron_rmt_wrapper = wrapper
+    return wrapper
 
 
 def unpatch() -> None:
@@ -378,9 +287,7 @@ def unpatch() -> None:
 
 def _check_version() -> None:
     version = importlib.metadata.version("megatron-core")
-    numbers = tuple(int(part) for part in version.split(".")[:2])
-    low, high = (tuple(map(int, bound.split("."))) for bound in SUPPORTED)
-    if not low <= numbers < high:
+    if version.split(".")[:2] != SUPPORTED[0].split("."):
         raise RuntimeError(
             f"megatron_rmt.patch() supports megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]} but "
             f"found {version}; install a supported release."
@@ -396,20 +303,12 @@ def _expected(symbol: Symbol) -> tuple[Any, Callable[..., Any]]:
             f"megatron_rmt.patch() expected {symbol} but megatron-core {version} has no such "
             f"symbol; install megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]}."
         )
-    function = place[1]
-    present = tuple(inspect.signature(function).parameters)
-    missing = [name for name in symbol.parameters if name not in present]
-    if missing:
+    present = tuple(inspect.signature(place[1]).parameters)
+    needed = symbol.parameters.split()
+    if not set(needed) <= set(present):
         raise RuntimeError(
             f"megatron_rmt.patch() expected {symbol} with parameters "
-            f"{', '.join(symbol.parameters)} but megatron-core {version} has "
+            f"{', '.join(needed)} but megatron-core {version} has "
             f"{', '.join(present)}; install megatron-core >={SUPPORTED[0]},<{SUPPORTED[1]}."
-        )
-    signature = describe_signature(function)
-    if signature != symbol.signature:
-        warnings.warn(
-            f"megatron-core {version} changed {symbol} from ({symbol.signature}) to ({signature}); "
-            "megatron_rmt was not tested with that.",
-            stacklevel=3,
         )
     return place

@@ -9,8 +9,7 @@ import itertools
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.metrics import append_lines, metrics_path
@@ -80,23 +79,19 @@ def _thought(prompt: Prompt, tokens: Sequence[int]) -> str:
     return text.partition(prompt.template.close.encode())[0].decode(errors="replace")
 
 
-def samples_path(args: Namespace) -> Path | None:
-    """``rmt_samples.jsonl`` next to the metrics file; None if there is no such file."""
-    metrics = metrics_path(args)
-    return None if metrics is None else metrics.with_name("rmt_samples.jsonl")
-
-
 def write_samples(args: Namespace, shown: Sequence[ShownRollout]) -> None:
-    """Append ``shown`` to the file, and log them as a table where this rank has a wandb run."""
+    """Append ``shown`` to ``rmt_samples.jsonl`` next to the metrics file, if there is one, and log
+    them as a table where this rank has a wandb run."""
     from megatron.training.global_vars import get_wandb_writer
 
     if not shown:
         return
-    path = samples_path(args)
-    if path is not None:
-        append_lines(path, [json.dumps(asdict(sample), ensure_ascii=False) for sample in shown])
+    rows = [asdict(one) for one in shown]
+    metrics = metrics_path(args)
+    if metrics is not None:
+        path = metrics.with_name("rmt_samples.jsonl")
+        append_lines(path, [json.dumps(row, ensure_ascii=False) for row in rows])
     wandb = get_wandb_writer()
     if wandb:
-        columns = [field.name for field in fields(ShownRollout)]
-        rows = [list(asdict(sample).values()) for sample in shown]
-        wandb.log({TABLE: wandb.Table(columns=columns, data=rows)}, shown[0].iteration)
+        table = wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
+        wandb.log({TABLE: table}, shown[0].iteration)

@@ -16,9 +16,6 @@ from torch import Tensor
 
 from megatron_rmt.rollout.trunk import UserBatch
 
-FIELDS_OF_FIRST_STAGE = ("input_ids", "position_ids")
-FIELDS_OF_LAST_STAGE = ("labels", "loss_mask")
-
 
 def take_batches(
     forward_step: Callable[..., Any],
@@ -64,8 +61,8 @@ def _complete(arguments: dict[str, Any]) -> UserBatch:
         )
     fields: dict[str, Tensor] = {}
     for names, stage_holds, source, stage in (
-        (FIELDS_OF_FIRST_STAGE, parallel_state.is_pipeline_first_stage(), 0, "first"),
-        (FIELDS_OF_LAST_STAGE, parallel_state.is_pipeline_last_stage(), -1, "last"),
+        (("input_ids", "position_ids"), parallel_state.is_pipeline_first_stage(), 0, "first"),
+        (("labels", "loss_mask"), parallel_state.is_pipeline_last_stage(), -1, "last"),
     ):
         own = {name: arguments.get(name) for name in names if stage_holds}
         own = {name: value.cpu() for name, value in own.items() if torch.is_tensor(value)}

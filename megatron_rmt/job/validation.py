@@ -169,7 +169,7 @@ def _precision(args: Namespace) -> Iterator[str]:
     multiple = 128 if args.fp8_recipe == "blockwise" else 16
     tensor_parallel = args.tensor_model_parallel_size
     for flag, size, parts in _widths(args):
-        own = size // parts if size % parts == 0 else size / parts
+        own = size / parts
         if own % multiple:
             each = f" on each of {tensor_parallel} tensor-parallel ranks" if parts > 1 else ""
             yield (
@@ -294,13 +294,5 @@ def _is_weight(word: str) -> bool:
 
 def _largest_token(prefix: str) -> int:
     """Largest token id among the first ``SAMPLED_TOKENS`` of a token file."""
-    dataset = IndexedDataset(prefix)
-    largest, seen = 0, 0
-    for document in range(len(dataset)):
-        tokens = dataset[document]
-        if len(tokens):
-            largest = max(largest, int(np.max(tokens)))
-        seen += len(tokens)
-        if seen >= SAMPLED_TOKENS:
-            break
-    return largest
+    dtype = IndexedDataset(prefix).index.dtype
+    return int(np.fromfile(f"{prefix}.bin", dtype, SAMPLED_TOKENS).max(initial=0))

@@ -3,9 +3,7 @@
 It obeys the same rules as ``response.read_response``, which reads them afterwards.
 """
 
-import copy
 from collections.abc import Sequence
-from typing import Self
 
 import numpy as np
 import torch
@@ -53,11 +51,10 @@ def _byte_automaton(template: Template) -> tuple[np.ndarray, int]:
 
 
 class ResponseGrammar:
-    """A token-level automaton that follows responses while they are generated.
+    """`state = grammar.next_state[state, token]` advances all rows.
 
-    `state = grammar.next_state[state, token]` advances all rows; a row starts at `grammar.start`,
-    or at `grammar.after_thought` where the prompt has closed the thought.
-    A token without bytes leaves the state as it is.
+    A row starts at `grammar.start`, or at `grammar.after_thought` where the prompt has closed the
+    thought. A token without bytes leaves the state as it is.
 
     Attributes:
         next_state: int32 [states, vocab].
@@ -71,15 +68,16 @@ class ResponseGrammar:
         template: what `close` and the answer look like.
         token_bytes: bytes of each token id, b"" for special tokens.
         end_token_ids: tokens that end a response.
-
-    Raises:
-        ValueError: an end token lies outside the vocabulary.
+        device: of the tensors.
     """
 
     def __init__(
-        self, template: Template, token_bytes: list[bytes], end_token_ids: Sequence[int]
+        self,
+        template: Template,
+        token_bytes: list[bytes],
+        end_token_ids: Sequence[int],
+        device: torch.device | str = "cpu",
     ) -> None:
-        _check_end_tokens(end_token_ids, len(token_bytes))
         by_byte, answer = _byte_automaton(template)
         states = len(by_byte)
         lengths = np.array([len(token) for token in token_bytes])
@@ -98,22 +96,6 @@ class ResponseGrammar:
         next_state[:, list(end_token_ids)] = states - 1
 
         self.start, self.after_thought = 0, answer
-        self.next_state = torch.from_numpy(next_state)
-        self.thinking = torch.arange(states) < answer
-        self.done = torch.arange(states) == states - 1
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same grammar with its tensors on `device`."""
-        moved = copy.copy(self)
-        moved.next_state = self.next_state.to(device)
-        moved.thinking = self.thinking.to(device)
-        moved.done = self.done.to(device)
-        return moved
-
-
-def _check_end_tokens(end_token_ids: Sequence[int], vocabulary: int) -> None:
-    for token in end_token_ids:
-        if not 0 <= token < vocabulary:
-            raise ValueError(
-                f"end_token_ids holds {token}, outside the vocabulary of {vocabulary} tokens"
-            )
+        self.next_state = torch.from_numpy(next_state).to(device)
+        self.thinking = torch.arange(states, device=device) < answer
+        self.done = torch.arange(states, device=device) == states - 1

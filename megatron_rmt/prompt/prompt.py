@@ -1,7 +1,7 @@
 """What a run asks the model and how it reads the answers, with the tokenizer's own token ids."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -51,6 +51,7 @@ class Prompt:
     end_of_document: int
     answer_tokens: int
     force_close: bool = False
+    _grammars: dict[torch.device, ResponseGrammar] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(
@@ -98,13 +99,9 @@ class Prompt:
     def grammar(self, device: torch.device) -> ResponseGrammar:
         """What follows responses while they are generated, on ``device``."""
         if device not in self._grammars:
-            grammar = ResponseGrammar(self.template, self.bytes_of, self.stop)
-            self._grammars[device] = grammar.to(device)
+            grammar = ResponseGrammar(self.template, self.bytes_of, self.stop, device)
+            self._grammars[device] = grammar
         return self._grammars[device]
-
-    @cached_property
-    def _grammars(self) -> dict[torch.device, ResponseGrammar]:
-        return {}
 
     @cached_property
     def has_bytes(self) -> torch.Tensor:

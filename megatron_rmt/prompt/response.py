@@ -12,6 +12,7 @@ The rules, also of ``grammar.ResponseGrammar``, which follows responses while th
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from megatron_rmt.prompt.template import BOX, MAXIMUM_BOX_DEPTH, Template
@@ -49,19 +50,10 @@ def read_response(
         template: what `close` and the answer look like.
         token_bytes: bytes of each token id.
         end_token_ids: tokens that end a response.
-        answer_tokens: tokens after the closing one that may belong to the answer.
-
-    Raises:
-        ValueError: answer_tokens is below 1.
+        answer_tokens: tokens after the closing one that may belong to the answer, at least 1.
     """
-    if answer_tokens < 1:
-        raise ValueError(f"answer_tokens is {answer_tokens}; pass at least 1")
-    end_tokens = set(end_token_ids)
-    pieces: list[bytes] = []
-    for token in tokens:
-        if token in end_tokens:
-            break
-        pieces.append(token_bytes[token])
+    written = itertools.takewhile(lambda token: token not in end_token_ids, tokens)
+    pieces = [token_bytes[token] for token in written]
     close = template.close.encode()
     text = b"".join(pieces)
     thought_end = text.find(close)

@@ -13,24 +13,18 @@ trained as separate windows, as Megatron's dataset cut them; short ones share a 
 does not change, since its weights are those of the global batch.
 """
 
-import dataclasses
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_rmt.rollout.responses import Rollout
 from megatron_rmt.update.tree import ReasonedSample
 
-_ROLLOUT_FIELDS = {"tokens": np.int64, "drawn": bool, "log_probs": np.float32}
 
-
-@dataclass(frozen=True)
-class TreeSize:
+class TreeSize(NamedTuple):
     """Of one tree: packed tokens, (query, key) pairs that see each other, rows of the head."""
 
     tokens: int
@@ -157,15 +151,14 @@ def repack(
 
     Collective over the data-parallel ``group``, where every rank has as many micro-batches and
     samples: one all-gather of four integers per sample and one all-to-all of their bytes, about 36
-    per trunk token and 13 per response token.
+    per trunk token, 13 per response token and 160 per response.
     """
     samples = [sample for micro_batch in micro_batches for sample in micro_batch]
-    sent = [to_bytes(sample) for sample in samples]
-    sizes = [tree_size(sample, stem_length) for sample in samples]
+    sent = [pickle.dumps(sample) for sample in samples]
     own = torch.tensor(
         [
-            [size.tokens, size.pairs, size.predictions, len(content)]
-            for size, content in zip(sizes, sent, strict=True)
+            [*tree_size(sample, stem_length), len(content)]
+            for sample, content in zip(samples, sent, strict=True)
         ],
         dtype=torch.int64,
         device=device,
@@ -202,30 +195,7 @@ def repack(
     )
     pieces = into.cpu().split([lengths[s] for s in arrived])
     received = {
-        sample: from_bytes(piece.numpy().tobytes())
+        sample: pickle.loads(piece.numpy().tobytes())
         for sample, piece in zip(arrived, pieces, strict=True)
     }
     return [[received[sample] for sample in part] for part in dealt[rank]]
-
-
-def to_bytes(of: ReasonedSample) -> bytes:
-    """One sample as it travels; its rollouts, thousands of short ones, lie end to end."""
-    lengths = [[len(rollout) for rollout in position.rollouts] for position in of.positions]
-    bare = [dataclasses.replace(position, rollouts=[]) for position in of.positions]
-    joined = [
-        np.concatenate([np.empty(0, dtype), *(getattr(own, name) for own in of.rollouts)])
-        for name, dtype in _ROLLOUT_FIELDS.items()
-    ]
-    return pickle.dumps((ReasonedSample(of.sample, bare), lengths, joined))
-
-
-def from_bytes(content: bytes) -> ReasonedSample:
-    """The sample that ``to_bytes`` wrote."""
-    of, lengths, joined = pickle.loads(content)
-    end = 0
-    for position, group in zip(of.positions, lengths, strict=True):
-        for length in group:
-            own = slice(end, end + length)
-            position.rollouts.append(Rollout(*(values[own] for values in joined)))
-            end += length
-    return of

@@ -15,7 +15,7 @@ from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.prompt.response import Response
 from megatron_rmt.rollout.responses import Rollout
-from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, Tree
+from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, Tree, chosen_rows
 
 
 def trunk_metrics(
@@ -28,12 +28,7 @@ def trunk_metrics(
     """Of what the trunk's pass found, all ``[rows]``, and of the tiers that were chosen."""
     labelled = torch.cat([of.sample.labelled for of in reasoned])
     labels = torch.cat([of.sample.labels for of in reasoned])
-    starts = torch.tensor([0, *(len(of.sample) for of in reasoned)]).cumsum(0).tolist()
-    rows = [
-        start + position.row
-        for of, start in zip(reasoned, starts[:-1], strict=True)
-        for position in of.positions
-    ]
+    rows = chosen_rows(reasoned)
     count, chosen = float(labelled.sum()), tier[rows]
     right = (predictions == labels) & labelled
     metrics = {
@@ -90,6 +85,12 @@ def response_metrics(
         "rmt budget": (schedule.budget * len(positions), float(len(positions))),
     }
     metrics = {name: (float(of) if count else 0.0, count) for name, (of, count) in sums.items()}
+    taken = metrics.keys() & evidence.reports.keys()
+    if taken:
+        raise ValueError(
+            f"--rmt-reward {settings.reward} reports {', '.join(sorted(taken))}, which RMT logs by "
+            "itself; choose another name."
+        )
     return metrics | evidence.reports
 
 

@@ -72,13 +72,23 @@ def score(
     *,
     warm_up: bool,
 ) -> None:
-    """Give ``positions`` their rewards and advantages."""
+    """Give ``positions`` their rewards and advantages.
+
+    Raises:
+        ValueError: the reward is no finite tensor ``[positions, group]``.
+    """
     by_length = length_reward(
         evidence.thought_lengths, evidence.budget, settings.length_reward_maximum
     )
     # In the warm-up answers are given; what is drawn, the thoughts, learns to last until the
     # budget. Else models soon close every thought at once, as closing is all that they are shown.
     earned = torch.zeros_like(by_length) if warm_up else reward(evidence)
+    shape = list(earned.shape) if isinstance(earned, Tensor) else type(earned).__name__
+    if shape != list(by_length.shape) or not bool(earned.isfinite().all()):
+        raise ValueError(
+            f"--rmt-reward {settings.reward} returned {shape}, or values that are not finite; "
+            f"return a finite float tensor [positions, group], here {list(by_length.shape)}."
+        )
     weight = 0.0 if settings.no_length_reward else settings.length_reward_weight
     rewards = total_reward(earned, by_length, weight)
     advantages = group_advantages(rewards)

@@ -5,6 +5,7 @@ layout is computed on the CPU from a few integers per document and rollout; only
 tensors go to the device.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -45,6 +46,16 @@ class ReasonedSample:
     def rollouts(self) -> list[Rollout]:
         """Those of all positions, in order."""
         return [rollout for position in self.positions for rollout in position.rollouts]
+
+
+def chosen_rows(reasoned: Sequence[ReasonedSample]) -> list[int]:
+    """Rows of the chosen positions in the trunk of these samples."""
+    starts = first_rows([of.sample for of in reasoned])
+    return [
+        start + position.row
+        for of, start in zip(reasoned, starts, strict=True)
+        for position in of.positions
+    ]
 
 
 @dataclass(frozen=True)
@@ -152,9 +163,6 @@ def _joined(arrays: Sequence[np.ndarray], dtype: type) -> Tensor:
 def pad_tree(tree: Tree, rows: int) -> Tree:
     """``tree`` with ``rows`` rows: pipeline schedules want micro-batches of one size, and tensor
     (sequence) parallel and FP8 want multiples. Padding sees nothing and predicts nothing."""
-    missing = rows - tree.tokens.shape[0]
-    if missing < 0:
-        raise ValueError(f"pad_tree: rows={rows} is less than the tree's {tree.tokens.shape[0]}.")
-    zeros = tree.tokens.new_zeros(missing)
+    zeros = tree.tokens.new_zeros(rows - tree.tokens.shape[0])
     tree.visibility.position_ids = torch.cat([tree.visibility.position_ids, zeros])
-    return Tree(**{**vars(tree), "tokens": torch.cat([tree.tokens, zeros])})
+    return dataclasses.replace(tree, tokens=torch.cat([tree.tokens, zeros]))

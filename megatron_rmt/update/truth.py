@@ -1,6 +1,5 @@
 """How likely the true next token is, with and without the thought: one pass over a tree."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -12,8 +11,7 @@ from megatron_rmt.model.head import token_loss_sum
 from megatron_rmt.model.pipeline import forward_through_stages, from_last_stage
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.responses import written
-from megatron_rmt.rollout.trunk import first_rows
-from megatron_rmt.update.tree import ReasonedSample, grow_tree
+from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, chosen_rows, grow_tree
 
 
 @torch.no_grad()
@@ -47,16 +45,8 @@ def log_probs_of_truth(
     # The true token is the last prediction of its rollout.
     rollouts = torch.arange(sum(len(of.rollouts) for of in closed), device=device)
     last = tree.trunk_predictions - 1 + torch.searchsorted(tree.rollouts, rollouts, right=True)
-    trunk = [of.sample for of in reasoned]
-    chosen = torch.tensor(
-        [
-            start + position.row
-            for of, start in zip(reasoned, first_rows(trunk), strict=True)
-            for position in of.positions
-        ],
-        dtype=torch.int64,
-    )
-    labels = torch.cat([sample.labels for sample in trunk])[chosen].to(device)
+    chosen = torch.tensor(chosen_rows(reasoned), dtype=torch.int64)
+    labels = torch.cat([of.sample.labels for of in reasoned])[chosen].to(device)
     predicting = torch.cat([chosen.to(device), tree.predicting[last]])
     targets = torch.cat([labels, tree.targets[last]])
 
@@ -82,22 +72,12 @@ def log_probs_of_truth(
 
 def _closed_with_truth(prompt: Prompt, of: ReasonedSample) -> ReasonedSample:
     """Each response's thought, its end, and the true next token, as if all were written."""
-    return ReasonedSample(
-        of.sample,
-        [
-            dataclasses.replace(
-                position,
-                rollouts=[
-                    written(
-                        [
-                            *rollout.tokens[: response.thought_length].tolist(),
-                            *prompt.close,
-                            int(of.sample.labels[position.row]),
-                        ]
-                    )
-                    for rollout, response in zip(position.rollouts, position.responses, strict=True)
-                ],
-            )
-            for position in of.positions
-        ],
-    )
+    positions = []
+    for position in of.positions:
+        end = [*prompt.close, int(of.sample.labels[position.row])]
+        rollouts = [
+            written([*rollout.tokens[: response.thought_length].tolist(), *end])
+            for rollout, response in zip(position.rollouts, position.responses, strict=True)
+        ]
+        positions.append(ChosenPosition(position.row, rollouts))
+    return ReasonedSample(of.sample, positions)
