@@ -1,6 +1,7 @@
 """Captured layers against Megatron's own forward, in float64."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -19,11 +20,13 @@ from megatron_rmt.rollout.captured_layers import captured_layers
 from megatron_rmt.rollout.kv_cache import (
     DecodeVisibility,
     KeyValueStore,
+    SharedTrunk,
     StemVisibility,
     TailCache,
     TrunkVisibility,
     shared_trunks,
 )
+from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model
 
 pytestmark = pytest.mark.usefixtures("single_process_megatron", "compiling")
@@ -86,12 +89,15 @@ def _rollouts(model: GPTModel, positions: list[int], keep: int | None = None) ->
     store, tails = KeyValueStore(TRUNK), TailCache(STEM + STEPS)
     trunk = TrunkVisibility(tokens=TRUNK, blocks=(Block(0, TRUNK),), store=store)
     _pass(model, tokens(TRUNK), torch.arange(TRUNK), trunk)
-    visible = [(0, position) for position in positions]
+
+    def groups(limits: Iterable[int]) -> list[SharedTrunk]:
+        return shared_trunks([RolloutPosition(0, 0, 0, int(limit), 0) for limit in limits])
+
     stems = StemVisibility(
         tokens=len(positions) * STEM,
         store=store,
         tails=tails,
-        groups=shared_trunks(visible, [0] * len(visible)),
+        groups=groups(positions),
         group=GROUP,
     )
     starts = torch.tensor(positions)[:, None] + torch.arange(STEM)
@@ -102,7 +108,7 @@ def _rollouts(model: GPTModel, positions: list[int], keep: int | None = None) ->
             tokens=len(after),
             store=store,
             tails=tails,
-            groups=shared_trunks([(0, int(x) - STEM) for x in after], [0] * len(after)),
+            groups=groups(after - STEM),
             column=STEM + step,
         )
         found.append(_pass(model, tokens(len(after)), after + step, visibility))

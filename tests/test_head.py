@@ -6,17 +6,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_rmt.cpu.compiled import is_available
 from megatron_rmt.model import head_compiled, head_plain
 from megatron_rmt.model.head import (
     LossOfRows,
-    selected_logits,
     token_entropies,
     token_loss_sum,
     vocab_range,
 )
-from megatron_rmt.model.head_products import wide_copy
+from megatron_rmt.model.head_products import multiply_scores, wide_copy
+from megatron_rmt.rollout.sampling import DecodeHead, RolloutSettings
 from tests.distributed import run_distributed
 
 HIDDEN = 24
@@ -204,7 +205,7 @@ def test_inputs_are_not_modified():
     total, _ = token_loss_sum(hidden, weight, problem["targets"], loss, **arguments)
     total.backward()
     token_entropies(hidden, weight, **arguments)
-    selected_logits(hidden, weight, vocab_size=VOCAB, tp_group=None)
+    _decode_scores(hidden, weight)
     for name, value in before.items():
         assert torch.equal(problem[name], value), name
 
@@ -383,47 +384,49 @@ def test_argmax_of_equal_scores_is_the_first():
     assert ids.tolist() == [0, 0]
 
 
+@torch.no_grad()
+def _decode_scores(
+    hidden: Tensor, weight: Tensor, vocab_size: int = VOCAB, group: ProcessGroup | None = None
+) -> Tensor:
+    how = RolloutSettings(group=1, budget=1, seed=0, iteration=0, temperature=1.0)
+    return DecodeHead(weight, vocab_size, group, how).scores(hidden)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_selected_logits_are_the_same_with_a_wide_copy_of_the_weight(dtype):
+def test_scores_for_decoding_are_the_same_by_a_wide_copy_of_the_weight(dtype):
     problem = _problem(dtype=dtype)
     hidden, weight = problem["hidden"].detach(), problem["weight"].detach()
-    options = {"vocab_size": VOCAB, "tp_group": None}
-    wide = wide_copy(weight)
-    assert (wide is None) == (dtype == torch.float32)
-    found = selected_logits(hidden, weight, wide_weight=wide, **options)
+    assert (wide_copy(weight) is None) == (dtype == torch.float32)
+    found = _decode_scores(hidden, weight)
     expected = hidden.double() @ weight[:VOCAB].double().T
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found, selected_logits(hidden, weight, **options))
+    without_copy = torch.empty_like(found)
+    multiply_scores(hidden, weight[:VOCAB], without_copy)
+    torch.testing.assert_close(found, without_copy)
 
 
-def test_selected_logits_are_fp32_scores_without_padding():
+def test_scores_for_decoding_are_fp32_and_without_padding():
     problem = _problem(dtype=torch.bfloat16)
     hidden, weight = problem["hidden"], problem["weight"]
-    logits = selected_logits(hidden, weight, vocab_size=VOCAB, tp_group=None)
+    logits = _decode_scores(hidden, weight)
     assert logits.shape == (13, VOCAB)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, hidden.float() @ weight[:VOCAB].float().T)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("target", "message"),
     [
-        ({"vocab_size": PADDED + 1}, "vocab_size is 129, but the head weight has 1 x 128 rows"),
-        ({"vocab_size": 0}, "vocab_size is 0"),
-        ({"targets": torch.full((13,), VOCAB)}, r"targets holds 90, not in \[0, 90\)"),
-        ({"targets": torch.full((13,), -1)}, r"targets holds -1, not in \[0, 90\)"),
-        ({"targets": torch.zeros(12, dtype=torch.int64)}, r"targets is torch.int64 \[12\]"),
-        ({"targets": torch.zeros(13)}, r"targets is torch.float32 \[13\]"),
-        ({"hidden": torch.zeros(13, HIDDEN + 1)}, r"hidden \[13, 25\] and weight \[128, 24\]"),
-        ({"scale": torch.ones(())}, r"scale has shape \[\]; .* \[13\]"),
+        (VOCAB, r"targets holds 90, not in \[0, 90\)"),
+        (-1, r"targets holds -1, not in \[0, 90\)"),
     ],
 )
-def test_bad_arguments_are_named(change, message):
+def test_targets_outside_the_vocabulary_are_named(target, message):
     problem = _problem()
-    arguments = {name: problem[name] for name in ("hidden", "weight", "targets")}
-    arguments |= {"vocab_size": VOCAB, "tp_group": None, "chunk_size": 4, **change}
+    arguments = {"vocab_size": VOCAB, "tp_group": None, "chunk_size": 4}
+    targets = torch.full((13,), target)
     with pytest.raises(ValueError, match=message):
-        token_loss_sum(loss=_linear(problem), **arguments)
+        token_loss_sum(problem["hidden"], problem["weight"], targets, _linear(problem), **arguments)
 
 
 def test_no_rows_by_vocabulary_tensor_is_ever_allocated():
@@ -450,7 +453,7 @@ def _on_rank(problem: Problem) -> dict[str, object]:
         "entropies": token_entropies(hidden, weight, **arguments),
         "top_k": {k: token_entropies(hidden, weight, top_k=k, **arguments) for k in (1, 16, 80)},
         "equal_scores": token_entropies(torch.ones_like(hidden), weight * 0 - 1, **arguments)[1],
-        "logits": selected_logits(hidden, weight, vocab_size=VOCAB, tp_group=group),
+        "logits": _decode_scores(hidden, weight, VOCAB, group),
         "range": vocab_range(rows, VOCAB, group),
     }
 
@@ -490,18 +493,18 @@ def _count_collectives(problem: Problem) -> dict[str, list[tuple[str, list[int]]
     """(kind, shape) of the collectives of each function, in order."""
     group = torch.distributed.group.WORLD
     seen: list[tuple[str, list[int]]] = []
-    reduce, gather = torch.distributed.all_reduce, torch.distributed.all_gather
+    reduce, gather = torch.distributed.all_reduce, torch.distributed.all_gather_into_tensor
 
     def counted_reduce(tensor: Tensor, *args: object, **kwargs: object) -> object:
         seen.append((str(kwargs["op"]).rsplit(".", 1)[1], list(tensor.shape)))
         return reduce(tensor, *args, **kwargs)
 
-    def counted_gather(parts: list[Tensor], tensor: Tensor, *args: object, **kwargs: object):
+    def counted_gather(result: Tensor, tensor: Tensor, *args: object, **kwargs: object) -> object:
         seen.append(("GATHER", list(tensor.shape)))
-        return gather(parts, tensor, *args, **kwargs)
+        return gather(result, tensor, *args, **kwargs)
 
     torch.distributed.all_reduce = counted_reduce
-    torch.distributed.all_gather = counted_gather
+    torch.distributed.all_gather_into_tensor = counted_gather
     problem = {**problem, "vocab_size": 2 * PADDED}
     hidden, weight = problem["hidden"].requires_grad_(), problem["weight"].requires_grad_()
     arguments = {"vocab_size": 2 * PADDED, "tp_group": group, "chunk_size": 5}
@@ -520,7 +523,7 @@ def _count_collectives(problem: Problem) -> dict[str, list[tuple[str, list[int]]
     take("entropies")
     token_entropies(hidden, weight, top_k=4, **arguments)
     take("top k")
-    selected_logits(hidden, weight, vocab_size=2 * PADDED, tp_group=group)
+    _decode_scores(hidden, weight, 2 * PADDED, group)
     take("logits")
     return counted
 

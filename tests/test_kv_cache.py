@@ -16,6 +16,7 @@ from megatron_rmt.rollout.kv_cache import (
     TrunkVisibility,
     shared_trunks,
 )
+from megatron_rmt.rollout.live_rollouts import RolloutPosition
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SCALE = 0.3
@@ -84,12 +85,15 @@ def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
     tails = TailCache(stem + 3)
 
     query, key, value = _qkv(len(visible) * stem, seed=7)
-    samples = [0, 0, 1]
+    positions = [
+        RolloutPosition(sample=sample, column=0, first=first, limit=limit, next_position=0)
+        for sample, (first, limit) in zip([0, 0, 1], visible, strict=True)
+    ]
     visibility = StemVisibility(
         tokens=len(query),
         store=store,
         tails=tails,
-        groups=shared_trunks(visible, samples),
+        groups=shared_trunks(positions),
         group=group,
     )
     output = visibility.attend(1, query, key, value, SCALE)
@@ -113,10 +117,7 @@ def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
             tokens=len(batch),
             store=store,
             tails=tails,
-            groups=shared_trunks(
-                [visible[position] for position in (batch // group).tolist()],
-                [samples[position] for position in (batch // group).tolist()],
-            ),
+            groups=shared_trunks([positions[row] for row in (batch // group).tolist()]),
             column=stem + step,
         )
         output = visibility.attend(1, query, key, value, SCALE)

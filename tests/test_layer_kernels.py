@@ -120,7 +120,7 @@ def test_a_megatron_with_another_rotation_is_refused():
             torch.cuda.is_available = lambda: False
         from megatron.core.models.common.embeddings import rope_utils
         rope_utils._apply_rotary_pos_emb_bshd = lambda t, freqs, sideways=False: t
-        from megatron_rmt import cpu_kernels
+        from megatron_rmt.cpu import layer_kernels
         try:
             layer_kernels.install()
         except RuntimeError as error:

@@ -38,16 +38,15 @@ def test_gibibytes_in_bytes_and_no_bound_is_none():
 
 
 def _waves(positions: int, kv_bytes: int | None, in_flight: int = 1) -> list[slice]:
-    return rollout_waves(
-        build_model(torch.float32),
+    size = CacheSize(
+        TOKEN_BYTES,
         trunk_tokens=100,
-        positions=positions,
+        rows=positions * 4,
         rows_per_position=4,
         tail_tokens=10,
-        kv_bytes=kv_bytes,
         in_flight=in_flight,
-        experts=None,
     )
+    return rollout_waves(size, kv_bytes, experts=None)
 
 
 def _sizes(waves: list[slice], positions: int) -> list[int]:

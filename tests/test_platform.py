@@ -60,7 +60,7 @@ def test_refuses_to_hide_a_gpu():
         """
         import torch
         torch.cuda.is_available = lambda: True
-        from megatron_rmt import cpu_platform
+        from megatron_rmt.cpu import platform as cpu_platform
         assert not cpu_platform.install_if_no_cuda()
         assert not cpu_platform.is_installed()
         factory = torch.zeros
@@ -82,7 +82,7 @@ def test_installing_twice_is_harmless_and_flags_reach_the_command_line():
         """
         import sys
         import torch
-        from megatron_rmt import cpu_platform
+        from megatron_rmt.cpu import platform as cpu_platform
         assert not torch.cuda.is_available()
         assert cpu_platform.install_if_no_cuda()
         once = torch.zeros, torch.Tensor.to, torch.Tensor.type, list(sys.argv)
@@ -179,7 +179,7 @@ def test_threads_that_come_later_take_one_core_and_this_one_keeps_its_own():
         """
         import threading, torch
         torch.set_num_threads(3)
-        from megatron_rmt import cpu_platform
+        from megatron_rmt.cpu import platform as cpu_platform
         cpu_platform.install()
         counts = [torch.get_num_threads()]
         later = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))

@@ -14,8 +14,9 @@ from megatron_rmt.mid_training import longest_position
 from megatron_rmt.prompt.prompt import Prompt, ResponseBound
 from megatron_rmt.prompt.response import Response
 from megatron_rmt.prompt.template import TEMPLATES, Template
-from megatron_rmt.rollout.live_rollouts import Ending, LiveRollouts, RolloutPosition
+from megatron_rmt.rollout.live_rollouts import LiveRollouts, RolloutPosition
 from megatron_rmt.rollout.responses import written
+from megatron_rmt.rollout.sampling import RolloutSettings
 from megatron_rmt.rollout.trunk import UserBatch, build_trunk
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree
 from megatron_rmt.update.truth import _closed_with_truth
@@ -200,13 +201,11 @@ MODES = {
 
 
 def _written(
-    prompt: Prompt, ending: Ending, thinks: bool, truth: int, script: list[int]
+    prompt: Prompt, how: RolloutSettings, bound: ResponseBound, truth: int, script: list[int]
 ) -> list[int]:
     """A response of which the policy draws ``script``, then letters without end."""
-    grammar = prompt.grammar(torch.device("cpu"))
     position = RolloutPosition(0, 0, 0, 1, 1, truth=(OTHER,) * truth)
-    start = grammar.start if thinks else grammar.after_thought
-    live = LiveRollouts([position], 1, grammar, start, ending, torch.device("cpu"))
+    live = LiveRollouts([position], prompt, how, bound, torch.device("cpu"))
     while live.alive.any():
         token = script[live.step] if live.step < len(script) else OTHER
         live.write(torch.tensor([token]), torch.zeros(1))
@@ -221,16 +220,22 @@ def test_the_longest_response_that_can_be_written_is_the_bound(name, budget):
     bound = prompt.bound(
         budget * mode["thinks"], warm_up=mode["writes_truth"], truth_tokens=mode["truth"]
     )
+    how = RolloutSettings(
+        group=1,
+        budget=budget,
+        seed=0,
+        iteration=0,
+        temperature=1.0,
+        writes_truth=mode["writes_truth"],
+        thinks=mode["thinks"],
+    )
     # A thought may end anywhere, by its marker, in one token or in several, or by an end token, or
     # go on with a marker half written.
     ends = ([], [END_OF_THOUGHT], _ids("</t>"), _ids("</t"), [0], [END_OF_THOUGHT, 0])
     scripts = [[OTHER] * before + end for before in range(2 * budget + 2) for end in ends]
 
     def responses_within(bound: ResponseBound) -> list[list[int]]:
-        ending = Ending(bound, prompt.answer_tokens, prompt.close, mode["writes_truth"])
-        return [
-            _written(prompt, ending, mode["thinks"], mode["truth"], script) for script in scripts
-        ]
+        return [_written(prompt, how, bound, mode["truth"], script) for script in scripts]
 
     # With room for more, so that what is too long shows.
     responses = responses_within(dataclasses.replace(bound, answer=bound.answer + 50))

@@ -294,10 +294,3 @@ def test_what_cannot_train_is_refused_before_the_first_step(device):
     with pytest.raises(ValueError, match=f"^--rmt-attention is {other}, .*; pass auto, "):
         check_backend(other, device)
     check_backend({"cpu": "lse", "cuda": "flex"}[device.type], device)
-
-
-def test_gradients_by_flex_on_the_cpu_are_refused():
-    blocks = TREES["uniform"]
-    inputs = [x.detach().requires_grad_() for x in _inputs(_tokens(blocks))]
-    with pytest.raises(ValueError, match=r"backward does not exist on the CPU; pass auto, lse or"):
-        FlexAttention(blocks)(*inputs, SCALE)

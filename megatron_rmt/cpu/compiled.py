@@ -59,11 +59,8 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(first: Tensor, *others: Any) -> Any:
         # Within another compiled function, or one that is recorded, it is a part of that.
-        if torch.compiler.is_compiling() or isinstance(first, FakeTensor):
-            return function(first, *others)
-        if first.device.type != "cpu":
-            return function(first, *others)
-        if function in _refused or not is_available():
+        is_part = torch.compiler.is_compiling() or isinstance(first, FakeTensor)
+        if is_part or first.device.type != "cpu" or function in _refused or not is_available():
             return function(first, *others)
         elements = max(x.numel() for x in (first, *others) if isinstance(x, Tensor))
         try:

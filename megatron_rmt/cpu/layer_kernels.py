@@ -20,14 +20,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron_rmt.cpu.compiled import fused, is_available, wide
 
-_ROTARY_PARAMETERS = (
-    "t",
-    "freqs",
-    "rotary_interleaved",
-    "mla_rotary_interleaved",
-    "mscale",
-    "multi_latent_attention",
-)
 # Cosines and sines of a table of angles, kept as long as the table.
 _cosines_and_sines: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -44,13 +36,17 @@ def install() -> None:
     original = rope_utils._apply_rotary_pos_emb_bshd
     if not is_available() or hasattr(original, "__wrapped__"):
         return
-    parameters = tuple(inspect.signature(original).parameters)
-    if parameters != _ROTARY_PARAMETERS:
+    replacement = _rotating_in_one_loop(original)
+    parameters, known = (
+        tuple(inspect.signature(function, follow_wrapped=False).parameters)
+        for function in (original, replacement)
+    )
+    if parameters != known:
         raise RuntimeError(
             f"megatron.core's rope_utils._apply_rotary_pos_emb_bshd takes {parameters}, not "
-            f"{_ROTARY_PARAMETERS}; set TORCHDYNAMO_DISABLE=1 to go without the fused one."
+            f"{known}; set TORCHDYNAMO_DISABLE=1 to go without the fused one."
         )
-    rope_utils._apply_rotary_pos_emb_bshd = _rotating_in_one_loop(original)
+    rope_utils._apply_rotary_pos_emb_bshd = replacement
     fused_bias_swiglu.swiglu = swiglu
     fused_bias_swiglu.swiglu_back = swiglu_backward
     torch.nn.RMSNorm.forward = _norm_forward

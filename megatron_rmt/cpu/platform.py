@@ -62,8 +62,6 @@ _FACTORIES = [
     "zeros_like",
 ]
 
-_installed = False
-
 _ABSENT = object()
 # (owner, name, its own value there or _ABSENT, what ``install()`` put in its place).
 _replacements: list[tuple[Any, str, Any, Any]] = []
@@ -71,7 +69,7 @@ _replacements: list[tuple[Any, str, Any, Any]] = []
 
 def is_installed() -> bool:
     """Whether ``install()`` has been called in this process."""
-    return _installed
+    return bool(_replacements)
 
 
 def add_required_flags(argv: Sequence[str]) -> list[str]:
@@ -95,8 +93,7 @@ def install() -> None:
     Raises:
         RuntimeError: CUDA is available; the stand-in would hide the GPU.
     """
-    global _installed
-    if _installed:
+    if is_installed():
         return
     if torch.cuda.is_available():
         raise RuntimeError(
@@ -106,7 +103,6 @@ def install() -> None:
     _share_cores_between_ranks()
     _leave_the_cores_to_this_thread()
     _answer_device_questions()
-    _answer_stream_questions()
     _answer_random_state_questions()
     _let_cuda_device_mean_cpu()
     _name_cuda_tensor_types()
@@ -116,7 +112,6 @@ def install() -> None:
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
         _replace(torch.optim.Optimizer, name, lambda self: None)
     _stand_aside_while_torch_compiles()
-    _installed = True
     from megatron_rmt.cpu import layer_kernels
 
     layer_kernels.install()
@@ -178,6 +173,31 @@ class _Properties:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+class _Done:
+    """A CUDA event that has always happened, or a stream with nothing in it: CPU work is done when
+    the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def record_event(self, *args: Any) -> "_Done":
+        return _Done()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: "_Done") -> float:
+        return 0.0
+
+    def __enter__(self) -> "_Done":
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+
+
 def _answer_device_questions() -> None:
     cuda = torch.cuda
     answers: dict[str, Any] = {
@@ -191,17 +211,23 @@ def _answer_device_questions() -> None:
         "get_device_name": "cpu",
         "get_device_capability": (0, 0),
         "get_device_properties": _Properties(),
+        "current_stream": _Done(),
+        "default_stream": _Done(),
+        "set_stream": None,
+        "stream": contextlib.nullcontext(),
         "is_current_stream_capturing": False,
         "memory_allocated": 0,
         "max_memory_allocated": 0,
         "memory_reserved": 0,
         "max_memory_reserved": 0,
         "reset_peak_memory_stats": None,
+        "memory_stats": {},
         "_lazy_init": None,
     }
     for name, answer in answers.items():
         _replace(cuda, name, _constant(answer))
-    _replace(cuda, "memory_stats", lambda *args, **kwargs: {})
+    for name in ("Stream", "Event"):
+        _replace(cuda, name, _Done)
     _replace(cuda, "_lazy_call", lambda function, **kwargs: function())
     _replace(cuda.nvtx, "range_push", _constant(None))
     _replace(cuda.nvtx, "range_pop", _constant(None))
@@ -209,47 +235,6 @@ def _answer_device_questions() -> None:
 
 def _constant(answer: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: answer
-
-
-class _Event:
-    """A CUDA event that has always happened: CPU work is done when the call returns."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def record(self, *args: Any) -> None: ...
-    def wait(self, *args: Any) -> None: ...
-    def synchronize(self) -> None: ...
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: "_Event") -> float:
-        return 0.0
-
-
-class _Stream:
-    """A CUDA stream with nothing in it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def wait_stream(self, *args: Any) -> None: ...
-    def wait_event(self, *args: Any) -> None: ...
-    def synchronize(self) -> None: ...
-    def record_event(self, *args: Any) -> _Event:
-        return _Event()
-
-    def __enter__(self) -> "_Stream":
-        return self
-
-    def __exit__(self, *args: Any) -> None: ...
-
-
-def _answer_stream_questions() -> None:
-    cuda = torch.cuda
-    stream = _Stream()
-    _replace(cuda, "Stream", _Stream)
-    _replace(cuda, "Event", _Event)
-    _replace(cuda, "current_stream", _constant(stream))
-    _replace(cuda, "default_stream", _constant(stream))
-    _replace(cuda, "set_stream", _constant(None))
-    _replace(cuda, "stream", lambda *args, **kwargs: contextlib.nullcontext())
 
 
 class _Generators:
@@ -261,33 +246,20 @@ class _Generators:
 
 
 def _answer_random_state_questions() -> None:
-    def seed(value: int) -> torch.Generator:
-        return torch.default_generator.manual_seed(int(value))
-
-    def get(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def put(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        torch.set_rng_state(state)
-
     cuda = torch.cuda
     for name in ("manual_seed", "manual_seed_all"):
-        _replace(cuda, name, seed)
+        _replace(cuda, name, lambda value: torch.default_generator.manual_seed(int(value)))
     for owner in (cuda, cuda.random):
-        _replace(owner, "get_rng_state", get)
-        _replace(owner, "set_rng_state", put)
+        _replace(owner, "get_rng_state", lambda *_, **__: torch.get_rng_state())
+        _replace(owner, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
     _replace(cuda, "default_generators", _Generators())
 
 
 def _cpu_for_cuda(device: Any) -> Any:
     """The CPU where ``device`` names a CUDA device, else ``device``."""
-    if isinstance(device, int) and not isinstance(device, bool):
-        return CPU
-    if isinstance(device, str) and device.startswith("cuda"):
-        return CPU
-    if isinstance(device, torch.device) and device.type == "cuda":
-        return CPU
-    return device
+    if isinstance(device, bool) or not isinstance(device, int | str | torch.device):
+        return device
+    return CPU if isinstance(device, int) or str(device).startswith("cuda") else device
 
 
 def _let_cuda_device_mean_cpu() -> None:
@@ -358,10 +330,12 @@ def _exchange_by_sizes_on_the_host() -> None:
 
 def install_if_no_cuda() -> bool:
     """``install()`` and add the flags to ``sys.argv`` unless CUDA is there; True if it did."""
-    if not _installed and torch.cuda.is_available():
-        return False
-    if not _installed and os.environ.get("RANK", "0") == "0":
-        print("megatron_rmt: there is no CUDA device, so Megatron runs on the CPU", file=sys.stderr)
+    if not is_installed():
+        if torch.cuda.is_available():
+            return False
+        if os.environ.get("RANK", "0") == "0":
+            message = "megatron_rmt: there is no CUDA device, so Megatron runs on the CPU"
+            print(message, file=sys.stderr)
     install()
     sys.argv[1:] = add_required_flags(sys.argv[1:])
     return True

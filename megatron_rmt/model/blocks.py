@@ -5,7 +5,7 @@ see all rows of their ancestors (a stem its trunk, a branch its trunk and its st
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,45 +60,40 @@ def attended_pairs(blocks: Sequence[Block]) -> int:
     return pairs
 
 
-@dataclass(frozen=True)
-class Ancestry:
-    """Row ``q`` sees row ``k`` if and only if
+# Whether row ``query`` sees row ``key``: int64 tensors that broadcast, to bool.
+Sees = Callable[[Tensor, Tensor], Tensor]
+
+
+def ancestry(blocks: Sequence[Block], device: torch.device | None = None) -> Sees:
+    """The visibility of all rows of ``blocks``, which cover the rows from 0 on, in order.
+
+    Row ``q`` sees row ``k`` if and only if
 
         k <= q < descendants[k]   or   trunk_first[q] <= k < trunk_limit[q].
 
-    All ``[tokens]`` int64. descendants: in the order of rows a stem is followed by its branches,
-    so what descends from a row inside its block are the rows up to ``descendants``.
+    In the order of rows a stem is followed by its branches, so what descends from a row inside its
+    block are the rows up to ``descendants``.
     """
-
-    descendants: Tensor
-    trunk_first: Tensor
-    trunk_limit: Tensor
-
-    def __call__(self, query: Tensor, key: Tensor) -> Tensor:
-        """Whether row ``query`` sees row ``key``: int64 tensors that broadcast, to bool."""
-        inside = (key <= query) & (query < self.descendants[key])
-        return inside | ((self.trunk_first[query] <= key) & (key < self.trunk_limit[query]))
-
-
-def ancestry(blocks: Sequence[Block], device: torch.device | None = None) -> Ancestry:
-    """The visibility of all rows of ``blocks``, which cover the rows from 0 on, in order."""
-    descendants, spans = [], []
+    ends, segments, spans = [], [], []
     for block in blocks:
-        ends = [block.stem_limit, *block.branches]
-        ends = [*itertools.accumulate(ends)]
-        counts = [block.stem_limit - block.first, *block.branches]
-        descendants += [torch.full((counts[0],), block.limit)]
-        descendants += [
-            torch.full((count,), end) for count, end in zip(counts[1:], ends[1:], strict=True)
-        ]
+        _, *branch_ends = itertools.accumulate(block.branches, initial=block.stem_limit)
+        ends += [block.limit, *branch_ends]
+        segments += [block.stem_limit - block.first, *block.branches]
         spans.append((block.limit - block.first, block.trunk_first, block.trunk_limit))
+
+    def of_rows(values: Sequence[int] | Tensor, rows: Sequence[int] | Tensor) -> Tensor:
+        values, rows = (torch.as_tensor(x, dtype=torch.int64) for x in (values, rows))
+        return values.repeat_interleave(rows).to(device)
+
     rows, first, limit = torch.tensor(spans, dtype=torch.int64).view(-1, 3).unbind(1)
-    vectors = (
-        torch.cat([torch.empty(0, dtype=torch.int64), *descendants]),
-        first.repeat_interleave(rows),
-        limit.repeat_interleave(rows),
-    )
-    return Ancestry(*(vector.to(device) for vector in vectors))
+    descendants = of_rows(ends, segments)
+    trunk_first, trunk_limit = of_rows(first, rows), of_rows(limit, rows)
+
+    def sees(query: Tensor, key: Tensor) -> Tensor:
+        inside = (key <= query) & (query < descendants[key])
+        return inside | ((trunk_first[query] <= key) & (key < trunk_limit[query]))
+
+    return sees
 
 
 def _batch(rows: Tensor) -> Tensor:

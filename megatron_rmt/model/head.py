@@ -33,7 +33,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_rmt.cpu import compiled
 from megatron_rmt.model import head_compiled, head_plain
-from megatron_rmt.model.head_products import WeightedSums, multiply_scores, score_dtype
+from megatron_rmt.model.head_products import WeightedSums, multiply_scores, score_dtype, slices
 
 # loss(rows, log_probs [chunk]) -> losses [chunk] of these rows of the head.
 LossOfRows = Callable[[slice, Tensor], Tensor]
@@ -46,18 +46,9 @@ def vocab_range(
 
     Args:
         weight_rows: rows of this rank's shard of the (padded) head weight.
-        vocab_size: the true vocabulary size.
-
-    Raises:
-        ValueError: all shards together are smaller than the vocabulary.
+        vocab_size: the true vocabulary size, at most that of all shards together.
     """
-    rank, ranks = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
-    if not 0 < vocab_size <= weight_rows * ranks:
-        raise ValueError(
-            f"vocab_size is {vocab_size}, but the head weight has {ranks} x {weight_rows} rows; "
-            "pass the tokenizer's vocabulary size, which is at least 1 and at most that many."
-        )
-    start = rank * weight_rows
+    start = (0 if tp_group is None else tp_group.rank()) * weight_rows
     return start, max(0, min(weight_rows, vocab_size - start))
 
 
@@ -66,6 +57,15 @@ def reduce_over_ranks(values: Tensor, operation: Any, tp_group: ProcessGroup | N
     if tp_group is not None and tp_group.size() > 1 and values.numel() > 0:
         torch.distributed.all_reduce(values, op=operation, group=tp_group)
     return values
+
+
+def of_all_ranks(values: Tensor, tp_group: ProcessGroup | None) -> Tensor:
+    """[tp, ...]: ``values`` of every tensor-parallel rank, gathered unless there are none."""
+    if tp_group is None or tp_group.size() == 1 or values.numel() == 0:
+        return values[None]
+    gathered = values.new_empty(tp_group.size() * len(values), *values.shape[1:])
+    torch.distributed.all_gather_into_tensor(gathered, values.contiguous(), group=tp_group)
+    return gathered.unflatten(0, (tp_group.size(), -1))
 
 
 def first_with_maximum(ids: Tensor, maxima: Tensor, tp_group: ProcessGroup | None) -> Tensor:
@@ -120,11 +120,17 @@ def token_loss_sum(
         differentiable. Gradients come in the dtypes of the inputs; sums over rows are made in fp32.
 
     Raises:
-        ValueError: shapes or sizes do not fit; a target outside [0, vocab_size) (checked where the
-            targets are on the CPU: on a GPU the check would wait for the device).
+        ValueError: a target outside [0, vocab_size) (checked where the targets are on the CPU: on a
+            GPU the check would wait for the device).
     """
-    shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
-    _check_targets(hidden, targets, scale, vocab_size)
+    if not targets.is_cuda and targets.numel() > 0:
+        lowest, highest = (int(bound) for bound in targets.aminmax())
+        if lowest < 0 or highest >= vocab_size:
+            raise ValueError(
+                f"targets holds {lowest if lowest < 0 else highest}, not in [0, {vocab_size}); "
+                "leave out rows without a target."
+            )
+    shard = _Shard.of(weight, vocab_size, tp_group, chunk_size)
     scale = None if scale is None else scale.detach().to(score_dtype(hidden, weight))
     grads = torch.is_grad_enabled()
     return _TokenLossSum.apply(hidden, weight, targets, loss, scale, shard, grads)
@@ -152,11 +158,8 @@ def token_entropies(
 
     Returns:
         (entropies [rows] fp32 in nats, argmax ids [rows] int64, the smallest id of equals).
-
-    Raises:
-        ValueError: as ``token_loss_sum``.
     """
-    shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size)
+    shard = _Shard.of(weight, vocab_size, tp_group, chunk_size)
     sweeps = _sweeps(hidden, weight, shard)
     rows, dtype = hidden.shape[0], score_dtype(hidden, weight)
     count = 1 if top_k is None else min(top_k, vocab_size)
@@ -178,38 +181,6 @@ def token_entropies(
     return _combine(statistics, shard)[2], argmax_ids
 
 
-@torch.no_grad()
-def selected_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    vocab_size: int,
-    tp_group: ProcessGroup | None,
-    memory: Tensor | None = None,
-    wide_weight: Tensor | None = None,
-) -> Tensor:
-    """This rank's scores of the given rows, for sampling: [rows, columns] fp32, no gradient.
-
-    Column j is token ``start + j``, with (start, columns) = ``vocab_range(...)``: no padding.
-    No collective.
-
-    Args:
-        memory: what an earlier call for at least as many rows returned; it is overwritten.
-        wide_weight: ``head_products.wide_copy`` of the weight, of many calls with it.
-        others: as for ``token_loss_sum``.
-
-    Raises:
-        ValueError: as ``token_loss_sum``.
-    """
-    shard = _shard(hidden, weight, vocab_size, tp_group, chunk_size=1)
-    dtype = score_dtype(hidden, weight)
-    rows = hidden.shape[0]
-    scores = hidden.new_empty(rows, shard.columns, dtype=dtype) if memory is None else memory[:rows]
-    wide = None if wide_weight is None else wide_weight[: shard.columns]
-    multiply_scores(hidden, weight[: shard.columns], scores, wide)
-    return scores
-
-
 class _Shard(NamedTuple):
     """This rank's part of the vocabulary, [start, start + columns), and how to go through it."""
 
@@ -218,20 +189,11 @@ class _Shard(NamedTuple):
     group: ProcessGroup | None
     chunk_size: int
 
-
-def _shard(
-    hidden: Tensor,
-    weight: Tensor,
-    vocab_size: int,
-    tp_group: ProcessGroup | None,
-    chunk_size: int,
-) -> _Shard:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit; "
-            "give [rows, hidden] and [padded vocab/tp, hidden]."
-        )
-    return _Shard(*vocab_range(weight.shape[0], vocab_size, tp_group), tp_group, chunk_size)
+    @classmethod
+    def of(
+        cls, weight: Tensor, vocab_size: int, tp_group: ProcessGroup | None, chunk_size: int
+    ) -> "_Shard":
+        return cls(*vocab_range(weight.shape[0], vocab_size, tp_group), tp_group, chunk_size)
 
 
 def _sweeps(hidden: Tensor, weight: Tensor, shard: _Shard) -> ModuleType:
@@ -252,25 +214,6 @@ def _triton_sweeps() -> ModuleType:
     return head_triton
 
 
-def _check_targets(hidden: Tensor, targets: Tensor, scale: Tensor | None, vocab_size: int) -> None:
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(
-            f"targets is {targets.dtype} {list(targets.shape)}; give int64 of shape "
-            f"{list(hidden.shape[:1])}, one token id for each row of hidden."
-        )
-    if scale is not None and scale.shape != targets.shape:
-        raise ValueError(
-            f"scale has shape {list(scale.shape)}; give one per target: {list(targets.shape)}."
-        )
-    if not targets.is_cuda and targets.numel() > 0:
-        lowest, highest = (int(bound) for bound in targets.aminmax())
-        if lowest < 0 or highest >= vocab_size:
-            raise ValueError(
-                f"targets holds {lowest if lowest < 0 else highest}, not in [0, {vocab_size}); "
-                "leave out rows without a target."
-            )
-
-
 def _score_chunks(
     hidden: Tensor, weight: Tensor, scale: Tensor | None, shard: _Shard
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -280,9 +223,8 @@ def _score_chunks(
     held = hidden.new_empty(
         min(rows, shard.chunk_size), weight.shape[0], dtype=score_dtype(hidden, weight)
     )
-    for start in range(0, rows, shard.chunk_size):
-        chunk = slice(start, min(rows, start + shard.chunk_size))
-        scores = held[: chunk.stop - start, : shard.columns]
+    for chunk in slices(rows, shard.chunk_size):
+        scores = held[: chunk.stop - chunk.start, : shard.columns]
         own, own_scale = hidden[chunk], None if scale is None else scale[chunk, None]
         if own_scale is not None and hidden.dtype == scores.dtype:
             own, own_scale = own * own_scale, None  # cheaper, and as exact, before the product
@@ -312,11 +254,10 @@ def _combine(statistics: Tensor, shard: _Shard) -> tuple[Tensor, Tensor, Tensor]
 
 def _entropy_of_largest(largest: Tensor, shard: _Shard) -> Tensor:
     """[rows] entropy of the k largest scores among all ranks; ``largest`` is [rows, k] of this."""
-    count = largest.shape[1]
-    if shard.group is not None and shard.group.size() > 1 and largest.numel() > 0:
-        of_ranks = [torch.empty_like(largest) for _ in range(shard.group.size())]
-        torch.distributed.all_gather(of_ranks, largest, group=shard.group)
-        largest = torch.cat(of_ranks, -1).topk(count, sorted=False).values
+    of_ranks = of_all_ranks(largest, shard.group)
+    if len(of_ranks) > 1:
+        of_ranks = of_ranks.transpose(0, 1).flatten(1)
+        largest = of_ranks.topk(largest.shape[1], sorted=False).values
     return torch.special.entr(largest.softmax(-1)).sum(-1)
 
 

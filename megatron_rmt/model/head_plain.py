@@ -6,10 +6,10 @@ and at least one column: ``head_compiled`` on a CPU, ``head_triton`` on a GPU. H
 time go through all steps, so that they find the rows in the cache.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
+
+from megatron_rmt.model.head_products import slices
 
 # Scores that one step works on: 512 KiB of fp32 leave room in a core's level-2 cache for a second
 # block; a GPU wants few launches.
@@ -33,7 +33,7 @@ def statistics_(scores: Tensor, targets: Targets | None) -> Tensor:
     if scores.shape[1] == 0:
         return result
     memory = scores.new_empty(_block_rows(scores), scores.shape[1]) if targets is None else None
-    for block in _row_blocks(scores):
+    for block in slices(len(scores), _block_rows(scores)):
         maxima, normaliser, moment = result[:3, block]
         rows = scores[block]
         torch.amax(rows, -1, out=maxima)
@@ -87,8 +87,3 @@ def with_target_scores(scores: Tensor, targets: Targets | None) -> Tensor:
 def _block_rows(scores: Tensor) -> int:
     size = _GPU_BLOCK if scores.is_cuda else _CPU_BLOCK
     return min(scores.shape[0], max(1, size // scores.shape[1]))
-
-
-def _row_blocks(scores: Tensor) -> Iterator[slice]:
-    rows, step = scores.shape[0], _block_rows(scores)
-    return (slice(first, min(rows, first + step)) for first in range(0, rows, step))

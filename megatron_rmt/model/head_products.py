@@ -27,15 +27,15 @@ def multiply_scores(
     """
     if hidden.dtype == weight.dtype == out.dtype:
         torch.mm(hidden, weight.t(), out=out)
-    elif wide_weight is not None:
-        with _rounding_inputs_to_bf16(_are_bf16(hidden, weight)):
-            torch.mm(hidden.to(out.dtype), wide_weight.t(), out=out)
     elif _multiplies_into_fp32(hidden, weight):
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
+        blocks = [(slice(None), wide_weight)]
+        if wide_weight is None:
+            blocks = _wide_blocks(weight, out.dtype)
         with _rounding_inputs_to_bf16(_are_bf16(hidden, weight)):
-            for block, converted in _wide_blocks(weight, out.dtype):
+            for block, converted in blocks:
                 torch.mm(wide, converted.t(), out=out[:, block])
 
 
@@ -93,50 +93,43 @@ class WeightedSums:
             score_gradient: [chunk, columns], written into ``memory_for``.
         """
         hidden, weight = self.inputs[0][chunk], self.inputs[1]
-        if score_gradient.dtype not in (torch.bfloat16, torch.float16):
-            self._add_wide(chunk, score_gradient)
-        elif _multiplies_into_fp32(hidden, weight):
-            wide = score_dtype(hidden, weight)
-            if self.hidden is not None:
-                torch.mm(score_gradient, weight, out_dtype=wide, out=self.hidden[chunk])
-            if self.weight is not None:
-                product = torch.mm(score_gradient.t(), hidden, out_dtype=wide)
-                own = self.weight[: len(weight)]
-                own.add_(product) if self._added else own.copy_(product)
-        else:
-            self._add_bf16_on_cpu(chunk, score_gradient)
-        self._added = True
-
-    def _add_wide(self, chunk: slice, score_gradient: Tensor) -> None:
-        hidden, weight = self.inputs[0][chunk], self.inputs[1]
-        dtype = score_gradient.dtype
+        wide = score_dtype(hidden, weight)
+        into_fp32 = score_gradient.dtype != wide and _multiplies_into_fp32(hidden, weight)
         if self.hidden is not None:
             out = self.hidden[chunk]
-            if weight.dtype == dtype:
-                torch.mm(score_gradient, weight, out=out)
+            if into_fp32:
+                torch.mm(score_gradient, weight, out_dtype=wide, out=out)
+            elif score_gradient.dtype == weight.dtype:
+                # bf16 is summed over all columns in fp32, then rounded once, as the result will be.
+                out.copy_(torch.mm(score_gradient, weight))
             else:
                 out.zero_()
-                for block, wide_weight in _wide_blocks(weight, dtype):
+                for block, wide_weight in _wide_blocks(weight, wide):
                     out.addmm_(score_gradient[:, block], wide_weight)
         if self.weight is not None:
             own = self.weight[: len(weight)]
-            own.addmm_(score_gradient.t(), hidden.to(dtype), beta=int(self._added))
+            if into_fp32:
+                product = torch.mm(score_gradient.t(), hidden, out_dtype=wide)
+                own.add_(product) if self._added else own.copy_(product)
+            elif score_gradient.dtype == wide:
+                own.addmm_(score_gradient.t(), hidden.to(wide), beta=int(self._added))
+            else:
+                self._add_bf16_on_cpu(own, score_gradient, hidden.to(wide))
+        self._added = True
 
-    def _add_bf16_on_cpu(self, chunk: slice, score_gradient: Tensor) -> None:
-        hidden, weight = self.inputs[0][chunk], self.inputs[1]
-        if self.hidden is not None:
-            # Summed over all columns in fp32, then rounded once, as the result will be anyway.
-            self.hidden[chunk] = torch.mm(score_gradient, weight)
-        if self.weight is None:
-            return
+    def _add_bf16_on_cpu(self, own: Tensor, score_gradient: Tensor, wide: Tensor) -> None:
         # Summed over the chunks in fp32.
-        wide, columns = hidden.to(self.weight.dtype), len(weight)
+        columns = len(own)
         held = wide.new_empty(len(wide), min(columns, _CONVERSION_BLOCK))
         with _rounding_inputs_to_bf16(True):
-            for start in range(0, columns, _CONVERSION_BLOCK):
-                block = slice(start, min(columns, start + _CONVERSION_BLOCK))
-                part = held[:, : block.stop - start].copy_(score_gradient[:, block])
-                self.weight[block].addmm_(part.t(), wide, beta=int(self._added))
+            for block in slices(columns, _CONVERSION_BLOCK):
+                part = held[:, : block.stop - block.start].copy_(score_gradient[:, block])
+                own[block].addmm_(part.t(), wide, beta=int(self._added))
+
+
+def slices(total: int, step: int) -> Iterator[slice]:
+    """[0, total) in slices of ``step``, the last one may be shorter."""
+    return (slice(first, min(total, first + step)) for first in range(0, total, step))
 
 
 def score_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -174,6 +167,5 @@ def _wide_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Te
     """(rows, these rows of ``weight`` in ``dtype``); the next block overwrites them."""
     rows = weight.shape[0]
     held = weight.new_empty(min(rows, _CONVERSION_BLOCK), weight.shape[1], dtype=dtype)
-    for start in range(0, rows, _CONVERSION_BLOCK):
-        block = slice(start, min(rows, start + _CONVERSION_BLOCK))
-        yield block, held[: block.stop - start].copy_(weight[block])
+    for block in slices(rows, _CONVERSION_BLOCK):
+        yield block, held[: block.stop - block.start].copy_(weight[block])

@@ -19,12 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from megatron_rmt.model.blocks import Block, _batch, ancestry
+from megatron_rmt.model.blocks import Block, Sees, _batch, ancestry
 from megatron_rmt.model.lse_attention import LseAttention
-
-_NO_FLEX_BACKWARD = (
-    "--rmt-attention is flex, whose backward does not exist on the CPU; pass auto, lse or sdpa."
-)
 
 
 class TreeAttention(Protocol):
@@ -43,6 +39,7 @@ class SdpaAttention:
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = blocks
+        self._sees: Sees | None = None
         self._masks: dict[Block, Tensor] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -55,7 +52,16 @@ class SdpaAttention:
                 keys = torch.cat([key[trunk], keys])
                 values = torch.cat([value[trunk], values])
             mask = self._mask(block, query.device)
-            outputs.append(masked_attention(query[rows], keys, values, mask, scale))
+            output = F.scaled_dot_product_attention(
+                _batch(query[rows]),
+                _batch(keys),
+                _batch(values),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            outputs.append(output[0].transpose(0, 1))
         return torch.cat(outputs)
 
     def _mask(self, block: Block, device: torch.device) -> Tensor | None:
@@ -63,31 +69,11 @@ class SdpaAttention:
         if not block.branches and block.trunk_limit == block.trunk_first:
             return None
         if block not in self._masks:
-            count, stem = block.limit - block.first, block.stem_limit - block.first
-            own = torch.ones(count, count, dtype=torch.bool).tril()
-            start = stem
-            for length in block.branches:
-                own[start : start + length, stem:start] = False
-                start += length
-            mask = F.pad(own, (block.trunk_limit - block.trunk_first, 0), value=True)
-            self._masks[block] = mask.to(device)
+            trunk = torch.arange(block.trunk_first, block.trunk_limit, device=device)
+            own = torch.arange(block.first, block.limit, device=device)
+            sees = self._sees or ancestry(self.blocks, device)
+            self._sees, self._masks[block] = sees, sees(own[:, None], torch.cat([trunk, own]))
         return self._masks[block]
-
-
-def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
-    """``[queries, heads, dim]`` over ``[keys, kv heads, dim]``, causal where ``mask`` is None."""
-    output = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output[0].transpose(0, 1)
 
 
 class FlexAttention:
@@ -98,10 +84,15 @@ class FlexAttention:
         self._mask: BlockMask | None = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if query.requires_grad and not query.is_cuda:
-            raise ValueError(_NO_FLEX_BACKWARD)
         if self._mask is None:
-            self._mask = self._make_mask(query.shape[0], query.device)
+            sees = ancestry(self.blocks, query.device)
+
+            def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return sees(query, key)
+
+            make = _compiled(create_block_mask) if query.is_cuda else create_block_mask
+            tokens = len(query)
+            self._mask = make(visible, None, None, tokens, tokens, device=query.device)
         attend = _compiled(flex_attention) if query.is_cuda else flex_attention
         output = attend(
             _batch(query),
@@ -112,15 +103,6 @@ class FlexAttention:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return output[0].transpose(0, 1)
-
-    def _make_mask(self, tokens: int, device: torch.device) -> BlockMask:
-        sees = ancestry(self.blocks, device)
-
-        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return sees(query, key)
-
-        make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-        return make(visible, None, None, tokens, tokens, device=device)
 
 
 @functools.cache
@@ -147,7 +129,8 @@ def backend_for(name: str, device: torch.device) -> type[TreeAttention]:
     """
     on_cpu = device.type == "cpu"
     if name == "auto":
-        name = "lse" if on_cpu else "flex" if _can_compile() else "sdpa"
+        compiles = importlib.util.find_spec("triton") and not torch._dynamo.config.disable
+        name = "lse" if on_cpu else "flex" if compiles else "sdpa"
     if name == "lse" and not on_cpu:
         raise ValueError(
             "--rmt-attention is lse, which is made of the CPU's flash attention, but the model is "
@@ -163,8 +146,7 @@ def check_backend(name: str, device: torch.device) -> None:
         ValueError: ``name`` does not run on ``device``, or its backward does not.
     """
     if backend_for(name, device) is FlexAttention and device.type == "cpu":
-        raise ValueError(_NO_FLEX_BACKWARD)
-
-
-def _can_compile() -> bool:
-    return importlib.util.find_spec("triton") is not None and not torch._dynamo.config.disable
+        raise ValueError(
+            "--rmt-attention is flex, whose backward does not exist on the CPU; pass auto, lse or "
+            "sdpa."
+        )

@@ -83,17 +83,13 @@ def attach_tree_attention(model: torch.nn.Module) -> int:
     attached = 0
     for module in model.modules():
         if isinstance(module, SelfAttention):
-            _follow_visibility(module.core_attention, module.layer_number, _softmax_scale(module))
+            width = module.hidden_size_per_attention_head
+            scale = module.config.softmax_scale or 1.0 / math.sqrt(width)
+            _follow_visibility(module.core_attention, module.layer_number, scale)
             attached += 1
-    for module in model.modules():
         if hasattr(module, "rotary_pos_emb") and hasattr(module, "decoder"):
             _rotate_by_visibility(module.decoder)
     return attached
-
-
-def _softmax_scale(attention: SelfAttention) -> float:
-    width = attention.hidden_size_per_attention_head
-    return attention.config.softmax_scale or 1.0 / math.sqrt(width)
 
 
 def _follow_visibility(core_attention: torch.nn.Module, layer: int, scale: float) -> None:

@@ -37,29 +37,18 @@ from megatron_rmt.rollout.kv_cache import DecodeVisibility, StemVisibility
 
 @dataclass(frozen=True)
 class _Graph:
-    """A compiled part of a layer. inputs, parameters: which of those it reads."""
+    """A compiled part of a layer, of those tensors (what the attention found, the inputs, the
+    parameters) that it ``reads``."""
 
     function: Callable[..., Any]
-    inputs: tuple[int, ...]
-    parameters: tuple[int, ...]
+    reads: tuple[int, ...]
 
-    def __call__(self, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Any:
-        return self.function(
-            *[inputs[index] for index in self.inputs],
-            *[parameters[index] for index in self.parameters],
-        )
+    def __call__(self, tensors: Sequence[Tensor | None]) -> Any:
+        return self.function(*[tensors[index] for index in self.reads])
 
 
-@dataclass(frozen=True)
-class _Graphs:
-    """before: from hidden states ``[rows, 1, hidden]``, rotary angles, their cosines and sines to
-    query, key and value. after: from the attention's output and the same to hidden states."""
-
-    before: _Graph
-    after: _Graph
-
-
-# Of each model, by the kind of layer; None where the recording failed.
+# Of each model, by the kind of layer, see ``_record``; None where the recording failed.
+_Graphs = tuple[_Graph, _Graph]
 _recorded: WeakKeyDictionary[GPTModel, dict[Any, _Graphs | None]] = WeakKeyDictionary()
 
 
@@ -116,32 +105,24 @@ def _forward(
         hidden = hidden_states[:, 0, None]
         inputs = hidden, angles, *layer_kernels.cosine_and_sine(angles, hidden.dtype)
         if kind not in recorded:
-            recorded[kind] = _try_to_record(layer, visibility, inputs, parameters)
+            try:
+                recorded[kind] = _record(layer, visibility, inputs, parameters)
+            except Exception as error:
+                # Whatever a layer does that cannot be recorded, Megatron itself can do.
+                message = f"decoding runs uncaptured layers, which is slower: {error}"
+                warnings.warn(message, stacklevel=2)
+                recorded[kind] = None
         graphs = recorded[kind]
     if graphs is None:
         return TransformerLayer.forward(
             layer, hidden_states, packed_seq_params=visibility, rotary_pos_emb=angles, **others
         )
+    before, after = graphs
+    query, key, value = before((None, *inputs, *parameters))
     attended = layer.self_attention.core_attention(
-        *graphs.before((None, *inputs), parameters),
-        attention_mask=None,
-        packed_seq_params=visibility,
+        query, key, value, attention_mask=None, packed_seq_params=visibility
     )
-    return graphs.after((attended, *inputs), parameters), None
-
-
-def _try_to_record(
-    layer: TransformerLayer,
-    visibility: Visibility,
-    inputs: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-) -> _Graphs | None:
-    try:
-        return _record(layer, visibility, inputs, parameters)
-    except Exception as error:
-        # Whatever a layer does that cannot be recorded, Megatron itself can do.
-        warnings.warn(f"decoding runs uncaptured layers, which is slower: {error}", stacklevel=2)
-        return None
+    return after((attended, *inputs, *parameters)), None
 
 
 class _AttentionReachedError(Exception):
@@ -199,37 +180,37 @@ def _record(
     inputs: Sequence[Tensor],
     parameters: Sequence[Tensor],
 ) -> _Graphs:
-    """Both graphs, from running ``layer`` on tensors without data.
+    """The layer up to its core attention and from there on, from running it without data.
 
-    inputs: hidden states ``[rows, 1, hidden]``, rotary angles, their cosines and sines.
+    inputs: hidden states ``[rows, 1, hidden]``, rotary angles, their cosines and sines. The first
+    graph reads those to query, key and value, the second also what the attention found, to hidden
+    states.
     """
     part = _Part(layer, visibility)
     names = [f"layer.{name}" for name, _ in layer.named_parameters()]
+    count = 1 + len(inputs)
 
-    def graph(inputs: Sequence[Tensor | None]) -> _Graph:
-        def run(*tensors: Tensor | None) -> Any:
-            own = dict(zip(names, tensors[len(inputs) :], strict=True))
-            return functional_call(part, own, tensors[: len(inputs)])
+    def run(*tensors: Tensor | None) -> Any:
+        own = dict(zip(names, tensors[count:], strict=True))
+        return functional_call(part, own, tensors[:count])
 
-        recorded = make_fx(run, tracing_mode="symbolic")(*inputs, *parameters)
+    def graph(tensors: Sequence[Tensor | None]) -> _Graph:
+        recorded = make_fx(run, tracing_mode="symbolic")(*tensors)
         # What this part computes for the other one alone.
         recorded.graph.eliminate_dead_code()
-        read = []
+        reads = []
         for index, node in enumerate(recorded.graph.find_nodes(op="placeholder")):
             if node.users:
-                read.append(index)
+                reads.append(index)
             else:
                 recorded.graph.erase_node(node)
         recorded.recompile()
-        part_of_layer = _Graph(
-            compiled.compile_loop(recorded.forward),
-            tuple(index for index in read if index < len(inputs)),
-            tuple(index - len(inputs) for index in read if index >= len(inputs)),
-        )
-        for index in part_of_layer.inputs:
-            # One compilation serves all numbers of rows.
-            torch._dynamo.mark_dynamic(inputs[index], 0)
-        part_of_layer(inputs, parameters)
+        part_of_layer = _Graph(compiled.compile_loop(recorded.forward), tuple(reads))
+        for index in reads:
+            if index < count:
+                # One compilation serves all numbers of rows.
+                torch._dynamo.mark_dynamic(tensors[index], 0)
+        part_of_layer(tensors)
         return part_of_layer
 
     # A number of rows that is also another size would be taken for that, and 1 for a constant.
@@ -238,4 +219,4 @@ def _record(
     inputs = [x.new_zeros(rows, *x.shape[1:]) for x in inputs]
     attention = layer.config.num_attention_heads * layer.config.kv_channels
     attended = inputs[0].new_zeros(rows, 1, attention)
-    return _Graphs(before=graph([None, *inputs]), after=graph([attended, *inputs]))
+    return graph([None, *inputs, *parameters]), graph([attended, *inputs, *parameters])

@@ -32,6 +32,7 @@ from megatron_rmt.model.pipeline import (
     begin_from_last_stage,
     finish_sends,
     forward_through_stages,
+    output_weight,
 )
 from megatron_rmt.model.visibility import Visibility
 from megatron_rmt.prompt.prompt import Prompt
@@ -45,35 +46,10 @@ from megatron_rmt.rollout.kv_cache import (
     TailCache,
     shared_trunks,
 )
-from megatron_rmt.rollout.live_rollouts import Ending, LiveRollouts, RolloutPosition
-from megatron_rmt.rollout.memory import rollout_waves
+from megatron_rmt.rollout.live_rollouts import LiveRollouts, RolloutPosition
+from megatron_rmt.rollout.memory import CacheSize, key_value_bytes, rollout_waves
 from megatron_rmt.rollout.responses import Rollout
-from megatron_rmt.rollout.sampling import DecodeHead, Sampling
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutSettings:
-    """How responses are drawn.
-
-    group: responses per position. budget: B_t, which the stem names. seed, iteration: of the draws.
-    temperature: of the sampling distribution. greedy: most likely token instead of a draw. top_k,
-    top_p: see ``sampling.sample_tokens``. kv_bytes: bound on the keys and values held at a time,
-    None for no bound. writes_truth: format warm-up; every thought is closed at the budget at the
-    latest, or where the text would end, and the true answer is written. thinks: False closes the
-    thought in the prompt, so that a response is an answer alone.
-    """
-
-    group: int
-    budget: int
-    seed: int
-    iteration: int
-    temperature: float
-    greedy: bool = False
-    top_k: int | None = None
-    top_p: float | None = None
-    kv_bytes: int | None = None
-    writes_truth: bool = False
-    thinks: bool = True
+from megatron_rmt.rollout.sampling import DecodeHead, RolloutSettings
 
 
 @torch.no_grad()
@@ -107,40 +83,30 @@ def generate(
         warm_up=how.writes_truth,
         truth_tokens=max((len(position.truth) for position in positions), default=0),
     )
-    ending = Ending(bound, prompt.answer_tokens, prompt.close, how.writes_truth)
     stem = [*prompt.stem(how.budget), *([] if how.thinks else prompt.close)]
     tail_tokens = len(stem) + bound.tokens
     # Positions that are decoded together, in waves that fit into the memory.
     in_flight = parallel_state.get_pipeline_model_parallel_world_size()
-    waves = rollout_waves(
-        model,
+    size = CacheSize(
+        token_bytes=key_value_bytes(model),
         trunk_tokens=store.trunk_tokens,
-        positions=len(positions),
+        rows=len(positions) * how.group,
         rows_per_position=how.group,
         tail_tokens=tail_tokens,
-        kv_bytes=how.kv_bytes,
         in_flight=in_flight,
-        experts=experts,
     )
-    sampling = Sampling(how.temperature, how.greedy, how.top_k, how.top_p)
-    decoder = _Decoder(
-        model=model,
-        store=store,
-        stem=stem,
-        head=DecodeHead(model, policy.vocab_size, sampling) if model.post_process else None,
-        longest_position=policy.longest_position,
-        seed=how.seed,
-        iteration=how.iteration,
-        experts=experts,
-    )
+    waves = rollout_waves(size, how.kv_bytes, experts)
+    head = None
+    if model.post_process:
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        head = DecodeHead(output_weight(model), policy.vocab_size, tp_group, how)
+    decoder = _Decoder(policy, store, stem, head, experts)
     # Each wave to its end; with pipeline stages as many at a time as there are stages.
-    grammar = prompt.grammar(policy.device)
-    start = grammar.start if how.thinks else grammar.after_thought
     done: list[list[Rollout]] = []
     for first in range(0, len(waves), in_flight):
         batches = [
             _Batch(
-                LiveRollouts(positions[own], how.group, grammar, start, ending, policy.device),
+                LiveRollouts(positions[own], prompt, how, bound, policy.device),
                 TailCache(tail_tokens),
             )
             for own in waves[first : first + in_flight]
@@ -182,13 +148,10 @@ class _Batch:
 class _Decoder:
     """The passes of batches of rollouts; head is None on all stages but the last."""
 
-    model: GPTModel
+    policy: Policy
     store: KeyValueStore
     stem: Sequence[int]
     head: DecodeHead | None
-    longest_position: int
-    seed: int
-    iteration: int
     experts: ProcessGroup | None
 
     def run(self, batches: Sequence[_Batch]) -> None:
@@ -212,23 +175,21 @@ class _Decoder:
             self._idle(sends)
             return
         device = live.rows.device
-        tokens = torch.tensor([*self.stem], dtype=torch.int64, device=device)
+        tokens = torch.tensor(self.stem, dtype=torch.int64, device=device)
         starts = torch.tensor([position.next_position for position in positions], device=device)
         visibility = StemVisibility(
             tokens=length * len(positions),
             store=self.store,
             tails=batch.tails,
-            groups=_groups(positions, device),
-            group=live.group,
+            groups=shared_trunks(positions, device),
+            group=live.how.group,
         )
-        visibility.use_position_ids(
-            (starts[:, None] + torch.arange(length, device=device)).flatten(),
-            self.longest_position,
-        )
+        position_ids = (starts[:, None] + torch.arange(length, device=device)).flatten()
+        visibility.use_position_ids(position_ids, self.policy.longest_position)
 
         def draw(hidden: Tensor, _: Tensor) -> Tensor:
             scores = self.head.scores(hidden.view(len(positions), length, -1)[:, -1])
-            return self._draw(live, scores.repeat_interleave(live.group, dim=0))
+            return self._draw(live, scores.repeat_interleave(live.how.group, dim=0))
 
         self._pass(batch, tokens.repeat(len(positions)), visibility, draw, sends)
 
@@ -238,10 +199,10 @@ class _Decoder:
         if not live.rows_here:
             self._idle(sends)
             return
-        own = [live.positions[row // live.group] for row in live.rows_here]
-        device = live.rows.device
         if batch.groups is None:
-            batch.groups = _groups(own, device)
+            own = [live.positions[row // live.how.group] for row in live.rows_here]
+            device = live.rows.device
+            batch.groups = shared_trunks(own, device)
             batch.after = torch.tensor([p.next_position + len(self.stem) for p in own]).to(device)
         visibility = DecodeVisibility(
             tokens=len(live.rows_here),
@@ -250,7 +211,7 @@ class _Decoder:
             groups=batch.groups,
             column=len(self.stem) + live.step - 1,
         )
-        visibility.use_position_ids(batch.after + (live.step - 1), self.longest_position)
+        visibility.use_position_ids(batch.after + (live.step - 1), self.policy.longest_position)
 
         def draw(hidden: Tensor, _: Tensor) -> Tensor:
             return self._draw(live, self.head.scores(hidden))
@@ -258,7 +219,7 @@ class _Decoder:
         self._pass(batch, live.newest, visibility, draw, sends)
 
     def _draw(self, live: LiveRollouts, scores: Tensor) -> Tensor:
-        token, log_prob = self.head.draw(scores, live.draws(self.seed, self.iteration))
+        token, log_prob = self.head.draw(scores, live.draws())
         # Both in one message; ids are whole numbers far below 2^53.
         return torch.stack([token.double(), log_prob.double()])
 
@@ -271,7 +232,7 @@ class _Decoder:
         sends: Sends,
     ) -> None:
         """Forward ``tokens``; the last stage draws and starts to tell the others."""
-        drawn = forward_through_stages(self.model, tokens, visibility, draw, sends)
+        drawn = forward_through_stages(self.policy.model, tokens, visibility, draw, sends)
         if drawn is None:
             rows = len(batch.live.rows_here)
             drawn = torch.empty(2, rows, dtype=torch.float64, device=tokens.device)
@@ -285,7 +246,7 @@ class _Decoder:
         experts."""
         live = batch.live
         if live.rows_here:
-            if not self.model.post_process:
+            if self.head is None:
                 batch.arriving = begin_from_last_stage(batch.drawn)
             if batch.arriving is not None:
                 batch.arriving.wait()
@@ -309,17 +270,8 @@ class _Decoder:
         """Take part in a pass of the other ranks that share the experts."""
         if self.experts is None:
             return
-        device = next(self.model.parameters()).device
-        none = torch.empty(0, dtype=torch.int64, device=device)
+        policy = self.policy
+        none = torch.empty(0, dtype=torch.int64, device=policy.device)
         visibility = IdleVisibility(tokens=0)
-        visibility.use_position_ids(none, self.longest_position)
-        forward_through_stages(self.model, none, visibility, lambda hidden, _: hidden, sends)
-
-
-def _groups(own: Sequence[RolloutPosition], device: torch.device) -> list[SharedTrunk]:
-    """Which trunk rows each row of a batch sees, given the position of each."""
-    return shared_trunks(
-        [(position.first, position.limit) for position in own],
-        [position.sample for position in own],
-        device,
-    )
+        visibility.use_position_ids(none, policy.longest_position)
+        forward_through_stages(policy.model, none, visibility, lambda hidden, _: hidden, sends)

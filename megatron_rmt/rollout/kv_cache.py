@@ -5,9 +5,9 @@ branch, is its tail. ``TrunkVisibility`` reads trunks, ``StemVisibility`` starts
 ``DecodeVisibility`` adds one token to each.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from torch import Tensor
 from megatron_rmt.cpu import compiled
 from megatron_rmt.cpu.compiled import fused, wide
 from megatron_rmt.model.visibility import TreeVisibility, Visibility
+from megatron_rmt.rollout.live_rollouts import RolloutPosition
+
+# Of each group of rows of a batch: which rows, the keys and values [kv heads, trunk rows, dim] that
+# they read together, and the bias [rows * queries, trunk rows] of those that a row does not see.
+Trunks = Sequence[tuple[slice, Tensor, Tensor, Tensor]]
 
 
 class KeyValueStore:
@@ -96,37 +101,30 @@ class TrunkVisibility(TreeVisibility):
 
 @dataclass(frozen=True)
 class SharedTrunk:
-    """Rows ``[first, limit)`` of a batch, which all read trunk rows ``[trunk_first, trunk_limit)``.
+    """``rows`` of a batch, which all read the rows ``trunk`` of the stored trunks.
 
     bias: ``[rows, trunk rows]`` fp32, 0 where a row sees the trunk's row, else -inf.
     """
 
-    first: int
-    limit: int
-    trunk_first: int
-    trunk_limit: int
+    rows: slice
+    trunk: slice
     bias: Tensor
 
 
 def shared_trunks(
-    visible: Sequence[tuple[int, int]], samples: Sequence[int], device: torch.device | None = None
+    positions: Sequence[RolloutPosition], device: torch.device | None = None
 ) -> list[SharedTrunk]:
-    """The groups of a batch: neighbouring rows of one sample share a pass over its trunk.
-
-    visible: of each row of the batch, the ``(first, limit)`` rows of the stored trunk that it sees.
-    samples: the sample that each row belongs to.
-    """
-    first, limit = torch.tensor(visible).view(-1, 2).unbind(1)
-    _, counts = torch.tensor(samples).unique_consecutive(return_counts=True)
+    """The groups of a batch, given the position of each row: neighbouring rows of one sample share
+    a pass over its trunk."""
     groups, start = [], 0
-    for count in counts.tolist():
-        own = slice(start, start + count)
-        trunk_first, trunk_limit = int(first[own].min()), int(limit[own].max())
-        rows = torch.arange(trunk_first, trunk_limit)
-        seen = (rows >= first[own, None]) & (rows < limit[own, None])
+    for _, own in itertools.groupby(positions, key=lambda position: position.sample):
+        first, limit = torch.tensor([(position.first, position.limit) for position in own]).T
+        trunk = slice(int(first.min()), int(limit.max()))
+        columns = torch.arange(trunk.start, trunk.stop)
+        seen = (columns >= first[:, None]) & (columns < limit[:, None])
         bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(device)
-        groups.append(SharedTrunk(start, start + count, trunk_first, trunk_limit, bias))
-        start += count
+        groups.append(SharedTrunk(slice(start, start + len(bias)), trunk, bias))
+        start += len(bias)
     return groups
 
 
@@ -167,31 +165,16 @@ class StoredTrunkVisibility(Visibility):
             ]
         trunk_key, trunk_value = self.store.trunk[layer]
         trunks = [
-            _Trunk(
-                slice(group.first, group.limit),
-                trunk_key[:, group.trunk_first : group.trunk_limit],
-                trunk_value[:, group.trunk_first : group.trunk_limit],
-                bias,
-            )
+            (group.rows, trunk_key[:, group.trunk], trunk_value[:, group.trunk], bias)
             for group, bias in zip(self.groups, self._biases, strict=True)
         ]
         attend = _fused_attention if query.device.type == "cpu" else _scores_attention
         return attend(query, trunks, *tail, tail_bias, scale)
 
 
-class _Trunk(NamedTuple):
-    """What ``rows`` of a batch attend to together: keys and values
-    ``[kv heads, trunk rows, dim]``. bias: ``[rows * queries, trunk rows]``."""
-
-    rows: slice
-    key: Tensor
-    value: Tensor
-    bias: Tensor
-
-
 def _fused_attention(
     query: Tensor,
-    trunks: Sequence[_Trunk],
+    trunks: Trunks,
     tail_key: Tensor,
     tail_value: Tensor,
     tail_bias: Tensor | None,
@@ -205,23 +188,15 @@ def _fused_attention(
     """
     kv_heads, queries, width = query.shape[1:]
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    parts = []
-    for trunk in trunks:
-        by_head = query[trunk.rows].transpose(0, 1).reshape(1, kv_heads, -1, width)
-        on_trunk, log_sums = attend(
-            by_head,
-            trunk.key[None],
-            trunk.value[None],
-            attn_mask=trunk.bias[None, None],
-            scale=scale,
+    outputs, sums = [], []
+    for rows, key, value, bias in trunks:
+        by_head = query[rows].transpose(0, 1).reshape(1, kv_heads, -1, width)
+        output, log_sums = attend(
+            by_head, key[None], value[None], attn_mask=bias[None, None], scale=scale
         )
-        parts.append(
-            (
-                on_trunk.view(kv_heads, -1, queries, width).transpose(0, 1),
-                log_sums.view(kv_heads, -1, queries).transpose(0, 1),
-            )
-        )
-    on_trunk, trunk_sum = (_joined(part) for part in zip(*parts, strict=True))
+        outputs.append(output.view(kv_heads, -1, queries, width).transpose(0, 1))
+        sums.append(log_sums.view(kv_heads, -1, queries).transpose(0, 1))
+    on_trunk, trunk_sum = _joined(outputs), _joined(sums)
     if tail_bias is None and compiled.is_available():
         return _with_tail(query, tail_key, tail_value, on_trunk, trunk_sum, scale)
     if tail_bias is not None:
@@ -247,7 +222,7 @@ def _with_tail(
     """Attention over whole tails, joined with that over the trunk, ``on_trunk``
     ``[rows, kv heads, queries, dim]``, whose log-sums are ``trunk_sum``.
 
-    TailCache are too short for a product of each of them to pay.
+    Tails are too short for a product of each of them to pay.
     """
     scores = (wide(query)[:, :, :, None] * wide(tail_key)[:, :, None]).sum(-1) * scale
     largest = torch.maximum(scores.amax(-1), trunk_sum)
@@ -261,7 +236,7 @@ def _with_tail(
 
 def _scores_attention(
     query: Tensor,
-    trunks: Sequence[_Trunk],
+    trunks: Trunks,
     tail_key: Tensor,
     tail_value: Tensor,
     tail_bias: Tensor | None,
@@ -298,7 +273,7 @@ class StemVisibility(StoredTrunkVisibility):
     group: int = 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        positions = self.groups[-1].limit
+        positions = self.groups[-1].rows.stop
         length, (kv_heads, width) = query.shape[0] // positions, key.shape[1:]
         key, value = (x.view(positions, length, kv_heads, width) for x in (key, value))
         self.tails.start(layer, key, value, self.group)

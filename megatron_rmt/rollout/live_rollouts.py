@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.algorithm.rng import uniforms
-from megatron_rmt.prompt.grammar import ResponseGrammar
-from megatron_rmt.prompt.prompt import ResponseBound
+from megatron_rmt.prompt.prompt import Prompt, ResponseBound
 from megatron_rmt.rollout.responses import Rollout
+from megatron_rmt.rollout.sampling import RolloutSettings
 
 # Dropping rows moves others into their places, so it waits until this share of rows has ended.
 ENDED_SHARE_TO_COMPACT = 1 / 32
@@ -33,48 +33,29 @@ class RolloutPosition:
     truth: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Ending:
-    """When responses end.
-
-    bound: of their lengths. answer_tokens: most tokens of an answer. close: token ids of the end of
-    thought, written at the bound of the thought where ``bound`` has room for it. writes_truth:
-    format warm-up; every thought is closed at the bound at the latest, or where the text would end,
-    and the true answer is written.
-    """
-
-    bound: ResponseBound
-    answer_tokens: int
-    close: Sequence[int]
-    writes_truth: bool
-
-    def forced(self, position: RolloutPosition) -> list[int]:
-        """What is written by force: the end of thought, in the warm-up also the answer."""
-        return [*self.close, *position.truth * self.writes_truth]
-
-
 class LiveRollouts:
-    """``group`` responses at each of ``positions`` while they are generated, a token at a time.
+    """``how.group`` responses at each of ``positions`` while they are generated, a token at a time.
 
-    start: the grammar's state before the first token.
+    bound: of their lengths; the end of thought is written at the bound of the thought where there
+    is room for it.
     All rollouts of the batch are equally long. Those that have ended stay until enough of them can
-    leave together. ``rows`` int64 indices of the batch's rollouts and the other state of the batch
-    lie on ``device``; nothing here waits for the device but ``settle``.
+    leave together. ``rows`` int64 indices of the batch's rollouts, ``alive`` ``[rows]`` bool, the
+    response goes on, ``newest`` ``[rows]`` int64 tokens and the other state of the batch lie on
+    ``device``; nothing here waits for the device but ``settle``.
     """
 
     def __init__(
         self,
         positions: Sequence[RolloutPosition],
-        group: int,
-        grammar: ResponseGrammar,
-        start: int,
-        ending: Ending,
+        prompt: Prompt,
+        how: RolloutSettings,
+        bound: ResponseBound,
         device: torch.device,
     ) -> None:
-        self.positions, self.group = positions, group
-        self.grammar, self.ending = grammar, ending
-        self.longest = ending.bound.tokens
+        self.positions, self.how, self.bound = positions, how, bound
+        self.grammar, self.answer_tokens = prompt.grammar(device), prompt.answer_tokens
         self.step = 0
+        group = how.group
         count = len(positions) * group
 
         def of_rollouts(values: Sequence[int]) -> Tensor:
@@ -84,14 +65,16 @@ class LiveRollouts:
         self._sample = of_rollouts([position.sample for position in positions])
         self._column = of_rollouts([position.column for position in positions])
         self._rollout = torch.arange(group, device=device).repeat(len(positions))
-        forced_of = [ending.forced(position) for position in positions]
+        # What is written by force: the end of thought, in the warm-up also the answer.
+        self._close_tokens = len(prompt.close)
+        forced_of = [[*prompt.close, *own.truth * how.writes_truth] for own in positions]
         self._forced_length = of_rollouts([len(tokens) for tokens in forced_of])
         forced = torch.zeros(len(positions), max([1, *map(len, forced_of)]), dtype=torch.int64)
         for row, tokens in enumerate(forced_of):
             forced[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
         self._forced = forced.to(device).repeat_interleave(group, dim=0)
 
-        shape = (count, self.longest)
+        shape = (count, bound.tokens)
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self._drawn = torch.zeros(shape, dtype=torch.bool, device=device)
         self._log_probs = torch.zeros(shape, device=device)
@@ -100,35 +83,35 @@ class LiveRollouts:
         self.rows = torch.arange(count, device=device)
         self.rows_here = list(range(count))
         self.newest = torch.zeros(count, dtype=torch.int64, device=device)
-        self._alive = torch.ones(count, dtype=torch.bool, device=device)
+        self.alive = torch.ones(count, dtype=torch.bool, device=device)
+        start = self.grammar.start if how.thinks else self.grammar.after_thought
         self._state = torch.full((count,), start, dtype=torch.int64, device=device)
         self._answered = torch.zeros(count, dtype=torch.int64, device=device)
         # Index of the next token to write by force, -1 while the policy draws.
         self._force_next = torch.full((count,), -1, dtype=torch.int64, device=device)
 
-    def draws(self, seed: int, iteration: int) -> Tensor:
+    def draws(self) -> Tensor:
         """The uniform numbers ``[rows]`` of this step."""
-        rows = self.rows
-        return uniforms(
-            seed, iteration, self._sample[rows], self._column[rows], self._rollout[rows], self.step
-        )
+        keys = (of[self.rows] for of in (self._sample, self._column, self._rollout))
+        return uniforms(self.how.seed, self.how.iteration, *keys, self.step)
 
     def write(self, token: Tensor, log_prob: Tensor) -> None:
         """Append what the policy drew, ``[rows]`` each, or what is written by force instead."""
-        rows, grammar, ending = self.rows, self.grammar, self.ending
+        rows, grammar, bound = self.rows, self.grammar, self.bound
+        writes_truth = self.how.writes_truth
         # Which thoughts end here, though the policy did not close them.
         was_thinking = grammar.thinking[self._state]
         drawing = self._force_next < 0
         open_at_bound = was_thinking & drawing
-        if self.step < ending.bound.thought:
+        if self.step < bound.thought:
             # Here only a response of the warm-up that would end without an answer gets its thought
             # closed.
             ends = grammar.done[grammar.next_state[self._state, token].long()]
-            open_at_bound = open_at_bound & ends & ending.writes_truth
-        if ending.bound.close:
+            open_at_bound = open_at_bound & ends & writes_truth
+        if bound.close:
             self._force_next = torch.where(open_at_bound, 0, self._force_next)
-        elif self.step >= ending.bound.thought:
-            self._alive = self._alive & ~open_at_bound
+        elif self.step >= bound.thought:
+            self.alive = self.alive & ~open_at_bound
         # What is written by force takes the place of what was drawn.
         forced_length = self._forced_length[rows]
         forcing = (self._force_next >= 0) & (self._force_next < forced_length)
@@ -136,32 +119,27 @@ class LiveRollouts:
         token = torch.where(forcing, self._forced[rows, column], token)
 
         # One column of every row, zero where the row has ended.
-        drawn = self._alive & ~forcing
-        self._tokens[rows, self.step] = torch.where(self._alive, token, 0)
+        drawn = self.alive & ~forcing
+        self._tokens[rows, self.step] = torch.where(self.alive, token, 0)
         self._drawn[rows, self.step] = drawn
         self._log_probs[rows, self.step] = torch.where(drawn, log_prob, 0.0)
-        self._lengths[rows] += self._alive
+        self._lengths[rows] += self.alive
 
         # Where each row stands after this token, and whether it goes on.
         self._state = grammar.next_state[self._state, token].long()
         self._answered = self._answered + ~was_thinking
         self._force_next = torch.where(forcing, self._force_next + 1, self._force_next)
-        if ending.writes_truth:
+        if writes_truth:
             closed_itself = was_thinking & ~grammar.thinking[self._state] & (self._force_next < 0)
-            self._force_next = torch.where(closed_itself, len(ending.close), self._force_next)
-            self._alive = self._alive & (self._force_next < forced_length)
+            self._force_next = torch.where(closed_itself, self._close_tokens, self._force_next)
+            self.alive = self.alive & (self._force_next < forced_length)
         else:
-            complete = grammar.done[self._state] | (self._answered >= ending.answer_tokens)
-            self._alive = self._alive & ~complete
+            complete = grammar.done[self._state] | (self._answered >= self.answer_tokens)
+            self.alive = self.alive & ~complete
         self.step += 1
-        if self.step == self.longest:
-            self._alive = torch.zeros_like(self._alive)
+        if self.step == bound.tokens:
+            self.alive = torch.zeros_like(self.alive)
         self.newest = token
-
-    @property
-    def alive(self) -> Tensor:
-        """``[rows]`` bool: the response goes on."""
-        return self._alive
 
     def settle(self, alive: Sequence[bool]) -> list[int] | None:
         """Drop ended rows if that is worth the moves, or if none is left.
@@ -172,11 +150,11 @@ class LiveRollouts:
         left = [row for row, goes_on in enumerate(alive) if goes_on]
         if left and len(left) > (1 - ENDED_SHARE_TO_COMPACT) * len(self.rows_here):
             return None
-        samples = [self.positions[row // self.group].sample for row in self.rows_here]
+        samples = [self.positions[row // self.how.group].sample for row in self.rows_here]
         left = places(left, samples)
         self.rows_here = [self.rows_here[row] for row in left]
         staying = torch.tensor(left, dtype=torch.int64).to(self.rows.device, non_blocking=True)
-        self.rows, self._alive = self.rows[staying], self._alive[staying]
+        self.rows, self.alive = self.rows[staying], self.alive[staying]
         self._state, self._answered = self._state[staying], self._answered[staying]
         self._force_next, self.newest = self._force_next[staying], self.newest[staying]
         return left
@@ -193,9 +171,8 @@ class LiveRollouts:
             Rollout(tokens[row, :length], drawn[row, :length], log_probs[row, :length])
             for row, length in enumerate(lengths)
         ]
-        return [
-            rollouts[first : first + self.group] for first in range(0, len(rollouts), self.group)
-        ]
+        group = self.how.group
+        return [rollouts[first : first + group] for first in range(0, len(rollouts), group)]
 
 
 def places(rows: Sequence[int], samples: Sequence[int]) -> list[int]:

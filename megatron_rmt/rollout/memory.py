@@ -1,6 +1,6 @@
 """How much memory the keys and values of rollouts take, and in how many waves they fit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -89,17 +89,9 @@ class CacheSize:
 
 
 def rollout_waves(
-    model: GPTModel,
-    *,
-    trunk_tokens: int,
-    positions: int,
-    rows_per_position: int,
-    tail_tokens: int,
-    kv_bytes: int | None,
-    in_flight: int,
-    experts: ProcessGroup | None,
+    size: CacheSize, kv_bytes: int | None, experts: ProcessGroup | None
 ) -> list[slice]:
-    """Which positions are decoded together; ``in_flight`` neighbours run at the same time.
+    """Which positions are decoded together; ``size.in_flight`` neighbours run at the same time.
 
     At least one, which may be empty; the same number on all ranks of one model and on all that
     share ``experts``.
@@ -107,19 +99,12 @@ def rollout_waves(
     Raises:
         ValueError: not even one position fits into ``kv_bytes``.
     """
-    token_bytes = key_value_bytes(model)
-    if kv_bytes is not None and in_flight > 1:
+    if kv_bytes is not None and size.in_flight > 1:
         # Stages may hold different numbers of layers.
-        token_bytes = _largest(token_bytes, parallel_state.get_pipeline_model_parallel_group())
-    size = CacheSize(
-        token_bytes,
-        trunk_tokens,
-        positions * rows_per_position,
-        rows_per_position,
-        tail_tokens,
-        in_flight,
-    )
-    at_once = min(size.positions_at_once(kv_bytes), max(1, -(-positions // in_flight)))
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        size = replace(size, token_bytes=_largest(size.token_bytes, stages))
+    positions = size.positions
+    at_once = min(size.positions_at_once(kv_bytes), max(1, -(-positions // size.in_flight)))
     waves = max(1, -(-positions // at_once))
     if experts is not None:
         waves = _largest(waves, experts)

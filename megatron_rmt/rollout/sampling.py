@@ -3,12 +3,12 @@
 Scores are split over the tensor-parallel ranks; ``algorithm.rng`` gives the numbers for the draws.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
@@ -16,12 +16,11 @@ from megatron_rmt.cpu import compiled
 from megatron_rmt.cpu.compiled import fused
 from megatron_rmt.model.head import (
     first_with_maximum,
+    of_all_ranks,
     reduce_over_ranks,
-    selected_logits,
     vocab_range,
 )
-from megatron_rmt.model.head_products import wide_copy
-from megatron_rmt.model.pipeline import output_weight
+from megatron_rmt.model.head_products import multiply_scores, score_dtype, slices, wide_copy
 
 # A token's weight is a whole number of 2^-34 of the weight of the most probable token. With at most
 # 2^19 tokens every sum of weights stays below 2^53 and is exact in float64, in whatever order and
@@ -36,88 +35,76 @@ _ELEMENTS_CPU = 2**18
 _ELEMENTS_CUDA = 2**25
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from its scores.
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """How responses are drawn.
 
-    temperature: above 0, also divides the scores of ``greedy``'s log-probs. greedy: the most likely
-    token. top_k, top_p: see ``sample_tokens``.
+    group: responses per position. budget: B_t, which the stem names. seed, iteration: of the draws.
+    temperature: of the sampling distribution. greedy: most likely token instead of a draw. top_k,
+    top_p: see ``sample_tokens``. kv_bytes: bound on the keys and values held at a time, None for no
+    bound. writes_truth: format warm-up; every thought is closed at the budget at the latest, or
+    where the text would end, and the true answer is written. thinks: False closes the thought in
+    the prompt, so that a response is an answer alone.
     """
 
+    group: int
+    budget: int
+    seed: int
+    iteration: int
     temperature: float
     greedy: bool = False
     top_k: int | None = None
     top_p: float | None = None
+    kv_bytes: int | None = None
+    writes_truth: bool = False
+    thinks: bool = True
 
 
 class DecodeHead:
-    """The language-model head while rollouts are generated, on the last pipeline stage."""
+    """The language-model head while rollouts are generated, on the last pipeline stage.
 
-    def __init__(self, model: GPTModel, vocab_size: int, sampling: Sampling) -> None:
-        self.tp_group = parallel_state.get_tensor_model_parallel_group()
-        self.vocab_size = vocab_size
-        self.sampling = sampling
-        self.weight = output_weight(model)
-        self.start, _ = vocab_range(self.weight.shape[0], vocab_size, self.tp_group)
+    weight: ``[padded vocab/tp, hidden]``, this rank's shard. vocab_size: the true one.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        vocab_size: int,
+        tp_group: ProcessGroup | None,
+        how: RolloutSettings,
+    ) -> None:
+        self.start, columns = vocab_range(len(weight), vocab_size, tp_group)
+        self.weight, self.tp_group, self.how = weight[:columns], tp_group, how
         self._wide_weight = wide_copy(self.weight)
-        self._scores: Tensor | None = None
+        self._held: Tensor | None = None
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """fp32 scores ``[rows, vocab/tp]`` of ``hidden`` ``[rows, hidden]``, without padding; the
-        next call overwrites them."""
-        memory = self._scores
-        if memory is not None and len(memory) < len(hidden):
-            memory = None
-        scores = selected_logits(
-            hidden,
-            self.weight,
-            vocab_size=self.vocab_size,
-            tp_group=self.tp_group,
-            memory=memory,
-            wide_weight=self._wide_weight,
-        )
-        if memory is None:
-            self._scores = scores
+        """This rank's scores ``[rows, columns]`` of ``hidden`` ``[rows, hidden]``, fp32 (fp64 for
+        fp64 inputs); the next call overwrites them.
+
+        Column j is token ``start + j`` and no padding. No collective.
+        """
+        if self._held is None or len(self._held) < len(hidden):
+            dtype = score_dtype(hidden, self.weight)
+            self._held = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
+        scores = self._held[: len(hidden)]
+        multiply_scores(hidden, self.weight, scores, self._wide_weight)
         return scores
 
     def draw(self, scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """A token ``[rows]`` and its log-prob fp32 for each row of ``scores``."""
-        shard = {"vocab_start": self.start, "tp_group": self.tp_group}
-        sampling = self.sampling
-        if not sampling.greedy:
-            return sample_tokens(
-                scores,
-                uniforms,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                **shard,
-            )
-        tokens = greedy_tokens(scores, **shard)
-        return tokens, token_log_probs(scores, tokens, temperature=sampling.temperature, **shard)
+        how = self.how
+        given = {"vocab_start": self.start, "tp_group": self.tp_group}
+        if not how.greedy:
+            given |= {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p}
+            return sample_tokens(scores, uniforms, **given)
+        tokens = greedy_tokens(scores, **given)
+        return tokens, token_log_probs(scores, tokens, temperature=how.temperature, **given)
 
 
-def _check_logits(logits: Tensor) -> None:
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; pass [rows, vocab/tp]")
-    if logits.dtype != torch.float32:
-        raise ValueError(f"logits has dtype {logits.dtype}; pass float32 (logits.float())")
-
-
-def _of_all_ranks(values: Tensor, tp_group: ProcessGroup | None) -> Tensor:
-    """[tp, ...]: ``values`` of every tensor-parallel rank."""
-    if tp_group is None or tp_group.size() == 1:
-        return values[None]
-    ranks, shape = tp_group.size(), values.shape
-    gathered = values.new_empty(ranks * shape[0], *shape[1:])
-    torch.distributed.all_gather_into_tensor(gathered, values.contiguous(), group=tp_group)
-    return gathered.view(ranks, *shape)
-
-
-def _row_chunks(scores: Tensor) -> list[slice]:
+def _row_chunks(scores: Tensor) -> Iterator[slice]:
     elements = _ELEMENTS_CUDA if scores.is_cuda else _ELEMENTS_CPU
-    size = max(1, elements // scores[0].numel())
-    return [slice(start, start + size) for start in range(0, len(scores), size)]
+    return slices(len(scores), max(1, elements // scores[0].numel()))
 
 
 def _weights(scores: Tensor, maxima: Tensor, temperature: float) -> Tensor:
@@ -138,35 +125,32 @@ def _weigh(scores: Tensor, maxima: Tensor, temperature: float) -> Tensor:
 
 
 @fused
-def _sums_of_weights(scores: Tensor, maxima: Tensor, temperature: float) -> Tensor:
-    """fp64 [rows, blocks]: sums of the weights over [rows, blocks, _BLOCK]."""
-    return _weights(scores, maxima[:, None, None], temperature).sum(-1, dtype=torch.float64)
-
-
-@fused
-def _sums_of_heavy_weights(
-    scores: Tensor, maxima: Tensor, temperature: float, least: Tensor
+def _sums_of_weights(
+    scores: Tensor, maxima: Tensor, temperature: float, least: Tensor | None
 ) -> Tensor:
-    """The same of the weights that reach `least` [rows]."""
+    """fp64 [rows, blocks]: sums of the weights over [rows, blocks, _BLOCK], of those alone that
+    reach `least` [rows] if it is given."""
     weights = _weights(scores, maxima[:, None, None], temperature)
-    counted = torch.where(weights >= least[:, None, None], weights, 0.0)
-    return counted.sum(-1, dtype=torch.float64)
+    if least is not None:
+        weights = torch.where(weights >= least[:, None, None], weights, 0.0)
+    return weights.sum(-1, dtype=torch.float64)
 
 
-def _block_sums(
-    logits: Tensor, maxima: Tensor, temperature: float, least: Tensor | None = None
-) -> Tensor:
+class _Scores(NamedTuple):
+    """logits: fp32 [rows, vocab/tp]. maxima: [rows], of the whole vocabulary."""
+
+    logits: Tensor
+    maxima: Tensor
+    temperature: float
+    tp_group: ProcessGroup | None
+
+
+def _block_sums(scores: _Scores, least: Tensor | None = None) -> Tensor:
     """Sums of the weights of each block of columns: float64 [rows, blocks], exact.
 
     least: smallest weight [rows] that counts.
     """
-
-    def sums_of(part: Tensor, rows: slice) -> Tensor:
-        inputs = part[rows], maxima[rows], temperature
-        if least is None:
-            return _sums_of_weights(*inputs)
-        return _sums_of_heavy_weights(*inputs, least[rows])
-
+    logits, maxima, temperature, _ = scores
     # Compiled, it holds no more than the weights.
     at_once = compiled.is_available() and not logits.is_cuda
     whole = logits.shape[1] // _BLOCK
@@ -175,34 +159,30 @@ def _block_sums(
     if rest.shape[1]:
         fill = _BLOCK - rest.shape[1]
         parts.append(F.pad(rest, (0, fill), value=-torch.inf)[:, None])
-    sums = [
-        torch.cat(
-            [sums_of(part, rows) for rows in ([slice(None)] if at_once else _row_chunks(part))]
-        )
-        for part in parts
-    ]
+    sums = []
+    for part in parts:
+        sums_of_rows = [
+            _sums_of_weights(
+                part[rows], maxima[rows], temperature, None if least is None else least[rows]
+            )
+            for rows in ([slice(None)] if at_once else _row_chunks(part))
+        ]
+        sums.append(torch.cat(sums_of_rows))
     return torch.cat(sums, 1)
 
 
-def _kth_weight(
-    logits: Tensor, maxima: Tensor, temperature: float, k: int, tp_group: ProcessGroup | None
-) -> Tensor:
+def _kth_weight(scores: _Scores, k: int) -> Tensor:
     """Weight [rows] of the ``k`` th most probable token."""
+    logits, maxima, temperature, tp_group = scores
     largest = logits.topk(min(k, logits.shape[1]), sorted=False).values
     largest = F.pad(largest, (0, k - largest.shape[1]), value=-torch.inf)
-    of_all = _of_all_ranks(largest, tp_group).transpose(0, 1).flatten(1)
+    of_all = of_all_ranks(largest, tp_group).transpose(0, 1).flatten(1)
     kth = of_all.topk(k, sorted=False).values.amin(1, keepdim=True)
     block = kth.repeat(1, _BLOCK)
     return _weigh(block, maxima, temperature)[:, 0]
 
 
-def _nucleus_weight(
-    logits: Tensor,
-    maxima: Tensor,
-    temperature: float,
-    mass: Tensor,
-    tp_group: ProcessGroup | None,
-) -> Tensor:
+def _nucleus_weight(scores: _Scores, mass: Tensor) -> Tensor:
     """The largest weight [rows] such that the tokens that reach it weigh at least ``mass`` [rows].
 
     Bisection of the whole numbers up to the largest weight, as a sort of the vocabulary would have
@@ -212,8 +192,8 @@ def _nucleus_weight(
     high = torch.full_like(mass, _WEIGHT_SCALE + 1)  # reached by none
     for _ in range(int(_WEIGHT_SCALE).bit_length()):
         middle = ((low + high) / 2).floor()
-        reached = _block_sums(logits, maxima, temperature, middle).sum(1)
-        reduce_over_ranks(reached, ReduceOp.SUM, tp_group)
+        reached = _block_sums(scores, middle).sum(1)
+        reduce_over_ranks(reached, ReduceOp.SUM, scores.tp_group)
         heavy = reached >= mass
         low, high = torch.where(heavy, middle, low), torch.where(heavy, high, middle)
     return low
@@ -255,14 +235,9 @@ def sample_tokens(
         an error (no synchronisation with the device).
 
     Raises:
-        ValueError: wrong shape or dtype, vocabulary above 2^19.
+        ValueError: vocabulary above 2^19.
     """
-    _check_logits(logits)
     rows, columns = logits.shape
-    if uniforms.shape != (rows,) or uniforms.dtype != torch.float64:
-        raise ValueError(
-            f"uniforms is {uniforms.dtype} {tuple(uniforms.shape)}; pass float64 [{rows}]"
-        )
     if vocab_start + columns > _MAXIMUM_VOCABULARY:
         raise ValueError(
             f"the vocabulary has {vocab_start + columns} columns or more; at most "
@@ -272,28 +247,27 @@ def sample_tokens(
         nothing = torch.empty(0, device=logits.device)
         return nothing.long(), nothing
 
+    # First level: the cumulative sum over blocks, of the tokens that may be drawn.
     maxima = reduce_over_ranks(logits.amax(1), ReduceOp.MAX, tp_group)
-    cumulative = _block_sums(logits, maxima, temperature).cumsum(1)
-    offset, total = _shard_offset(cumulative[:, -1], tp_group)
+    scores = _Scores(logits, maxima, temperature, tp_group)
+    cumulative, offset, total = _block_distribution(scores, None)
     whole, least = total, None
     if top_k is not None:
-        least = _kth_weight(logits, maxima, temperature, top_k, tp_group)
-        cumulative = _block_sums(logits, maxima, temperature, least).cumsum(1)
-        offset, total = _shard_offset(cumulative[:, -1], tp_group)
+        least = _kth_weight(scores, top_k)
+        cumulative, offset, total = _block_distribution(scores, least)
     if top_p is not None:
-        nucleus = _nucleus_weight(logits, maxima, temperature, top_p * total, tp_group)
+        nucleus = _nucleus_weight(scores, top_p * total)
         least = nucleus if least is None else torch.maximum(least, nucleus)
-        cumulative = _block_sums(logits, maxima, temperature, least).cumsum(1)
-        offset, total = _shard_offset(cumulative[:, -1], tp_group)
+        cumulative, offset, total = _block_distribution(scores, least)
 
     # The token is the first column whose cumulative sum exceeds this whole number, which is below
     # the total: no uniform number exceeds 1 - 2^-53, so the product does not round up to the total.
     target = (uniforms * total).floor() - offset
     owned = (target >= 0) & (target < cumulative[:, -1])
-
     target = target.unsqueeze(1)
     block = (cumulative <= target).sum(1, keepdim=True).clamp_(max=cumulative.shape[1] - 1)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    # Second level: inside the block that the number falls into.
     column = block * _BLOCK + torch.arange(_BLOCK, device=logits.device)
     # Beyond the end the last column repeats, behind every column that the search can stop at.
     weights = _weigh(logits.gather(1, column.clamp(max=columns - 1)), maxima, temperature)
@@ -302,6 +276,7 @@ def sample_tokens(
     inside = weights.cumsum(1, dtype=torch.float64)
     step = (inside <= target - before).sum(1).clamp_(max=_BLOCK - 1)
     column = (block.squeeze(1) * _BLOCK + step).clamp_(max=columns - 1)
+    # The shard that holds the token tells the others.
     # Ids are below 2^19, so one float64 sum carries them and the scores.
     drawn = torch.stack([column + vocab_start, logits.gather(1, column[:, None])[:, 0]]).double()
     drawn = reduce_over_ranks(torch.where(owned, drawn, 0.0), ReduceOp.SUM, tp_group)
@@ -309,11 +284,13 @@ def sample_tokens(
     return drawn[0].long(), log_probs.float()
 
 
-def _shard_offset(shard_sum: Tensor, tp_group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """(sum of the weights [rows] of the shards before this one, sum over all shards)."""
-    shard_sums = _of_all_ranks(shard_sum, tp_group)
-    rank = 0 if tp_group is None else tp_group.rank()
-    return shard_sums[:rank].sum(0), shard_sums.sum(0)
+def _block_distribution(scores: _Scores, least: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(cumulative sums of this shard's weights [rows, blocks], sum of the weights [rows] of the
+    shards before this one, sum over all shards)."""
+    cumulative = _block_sums(scores, least).cumsum(1)
+    shard_sums = of_all_ranks(cumulative[:, -1], scores.tp_group)
+    rank = 0 if scores.tp_group is None else scores.tp_group.rank()
+    return cumulative, shard_sums[:rank].sum(0), shard_sums.sum(0)
 
 
 def greedy_tokens(logits: Tensor, *, vocab_start: int, tp_group: ProcessGroup | None) -> Tensor:
@@ -326,11 +303,7 @@ def greedy_tokens(logits: Tensor, *, vocab_start: int, tp_group: ProcessGroup | 
 
     Returns:
         int64 [rows] global token ids, equal on all ranks.
-
-    Raises:
-        ValueError: wrong shape or dtype.
     """
-    _check_logits(logits)
     return first_with_maximum(logits.argmax(1) + vocab_start, logits.amax(1), tp_group)
 
 
@@ -347,7 +320,6 @@ def token_log_probs(
     logits as in `sample_tokens`. Collectives: one all-reduce of maxima and one of the stacked sums
     and scores, both [rows]-sized.
     """
-    _check_logits(logits)
     maxima = reduce_over_ranks(logits.amax(1), ReduceOp.MAX, tp_group)
     sums = torch.empty(2, len(tokens), dtype=torch.float32, device=logits.device)
     for chunk in _row_chunks(logits):

@@ -74,7 +74,6 @@ def build_trunk(
     a document ends with its ``end_of_document`` token.
     """
     before = torch.tensor(list(preamble), dtype=torch.int64)
-    none = torch.full_like(before, -1)
     length = batch.tokens.shape[1]
     trunk = []
     for index, tokens, position_ids, labels, loss_mask in zip(
@@ -84,27 +83,26 @@ def build_trunk(
         if separate_documents:
             ends = (tokens == end_of_document).nonzero()[:, 0] + 1
             starts += [end for end in ends.tolist() if end < length]
-        columns = torch.arange(length)
-        fields: dict[str, list[Tensor]] = {}
-        documents: list[tuple[int, int]] = []
+        columns, positions, documents, rows = [], [], [], 0
         for start, limit in itertools.pairwise([*starts, length]):
-            own = slice(start, limit)
-            pieces = {
-                "tokens": (before, tokens[own]),
-                "position_ids": (
-                    position_ids[start] + torch.arange(len(before)),
-                    position_ids[own] + len(before),
-                ),
-                "labels": (none, labels[own]),
-                "loss_mask": (torch.zeros(len(before)), loss_mask[own].float()),
-                "columns": (none, columns[own]),
-            }
-            for name, tensors in pieces.items():
-                fields.setdefault(name, []).extend(tensors)
-            first = documents[-1][1] if documents else 0
-            documents.append((first, first + len(before) + limit - start))
-        whole = {name: torch.cat(tensors) for name, tensors in fields.items()}
-        trunk.append(Sample(index, **whole, documents=tuple(documents)))
+            columns += [torch.full_like(before, -1), torch.arange(start, limit)]
+            positions += [position_ids[start] + torch.arange(len(before))]
+            positions += [position_ids[start:limit] + len(before)]
+            documents.append((rows, rows + len(before) + limit - start))
+            rows = documents[-1][1]
+        columns = torch.cat(columns)
+        in_preamble = columns < 0
+        trunk.append(
+            Sample(
+                index,
+                tokens=tokens[columns].masked_scatter(in_preamble, before.repeat(len(documents))),
+                position_ids=torch.cat(positions),
+                labels=labels[columns].masked_fill(in_preamble, NO_LABEL),
+                loss_mask=loss_mask[columns].float().masked_fill(in_preamble, 0.0),
+                columns=columns,
+                documents=tuple(documents),
+            )
+        )
     return trunk
 
 
