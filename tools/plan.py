@@ -32,16 +32,18 @@ for name in ("torch.utils.cpp_extension", "megatron", "transformers"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 from megatron_rmt.algorithm.schedules import Schedule, schedule_of_step
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.cpu.platform import add_required_flags
+from megatron_rmt.prompt.prompt import Prompt
 from planning.memory import RankMemory, as_gib, largest_rank, micro_batch, model_parameters
 from planning.settings import (
-    Prompt,
     complete_settings,
     corpus_documents,
+    is_counted,
     lengths_of_step,
     model_words,
-    on_this_cpu,
     parse_flags,
-    read_prompt,
+    prompt_of,
 )
 from planning.time import HARDWARE, Hardware, StepSeconds, step_seconds
 from planning.work import (
@@ -113,7 +115,7 @@ class Step:
     values are held for."""
 
     args: Namespace
-    plan: Schedule
+    schedule: Schedule
     thought: float
     work: SampleWork
     flops: StepFlops
@@ -126,28 +128,25 @@ def step_at(
     request: Request,
     args: Namespace,
     documents: Documents,
-    plan: Schedule,
+    schedule: Schedule,
     at_bound: bool = False,
 ) -> Step:
-    """The step of ``plan``. at_bound: every thought is as long as it may be."""
+    """The step of ``schedule``. at_bound: every thought is as long as it may be."""
     args = Namespace(
         **vars(args)
         | {
-            "rmt_positions_per_sample": plan.positions_per_sample,
-            "rmt_group_size": plan.group,
+            "rmt_positions_per_sample": schedule.positions_per_sample,
+            "rmt_group_size": schedule.group,
         }
     )
-    budget, warm_up = plan.budget, plan.warm_up
-    bound = budget if warm_up else 2 * budget
-    written = request.thought is None or plan.thought_from_text
-    thought = budget if written else request.thought
-    thought = min(bound, bound if at_bound else thought)
+    bound = request.prompt.bound(schedule.budget, warm_up=schedule.warm_up).thought
+    written = request.thought is None or schedule.thought_from_text
+    thought = bound if at_bound else schedule.budget if written else request.thought
+    thought = min(bound, thought)
     answer = min(8, args.rmt_answer_tokens) if request.answer is None else request.answer
-    lengths, longest, allocated = lengths_of_step(
-        args, request.prompt, budget, thought, answer, warm_up
-    )
+    lengths, longest, allocated = lengths_of_step(request.prompt, schedule, thought, answer)
     work = sample_work(args, documents, lengths)
-    if plan.thought_from_text:
+    if schedule.thought_from_text:
         work = without_rollouts(work)
     flops = step_flops(args, work)
     seconds = None
@@ -161,9 +160,9 @@ def step_at(
             request.efficiency,
             request.bandwidth_efficiency,
         )
-        if plan.thought_from_text:
+        if schedule.thought_from_text:
             seconds = dataclasses.replace(seconds, rollout=0.0, passes=0.0)
-    return Step(args, plan, thought, work, flops, seconds, longest, allocated)
+    return Step(args, schedule, thought, work, flops, seconds, longest, allocated)
 
 
 @dataclass(frozen=True)
@@ -191,11 +190,16 @@ def make_plan(request: Request, **changes: Any) -> Plan:
     args = request.settings(**changes)
     documents, corpus = corpus_documents(args, request.document_tokens)
     count = min(args.train_iters, SAMPLED_STEPS)
-    drawn = [schedule_of_step(args, index * args.train_iters // count) for index in range(count)]
+    settings = Settings.of(args)
+    drawn = [
+        schedule_of_step(settings, index * args.train_iters // count, args.train_iters)
+        for index in range(count)
+    ]
     # Steps differ in nothing else that counts here.
-    kinds = Counter(dataclasses.replace(step, iteration=0, probabilities=None) for step in drawn)
+    same = {"iteration": 0, "progress": 0.0, "probabilities": None}
+    kinds = Counter(dataclasses.replace(step, **same) for step in drawn)
     steps = {kind: step_at(request, args, documents, kind) for kind in kinds}
-    last = schedule_of_step(args, args.train_iters - 1)
+    last = schedule_of_step(settings, args.train_iters - 1, args.train_iters)
     all_numbers = {kind: numbers(step) for kind, step in steps.items()}
     first = next(iter(kinds))
     mean = {
@@ -205,7 +209,7 @@ def make_plan(request: Request, **changes: Any) -> Plan:
     # The first steps of either kind have the longest thoughts. A warm-up from the text is counted
     # as if it rolled out, which is more than it takes.
     fullest = [steps[first], *(step for kind, step in steps.items() if not kind.warm_up)][:2]
-    at_bound = [step_at(request, args, documents, step.plan, at_bound=True) for step in fullest]
+    at_bound = [step_at(request, args, documents, step.schedule, at_bound=True) for step in fullest]
     return Plan(
         args=args,
         documents=documents,
@@ -227,9 +231,9 @@ def numbers(step: Step) -> dict[str, float]:
     """Of a step and its global batch: tokens, FLOPs, seconds of a rank."""
     args, tokens = step.args, step.work.tokens
     batch = args.global_batch_size
-    rolled_out = 0.0 if step.plan.thought_from_text else tokens.stem + tokens.branch
+    rolled_out = 0.0 if step.schedule.thought_from_text else tokens.stem + tokens.branch
     values = {
-        "budget": float(step.plan.budget),
+        "budget": float(step.schedule.budget),
         "thought length": step.thought,
         "trunk tokens": batch * tokens.trunk,
         "stem tokens": batch * tokens.stem,
@@ -343,8 +347,8 @@ def report(request: Request, plan: Plan) -> str:
     }
     moe = f", EP {args.expert_model_parallel_size}" if args.num_experts else ""
     device = request.hardware.name if request.hardware else "CPU"
-    lengths = "counted by its tokenizer" if prompt.tokenizer else "estimated, no tokenizer here"
-    stem = prompt.stem(plan.first.plan.budget)
+    lengths = "counted by its tokenizer" if is_counted(prompt) else "estimated, no tokenizer here"
+    stem = len(prompt.stem(plan.first.schedule.budget))
     thoughts = "B_t tokens" if request.thought is None else f"{request.thought:g} tokens"
     lines = [
         f"Plan: {model_parameters(args) / 1e9:.3g} billion parameters on {args.world_size} x "
@@ -354,7 +358,7 @@ def report(request: Request, plan: Plan) -> str:
         f"{args.rmt_group_size} rollouts in each.",
         "All numbers are estimates. Assumed:",
         f"  thoughts of {thoughts} (at most 2 * B_t), all positions found, uniform in the sample;",
-        f"  prompt {lengths}: head {prompt.head}, stem {stem} tokens;",
+        f"  prompt {lengths}: head {len(prompt.preamble)}, stem {stem} tokens;",
         f"  {plan.corpus}: {plan.documents.pieces:.3g} a sample.",
         "",
         _table(columns),
@@ -423,7 +427,7 @@ def write_json(request: Request, plan: Plan, path: Path) -> None:
     content = {
         "estimates": True,
         "settings": {name: value for name, value in vars(plan.args).items() if _is_plain(value)},
-        "prompt lengths are exact": request.prompt.tokenizer is not None,
+        "prompt lengths are exact": is_counted(request.prompt),
         "documents": dataclasses.asdict(plan.documents) | {"source": plan.corpus},
         "first step": numbers(plan.first),
         "last step": numbers(plan.last),
@@ -465,13 +469,13 @@ def read_request(words: Sequence[str]) -> tuple[Request, Path | None]:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; pass a number above 0.")
     hardware = HARDWARE.get(flags.hardware)
     if hardware is None:
-        others = on_this_cpu(others)
+        others = add_required_flags(others)
     model = model_words(flags.model, flags.model_flags, flags.recipe)
     given = parse_flags(flags.recipe, others, model)
     memory = flags.memory_gib
     request = Request(
         given=given,
-        prompt=read_prompt(given),
+        prompt=prompt_of(given),
         world_size=flags.world_size,
         hardware=hardware,
         memory_gib=memory or (hardware.memory if hardware else None),
