@@ -303,19 +303,12 @@ def test_positions_are_above_the_lowest_threshold_and_uniform():
     assert evaluation_documents.draw_positions("-00", 3, 7, 1) == []
 
 
-class Words:
-    """A tokenizer of single bytes."""
-
-    def tokenize(self, text: str) -> list[int]:
-        return list(text.encode())
-
-
 @pytest.mark.parametrize("problem", ["Was ist 1 + 1?", "Größe?", ""])
 def test_solution_only_begins_with_the_first_byte_of_the_solution(tmp_path: Path, problem: str):
     path = write_data(tmp_path / "x.jsonl", [problem + "\n\n2"], problem_chars=len(problem))
     texts = evaluation_documents.read_texts(path, "text", True, None)
     table = [bytes([byte]) for byte in range(256)]
-    (document,) = evaluation_documents.tokenize(texts, Words(), table)
+    (document,) = evaluation_documents.tokenize(texts, str.encode, table)
     assert bytes(document.ids[document.first :]) == b"\n\n2"
     assert evaluation_documents.read_texts(path, "text", False, None)[0][2] == 0
 

@@ -195,7 +195,7 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
 
     from evaluation_passes import Reasoning, measure
 
-    documents = tokenize(texts, get_tokenizer(), run.prompt.bytes_of)
+    documents = tokenize(texts, get_tokenizer().tokenize, run.prompt.bytes_of)
     work: list[tuple[Document, Record | None]] = [(document, None) for document in documents]
     if earlier is not None:
         work = list(documents_of(earlier, flags.positions_from, documents))

@@ -2,20 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from evaluation import NOT_COUNTED, Measured, Record
-
-
-class Tokenizer(Protocol):
-    """What is asked of Megatron's tokenizer."""
-
-    def tokenize(self, text: str) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,9 @@ def _text(line: str, json_key: str, solution_only: bool) -> tuple[str, int]:
 
 
 def tokenize(
-    texts: Sequence[tuple[int, str, int]], tokenizer: Tokenizer, bytes_of: Sequence[bytes]
+    texts: Sequence[tuple[int, str, int]],
+    encode: Callable[[str], Sequence[int]],
+    bytes_of: Sequence[bytes],
 ) -> list[Document]:
     """Documents as training would tokenize them, without the end-of-document token.
 
@@ -80,7 +75,7 @@ def tokenize(
     """
     documents = []
     for line, text, problem_chars in texts:
-        ids = list(tokenizer.tokenize(text))
+        ids = list(encode(text))
         # In bytes, because a token may be part of a character.
         starts = np.cumsum([0, *(len(bytes_of[token]) for token in ids)])[:-1]
         first = int(np.searchsorted(starts, len(text[:problem_chars].encode())))

@@ -19,6 +19,7 @@ tokens, with ``spread`` 1 to that many, evenly. Cases, interleaved:
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -78,13 +79,14 @@ class Workload:
         return len(self.prefixes) * self.group
 
     @property
+    def contexts(self) -> list[list[int]]:
+        """What each rollout sees of the document."""
+        return [self.document[:prefix] for prefix in self.prefixes for _ in range(self.group)]
+
+    @property
     def prompts(self) -> list[list[int]]:
         """The prompt of each rollout."""
-        return [
-            self.document[:prefix] + self.stem
-            for prefix in self.prefixes
-            for _ in range(self.group)
-        ]
+        return [context + self.stem for context in self.contexts]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,36 +117,28 @@ def run(flags: argparse.Namespace) -> Report:
         work = Path(folder)
         checkpoint = flags.checkpoint or work / "megatron"
         if not flags.checkpoint:
-            _tool(
-                "convert_checkpoint.py",
-                "to-megatron",
-                "--source",
-                "smollm2",
-                "--target",
-                checkpoint,
-            )
+            _tool("convert_checkpoint.py to-megatron --source smollm2 --target", checkpoint)
         if not flags.data:
-            _tool("generate_corpus.py", "--output", work / "corpus", "--train-documents", "50")
+            _tool("generate_corpus.py --train-documents 50 --output", work / "corpus")
         engine = Engine(checkpoint, flags.dtype, flags.document, flags.tokens)
         torch.set_num_threads(threads)
         workload = engine.workload(flags, flags.data or work / "corpus/train.jsonl")
         if flags.no_huggingface:
             return _measure(flags, engine, workload, None)
-        _tool(
-            "convert_checkpoint.py", "to-huggingface", "--source", checkpoint,
-            "--target", work / "huggingface",
-        )  # fmt: skip
+        source = f"--source {shlex.quote(str(checkpoint))}"
+        _tool(f"convert_checkpoint.py to-huggingface {source} --target", work / "huggingface")
         with HuggingFace(work / "huggingface", workload.prompts, threads) as huggingface:
             return _measure(flags, engine, workload, huggingface)
 
 
-def _tool(name: str, *arguments: str | Path) -> None:
-    """Run another tool of this folder.
+def _tool(words: str, target: Path) -> None:
+    """Run another tool of this folder, which writes ``target``.
 
     Raises:
         ValueError: it failed; the message ends with what it printed.
     """
-    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+    name, *arguments = shlex.split(words)
+    command = [sys.executable, str(TOOLS / name), *arguments, str(target)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         raise ValueError(f"{name} failed: {process.stderr.strip()[-500:]}")
@@ -169,12 +163,8 @@ def _measure(
         parts["decoding"].append(time.perf_counter() - read)
 
     def no_shared_trunk() -> None:
-        prefixes = [
-            workload.document[:prefix]
-            for prefix in workload.prefixes
-            for _ in range(workload.group)
-        ]
-        engine.decode(workload, engine.read_trunks(prefixes, entropies=False), shared=False)
+        store = engine.read_trunks(workload.contexts, entropies=False)
+        engine.decode(workload, store, shared=False)
 
     def even() -> None:
         store = engine.read_trunks([workload.document])

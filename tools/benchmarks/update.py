@@ -65,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--branch-tokens": (32, "tokens R of a rollout after its prefix, stem included"),
         "--stem-tokens": (8, "of those, tokens of the stem, which a group shares"),
         "--layers": (LAYERS, "layers; the vocabulary shrinks with them, to keep the head's share"),
+        "--one-in": (
+            1,
+            "time one in N of the naive rollouts, evenly spread, and scale by FLOPs",
+        ),
+        "--shared-one-in": (1, "the same for the positions of 'prefix shared per position'"),
     }
     for name, (default, meaning) in sizes.items():
         parser.add_argument(name, type=int, default=default, help=f"{meaning} (default {default})")
@@ -74,18 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "sdpa", "lse", "flex"],
         default="auto",
         help="attention of all cases, as --rmt-attention (default auto)",
-    )
-    parser.add_argument(
-        "--one-in",
-        type=int,
-        default=1,
-        help="time one in N of the naive rollouts, evenly spread, and scale by FLOPs (default 1)",
-    )
-    parser.add_argument(
-        "--shared-one-in",
-        type=int,
-        default=1,
-        help="the same for the positions of 'prefix shared per position' (default 1)",
     )
     parser.add_argument(
         "--max-tokens",
@@ -393,30 +386,19 @@ def run(flags: argparse.Namespace) -> Report:
     device = next(model.parameters()).device
     check_backend(flags.backend, device)
 
-    tree = tree_layouts(problem)
+    tree, document = tree_layouts(problem), trunk_layouts(problem)
     most = flags.max_tokens or tree[0].size
-    rollouts, positions = range(problem.responses[..., 0].numel()), range(flags.positions)
-    some, some_positions = (
-        evenly(len(rollouts), flags.one_in),
-        evenly(len(positions), flags.shared_one_in),
-    )
+    rollouts, positions = problem.advantages.numel(), flags.positions
     # Whole layouts, and those that are timed in their place.
-    cases = {
-        "tree": (tree, tree),
-        "document alone": (trunk_layouts(problem), trunk_layouts(problem)),
-        "prefix shared per position": (
-            shared_layouts(problem, positions, most),
-            shared_layouts(problem, some_positions, most),
-        ),
-        "naive packed": (
-            packed_layouts(problem, rollouts, most),
-            packed_layouts(problem, some, most),
-        ),
-        "naive padded": (
-            padded_layouts(problem, rollouts, most),
-            padded_layouts(problem, some, most),
-        ),
+    cases = {"tree": (tree, tree), "document alone": (document, document)}
+    baselines = {
+        "prefix shared per position": (shared_layouts, positions, flags.shared_one_in),
+        "naive packed": (packed_layouts, rollouts, flags.one_in),
+        "naive padded": (padded_layouts, rollouts, flags.one_in),
     }
+    for name, (lay_out, count, one_in) in baselines.items():
+        some = evenly(count, one_in)
+        cases[name] = lay_out(problem, range(count), most), lay_out(problem, some, most)
 
     def timed(layouts: Sequence[Layout]) -> Callable[[], object]:
         def update() -> Tensor:
@@ -439,7 +421,6 @@ def run(flags: argparse.Namespace) -> Report:
         name: median(times[name]) * work[name] / flops(measured, flags.layers)
         for name, (_, measured) in cases.items()
     }
-    baselines = [name for name in cases if name not in ("tree", "document alone")]
     for name in baselines:
         work[name] += work["document alone"]
         seconds[name] += seconds["document alone"]
@@ -476,19 +457,17 @@ def run(flags: argparse.Namespace) -> Report:
             "peak MB",
         ],
         rows=table,
-        notes=_notes(flags, len(some), len(rollouts), len(some_positions)),
+        notes=_notes(flags, rollouts),
         data={"seconds": times, "flops": work, "peak_mebibytes": memory, "flags": _plain(flags)},
     )
 
 
 def _check(flags: argparse.Namespace) -> None:
-    for name in ("trunk_tokens", "positions", "group", "stem_tokens", "layers", "one_in"):
+    least_one = ("trunk_tokens", "positions", "group", "stem_tokens", "layers", "one_in")
+    for name in (*least_one, "shared_one_in"):
         if getattr(flags, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(flags, name)}; pass 1 or more."
-            )
-    if flags.shared_one_in < 1:
-        raise ValueError(f"--shared-one-in is {flags.shared_one_in}; pass 1 or more.")
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is {getattr(flags, name)}; pass 1 or more.")
     if flags.branch_tokens <= flags.stem_tokens:
         raise ValueError(
             f"--branch-tokens is {flags.branch_tokens}; pass more than --stem-tokens "
@@ -501,25 +480,24 @@ def _check(flags: argparse.Namespace) -> None:
         )
 
 
-def _notes(
-    flags: argparse.Namespace, rollouts: int, all_rollouts: int, positions: int
-) -> list[str]:
-    return [
+def _notes(flags: argparse.Namespace, rollouts: int) -> list[str]:
+    timed = len(evenly(rollouts, flags.one_in))
+    positions = len(evenly(flags.positions, flags.shared_one_in))
+    notes = [
         "'of tree': seconds over the tree's; 'FLOPs of tree': what the arithmetic alone would "
         "give; 'of FLOP ratio': the first over the second.",
-        f"Naive cases: {rollouts} of {all_rollouts} rollouts timed; prefix shared: {positions} of "
+        f"Naive cases: {timed} of {rollouts} rollouts timed; prefix shared: {positions} of "
         f"{flags.positions} positions; both scaled by FLOPs, and the document's own pass for the "
         "NTP loss, timed apart, added.",
         "Peak: most bytes of a micro-batch beyond the weights; the baselines' micro-batches hold "
         "at most as many tokens as the tree.",
-    ] + (
-        [
+    ]
+    if flags.layers != LAYERS:
+        notes.append(
             f"{flags.layers} of {LAYERS} layers with a vocabulary of {flags.layers}/{LAYERS}: the "
             "head keeps its share."
-        ]
-        if flags.layers != LAYERS
-        else []
-    )
+        )
+    return notes
 
 
 def _plain(flags: argparse.Namespace) -> dict[str, object]:
