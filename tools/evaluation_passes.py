@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
+from torch import Tensor
 from tqdm import tqdm
 
 from evaluation import NOT_COUNTED, Record
@@ -25,7 +27,7 @@ from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.prefill import read_trunk
 from megatron_rmt.rollout.responses import Rollout
-from megatron_rmt.rollout.trunk import NO_LABEL, Sample, UserBatch, build_trunk
+from megatron_rmt.rollout.trunk import NO_LABEL, Sample
 from megatron_rmt.update.scoring import continuation
 
 # Documents whose trunks are held at a time; their rollouts are bounded by --rollouts-at-once.
@@ -42,23 +44,20 @@ class Reasoning:
     seed: int
 
 
-def document_sample(prompt: Prompt, ids: Sequence[int], preamble: Sequence[int] = ()) -> Sample:
-    """One document as a sample of its own, behind ``preamble``."""
-    tokens = torch.tensor([[*ids]])
-    batch = UserBatch(
+def document_sample(tokens: Tensor, labels: Tensor | None = None, first: int = 0) -> Sample:
+    """``tokens`` ``[rows]`` as one document, of which the rows from ``first`` on predict ``labels``
+    (None: the tokens that follow), and the others nothing."""
+    labels = tokens[1:] if labels is None else labels
+    rows = torch.arange(len(tokens))
+    return Sample(
+        index=0,
         tokens=tokens,
-        position_ids=torch.arange(len(ids))[None],
-        labels=torch.tensor([[*ids[1:], NO_LABEL]]),
-        loss_mask=torch.ones(tokens.shape),
+        position_ids=rows,
+        labels=F.pad(labels, (first, len(tokens) - first - len(labels)), value=NO_LABEL),
+        loss_mask=torch.ones(len(tokens)),
+        columns=rows,
+        documents=((0, len(tokens)),),
     )
-    (sample,) = build_trunk(
-        batch,
-        [0],
-        preamble=preamble,
-        end_of_document=prompt.end_of_document,
-        separate_documents=False,
-    )
-    return sample
 
 
 def read_document(
@@ -77,10 +76,10 @@ def read_document(
     ``first_row`` on.
     """
     ids, prompt, top_k = document.ids[:length], run.prompt, run.settings.entropy_top_k
-    bare = document_sample(prompt, ids)
+    bare = document_sample(torch.tensor(ids))
     # The splits and the plain prediction are those of the bare text under every template.
     if prompt.preamble:
-        behind_preamble = document_sample(prompt, ids, prompt.preamble)
+        behind_preamble = document_sample(torch.tensor([*prompt.preamble, *ids]))
         read_trunk(run.policy, [behind_preamble], store, first_row, top_k=top_k)
         store, first_row = KeyValueStore(len(ids)), 0
     entropies, predictions = read_trunk(run.policy, [bare], store, first_row, top_k=top_k)
@@ -171,7 +170,8 @@ def _judge(
 ) -> None:
     """Read the responses at one position and append their sums to ``record``."""
     # Of the whole document: a prediction may reach beyond --seq-length.
-    true_tokens = continuation(prompt, document_sample(prompt, document.ids), token - 1)
+    whole = document_sample(torch.tensor(document.ids))
+    true_tokens = continuation(prompt, whole, token - 1)
     truth = [prompt.bytes_of[true] for true in true_tokens]
     boxed = prompt.template.answer == "boxed"
     already = [] if thinks else prompt.close

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from megatron_rmt.mid_training import MidTraining
 
-FLAGS = "model_flags.txt"
+# What a converted checkpoint holds beside the weights: Megatron's model flags in one line, and the
+# folder of config.json and tokenizer.
+FLAGS, HUGGINGFACE = "model_flags.txt", "huggingface"
 # Megatron loads weights as a run does that starts from them, and trains nothing.
 _LOADING = (
     "--finetune --no-load-optim --no-load-rng --exit-on-missing-checkpoint --no-initialization "
@@ -47,7 +49,7 @@ def model_flags(load: Path, flags_from: Path | None) -> list[str]:
             remedy = "pass a file of Megatron's model flags, or a directory with model_flags.txt"
         raise ValueError(f"{file} does not exist; {remedy}.")
     flags = shlex.split(file.read_text(encoding="utf-8"), comments=True)
-    tokenizer = file.parent / "huggingface"
+    tokenizer = file.parent / HUGGINGFACE
     # The stored path is stale if the directory was moved.
     return [*flags, "--tokenizer-model", str(tokenizer)] if tokenizer.is_dir() else flags
 

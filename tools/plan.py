@@ -254,39 +254,33 @@ def numbers(step: Step) -> dict[str, float]:
     return values
 
 
-Change = tuple[str, dict[str, Any]]
+Changes = dict[str, Any]
 
 
-def possible_changes(plan: Plan, limit: float) -> Iterator[Change]:
+def possible_changes(plan: Plan, limit: float) -> Iterator[Changes]:
     """Flags that need less memory, those that cost the run least first. limit: GiB of a rank."""
     args, memory = plan.args, plan.memory_at_bound
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if args.data_parallel_size > 1 and not args.use_distributed_optimizer:
-        yield "--use-distributed-optimizer", {"use_distributed_optimizer": True}
+        yield {"use_distributed_optimizer": True}
     if tp > 1 and not args.sequence_parallel and not args.on_cpu:
-        yield "--sequence-parallel", {"sequence_parallel": True}
+        yield {"sequence_parallel": True}
     others = (memory.rollout_peak - memory.key_values) / 2**30
     bound = int(2 * 0.95 * (limit - others)) / 2
     if memory.rollout_peak > memory.update_peak and bound > 0:
-        yield f"--rmt-rollout-kv-gib {bound:g}", {"rmt_rollout_kv_gib": bound}
+        yield {"rmt_rollout_kv_gib": int(bound) if bound % 1 == 0 else bound}
     if args.recompute_granularity != "full":
-        flags = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-        changes = {"recompute_method": "uniform", "recompute_num_layers": 1}
-        yield flags, changes | {"recompute_granularity": "full"}
+        full = {"recompute_granularity": "full", "recompute_method": "uniform"}
+        yield full | {"recompute_num_layers": 1}
     if args.micro_batch_size > 1:
-        yield "--micro-batch-size 1", {"micro_batch_size": 1}
+        yield {"micro_batch_size": 1}
     if args.rmt_max_tokens is not None:
-        yield "without --rmt-max-tokens", {"rmt_max_tokens": None}
+        yield {"rmt_max_tokens": None}
     if args.num_experts and args.expert_model_parallel_size < args.num_experts:
-        experts = 2 * args.expert_model_parallel_size
-        flag = f"--expert-model-parallel-size {experts}"
-        yield flag, {"expert_model_parallel_size": experts}
+        yield {"expert_model_parallel_size": 2 * args.expert_model_parallel_size}
     if tp < 8:
-        changes = {"tensor_model_parallel_size": 2 * tp, "sequence_parallel": not args.on_cpu}
-        together = " --sequence-parallel" if not args.on_cpu else ""
-        yield f"--tensor-model-parallel-size {2 * tp}{together}", changes
-    flag = f"--pipeline-model-parallel-size {2 * pp}"
-    yield flag, {"pipeline_model_parallel_size": 2 * pp}
+        yield {"tensor_model_parallel_size": 2 * tp, "sequence_parallel": not args.on_cpu}
+    yield {"pipeline_model_parallel_size": 2 * pp}
     for name, least in (
         ("rmt_positions_per_sample", 1),
         ("rmt_initial_budget", max(1, args.rmt_minimum_budget)),
@@ -294,46 +288,54 @@ def possible_changes(plan: Plan, limit: float) -> Iterator[Change]:
     ):
         half = getattr(args, name) // 2
         if half >= least:
-            yield f"--{name.replace('_', '-')} {half}", {name: half}
+            yield {name: half}
+
+
+def as_flags(changes: Changes) -> str:
+    """``changes`` as on a command line."""
+    words = []
+    for name, value in changes.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [flag] * value
+        else:
+            words.append(f"without {flag}" if value is None else f"{flag} {value}")
+    return " ".join(words)
 
 
 def advice(request: Request, plan: Plan, limit: float) -> list[str]:
     """What to change for every thought at its bound to fit into ``limit`` GiB."""
 
-    def changed(changes: Mapping[str, Any]) -> Plan | None:
-        try:
-            return make_plan(request, **changes)
-        except ValueError:
-            # Sizes that do not divide, or positions that do not fit.
-            return None
-
     def peak(of: Plan) -> float:
         return of.memory_at_bound.peak / 2**30
 
+    def smaller(than: Plan, before: Changes) -> Iterator[tuple[Changes, Plan]]:
+        """Each change that helps, made after those ``before``, with the plan that it gives."""
+        for changes in possible_changes(than, limit):
+            try:
+                result = make_plan(request, **before | changes)
+            except ValueError:
+                # Sizes that do not divide, or positions that do not fit.
+                continue
+            if peak(result) < 0.98 * peak(than):
+                yield changes, result
+
     lines = []
-    for flag, changes in possible_changes(plan, limit):
-        result = changed(changes)
-        if result is not None and peak(result) < 0.98 * peak(plan):
-            fits = "fits" if peak(result) <= limit else "not enough alone"
-            lines.append(f"  {flag}: {peak(result):.1f} GiB, {fits}")
-    total: dict[str, Any] = {}
-    flags: dict[str, str] = {}
-    current: Plan | None = plan
-    while current is not None and peak(current) > limit:
-        best = None
-        for flag, changes in possible_changes(current, limit):
-            result = changed(total | changes)
-            if result is not None and peak(result) < 0.98 * peak(current):
-                best = flag, changes, result
-                break
-        if best is None:
+    for changes, result in smaller(plan, {}):
+        fits = "fits" if peak(result) <= limit else "not enough alone"
+        lines.append(f"  {as_flags(changes)}: {peak(result):.1f} GiB, {fits}")
+    current, total = plan, Changes()
+    together: dict[str, Changes] = {}
+    while peak(current) > limit:
+        changes, current = next(smaller(current, total), (None, current))
+        if changes is None:
             lines.append("  no such change suffices: take more ranks (--world-size).")
             return lines
-        total |= best[1]
-        flags[best[0].split()[0]] = best[0]
-        current = best[2]
-    if len(flags) > 1:
-        lines.append(f"  together {' '.join(flags.values())}: {peak(current):.1f} GiB, fits")
+        total |= changes
+        together[next(iter(changes))] = changes
+    if len(together) > 1:
+        flags = " ".join(map(as_flags, together.values()))
+        lines.append(f"  together {flags}: {peak(current):.1f} GiB, fits")
     return lines
 
 

@@ -422,7 +422,7 @@ class Engine:
         policy = self.policy
         store, first_row = KeyValueStore(sum(map(len, documents))), 0
         for document in documents:
-            sample = document_sample(self.prompt, document)
+            sample = document_sample(torch.tensor(document))
             if entropies:
                 read_trunk(policy, [sample], store, first_row)
             else:

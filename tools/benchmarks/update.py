@@ -40,11 +40,12 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from benchmarks.measurement import Report, interleaved, median, peak_memory
+from evaluation_passes import document_sample
 from megatron_rmt.algorithm.losses import LossWeights, response_weights
 from megatron_rmt.model.tree_attention import check_backend
 from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.rollout.responses import Rollout
-from megatron_rmt.rollout.trunk import NO_LABEL, Sample
+from megatron_rmt.rollout.trunk import NO_LABEL
 from megatron_rmt.update.forward_step import LossSettings, Update, make_forward_step
 from megatron_rmt.update.packing import TreeSize, tree_size
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree
@@ -200,23 +201,9 @@ class Layout:
         return Update(tree, LossWeights(ntp, policy, torch.zeros_like(policy)), {})
 
 
-def _sample(tokens: Tensor, labels: Tensor, first: int = 0) -> Sample:
-    """``tokens`` as one document, of which the rows from ``first`` on predict ``labels``."""
-    columns = torch.arange(len(tokens))
-    return Sample(
-        index=0,
-        tokens=tokens,
-        position_ids=columns,
-        labels=F.pad(labels, (first, len(tokens) - first - len(labels)), value=NO_LABEL),
-        loss_mask=torch.ones(len(tokens)),
-        columns=columns,
-        documents=((0, len(tokens)),),
-    )
-
-
 def tree_layouts(problem: Problem) -> list[Layout]:
     """One micro-batch: the document, and stem and branches of every position."""
-    trunk = _sample(problem.document, problem.document[1:])
+    trunk = document_sample(problem.document)
     positions = [problem.position(position) for position in range(len(problem.rows))]
     rollouts = range(problem.advantages.numel())
     return [Layout(problem, [ReasonedSample(trunk, positions)], [*rollouts])]
@@ -226,7 +213,7 @@ def trunk_layouts(problem: Problem) -> list[Layout]:
     """The document alone, which every baseline needs once for its NTP loss."""
     labels = problem.document[1:].clone()
     labels[list(problem.rows)] = NO_LABEL
-    return [Layout(problem, [ReasonedSample(_sample(problem.document, labels))], [])]
+    return [Layout(problem, [ReasonedSample(document_sample(problem.document, labels))], [])]
 
 
 def packed_layouts(problem: Problem, rollouts: Sequence[int], most: int) -> list[Layout]:
@@ -247,7 +234,7 @@ def _sequence(problem: Problem, rollout: int, length: int = 0) -> Layout:
     before = torch.cat([problem.prefix(position), problem.stem])
     tokens = torch.cat([before, response[:-1]])
     tokens = F.pad(tokens, (0, max(0, length - len(tokens))))
-    sample = _sample(tokens, response, first=len(before) - 1)
+    sample = document_sample(tokens, response, first=len(before) - 1)
     return Layout(problem, [ReasonedSample(sample)], [rollout], as_sequences=True)
 
 
@@ -258,7 +245,7 @@ def shared_layouts(problem: Problem, positions: Sequence[int], most: int) -> lis
 
 def _shared(problem: Problem, position: int) -> Layout:
     row, group = problem.rows[position], problem.group
-    sample = _sample(problem.prefix(position), problem.document[[row + 1]], first=row)
+    sample = document_sample(problem.prefix(position), problem.document[[row + 1]], first=row)
     rollouts = range(position * group, (position + 1) * group)
     return Layout(problem, [ReasonedSample(sample, [problem.position(position)])], [*rollouts])
 

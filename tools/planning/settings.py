@@ -212,40 +212,38 @@ def _flag(name: str) -> str:
 
 def _derive_layout(args: Namespace) -> None:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if args.world_size < 1 or args.world_size % (tp * pp):
-        raise ValueError(
-            f"--world-size is {args.world_size}, not a multiple of --tensor-model-parallel-size "
-            f"{tp} times --pipeline-model-parallel-size {pp}; change one of them."
-        )
-    args.data_parallel_size = args.world_size // (tp * pp)
     args.expert_tensor_parallel_size = args.expert_tensor_parallel_size or tp
-    of_experts = args.expert_model_parallel_size * args.expert_tensor_parallel_size * pp
-    if args.world_size % of_experts:
-        raise ValueError(
-            f"--world-size is {args.world_size}, not a multiple of the {of_experts} ranks that "
-            "--expert-model-parallel-size, --expert-tensor-parallel-size and "
-            "--pipeline-model-parallel-size ask for; change one of them."
-        )
+    experts = args.expert_model_parallel_size
+    of_experts = experts * args.expert_tensor_parallel_size * pp
+    args.data_parallel_size = args.world_size // (tp * pp)
     args.expert_data_parallel_size = args.world_size // of_experts
     at_once = args.micro_batch_size * args.data_parallel_size
     args.global_batch_size = args.global_batch_size or at_once
-    if args.global_batch_size % at_once:
-        raise ValueError(
-            f"--global-batch-size is {args.global_batch_size}, not a multiple of "
+    tensor, pipeline = f"--tensor-model-parallel-size {tp}", f"--pipeline-model-parallel-size {pp}"
+    for name, parts, of in (
+        ("world_size", tp * pp, f"{tensor} times {pipeline}"),
+        (
+            "world_size",
+            of_experts,
+            f"the {of_experts} ranks that --expert-model-parallel-size, "
+            "--expert-tensor-parallel-size and --pipeline-model-parallel-size ask for",
+        ),
+        (
+            "global_batch_size",
+            at_once,
             f"--micro-batch-size {args.micro_batch_size} times {args.data_parallel_size} "
-            "data-parallel ranks; change one of them."
-        )
-    args.micro_batches = args.global_batch_size // at_once
-    for name, parts, flag in (
-        ("num_layers", pp, "pipeline_model_parallel_size"),
-        ("num_attention_heads", tp, "tensor_model_parallel_size"),
-        ("num_experts", args.expert_model_parallel_size, "expert_model_parallel_size"),
+            "data-parallel ranks",
+        ),
+        ("num_layers", pp, pipeline),
+        ("num_attention_heads", tp, tensor),
+        ("num_experts", experts, f"--expert-model-parallel-size {experts}"),
     ):
-        if (getattr(args, name) or 0) % parts:
+        value = getattr(args, name)
+        if value is not None and (value < parts or value % parts):
             raise ValueError(
-                f"{_flag(name)} is {getattr(args, name)}, not a multiple of {_flag(flag)} {parts}; "
-                "change the latter."
+                f"{_flag(name)} is {value}, not a multiple of {of}; change one of them."
             )
+    args.micro_batches = args.global_batch_size // at_once
     args.layers_per_stage = args.num_layers // pp
 
 
