@@ -45,6 +45,7 @@ from evaluation_documents import Document, documents_of, read_texts, tokenize
 from model_on_hand import loading_flags, model_flags, quiet_unless_it_fails, start_mid_training
 
 if TYPE_CHECKING:
+    from evaluation_passes import Reasoning
     from megatron_rmt.mid_training import MidTraining
 
 # The prompt and sampling flags of training that mean the same here; the others only train.
@@ -199,11 +200,18 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
     work: list[tuple[Document, Record | None]] = [(document, None) for document in documents]
     if earlier is not None:
         work = list(documents_of(earlier, flags.positions_from, documents))
-    how = Reasoning(flags.budget, flags.samples, flags.rollouts_at_once, flags.seed)
+    how = Reasoning(
+        length=length,
+        positions=per_document,
+        budget=flags.budget,
+        samples=flags.samples,
+        at_once=flags.rollouts_at_once,
+        seed=flags.seed,
+    )
     leads = dist.get_rank() == 0
-    records = measure(run, work, how, length, per_document, show_progress=leads)
+    records = measure(run, work, how, show_progress=leads)
     if leads:
-        settings = settings_of(flags, run, length, per_document, earlier)
+        settings = settings_of(flags, run, how, earlier)
         measured = Measured(settings, records)
         flags.output.parent.mkdir(parents=True, exist_ok=True)
         write_output(flags.output, measured, time.monotonic() - began)
@@ -218,11 +226,7 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
 
 
 def settings_of(
-    flags: argparse.Namespace,
-    run: "MidTraining",
-    length: int,
-    positions_per_document: int,
-    earlier: Measured | None,
+    flags: argparse.Namespace, run: "MidTraining", how: "Reasoning", earlier: Measured | None
 ) -> dict[str, Any]:
     """What the output says of how it was made."""
     tracker = flags.load / "latest_checkpointed_iteration.txt"
@@ -232,9 +236,9 @@ def settings_of(
         "iteration": str(run.args.ckpt_step or tracker.read_text().strip()),
         "data": str(flags.data),
         "json_key": flags.json_key,
-        "seq_length": length,
+        "seq_length": how.length,
         "solution_only": flags.solution_only,
-        "positions_per_document": positions_per_document,
+        "positions_per_document": how.positions,
         "positions_from": None,
         "entropy_thresholds": list(shared.entropy_thresholds),
         "entropy_top_k": shared.entropy_top_k,

@@ -36,8 +36,14 @@ DOCUMENTS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Reasoning:
-    """How positions are predicted: asked budget, samples a position, rollouts held at a time."""
+    """How documents are read and positions predicted.
 
+    length: tokens read of each document. positions: most drawn in each. budget: asked for. samples:
+    of each position. at_once: rollouts held at a time. seed: of positions and responses.
+    """
+
+    length: int
+    positions: int
     budget: int
     samples: int
     at_once: int
@@ -63,19 +69,17 @@ def document_sample(tokens: Tensor, labels: Tensor | None = None, first: int = 0
 def read_document(
     run: MidTraining,
     document: Document,
-    length: int,
     earlier: Record | None,
-    positions_per_document: int,
-    seed: int,
     store: KeyValueStore,
     first_row: int,
+    how: Reasoning,
 ) -> Record:
     """Entropies and most likely tokens of one document, and the positions to reason at.
 
     The document's keys and values, behind the template's preamble, go to ``store`` from
     ``first_row`` on.
     """
-    ids, prompt, top_k = document.ids[:length], run.prompt, run.settings.entropy_top_k
+    ids, prompt, top_k = document.ids[: how.length], run.prompt, run.settings.entropy_top_k
     bare = document_sample(torch.tensor(ids))
     # The splits and the plain prediction are those of the bare text under every template.
     if prompt.preamble:
@@ -99,7 +103,7 @@ def read_document(
             str(digit) if has_bytes[token] and token >= document.first else NOT_COUNTED
             for token, digit in enumerate(exceeded, start=1)
         )
-        positions = draw_positions(difficulty, positions_per_document, seed, document.line)
+        positions = draw_positions(difficulty, how.positions, how.seed, document.line)
     counted = torch.tensor([digit != NOT_COUNTED for digit in difficulty[1:]], dtype=torch.bool)
     return Record(
         line=document.line,
@@ -197,8 +201,6 @@ def measure(
     run: MidTraining,
     work: Sequence[tuple[Document, Record | None]],
     how: Reasoning,
-    length: int,
-    positions_per_document: int,
     show_progress: bool,
 ) -> list[Record]:
     """One record for each document, in order, on every rank. Collective over all ranks."""
@@ -206,7 +208,7 @@ def measure(
     shared_experts = run.args.expert_model_parallel_size > 1
     replicas = 1 if shared_experts else parallel_state.get_data_parallel_world_size()
     own = work[parallel_state.get_data_parallel_rank() % replicas :: replicas]
-    most = max([positions_per_document, *(len(r.positions) for _, r in work if r is not None)])
+    most = max([how.positions, *(len(r.positions) for _, r in work if r is not None)])
     wave = min(DOCUMENTS_AT_ONCE, max(1, how.at_once // max(1, most * how.samples)))
     preamble = len(run.prompt.preamble)
     records: list[Record] = []
@@ -214,13 +216,11 @@ def measure(
     with generating(run.policy.model), bar:
         for start in range(0, len(own), wave):
             documents, earlier = zip(*own[start : start + wave], strict=True)
-            ends = np.cumsum([preamble + len(d.ids[:length]) for d in documents]).tolist()
+            ends = np.cumsum([preamble + len(d.ids[: how.length]) for d in documents]).tolist()
             first_rows = [0, *ends[:-1]]
             store = KeyValueStore(trunk_tokens=ends[-1])
             read = [
-                read_document(
-                    run, document, length, record, positions_per_document, how.seed, store, row
-                )
+                read_document(run, document, record, store, row, how)
                 for document, record, row in zip(documents, earlier, first_rows, strict=True)
             ]
             reason(run, documents, read, first_rows, store, how)

@@ -25,7 +25,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ if not torch.cuda.is_available():
 from megatron.training import get_tokenizer
 from torch import Tensor
 
+from benchmarks import huggingface
 from benchmarks.measurement import Report, interleaved, median
 from evaluation_passes import document_sample
 from megatron_rmt.model.pipeline import forward_through_stages
@@ -127,8 +130,8 @@ def run(flags: argparse.Namespace) -> Report:
             return _measure(flags, engine, workload, None)
         source = f"--source {shlex.quote(str(checkpoint))}"
         _tool(f"convert_checkpoint.py to-huggingface {source} --target", work / "huggingface")
-        with HuggingFace(work / "huggingface", workload.prompts, threads) as huggingface:
-            return _measure(flags, engine, workload, huggingface)
+        with HuggingFace(work / "huggingface", workload.prompts, threads) as baseline:
+            return _measure(flags, engine, workload, baseline)
 
 
 def _tool(words: str, target: Path) -> None:
@@ -148,7 +151,7 @@ def _measure(
     flags: argparse.Namespace,
     engine: "Engine",
     workload: Workload,
-    huggingface: "HuggingFace | None",
+    baseline: "HuggingFace | None",
 ) -> Report:
     names = ("trunk pass", "decoding", "even", "first token", "generated")
     parts: dict[str, list[float]] = {name: [] for name in names}
@@ -173,7 +176,7 @@ def _measure(
         parts["even"].append(time.perf_counter() - began)
 
     def theirs() -> None:
-        kept.update(huggingface.generate(workload.longest))
+        kept.update(baseline.generate(workload.longest))
         parts["first token"].append(kept["first_token_seconds"])
         parts["generated"].append(kept["seconds"] - kept["first_token_seconds"])
 
@@ -190,8 +193,8 @@ def _measure(
     if not flags.no_baseline:
         cases["no shared trunk"] = no_shared_trunk
     setting = ""
-    if huggingface is not None:
-        setting = huggingface.best_setting(workload.longest)
+    if baseline is not None:
+        setting = baseline.best_setting(workload.longest)
         cases["generate"] = theirs
     seconds = interleaved(cases, flags.repeats, warm_ups=0)
     for name, times in parts.items():
@@ -291,37 +294,23 @@ def plot_occupancy(path: Path, decoded: Sequence[int], live: Sequence[int]) -> N
 
 
 class HuggingFace:
-    """``huggingface.py`` in a process of its own: where the CPU stands in for CUDA a
-    Hugging Face model does not work."""
+    """``benchmarks.huggingface`` in a process of its own."""
 
     def __init__(self, directory: Path, prompts: list[list[int]], threads: int) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(TOOLS / "benchmarks/huggingface.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._setting: dict[str, Any] = {}
-        self._ask(directory=str(directory), prompts=prompts, threads=threads)
+        start = (str(directory), prompts, threads)
+        self._process = ProcessPoolExecutor(1, get_context("spawn"), huggingface.start, start)
+        self._setting: dict[str, str] = {}
 
     def __enter__(self) -> "HuggingFace":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.shutdown()
 
-    def _ask(self, **question: Any) -> dict[str, Any]:
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise ValueError("benchmarks/huggingface.py ended; its error stands above.")
-        return json.loads(answer)
-
-    def generate(self, tokens: int, rows: int | None = None, **setting: Any) -> dict[str, Any]:
+    def generate(self, tokens: int, rows: int | None = None, **setting: str) -> dict[str, Any]:
         """Seconds, and the bytes of its keys and values."""
-        return self._ask(tokens=tokens, rows=rows, **(setting or self._setting))
+        setting = setting or self._setting
+        return self._process.submit(huggingface.answer, tokens, rows, **setting).result()
 
     def best_setting(self, tokens: int) -> str:
         """The fastest for so many tokens on a small batch; used from now on."""
