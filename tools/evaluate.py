@@ -123,16 +123,11 @@ def check_flags(flags: argparse.Namespace, others: Sequence[str]) -> None:
     for name in ("load", "data", "output"):
         if getattr(flags, name) is None:
             raise ValueError(f"--{name} is missing; pass --load, --data and --output (see --help).")
-    for name in ("documents", "seq_length", "budget", "samples", "rollouts_at_once"):
+    least_one = dict.fromkeys(("documents", "budget", "samples", "rollouts_at_once"), 1)
+    for name, least in (least_one | {"seq_length": 2, "positions_per_document": 0}).items():
         value = getattr(flags, name)
-        least = 2 if name == "seq_length" else 1
         if value is not None and value < least:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is {value}; pass {least} or more.")
-    if flags.positions_per_document is not None and flags.positions_per_document < 0:
-        raise ValueError(
-            f"--positions-per-document is {flags.positions_per_document}; pass 0 or more."
-        )
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; pass {least} or more.")
     given = {word.split("=", 1)[0] for word in others if word.startswith("--")}
     for word in sorted(given):
         if word.startswith("--rmt") and word not in SHARED_FLAGS:

@@ -132,13 +132,9 @@ def step_at(
     at_bound: bool = False,
 ) -> Step:
     """The step of ``schedule``. at_bound: every thought is as long as it may be."""
-    args = Namespace(
-        **vars(args)
-        | {
-            "rmt_positions_per_sample": schedule.positions_per_sample,
-            "rmt_group_size": schedule.group,
-        }
-    )
+    positions, group = schedule.positions_per_sample, schedule.group
+    own = {"rmt_positions_per_sample": positions, "rmt_group_size": group}
+    args = Namespace(**vars(args) | own)
     bound = request.prompt.bound(schedule.budget, warm_up=schedule.warm_up).thought
     written = request.thought is None or schedule.thought_from_text
     thought = bound if at_bound else schedule.budget if written else request.thought
@@ -151,15 +147,8 @@ def step_at(
     flops = step_flops(args, work)
     seconds = None
     if request.hardware is not None:
-        seconds = step_seconds(
-            args,
-            work,
-            flops,
-            longest,
-            request.hardware,
-            request.efficiency,
-            request.bandwidth_efficiency,
-        )
+        shares = request.efficiency, request.bandwidth_efficiency
+        seconds = step_seconds(args, work, flops, longest, request.hardware, *shares)
         if schedule.thought_from_text:
             seconds = dataclasses.replace(seconds, rollout=0.0, passes=0.0)
     return Step(args, schedule, thought, work, flops, seconds, longest, allocated)

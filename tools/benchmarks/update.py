@@ -445,7 +445,12 @@ def run(flags: argparse.Namespace) -> Report:
         ],
         rows=table,
         notes=_notes(flags, rollouts),
-        data={"seconds": times, "flops": work, "peak_mebibytes": memory, "flags": _plain(flags)},
+        data={
+            "seconds": times,
+            "flops": work,
+            "peak_mebibytes": memory,
+            "flags": {name: str(value) for name, value in vars(flags).items()},
+        },
     )
 
 
@@ -485,7 +490,3 @@ def _notes(flags: argparse.Namespace, rollouts: int) -> list[str]:
             "head keeps its share."
         )
     return notes
-
-
-def _plain(flags: argparse.Namespace) -> dict[str, object]:
-    return {name: str(value) for name, value in vars(flags).items()}

@@ -220,20 +220,13 @@ def _derive_layout(args: Namespace) -> None:
     at_once = args.micro_batch_size * args.data_parallel_size
     args.global_batch_size = args.global_batch_size or at_once
     tensor, pipeline = f"--tensor-model-parallel-size {tp}", f"--pipeline-model-parallel-size {pp}"
+    three = "--expert-model-parallel-size, --expert-tensor-parallel-size and "
+    three += "--pipeline-model-parallel-size"
+    batch = f"--micro-batch-size {args.micro_batch_size} times {args.data_parallel_size}"
     for name, parts, of in (
         ("world_size", tp * pp, f"{tensor} times {pipeline}"),
-        (
-            "world_size",
-            of_experts,
-            f"the {of_experts} ranks that --expert-model-parallel-size, "
-            "--expert-tensor-parallel-size and --pipeline-model-parallel-size ask for",
-        ),
-        (
-            "global_batch_size",
-            at_once,
-            f"--micro-batch-size {args.micro_batch_size} times {args.data_parallel_size} "
-            "data-parallel ranks",
-        ),
+        ("world_size", of_experts, f"the {of_experts} ranks that {three} ask for"),
+        ("global_batch_size", at_once, f"{batch} data-parallel ranks"),
         ("num_layers", pp, pipeline),
         ("num_attention_heads", tp, tensor),
         ("num_experts", experts, f"--expert-model-parallel-size {experts}"),
