@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
@@ -148,13 +149,10 @@ def _tool(words: str, target: Path) -> None:
 
 
 def _measure(
-    flags: argparse.Namespace,
-    engine: "Engine",
-    workload: Workload,
-    baseline: "HuggingFace | None",
+    flags: argparse.Namespace, engine: "Engine", workload: Workload, baseline: "HuggingFace | None"
 ) -> Report:
-    names = ("trunk pass", "decoding", "even", "first token", "generated")
-    parts: dict[str, list[float]] = {name: [] for name in names}
+    # Of a case's seconds, those of its parts.
+    parts: dict[str, list[float]] = defaultdict(list)
     kept: dict[str, Any] = {}
 
     def rollouts() -> None:
@@ -197,9 +195,7 @@ def _measure(
         setting = baseline.best_setting(workload.longest)
         cases["generate"] = theirs
     seconds = interleaved(cases, flags.repeats, warm_ups=0)
-    for name, times in parts.items():
-        if times:
-            seconds[name] = times[-flags.repeats :]
+    seconds |= {name: times[-flags.repeats :] for name, times in parts.items()}
     seconds["bytes"] = [engine.bytes_seconds(workload, live)]
     report = _report(flags, engine, workload, live, seconds, setting, kept)
     if flags.plot:

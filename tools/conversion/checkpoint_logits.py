@@ -102,13 +102,9 @@ def main() -> None:
         logits = megatron_logits(
             build_megatron_model(arguments.directory, ids.shape[1], flags), ids
         )
-    if logits is not None and int(os.environ.get("LOCAL_RANK", "0")) in (0, last_rank()):
+    last_rank = int(os.environ.get("WORLD_SIZE", "1")) - 1
+    if logits is not None and int(os.environ.get("LOCAL_RANK", "0")) in (0, last_rank):
         torch.save(logits, arguments.output)
-
-
-def last_rank() -> int:
-    """The highest rank of this job."""
-    return int(os.environ.get("WORLD_SIZE", "1")) - 1
 
 
 if __name__ == "__main__":
