@@ -376,6 +376,13 @@ def test_json_holds_the_same_numbers(
         ("--world-size 16 --seq-length 65536", "--max-position-embeddings is 40960 but"),
         ("--world-size 16 --rmt-rollout-kv-gib 0.5", "--rmt-rollout-kv-gib is 0.5, but"),
         ("--world-size 16 --rmt-template none", "template 'none' is neither a file nor one of"),
+        ("--world-size 16 --rmt-group-size 1", "--rmt-group-size is 1; pass a number in [2, inf)"),
+        ("--world-size 16 --rmt-max-tokens 100", "--rmt-max-tokens is 100, but 1 samples of"),
+        ("--world-size 16 --global-batch-size 6", "--global-batch-size is 6, not a multiple of"),
+        (
+            "--world-size 16 --num-layers-per-virtual-pipeline-stage 10",
+            "--num-virtual-stages-per-pipeline-rank is 10; RMT needs it left out",
+        ),
         (
             "--world-size 16 --context-parallel-size 2",
             "--context-parallel-size is 2; RMT needs 1: the tree",
