@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_rmt.cpu import platform as cpu_platform
 from tests.distributed import REPOSITORY, run_distributed
 from tests.test_evaluation import record, settings
 from tests.test_token_bytes import byte_level_bpe
@@ -22,6 +21,7 @@ sys.path.insert(0, str(TOOLS))
 import convert_checkpoint  # noqa: E402
 import evaluate  # noqa: E402
 import evaluation  # noqa: E402
+import evaluation_documents  # noqa: E402
 
 TEXTS = [
     "Anna buys three apples for 6 euros; each apple costs 2 euros. Half of 84 is 42.",
@@ -164,8 +164,6 @@ def before(root: Path) -> tuple[dict[str, Any], str]:
 
 def _evaluate(words: list[str]) -> None:
     flags, others = evaluate.build_parser().parse_known_args(words)
-    if cpu_platform.is_installed():
-        others = cpu_platform.add_required_flags(others)
     evaluate.evaluate(flags, others)
 
 
@@ -294,32 +292,25 @@ def test_positions_are_above_the_lowest_threshold_and_uniform():
     allowed = [index for index, digit in enumerate(difficulty) if digit in "123"]
     counts = np.zeros(len(difficulty))
     for line in range(2000):
-        drawn = evaluate.draw_positions(difficulty, 3, 7, line)
+        drawn = evaluation_documents.draw_positions(difficulty, 3, 7, line)
         assert len(set(drawn)) == 3
         assert drawn == sorted(drawn)
         counts[drawn] += 1
     assert counts[allowed].sum() == 6000
     # 500 expected; the standard deviation is about 19.
     assert np.abs(counts[allowed] - 500).max() < 100
-    assert evaluate.draw_positions(difficulty, 99, 7, 1) == allowed
-    assert evaluate.draw_positions("-00", 3, 7, 1) == []
-
-
-class Words:
-    """A tokenizer of single bytes."""
-
-    def tokenize(self, text: str) -> list[int]:
-        return list(text.encode())
+    assert evaluation_documents.draw_positions(difficulty, 99, 7, 1) == allowed
+    assert evaluation_documents.draw_positions("-00", 3, 7, 1) == []
 
 
 @pytest.mark.parametrize("problem", ["Was ist 1 + 1?", "Größe?", ""])
 def test_solution_only_begins_with_the_first_byte_of_the_solution(tmp_path: Path, problem: str):
     path = write_data(tmp_path / "x.jsonl", [problem + "\n\n2"], problem_chars=len(problem))
-    texts = evaluate.read_texts(path, "text", True, None)
+    texts = evaluation_documents.read_texts(path, "text", True, None)
     table = [bytes([byte]) for byte in range(256)]
-    (document,) = evaluate.tokenize(texts, Words(), table)
+    (document,) = evaluation_documents.tokenize(texts, str.encode, table)
     assert bytes(document.ids[document.first :]) == b"\n\n2"
-    assert evaluate.read_texts(path, "text", False, None)[0][2] == 0
+    assert evaluation_documents.read_texts(path, "text", False, None)[0][2] == 0
 
 
 @pytest.fixture
@@ -381,13 +372,15 @@ def test_data_that_cannot_be_read_is_named_by_line(tmp_path: Path, lines: str, s
     path = tmp_path / "bad.jsonl"
     path.write_text(lines)
     with pytest.raises(ValueError, match=sentence):
-        evaluate.read_texts(path, "text", False, None)
+        evaluation_documents.read_texts(path, "text", False, None)
 
 
 def test_another_document_on_the_line_is_refused():
-    documents = [evaluate.Document(4, [1, 2, 3], 0)]
+    documents = [evaluation_documents.Document(4, [1, 2, 3], 0)]
     earlier = evaluation.Measured(settings(), [record("-3", "01", line=4, id=documents[0].digest)])
-    assert evaluate.documents_of(earlier, Path("b.json"), documents)[0][0] is documents[0]
-    changed = [evaluate.Document(4, [1, 2, 4], 0)]
+    assert (
+        evaluation_documents.documents_of(earlier, Path("b.json"), documents)[0][0] is documents[0]
+    )
+    changed = [evaluation_documents.Document(4, [1, 2, 4], 0)]
     with pytest.raises(ValueError, match=r"line 4, is not the document that b.json was measured"):
-        evaluate.documents_of(earlier, Path("b.json"), changed)
+        evaluation_documents.documents_of(earlier, Path("b.json"), changed)

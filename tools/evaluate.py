@@ -32,36 +32,22 @@ documents. The table goes to stdout, everything else to stderr.
 """
 
 import argparse
-import contextlib
-import copy
-import hashlib
-import io
-import json
-import os
-import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from tqdm import tqdm
+import torch.distributed as dist
 
-from evaluation import (
-    NOT_COUNTED,
-    Measured,
-    Record,
-    compare,
-    read_output,
-    summary,
-    write_output,
-)
-from megatron_rmt.job import console
+from evaluation import NOT_COUNTED, Measured, Record, compare, read_output, summary, write_output
+from evaluation_documents import Document, documents_of, read_texts, tokenize
+from model_on_hand import loading_flags, model_flags, quiet_unless_it_fails, start_mid_training
 
-# Documents whose trunks are held at a time; their rollouts are bounded by --rollouts-at-once.
-DOCUMENTS_AT_ONCE = 16
+if TYPE_CHECKING:
+    from evaluation_passes import Reasoning
+    from megatron_rmt.mid_training import MidTraining
+
 # The prompt and sampling flags of training that mean the same here; the others only train.
 SHARED_FLAGS = frozenset(
     (
@@ -76,442 +62,6 @@ SHARED_FLAGS = frozenset(
         "--rmt-head-chunk-size",
     )
 )
-
-
-@dataclass(frozen=True)
-class Document:
-    """One line of the data.
-
-    line: from 1. ids: all its tokens. first: the first token that counts (--solution-only).
-    """
-
-    line: int
-    ids: list[int]
-    first: int
-
-    @property
-    def digest(self) -> str:
-        """Sixteen hexadecimal digits that tell documents (and tokenizers) apart."""
-        return hashlib.sha256(np.array(self.ids, dtype=np.int64).tobytes()).hexdigest()[:16]
-
-
-def read_texts(
-    path: Path, json_key: str, solution_only: bool, limit: int | None
-) -> list[tuple[int, str, int]]:
-    """(line from 1, text, characters that do not count) of the first ``limit`` documents.
-
-    Raises:
-        ValueError: the file is missing, a line is no such object, or there is no document.
-    """
-    texts: list[tuple[int, str, int]] = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if limit is not None and len(texts) == limit:
-                    break
-                if line.strip():
-                    texts.append((number, *_text(line, json_key, solution_only)))
-    except OSError as error:
-        raise ValueError(f"--data {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise ValueError(f"--data {path}, line {number}: {error}.") from None
-    if not texts:
-        raise ValueError(f"--data {path} holds no document; name a JSONL file with one per line.")
-    return texts
-
-
-def _text(line: str, json_key: str, solution_only: bool) -> tuple[str, int]:
-    content = json.loads(line)
-    if not isinstance(content, dict) or not isinstance(content.get(json_key), str):
-        raise ValueError(f"it is not a JSON object with a string {json_key!r}; see --json-key")
-    problem = content.get("problem_chars", 0)
-    if solution_only and not ("problem_chars" in content and isinstance(problem, int)):
-        raise ValueError("it has no number problem_chars, which --solution-only needs")
-    return content[json_key], problem if solution_only else 0
-
-
-def tokenize(
-    texts: Sequence[tuple[int, str, int]], tokenizer: Any, bytes_of: Sequence[bytes]
-) -> list[Document]:
-    """Documents as training would tokenize them, without the end-of-document token.
-
-    Raises:
-        ValueError: not one of them has two tokens.
-    """
-    documents = []
-    for line, text, problem_chars in texts:
-        ids = list(tokenizer.tokenize(text))
-        # In bytes, because a token may be part of a character.
-        starts = np.cumsum([0, *(len(bytes_of[token]) for token in ids)])[:-1]
-        first = int(np.searchsorted(starts, len(text[:problem_chars].encode())))
-        if len(ids) > 1:
-            documents.append(Document(line, ids, first))
-    if not documents:
-        raise ValueError("--data holds no document of two or more tokens; pass longer texts.")
-    return documents
-
-
-def documents_of(
-    earlier: Measured, path: Path, documents: Sequence[Document]
-) -> list[tuple[Document, Record]]:
-    """The documents of an earlier output, with what it says of them.
-
-    Raises:
-        ValueError: a document has changed, or the tokenizer has.
-    """
-    by_line = {document.line: document for document in documents}
-    for record in earlier.records:
-        document = by_line.get(record.line)
-        if document is None or document.digest != record.id:
-            raise ValueError(
-                f"--data, line {record.line}, is not the document that {path} was measured on; "
-                "pass the same --data (and a checkpoint with the same tokenizer)."
-            )
-    return [(by_line[record.line], record) for record in earlier.records]
-
-
-def draw_positions(difficulty: str, count: int, seed: int, line: int) -> list[int]:
-    """Up to ``count`` tokens above the lowest threshold, uniformly drawn, ascending.
-
-    A pure function of its arguments, so independent of the other documents and of the layout.
-    """
-    above = [token for token, digit in enumerate(difficulty) if digit not in (NOT_COUNTED, "0")]
-    generator = np.random.default_rng([seed, line])
-    drawn = generator.choice(above, size=min(count, len(above)), replace=False)
-    return sorted(map(int, drawn))
-
-
-def model_flags(load: Path, flags_from: Path | None) -> list[str]:
-    """Megatron's flags of the model, as the converter stored them.
-
-    Raises:
-        ValueError: there is no checkpoint, or no flags.
-    """
-    if not (load / "latest_checkpointed_iteration.txt").is_file():
-        raise ValueError(
-            f"--load {load} is no Megatron checkpoint directory (it lacks "
-            "latest_checkpointed_iteration.txt); name what training had as --save, or what "
-            "tools/convert_checkpoint.py wrote."
-        )
-    source = load if flags_from is None else flags_from
-    file = source / "model_flags.txt" if source.is_dir() else source
-    if not file.is_file():
-        remedy = "pass --model-flags with the directory that the run started from"
-        if flags_from is not None:
-            remedy = "pass a file of Megatron's model flags, or a directory with model_flags.txt"
-        raise ValueError(f"{file} does not exist; {remedy}.")
-    flags = shlex.split(file.read_text(encoding="utf-8"), comments=True)
-    tokenizer = file.parent / "huggingface"
-    # The stored path is stale if the directory was moved.
-    return [*flags, "--tokenizer-model", str(tokenizer)] if tokenizer.is_dir() else flags
-
-
-@contextlib.contextmanager
-def quiet_unless_it_fails() -> Iterator[None]:
-    """Megatron prints some hundred lines while it starts: show them only with an error."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            yield
-    except BaseException:
-        sys.stderr.write(printed.getvalue())
-        raise
-
-
-def start_megatron(flags: Sequence[str]) -> Any:
-    """Load the model by Megatron's own initialisation; a ``megatron_rmt.mid_training.MidTraining``.
-
-    Raises:
-        ValueError: Megatron or RMT cannot work with these flags.
-    """
-    sys.argv[1:] = flags
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    # Megatron wants it set for tensor parallelism on GPUs before Blackwell.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    console.leave_out_library_warnings()
-    import torch
-
-    if not torch.cuda.is_available():
-        from megatron_rmt.cpu import platform as cpu_platform
-
-        cpu_platform.install_if_no_cuda()
-
-    import megatron_rmt
-
-    megatron_rmt.patch()
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training import get_args, get_tokenizer
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.checkpointing import load_checkpoint
-    from megatron.training.initialize import initialize_megatron
-    from megatron.training.models.gpt import GPTModelBuilder
-
-    from megatron_rmt.mid_training import prepare
-    from megatron_rmt.model.gpt import gpt_model
-
-    try:
-        parse_and_validate_args()
-    except AssertionError as error:
-        if not str(error):
-            raise
-        raise ValueError(f"Megatron refuses these flags: {error}") from error
-    initialize_megatron()
-    args = get_args()
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    config = gpt_config_from_args(args)
-    # Megatron 0.19 drops it (github.com/NVIDIA/Megatron-LM/issues/6305).
-    config.rope_scaling_factor = args.rope_scaling_factor
-    chunks = GPTModelBuilder(config).build_distributed_models(
-        groups, wrap_with_ddp=False, data_parallel_random_init=False
-    )
-    load_checkpoint(chunks, None, None)
-    return prepare(args, gpt_model(chunks), get_tokenizer())
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """How positions are predicted: asked budget, samples a position, rollouts held at a time."""
-
-    budget: int
-    samples: int
-    at_once: int
-    seed: int
-
-
-def read_document(
-    training: Any,
-    document: Document,
-    length: int,
-    earlier: Record | None,
-    positions_per_document: int,
-    seed: int,
-    store: Any,
-    first_row: int,
-) -> Record:
-    """Entropies and most likely tokens of one document, and the positions to reason at.
-
-    The document's keys and values, behind the template's head, go to ``store`` from ``first_row``.
-    """
-    import torch
-
-    from megatron_rmt.algorithm.curriculum import tiers
-    from megatron_rmt.rollout.kv_cache import KeyValueStore
-    from megatron_rmt.rollout.prefill import read_trunk
-    from megatron_rmt.rollout.trunk import NO_LABEL, build_trunk
-
-    ids = document.ids[:length]
-    tokens = torch.tensor([ids])
-
-    def read(head: Sequence[int], store: Any, first_row: int) -> tuple[Any, Any]:
-        trunk = build_trunk(
-            tokens,
-            torch.arange(len(ids))[None],
-            torch.tensor([[*ids[1:], NO_LABEL]]),
-            torch.ones(1, len(ids)),
-            head=head,
-            end_of_document=training.tokenizer.eod,
-            separate_documents=False,
-        )
-        return read_trunk(
-            training.model,
-            trunk,
-            store,
-            first_row,
-            vocab_size=training.vocab_size,
-            longest_position=training.longest_position,
-            chunk_size=training.args.rmt_head_chunk_size,
-            top_k=training.args.rmt_entropy_top_k,
-        )
-
-    # The splits and the plain prediction are those of the bare text under every template.
-    if training.head:
-        read(training.head, store, first_row)
-        entropies, predictions = read([], KeyValueStore(len(ids)), 0)
-    else:
-        entropies, predictions = read([], store, first_row)
-    if not torch.isfinite(entropies).all():
-        raise ValueError(
-            f"--load: the model's entropies on line {document.line} are not finite; its weights or "
-            "precision are broken."
-        )
-    right = (predictions[:-1] == tokens[0, 1:]).int().tolist()
-    next_token = "".join(map(str, [0, *right]))
-    if earlier is not None:
-        difficulty, positions = earlier.difficulty, earlier.positions
-    else:
-        exceeded = (tiers(entropies, training.args.rmt_entropy_thresholds)[:-1] + 1).tolist()
-        difficulty = NOT_COUNTED + "".join(
-            str(digit) if training.bytes_of[ids[token]] and token >= document.first else NOT_COUNTED
-            for token, digit in enumerate(exceeded, start=1)
-        )
-        positions = draw_positions(difficulty, positions_per_document, seed, document.line)
-    counted = torch.tensor([digit != NOT_COUNTED for digit in difficulty[1:]], dtype=torch.bool)
-    return Record(
-        line=document.line,
-        id=document.digest,
-        tokens=len(ids),
-        dropped=len(document.ids) - len(ids),
-        difficulty=difficulty,
-        next_token=next_token,
-        entropy=float(entropies[:-1][counted].double().sum()),
-        positions=positions,
-    )
-
-
-def reason(
-    training: Any,
-    documents: Sequence[Document],
-    records: Sequence[Record],
-    first_rows: Sequence[int],
-    store: Any,
-    how: Reasoning,
-) -> None:
-    """Predict the positions of ``records`` with and without a thought and add what came out.
-
-    ``store`` holds the documents from their ``first_rows`` on.
-    """
-    from megatron_rmt.rollout.generate import RolloutSettings, generate
-    from megatron_rmt.rollout.live_rollouts import RolloutPosition
-
-    args, head = training.args, len(training.head)
-    wanted = [
-        (document, record, first_row, token)
-        for document, record, first_row in zip(documents, records, first_rows, strict=True)
-        for token in record.positions
-    ]
-    stem = training.stem(how.budget)
-    # The thought is over before the first token: the stem holds its end, the answer is open.
-    answering = copy.copy(training.grammar)
-    answering.start = int(training.grammar.thinking.sum())
-    size = max(1, how.at_once // how.samples)
-    for start in range(0, len(wanted), size):
-        chunk = wanted[start : start + size]
-        positions = [
-            RolloutPosition(
-                sample=document.line,
-                column=token,
-                first=first_row,
-                limit=first_row + head + token,
-                next_position=head + token,
-            )
-            for document, _, first_row, token in chunk
-        ]
-        for thinking in (True, False):
-            responses = generate(
-                training.model,
-                store,
-                positions,
-                stem if thinking else [*stem, *training.close],
-                training.close,
-                training.grammar if thinking else answering,
-                RolloutSettings(
-                    group=how.samples,
-                    temperature=args.rmt_temperature,
-                    answer_tokens=args.rmt_answer_tokens,
-                    force_close=args.rmt_force_close and thinking,
-                    greedy=args.rmt_greedy,
-                ),
-                budget=how.budget if thinking else 1,
-                vocab_size=training.vocab_size,
-                longest_position=training.longest_position,
-                seed=how.seed,
-                # Another draw for each of the two.
-                iteration=int(not thinking),
-            )
-            for index, (document, record, _, token) in enumerate(chunk):
-                own = responses.positions(index, index + 1)
-                _judge(training, document, record, token, own, thinking)
-
-
-def _judge(
-    training: Any, document: Document, record: Record, token: int, responses: Any, thinking: bool
-) -> None:
-    """Read the responses at one position and append their sums to ``record``."""
-    from megatron_rmt.prompt.response import read_response
-    from megatron_rmt.update.scoring import CONTINUATION_TOKENS
-
-    truth: list[bytes] = []
-    for true in document.ids[token : token + CONTINUATION_TOKENS]:
-        if not training.bytes_of[true]:
-            break
-        truth.append(training.bytes_of[true])
-    boundaries = np.cumsum([len(text) for text in truth]).tolist()
-    matches = well_formed = closed_by_itself = thought_length = 0
-    lengths = responses.lengths[0].tolist()
-    for tokens, drawn, length in zip(
-        responses.tokens[0].tolist(), responses.drawn[0].tolist(), lengths, strict=True
-    ):
-        response = read_response(
-            [*([] if thinking else training.close), *tokens[:length]],
-            training.template,
-            training.bytes_of,
-            training.stop,
-            training.args.rmt_answer_tokens,
-        )
-        well_formed += response.well_formed
-        closed_by_itself += response.closed and all(drawn[:length])
-        thought_length += response.thought_length
-        if response.well_formed:
-            match = training.template.match(response.prediction, b"".join(truth), boundaries)
-            matches += int(match)
-    if thinking:
-        record.thought.append(matches)
-        record.thought_length.append(thought_length)
-        record.well_formed.append(well_formed)
-        record.closed_by_itself.append(closed_by_itself)
-    else:
-        record.no_thought.append(matches)
-        record.no_thought_well_formed.append(well_formed)
-
-
-def measure(
-    training: Any,
-    work: Sequence[tuple[Document, Record | None]],
-    how: Reasoning,
-    length: int,
-    positions_per_document: int,
-    show_progress: bool,
-) -> list[Record]:
-    """One record for each document, in order, on every rank. Collective over all ranks."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    from megatron_rmt.model.gpt import generating
-    from megatron_rmt.rollout.kv_cache import KeyValueStore
-
-    # Replicas that share experts must run forward passes together, so they do the same work.
-    shared_experts = training.args.expert_model_parallel_size > 1
-    replicas = 1 if shared_experts else parallel_state.get_data_parallel_world_size()
-    own = work[parallel_state.get_data_parallel_rank() % replicas :: replicas]
-    most = max([positions_per_document, *(len(r.positions) for _, r in work if r is not None)])
-    wave = min(DOCUMENTS_AT_ONCE, max(1, how.at_once // max(1, most * how.samples)))
-    records: list[Record] = []
-    bar = tqdm(
-        total=len(own), unit="document", disable=None if show_progress else True, file=sys.stderr
-    )
-    with generating(training.model), bar:
-        for start in range(0, len(own), wave):
-            documents, earlier = zip(*own[start : start + wave], strict=True)
-            ends = np.cumsum([len(training.head) + len(d.ids[:length]) for d in documents]).tolist()
-            first_rows = [0, *ends[:-1]]
-            store = KeyValueStore(trunk_tokens=ends[-1])
-            read = [
-                read_document(
-                    training, document, length, record, positions_per_document, how.seed, store, row
-                )
-                for document, record, row in zip(documents, earlier, first_rows, strict=True)
-            ]
-            reason(training, documents, read, first_rows, store, how)
-            records += read
-            bar.update(len(read))
-    if replicas == 1:
-        return records
-    gathered: list[Any] = [None] * replicas
-    dist.all_gather_object(gathered, records, group=parallel_state.get_data_parallel_group())
-    return sorted((r for part in gathered for r in part), key=lambda record: record.line)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -573,16 +123,11 @@ def check_flags(flags: argparse.Namespace, others: Sequence[str]) -> None:
     for name in ("load", "data", "output"):
         if getattr(flags, name) is None:
             raise ValueError(f"--{name} is missing; pass --load, --data and --output (see --help).")
-    for name in ("documents", "seq_length", "budget", "samples", "rollouts_at_once"):
+    least_one = dict.fromkeys(("documents", "budget", "samples", "rollouts_at_once"), 1)
+    for name, least in (least_one | {"seq_length": 2, "positions_per_document": 0}).items():
         value = getattr(flags, name)
-        least = 2 if name == "seq_length" else 1
         if value is not None and value < least:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is {value}; pass {least} or more.")
-    if flags.positions_per_document is not None and flags.positions_per_document < 0:
-        raise ValueError(
-            f"--positions-per-document is {flags.positions_per_document}; pass 0 or more."
-        )
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; pass {least} or more.")
     given = {word.split("=", 1)[0] for word in others if word.startswith("--")}
     for word in sorted(given):
         if word.startswith("--rmt") and word not in SHARED_FLAGS:
@@ -610,15 +155,10 @@ def check_flags(flags: argparse.Namespace, others: Sequence[str]) -> None:
 
 def megatron_flags(flags: argparse.Namespace, length: int, others: Sequence[str]) -> list[str]:
     """What Megatron's own parser gets; what the user passed comes last and wins."""
-    fixed = (
-        "--finetune --no-load-optim --no-load-rng --exit-on-missing-checkpoint --no-initialization "
-        "--ckpt-format torch_dist --micro-batch-size 1 --train-iters 1 --lr 1e-5 --rmt"
-    )
     return [
         *model_flags(flags.load, flags.model_flags),
-        *fixed.split(),
-        *("--load", str(flags.load), "--seed", str(flags.seed), "--seq-length", str(length)),
-        *("--rmt-initial-budget", str(flags.budget)),
+        *loading_flags(flags.load, length),
+        *("--rmt", "--seed", str(flags.seed), "--rmt-initial-budget", str(flags.budget)),
         *others,
     ]
 
@@ -645,18 +185,28 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
         texts = [text for text in texts if text[0] in lines]
 
     with quiet_unless_it_fails():
-        training = start_megatron(words)
-    import torch.distributed as dist
+        run = start_mid_training(words)
+    # Imported here, as both import Megatron, which has to be started first.
+    from megatron.training import get_tokenizer
 
-    documents = tokenize(texts, training.tokenizer, training.bytes_of)
+    from evaluation_passes import Reasoning, measure
+
+    documents = tokenize(texts, get_tokenizer().tokenize, run.prompt.bytes_of)
     work: list[tuple[Document, Record | None]] = [(document, None) for document in documents]
     if earlier is not None:
         work = list(documents_of(earlier, flags.positions_from, documents))
-    how = Reasoning(flags.budget, flags.samples, flags.rollouts_at_once, flags.seed)
+    how = Reasoning(
+        length=length,
+        positions=per_document,
+        budget=flags.budget,
+        samples=flags.samples,
+        at_once=flags.rollouts_at_once,
+        seed=flags.seed,
+    )
     leads = dist.get_rank() == 0
-    records = measure(training, work, how, length, per_document, show_progress=leads)
+    records = measure(run, work, how, show_progress=leads)
     if leads:
-        settings = settings_of(flags, training.args, length, per_document, earlier)
+        settings = settings_of(flags, run, how, earlier)
         measured = Measured(settings, records)
         flags.output.parent.mkdir(parents=True, exist_ok=True)
         write_output(flags.output, measured, time.monotonic() - began)
@@ -671,34 +221,31 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
 
 
 def settings_of(
-    flags: argparse.Namespace,
-    args: Any,
-    length: int,
-    positions_per_document: int,
-    earlier: Measured | None,
+    flags: argparse.Namespace, run: "MidTraining", how: "Reasoning", earlier: Measured | None
 ) -> dict[str, Any]:
     """What the output says of how it was made."""
     tracker = flags.load / "latest_checkpointed_iteration.txt"
+    shared = run.settings
     settings = {
         "load": str(flags.load),
-        "iteration": str(args.ckpt_step or tracker.read_text().strip()),
+        "iteration": str(run.args.ckpt_step or tracker.read_text().strip()),
         "data": str(flags.data),
         "json_key": flags.json_key,
-        "seq_length": length,
+        "seq_length": how.length,
         "solution_only": flags.solution_only,
-        "positions_per_document": positions_per_document,
+        "positions_per_document": how.positions,
         "positions_from": None,
-        "entropy_thresholds": args.rmt_entropy_thresholds,
-        "entropy_top_k": args.rmt_entropy_top_k,
-        "template": args.rmt_template,
-        "chat": not args.rmt_no_chat,
+        "entropy_thresholds": list(shared.entropy_thresholds),
+        "entropy_top_k": shared.entropy_top_k,
+        "template": shared.template,
+        "chat": not shared.no_chat,
         "budget": flags.budget,
         "samples": flags.samples,
-        "greedy": args.rmt_greedy,
-        "temperature": args.rmt_temperature,
-        "answer_tokens": args.rmt_answer_tokens,
-        "force_close": args.rmt_force_close,
-        "dtype": str(args.params_dtype).removeprefix("torch."),
+        "greedy": shared.greedy,
+        "temperature": shared.temperature,
+        "answer_tokens": shared.answer_tokens,
+        "force_close": shared.force_close,
+        "dtype": str(run.args.params_dtype).removeprefix("torch."),
         "seed": flags.seed,
     }
     if earlier is not None:
@@ -722,9 +269,7 @@ def main() -> None:
             print(compare(flags.compare))
         else:
             evaluate(flags, others)
-            import torch
-
-            torch.distributed.destroy_process_group()
+            dist.destroy_process_group()
     except ValueError as error:
         sys.exit(f"{Path(__file__).name}: {error}")
 

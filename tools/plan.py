@@ -35,16 +35,18 @@ for name in ("megatron", "transformers"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 from megatron_rmt.algorithm.schedules import Schedule, schedule_of_step
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.cpu.platform import add_required_flags
+from megatron_rmt.prompt.prompt import Prompt
 from planning.memory import RankMemory, as_gib, largest_rank, micro_batch, model_parameters
 from planning.settings import (
-    Prompt,
     complete_settings,
     corpus_documents,
+    is_counted,
     lengths_of_step,
     model_words,
-    on_this_cpu,
     parse_flags,
-    read_prompt,
+    prompt_of,
 )
 from planning.time import HARDWARE, Hardware, StepSeconds, step_seconds
 from planning.work import (
@@ -116,7 +118,7 @@ class Step:
     values are held for."""
 
     args: Namespace
-    plan: Schedule
+    schedule: Schedule
     thought: float
     work: SampleWork
     flops: StepFlops
@@ -129,44 +131,30 @@ def step_at(
     request: Request,
     args: Namespace,
     documents: Documents,
-    plan: Schedule,
+    schedule: Schedule,
     at_bound: bool = False,
 ) -> Step:
-    """The step of ``plan``. at_bound: every thought is as long as it may be."""
-    args = Namespace(
-        **vars(args)
-        | {
-            "rmt_positions_per_sample": plan.positions_per_sample,
-            "rmt_group_size": plan.group,
-        }
-    )
-    budget, warm_up = plan.budget, plan.warm_up
-    bound = budget if warm_up else 2 * budget
-    written = request.thought is None or plan.thought_from_text
-    thought = budget if written else request.thought
-    thought = min(bound, bound if at_bound else thought)
+    """The step of ``schedule``. at_bound: every thought is as long as it may be."""
+    positions, group = schedule.positions_per_sample, schedule.group
+    own = {"rmt_positions_per_sample": positions, "rmt_group_size": group}
+    args = Namespace(**vars(args) | own)
+    bound = request.prompt.bound(schedule.budget, warm_up=schedule.warm_up).thought
+    written = request.thought is None or schedule.thought_from_text
+    thought = bound if at_bound else schedule.budget if written else request.thought
+    thought = min(bound, thought)
     answer = min(8, args.rmt_answer_tokens) if request.answer is None else request.answer
-    lengths, longest, allocated = lengths_of_step(
-        args, request.prompt, budget, thought, answer, warm_up
-    )
+    lengths, longest, allocated = lengths_of_step(request.prompt, schedule, thought, answer)
     work = sample_work(args, documents, lengths)
-    if plan.thought_from_text:
+    if schedule.thought_from_text:
         work = without_rollouts(work)
     flops = step_flops(args, work)
     seconds = None
     if request.hardware is not None:
-        seconds = step_seconds(
-            args,
-            work,
-            flops,
-            longest,
-            request.hardware,
-            request.efficiency,
-            request.bandwidth_efficiency,
-        )
-        if plan.thought_from_text:
+        shares = request.efficiency, request.bandwidth_efficiency
+        seconds = step_seconds(args, work, flops, longest, request.hardware, *shares)
+        if schedule.thought_from_text:
             seconds = dataclasses.replace(seconds, rollout=0.0, passes=0.0)
-    return Step(args, plan, thought, work, flops, seconds, longest, allocated)
+    return Step(args, schedule, thought, work, flops, seconds, longest, allocated)
 
 
 @dataclass(frozen=True)
@@ -194,11 +182,16 @@ def make_plan(request: Request, **changes: Any) -> Plan:
     args = request.settings(**changes)
     documents, corpus = corpus_documents(args, request.document_tokens)
     count = min(args.train_iters, SAMPLED_STEPS)
-    drawn = [schedule_of_step(args, index * args.train_iters // count) for index in range(count)]
+    settings = Settings.of(args)
+    drawn = [
+        schedule_of_step(settings, index * args.train_iters // count, args.train_iters)
+        for index in range(count)
+    ]
     # Steps differ in nothing else that counts here.
-    kinds = Counter(dataclasses.replace(step, iteration=0, probabilities=None) for step in drawn)
+    same = {"iteration": 0, "progress": 0.0, "probabilities": None}
+    kinds = Counter(dataclasses.replace(step, **same) for step in drawn)
     steps = {kind: step_at(request, args, documents, kind) for kind in kinds}
-    last = schedule_of_step(args, args.train_iters - 1)
+    last = schedule_of_step(settings, args.train_iters - 1, args.train_iters)
     all_numbers = {kind: numbers(step) for kind, step in steps.items()}
     first = next(iter(kinds))
     mean = {
@@ -208,7 +201,7 @@ def make_plan(request: Request, **changes: Any) -> Plan:
     # The first steps of either kind have the longest thoughts. A warm-up from the text is counted
     # as if it rolled out, which is more than it takes.
     fullest = [steps[first], *(step for kind, step in steps.items() if not kind.warm_up)][:2]
-    at_bound = [step_at(request, args, documents, step.plan, at_bound=True) for step in fullest]
+    at_bound = [step_at(request, args, documents, step.schedule, at_bound=True) for step in fullest]
     return Plan(
         args=args,
         documents=documents,
@@ -230,9 +223,9 @@ def numbers(step: Step) -> dict[str, float]:
     """Of a step and its global batch: tokens, FLOPs, seconds of a rank."""
     args, tokens = step.args, step.work.tokens
     batch = args.global_batch_size
-    rolled_out = 0.0 if step.plan.thought_from_text else tokens.stem + tokens.branch
+    rolled_out = 0.0 if step.schedule.thought_from_text else tokens.stem + tokens.branch
     values = {
-        "budget": float(step.plan.budget),
+        "budget": float(step.schedule.budget),
         "thought length": step.thought,
         "trunk tokens": batch * tokens.trunk,
         "stem tokens": batch * tokens.stem,
@@ -253,39 +246,33 @@ def numbers(step: Step) -> dict[str, float]:
     return values
 
 
-Change = tuple[str, dict[str, Any]]
+Changes = dict[str, Any]
 
 
-def possible_changes(plan: Plan, limit: float) -> Iterator[Change]:
+def possible_changes(plan: Plan, limit: float) -> Iterator[Changes]:
     """Flags that need less memory, those that cost the run least first. limit: GiB of a rank."""
     args, memory = plan.args, plan.memory_at_bound
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if args.data_parallel_size > 1 and not args.use_distributed_optimizer:
-        yield "--use-distributed-optimizer", {"use_distributed_optimizer": True}
+        yield {"use_distributed_optimizer": True}
     if tp > 1 and not args.sequence_parallel and not args.on_cpu:
-        yield "--sequence-parallel", {"sequence_parallel": True}
+        yield {"sequence_parallel": True}
     others = (memory.rollout_peak - memory.key_values) / 2**30
     bound = int(2 * 0.95 * (limit - others)) / 2
     if memory.rollout_peak > memory.update_peak and bound > 0:
-        yield f"--rmt-rollout-kv-gib {bound:g}", {"rmt_rollout_kv_gib": bound}
+        yield {"rmt_rollout_kv_gib": int(bound) if bound % 1 == 0 else bound}
     if args.recompute_granularity != "full":
-        flags = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-        changes = {"recompute_method": "uniform", "recompute_num_layers": 1}
-        yield flags, changes | {"recompute_granularity": "full"}
+        full = {"recompute_granularity": "full", "recompute_method": "uniform"}
+        yield full | {"recompute_num_layers": 1}
     if args.micro_batch_size > 1:
-        yield "--micro-batch-size 1", {"micro_batch_size": 1}
+        yield {"micro_batch_size": 1}
     if args.rmt_max_tokens is not None:
-        yield "without --rmt-max-tokens", {"rmt_max_tokens": None}
+        yield {"rmt_max_tokens": None}
     if args.num_experts and args.expert_model_parallel_size < args.num_experts:
-        experts = 2 * args.expert_model_parallel_size
-        flag = f"--expert-model-parallel-size {experts}"
-        yield flag, {"expert_model_parallel_size": experts}
+        yield {"expert_model_parallel_size": 2 * args.expert_model_parallel_size}
     if tp < 8:
-        changes = {"tensor_model_parallel_size": 2 * tp, "sequence_parallel": not args.on_cpu}
-        together = " --sequence-parallel" if not args.on_cpu else ""
-        yield f"--tensor-model-parallel-size {2 * tp}{together}", changes
-    flag = f"--pipeline-model-parallel-size {2 * pp}"
-    yield flag, {"pipeline_model_parallel_size": 2 * pp}
+        yield {"tensor_model_parallel_size": 2 * tp, "sequence_parallel": not args.on_cpu}
+    yield {"pipeline_model_parallel_size": 2 * pp}
     for name, least in (
         ("rmt_positions_per_sample", 1),
         ("rmt_initial_budget", max(1, args.rmt_minimum_budget)),
@@ -293,46 +280,54 @@ def possible_changes(plan: Plan, limit: float) -> Iterator[Change]:
     ):
         half = getattr(args, name) // 2
         if half >= least:
-            yield f"--{name.replace('_', '-')} {half}", {name: half}
+            yield {name: half}
+
+
+def as_flags(changes: Changes) -> str:
+    """``changes`` as on a command line."""
+    words = []
+    for name, value in changes.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [flag] * value
+        else:
+            words.append(f"without {flag}" if value is None else f"{flag} {value}")
+    return " ".join(words)
 
 
 def advice(request: Request, plan: Plan, limit: float) -> list[str]:
     """What to change for every thought at its bound to fit into ``limit`` GiB."""
 
-    def changed(changes: Mapping[str, Any]) -> Plan | None:
-        try:
-            return make_plan(request, **changes)
-        except ValueError:
-            # Sizes that do not divide, or positions that do not fit.
-            return None
-
     def peak(of: Plan) -> float:
         return of.memory_at_bound.peak / 2**30
 
+    def smaller(than: Plan, before: Changes) -> Iterator[tuple[Changes, Plan]]:
+        """Each change that helps, made after those ``before``, with the plan that it gives."""
+        for changes in possible_changes(than, limit):
+            try:
+                result = make_plan(request, **before | changes)
+            except ValueError:
+                # Sizes that do not divide, or positions that do not fit.
+                continue
+            if peak(result) < 0.98 * peak(than):
+                yield changes, result
+
     lines = []
-    for flag, changes in possible_changes(plan, limit):
-        result = changed(changes)
-        if result is not None and peak(result) < 0.98 * peak(plan):
-            fits = "fits" if peak(result) <= limit else "not enough alone"
-            lines.append(f"  {flag}: {peak(result):.1f} GiB, {fits}")
-    total: dict[str, Any] = {}
-    flags: dict[str, str] = {}
-    current: Plan | None = plan
-    while current is not None and peak(current) > limit:
-        best = None
-        for flag, changes in possible_changes(current, limit):
-            result = changed(total | changes)
-            if result is not None and peak(result) < 0.98 * peak(current):
-                best = flag, changes, result
-                break
-        if best is None:
+    for changes, result in smaller(plan, {}):
+        fits = "fits" if peak(result) <= limit else "not enough alone"
+        lines.append(f"  {as_flags(changes)}: {peak(result):.1f} GiB, {fits}")
+    current, total = plan, Changes()
+    together: dict[str, Changes] = {}
+    while peak(current) > limit:
+        changes, current = next(smaller(current, total), (None, current))
+        if changes is None:
             lines.append("  no such change suffices: take more ranks (--world-size).")
             return lines
-        total |= best[1]
-        flags[best[0].split()[0]] = best[0]
-        current = best[2]
-    if len(flags) > 1:
-        lines.append(f"  together {' '.join(flags.values())}: {peak(current):.1f} GiB, fits")
+        total |= changes
+        together[next(iter(changes))] = changes
+    if len(together) > 1:
+        flags = " ".join(map(as_flags, together.values()))
+        lines.append(f"  together {flags}: {peak(current):.1f} GiB, fits")
     return lines
 
 
@@ -346,8 +341,8 @@ def report(request: Request, plan: Plan) -> str:
     }
     moe = f", EP {args.expert_model_parallel_size}" if args.num_experts else ""
     device = request.hardware.name if request.hardware else "CPU"
-    lengths = "counted by its tokenizer" if prompt.tokenizer else "estimated, no tokenizer here"
-    stem = prompt.stem(plan.first.plan.budget)
+    lengths = "counted by its tokenizer" if is_counted(prompt) else "estimated, no tokenizer here"
+    stem = len(prompt.stem(plan.first.schedule.budget))
     thoughts = "B_t tokens" if request.thought is None else f"{request.thought:g} tokens"
     lines = [
         f"Plan: {model_parameters(args) / 1e9:.3g} billion parameters on {args.world_size} x "
@@ -357,7 +352,7 @@ def report(request: Request, plan: Plan) -> str:
         f"{args.rmt_group_size} rollouts in each.",
         "All numbers are estimates. Assumed:",
         f"  thoughts of {thoughts} (at most 2 * B_t), all positions found, uniform in the sample;",
-        f"  prompt {lengths}: head {prompt.head}, stem {stem} tokens;",
+        f"  prompt {lengths}: head {len(prompt.preamble)}, stem {stem} tokens;",
         f"  {plan.corpus}: {plan.documents.pieces:.3g} a sample.",
         "",
         _table(columns),
@@ -426,7 +421,7 @@ def write_json(request: Request, plan: Plan, path: Path) -> None:
     content = {
         "estimates": True,
         "settings": {name: value for name, value in vars(plan.args).items() if _is_plain(value)},
-        "prompt lengths are exact": request.prompt.tokenizer is not None,
+        "prompt lengths are exact": is_counted(request.prompt),
         "documents": dataclasses.asdict(plan.documents) | {"source": plan.corpus},
         "first step": numbers(plan.first),
         "last step": numbers(plan.last),
@@ -468,13 +463,13 @@ def read_request(words: Sequence[str]) -> tuple[Request, Path | None]:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; pass a number above 0.")
     hardware = HARDWARE.get(flags.hardware)
     if hardware is None:
-        others = on_this_cpu(others)
+        others = add_required_flags(others)
     model = model_words(flags.model, flags.model_flags, flags.recipe)
     given = parse_flags(flags.recipe, others, model)
     memory = flags.memory_gib
     request = Request(
         given=given,
-        prompt=read_prompt(given),
+        prompt=prompt_of(given),
         world_size=flags.world_size,
         hardware=hardware,
         memory_gib=memory or (hardware.memory if hardware else None),

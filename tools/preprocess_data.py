@@ -15,6 +15,7 @@ The two files appear under their names only when they are complete.
 """
 
 import argparse
+import functools
 import json
 import os
 from collections import deque
@@ -289,53 +290,37 @@ def _write(
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, by the names of ``preprocess``'s parameters."""
     parser = argparse.ArgumentParser(
         description="Tokenize JSONL documents into Megatron's .bin and .idx files."
     )
-    parser.add_argument(
-        "--input", nargs="+", type=Path, required=True, metavar="JSONL", help="one or more files"
-    )
-    parser.add_argument(
-        "--output-prefix",
-        required=True,
-        help="writes PREFIX.bin and PREFIX.idx; training's --data-path",
-    )
-    parser.add_argument(
+    add = functools.partial(parser.add_argument, required=True)
+    add("--input", dest="inputs", nargs="+", type=Path, metavar="JSONL", help="one or more files")
+    add("--output-prefix", help="writes PREFIX.bin and PREFIX.idx; training's --data-path")
+    add(
         "--tokenizer",
-        required=True,
+        dest="tokenizer_name",
+        metavar="TOKENIZER",
         help="a directory with tokenizer.json, a name on the Hugging Face hub, or a "
         "sentencepiece *.model file",
     )
-    parser.add_argument(
-        "--json-key", default="text", help="the key of the document in each line (default: text)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--json-key", default="text", help="the key of the document in each line (default: text)")
+    add(
         "--no-append-eod",
         dest="append_eod",
         action="store_false",
         help="do not end each document with the end-of-document token",
     )
-    parser.add_argument(
-        "--workers", type=int, default=1, help="processes that tokenize (default: 1)"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an output that is there already"
-    )
+    add("--workers", type=int, default=1, help="processes that tokenize (default: 1)")
+    add("--overwrite", action="store_true", help="replace an output that is there already")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     try:
-        summary = preprocess(
-            arguments.input,
-            arguments.output_prefix,
-            arguments.tokenizer,
-            json_key=arguments.json_key,
-            append_eod=arguments.append_eod,
-            workers=arguments.workers,
-            overwrite=arguments.overwrite,
-        )
+        summary = preprocess(**vars(arguments))
     except ValueError as error:
         raise SystemExit(f"preprocess_data: {error}") from None
     left_out = f" ({summary.empty} empty ones left out)" if summary.empty else ""

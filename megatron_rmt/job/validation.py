@@ -38,8 +38,8 @@ def check_rmt_arguments(args: Namespace) -> None:
         return
     if not settings.trains_with_rl:
         return
-    problems = [*setting_problems(args), *_doors(settings), *_unsupported(args)]
-    problems += [*_precision(args), *_tracking(args)]
+    problems = [*setting_problems(args), *_doors(settings), *unsupported(args)]
+    problems += [*_missing(args), *_precision(args), *_tracking(args)]
     if not problems:
         # These read files, and rely on what was checked above.
         problems = [*_vocabulary(args)]
@@ -56,8 +56,8 @@ def _doors(settings: Settings) -> Iterator[str]:
             yield str(error)
 
 
-def _unsupported(args: Namespace) -> Iterator[str]:
-    """What of Megatron RMT cannot run with, each with the remedy."""
+def unsupported(args: Namespace) -> Iterator[str]:
+    """What of Megatron RMT cannot run with on any machine, each with the remedy."""
     refused = {
         "--attention-dropout": (0.0, "generation and update must agree"),
         "--hidden-dropout": (0.0, "generation and update must agree"),
@@ -109,6 +109,10 @@ def _unsupported(args: Namespace) -> Iterator[str]:
             f"--transformer-impl is {args.transformer_impl}; RMT supports transformer_engine and "
             "local."
         )
+
+
+def _missing(args: Namespace) -> Iterator[str]:
+    """What asks for packages that are not installed here."""
     if (
         args.transformer_impl == "local"
         and args.gradient_accumulation_fusion

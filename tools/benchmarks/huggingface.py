@@ -1,13 +1,9 @@
-"""Hugging Face ``generate`` on request: one JSON question a line on stdin, one answer on stdout.
+"""Hugging Face ``generate``, for ``rollout.py``, which calls it in a process of its own.
 
-Started by ``rollout.py``, as a Hugging Face model needs a process in which the CPU does
-not stand in for CUDA. The first question names the model's directory, the prompts (token ids) and
-the number of threads; the others ``tokens`` (new ones), ``rows`` (the last rows of the batch, null
-for all), ``dtype`` and ``cache``.
+A Hugging Face model needs one in which the CPU does not stand in for CUDA.
 """
 
-import json
-import sys
+import functools
 import time
 from typing import Any
 
@@ -78,22 +74,18 @@ def generate(model: Any, prompts: list[list[int]], tokens: int, cache: str) -> d
     }
 
 
-def main() -> None:
-    start = json.loads(sys.stdin.readline())
-    torch.set_num_threads(start["threads"])
-    models: dict[str, Any] = {}
-    print("{}", flush=True)
-    for line in sys.stdin:
-        question = json.loads(line)
-        dtype = question["dtype"]
-        if dtype not in models:
-            models[dtype] = AutoModelForCausalLM.from_pretrained(
-                start["directory"], dtype=DTYPES[dtype]
-            ).eval()
-        prompts = start["prompts"][-(question["rows"] or len(start["prompts"])) :]
-        answer = generate(models[dtype], prompts, question["tokens"], question["cache"])
-        print(json.dumps(answer), flush=True)
+def start(directory: str, prompts: list[list[int]], threads: int) -> None:
+    """Begin the process. directory: the model's. prompts: token ids."""
+    global _directory, _prompts
+    torch.set_num_threads(threads)
+    _directory, _prompts = directory, prompts
 
 
-if __name__ == "__main__":
-    main()
+def answer(tokens: int, rows: int | None, dtype: str, cache: str) -> dict[str, Any]:
+    """``generate`` for the last ``rows`` prompts (None: all)."""
+    return generate(_model(dtype), _prompts[-(rows or len(_prompts)) :], tokens, cache)
+
+
+@functools.cache
+def _model(dtype: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(_directory, dtype=DTYPES[dtype]).eval()

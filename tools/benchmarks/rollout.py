@@ -19,25 +19,44 @@ tokens, with ``spread`` 1 to that many, evenly. Cases, interleaved:
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_rmt.cpu import platform as cpu_platform
+
+if not torch.cuda.is_available():
+    cpu_platform.install()
+
+from megatron.training import get_tokenizer
+from torch import Tensor
+
+from benchmarks import huggingface
 from benchmarks.measurement import Report, interleaved, median
+from evaluation_passes import document_sample
+from megatron_rmt.model.pipeline import forward_through_stages
+from megatron_rmt.prompt.prompt import Prompt
+from megatron_rmt.rollout.generate import RolloutSettings, generate
+from megatron_rmt.rollout.kv_cache import KeyValueStore, TrunkVisibility
+from megatron_rmt.rollout.live_rollouts import RolloutPosition
+from megatron_rmt.rollout.memory import CacheSize, key_value_bytes
+from megatron_rmt.rollout.prefill import read_trunk
+from megatron_rmt.rollout.responses import Rollout
+from megatron_rmt.rollout.trunk import trunk_blocks
+from model_on_hand import loading_flags, model_flags, quiet_unless_it_fails, start_mid_training
 
 TOOLS = Path(__file__).resolve().parents[1]
-MEGATRON = (
-    "--finetune --no-load-optim --no-load-rng --exit-on-missing-checkpoint --no-initialization "
-    "--ckpt-format torch_dist --micro-batch-size 1 --train-iters 1 --lr 1e-5 --rmt "
-    "--rmt-template inline"
-)
 # Rows of the runs that find out Hugging Face's best setting.
 TRIAL_ROWS = 16
 
@@ -64,13 +83,14 @@ class Workload:
         return len(self.prefixes) * self.group
 
     @property
+    def contexts(self) -> list[list[int]]:
+        """What each rollout sees of the document."""
+        return [self.document[:prefix] for prefix in self.prefixes for _ in range(self.group)]
+
+    @property
     def prompts(self) -> list[list[int]]:
         """The prompt of each rollout."""
-        return [
-            self.document[:prefix] + self.stem
-            for prefix in self.prefixes
-            for _ in range(self.group)
-        ]
+        return [context + self.stem for context in self.contexts]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,46 +121,38 @@ def run(flags: argparse.Namespace) -> Report:
         work = Path(folder)
         checkpoint = flags.checkpoint or work / "megatron"
         if not flags.checkpoint:
-            _tool(
-                "convert_checkpoint.py",
-                "to-megatron",
-                "--source",
-                "smollm2",
-                "--target",
-                checkpoint,
-            )
+            _tool("convert_checkpoint.py to-megatron --source smollm2 --target", checkpoint)
         if not flags.data:
-            _tool("generate_corpus.py", "--output", work / "corpus", "--train-documents", "50")
+            _tool("generate_corpus.py --train-documents 50 --output", work / "corpus")
         engine = Engine(checkpoint, flags.dtype, flags.document, flags.tokens)
         torch.set_num_threads(threads)
         workload = engine.workload(flags, flags.data or work / "corpus/train.jsonl")
         if flags.no_huggingface:
             return _measure(flags, engine, workload, None)
-        _tool(
-            "convert_checkpoint.py", "to-huggingface", "--source", checkpoint,
-            "--target", work / "huggingface",
-        )  # fmt: skip
-        with HuggingFace(work / "huggingface", workload.prompts, threads) as huggingface:
-            return _measure(flags, engine, workload, huggingface)
+        source = f"--source {shlex.quote(str(checkpoint))}"
+        _tool(f"convert_checkpoint.py to-huggingface {source} --target", work / "huggingface")
+        with HuggingFace(work / "huggingface", workload.prompts, threads) as baseline:
+            return _measure(flags, engine, workload, baseline)
 
 
-def _tool(name: str, *arguments: str | Path) -> None:
-    """Run another tool of this folder.
+def _tool(words: str, target: Path) -> None:
+    """Run another tool of this folder, which writes ``target``.
 
     Raises:
         ValueError: it failed; the message ends with what it printed.
     """
-    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+    name, *arguments = shlex.split(words)
+    command = [sys.executable, str(TOOLS / name), *arguments, str(target)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         raise ValueError(f"{name} failed: {process.stderr.strip()[-500:]}")
 
 
 def _measure(
-    flags: argparse.Namespace, engine: "Engine", workload: Workload, huggingface: Any
+    flags: argparse.Namespace, engine: "Engine", workload: Workload, baseline: "HuggingFace | None"
 ) -> Report:
-    names = ("trunk pass", "decoding", "even", "first token", "generated")
-    parts: dict[str, list[float]] = {name: [] for name in names}
+    # Of a case's seconds, those of its parts.
+    parts: dict[str, list[float]] = defaultdict(list)
     kept: dict[str, Any] = {}
 
     def rollouts() -> None:
@@ -152,12 +164,8 @@ def _measure(
         parts["decoding"].append(time.perf_counter() - read)
 
     def no_shared_trunk() -> None:
-        prefixes = [
-            workload.document[:prefix]
-            for prefix in workload.prefixes
-            for _ in range(workload.group)
-        ]
-        engine.decode(workload, engine.read_trunks(prefixes, entropies=False), shared=False)
+        store = engine.read_trunks(workload.contexts, entropies=False)
+        engine.decode(workload, store, shared=False)
 
     def even() -> None:
         store = engine.read_trunks([workload.document])
@@ -165,15 +173,15 @@ def _measure(
         engine.decode(workload, store, spread=False)
         parts["even"].append(time.perf_counter() - began)
 
-    def generate() -> None:
-        kept.update(huggingface.generate(workload.longest))
+    def theirs() -> None:
+        kept.update(baseline.generate(workload.longest))
         parts["first token"].append(kept["first_token_seconds"])
         parts["generated"].append(kept["seconds"] - kept["first_token_seconds"])
 
     cases: dict[str, Any] = {"rollouts": rollouts}
     rollouts()
-    lengths = kept["responses"].lengths.flatten()
-    live = [int((lengths > step).sum()) for step in range(int(lengths.max()))]
+    lengths = [len(response) for group in kept["responses"] for response in group]
+    live = [sum(length > step for length in lengths) for step in range(max(lengths))]
     cases["products"] = lambda: engine.bare_products(workload, live)
     cases["attention's products"] = lambda: engine.attention_products(workload, live)
     if workload.spread:
@@ -183,13 +191,11 @@ def _measure(
     if not flags.no_baseline:
         cases["no shared trunk"] = no_shared_trunk
     setting = ""
-    if huggingface is not None:
-        setting = huggingface.best_setting(workload.longest)
-        cases["generate"] = generate
+    if baseline is not None:
+        setting = baseline.best_setting(workload.longest)
+        cases["generate"] = theirs
     seconds = interleaved(cases, flags.repeats, warm_ups=0)
-    for name, times in parts.items():
-        if times:
-            seconds[name] = times[-flags.repeats :]
+    seconds |= {name: times[-flags.repeats :] for name, times in parts.items()}
     seconds["bytes"] = [engine.bytes_seconds(workload, live)]
     report = _report(flags, engine, workload, live, seconds, setting, kept)
     if flags.plot:
@@ -284,37 +290,23 @@ def plot_occupancy(path: Path, decoded: Sequence[int], live: Sequence[int]) -> N
 
 
 class HuggingFace:
-    """``huggingface.py`` in a process of its own: where the CPU stands in for CUDA a
-    Hugging Face model does not work."""
+    """``benchmarks.huggingface`` in a process of its own."""
 
     def __init__(self, directory: Path, prompts: list[list[int]], threads: int) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(TOOLS / "benchmarks/huggingface.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._setting: dict[str, Any] = {}
-        self._ask(directory=str(directory), prompts=prompts, threads=threads)
+        start = (str(directory), prompts, threads)
+        self._process = ProcessPoolExecutor(1, get_context("spawn"), huggingface.start, start)
+        self._setting: dict[str, str] = {}
 
     def __enter__(self) -> "HuggingFace":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.shutdown()
 
-    def _ask(self, **question: Any) -> dict[str, Any]:
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise ValueError("benchmarks/huggingface.py ended; its error stands above.")
-        return json.loads(answer)
-
-    def generate(self, tokens: int, rows: int | None = None, **setting: Any) -> dict[str, Any]:
+    def generate(self, tokens: int, rows: int | None = None, **setting: str) -> dict[str, Any]:
         """Seconds, and the bytes of its keys and values."""
-        return self._ask(tokens=tokens, rows=rows, **(setting or self._setting))
+        setting = setting or self._setting
+        return self._process.submit(huggingface.answer, tokens, rows, **setting).result()
 
     def best_setting(self, tokens: int) -> str:
         """The fastest for so many tokens on a small batch; used from now on."""
@@ -331,7 +323,7 @@ class HuggingFace:
 
 
 class KnownLengths:
-    """A grammar (``template.ResponseGrammar``) of responses that are all thought.
+    """A grammar (``prompt.grammar.ResponseGrammar``) of responses that are all thought.
 
     They have ``longest`` tokens, or, if they are ``spread``, evenly 1 to that many: of those that
     have s tokens, 1 of longest - s ends with the next one, by that token scrambled together with s.
@@ -349,7 +341,18 @@ class KnownLengths:
         self.done = torch.arange(longest + 1) == longest
 
 
-def scrambled(token: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True, kw_only=True)
+class KnownLengthsPrompt(Prompt):
+    """A prompt whose responses follow ``lengths`` instead of what they say."""
+
+    lengths: KnownLengths
+
+    def grammar(self, device: torch.device) -> KnownLengths:
+        """``lengths``, on the CPU like all of this benchmark."""
+        return self.lengths
+
+
+def scrambled(token: Tensor, step: Tensor) -> Tensor:
     """A number in [0, 2^32) that looks random for each pair of int64."""
     value = (token * 2654435761 + step * 0x9E3779B1 + 1) % 2**32
     for _ in range(2):
@@ -361,14 +364,13 @@ class Engine:
     """Our engine on a loaded model."""
 
     def __init__(self, checkpoint: Path, dtype: str, document: int, tokens: int) -> None:
-        from evaluate import model_flags, quiet_unless_it_fails, start_megatron
-
-        words = [*model_flags(checkpoint, None), *MEGATRON.split(), "--load", str(checkpoint)]
-        words += ["--seq-length", str(document), "--rmt-initial-budget", str(-(-tokens // 2))]
+        words = [*model_flags(checkpoint, None), *loading_flags(checkpoint, document)]
+        words += ["--rmt", "--rmt-template", "inline", "--rmt-answer-tokens", "1"]
+        words += ["--rmt-initial-budget", str(-(-tokens // 2))]
         words += ["--bf16"] if dtype == "bf16" else []
         with quiet_unless_it_fails():
-            self.training = start_megatron(words)
-        self.model = self.training.model.eval()
+            run = start_mid_training(words)
+        self.policy, self.prompt, self.model = run.policy, run.prompt, run.policy.model
         self._rows: list[int] = []
         self.model.embedding.register_forward_pre_hook(
             lambda module, args, kwargs: self._rows.append(kwargs["input_ids"].shape[1]),
@@ -383,7 +385,7 @@ class Engine:
         """
         with open(data, encoding="utf-8") as lines:
             text = "\n\n".join(json.loads(line)["text"] for line in lines if line.strip())
-        document = self.training.tokenizer.tokenize(text[: 20 * flags.document])[: flags.document]
+        document = get_tokenizer().tokenize(text[: 20 * flags.document])[: flags.document]
         if len(document) < flags.document:
             raise ValueError(f"--data {data} has only {len(document)} tokens; pass a longer text.")
         if not 0 < flags.positions <= flags.document:
@@ -392,62 +394,44 @@ class Engine:
         return Workload(
             document=list(document),
             prefixes=[step * (index + 1) for index in range(flags.positions)],
-            stem=self.training.stem(-(-flags.tokens // 2)),
+            stem=self.prompt.stem(-(-flags.tokens // 2)),
             group=flags.group,
             longest=flags.tokens,
             spread=flags.lengths == "spread",
         )
 
-    def read_trunks(self, documents: Sequence[Sequence[int]], entropies: bool = True) -> Any:
+    def read_trunks(
+        self, documents: Sequence[Sequence[int]], entropies: bool = True
+    ) -> KeyValueStore:
         """A store that holds every document."""
-        from megatron_rmt.model.pipeline import forward_through_stages
-        from megatron_rmt.rollout.kv_cache import KeyValueStore, TrunkVisibility
-        from megatron_rmt.rollout.prefill import read_trunk
-        from megatron_rmt.rollout.trunk import NO_LABEL, build_trunk, trunk_blocks
-
-        training = self.training
+        policy = self.policy
         store, first_row = KeyValueStore(sum(map(len, documents))), 0
         for document in documents:
-            tokens = torch.tensor([[*document]])
-            trunk = build_trunk(
-                tokens,
-                torch.arange(len(document))[None],
-                torch.tensor([[*document[1:], NO_LABEL]]),
-                torch.ones(tokens.shape),
-                head=[],
-                end_of_document=training.tokenizer.eod,
-                separate_documents=False,
-            )
+            sample = document_sample(torch.tensor(document))
             if entropies:
-                read_trunk(
-                    self.model,
-                    trunk,
-                    store,
-                    first_row,
-                    vocab_size=training.vocab_size,
-                    longest_position=training.longest_position,
-                    chunk_size=training.args.rmt_head_chunk_size,
-                )
+                read_trunk(policy, [sample], store, first_row)
             else:
-                blocks = trunk_blocks(trunk)
                 visibility = TrunkVisibility(
-                    tokens=len(trunk), blocks=blocks, store=store, first_row=first_row
+                    tokens=len(sample),
+                    blocks=tuple(trunk_blocks([sample])),
+                    store=store,
+                    first_row=first_row,
                 )
-                visibility.use_position_ids(trunk.position_ids, training.longest_position)
+                visibility.use_position_ids(sample.position_ids, policy.longest_position)
                 with torch.no_grad():
-                    forward_through_stages(self.model, trunk.tokens, visibility, lambda *_: None)
+                    forward_through_stages(self.model, sample.tokens, visibility, lambda *_: None)
             first_row += len(document)
         return store
 
     def decode(
-        self, workload: Workload, store: Any, shared: bool = True, spread: bool | None = None
-    ) -> tuple[list[int], Any]:
+        self,
+        workload: Workload,
+        store: KeyValueStore,
+        shared: bool = True,
+        spread: bool | None = None,
+    ) -> tuple[list[int], list[list[Rollout]]]:
         """Rows of each decoding pass, and the responses. ``store`` holds the document, or, if it is
         not ``shared``, a prefix for each rollout."""
-        from megatron_rmt.rollout.generate import RolloutSettings, generate
-        from megatron_rmt.rollout.live_rollouts import RolloutPosition
-
-        training = self.training
         copies = 1 if shared else workload.group
         positions: list[RolloutPosition] = []
         for prefix in workload.prefixes:
@@ -462,24 +446,22 @@ class Engine:
                         next_position=prefix,
                     )
                 )
+        spread = workload.spread if spread is None else spread
+        pieces = {field.name: getattr(self.prompt, field.name) for field in fields(self.prompt)}
+        lengths = KnownLengths(self.policy.vocab_size, workload.longest, spread)
         self._rows.clear()
         responses = generate(
-            self.model,
+            self.policy,
+            KnownLengthsPrompt(**pieces, lengths=lengths),
             store,
             positions,
-            workload.stem,
-            [],
-            KnownLengths(
-                training.vocab_size,
-                workload.longest,
-                workload.spread if spread is None else spread,
+            RolloutSettings(
+                group=workload.group // copies,
+                budget=workload.budget,
+                seed=1,
+                iteration=0,
+                temperature=workload.temperature,
             ),
-            RolloutSettings(workload.group // copies, workload.temperature, answer_tokens=1),
-            budget=workload.budget,
-            vocab_size=training.vocab_size,
-            longest_position=training.longest_position,
-            seed=1,
-            iteration=0,
         )
         return self._rows[1:], responses
 
@@ -525,8 +507,6 @@ class Engine:
 
     def bytes_seconds(self, workload: Workload, live: Sequence[int]) -> float:
         """Seconds to read all weights, the trunk and the tails of live rollouts at every step."""
-        from megatron_rmt.rollout.memory import key_value_bytes
-
         token = key_value_bytes(self.model)
         read = 0
         for step, rows in enumerate(live[1:], start=1):
@@ -536,16 +516,12 @@ class Engine:
 
     def key_value_bytes(self, workload: Workload) -> int:
         """Bytes of trunk and tails of the workload, all of it at a time."""
-        from megatron_rmt.rollout.memory import CacheSize, key_value_bytes
-
-        # An answer of one token could follow the thought.
-        tail = len(workload.stem) + 2 * workload.budget + 1
         return CacheSize(
-            key_value_bytes(self.model),
-            len(workload.document),
-            workload.rollouts,
-            workload.group,
-            tail,
+            token_bytes=key_value_bytes(self.model),
+            trunk_tokens=len(workload.document),
+            rows=workload.rollouts,
+            rows_per_position=workload.group,
+            tail_tokens=len(workload.stem) + self.prompt.bound(workload.budget).tokens,
         ).total_bytes
 
 

@@ -15,9 +15,11 @@ predictions.
 """
 
 import argparse
+import dataclasses
+import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,6 +31,7 @@ from megatron_rmt.cpu import platform as cpu_platform
 if not torch.cuda.is_available():
     cpu_platform.install()
 
+import numpy as np
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -37,12 +40,15 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from benchmarks.measurement import Report, interleaved, median, peak_memory
+from evaluation_passes import document_sample
 from megatron_rmt.algorithm.losses import Predictions, response_weights
-from megatron_rmt.model.blocks import Block, attended_pairs, position_block
 from megatron_rmt.model.tree_attention import check_backend
-from megatron_rmt.model.visibility import TreeVisibility, attach_tree_attention
+from megatron_rmt.model.visibility import attach_tree_attention
+from megatron_rmt.rollout.responses import Rollout
+from megatron_rmt.rollout.trunk import NO_LABEL
 from megatron_rmt.update.forward_step import LossSettings, Update, make_forward_step
-from megatron_rmt.update.tree import Tree
+from megatron_rmt.update.packing import TreeSize, tree_size
+from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 LAYERS, VOCABULARY = 30, 49152
@@ -60,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--branch-tokens": (32, "tokens R of a rollout after its prefix, stem included"),
         "--stem-tokens": (8, "of those, tokens of the stem, which a group shares"),
         "--layers": (LAYERS, "layers; the vocabulary shrinks with them, to keep the head's share"),
+        "--one-in": (
+            1,
+            "time one in N of the naive rollouts, evenly spread, and scale by FLOPs",
+        ),
+        "--shared-one-in": (1, "the same for the positions of 'prefix shared per position'"),
     }
     for name, (default, meaning) in sizes.items():
         parser.add_argument(name, type=int, default=default, help=f"{meaning} (default {default})")
@@ -69,18 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "sdpa", "lse", "flex"],
         default="auto",
         help="attention of all cases, as --rmt-attention (default auto)",
-    )
-    parser.add_argument(
-        "--one-in",
-        type=int,
-        default=1,
-        help="time one in N of the naive rollouts, evenly spread, and scale by FLOPs (default 1)",
-    )
-    parser.add_argument(
-        "--shared-one-in",
-        type=int,
-        default=1,
-        help="the same for the positions of 'prefix shared per position' (default 1)",
     )
     parser.add_argument(
         "--max-tokens",
@@ -107,6 +106,26 @@ class Problem:
         """Rollouts per position."""
         return self.responses.shape[1]
 
+    @property
+    def ntp_predictions(self) -> int:
+        """Rows of the document whose next token is learnt by teacher forcing."""
+        return len(self.document) - len({*self.rows, len(self.document) - 1})
+
+    def prefix(self, position: int) -> Tensor:
+        """What a position sees of the document."""
+        return self.document[: self.rows[position] + 1]
+
+    def position(self, position: int) -> ChosenPosition:
+        """A position with its group of rollouts."""
+        count = self.responses.shape[2]
+        drawn, log_probs = np.ones(count, dtype=bool), np.zeros(count, dtype=np.float32)
+        return ChosenPosition(
+            row=self.rows[position],
+            rollouts=[
+                Rollout(tokens.numpy(), drawn, log_probs) for tokens in self.responses[position]
+            ],
+        )
+
 
 def make_problem(
     trunk_tokens: int,
@@ -132,168 +151,117 @@ def make_problem(
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Layout:
-    """One micro-batch under construction. Every list holds what successive rows or predictions
-    need; see ``Tree``."""
+    """One micro-batch. rollouts: the numbers of those in it, in order. as_sequences: each sample is
+    a rollout with its whole prefix, and predicts its response alone."""
 
     problem: Problem
-    tokens: list[Tensor] = field(default_factory=list)
-    positions: list[Tensor] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
-    predicting: list[Tensor] = field(default_factory=list)
-    targets: list[Tensor] = field(default_factory=list)
-    rollouts: list[Tensor] = field(default_factory=list)
-    trunk_predictions: int = 0
-    size: int = 0
+    reasoned: list[ReasonedSample]
+    rollouts: list[int]
+    as_sequences: bool = False
 
-    def rows(self, tokens: Tensor, position: int) -> int:
-        """Append rows whose first is at ``position``; returns the first row."""
-        first = self.size
-        self.tokens.append(tokens)
-        self.positions.append(position + torch.arange(len(tokens)))
-        self.size += len(tokens)
-        return first
+    @functools.cached_property
+    def sizes(self) -> list[TreeSize]:
+        """Of each sample's tree."""
+        return [tree_size(of, len(self.problem.stem)) for of in self.reasoned]
 
-    def trunk(self) -> None:
-        """The document with the NTP predictions of the rows that were not chosen."""
-        document = self.problem.document
-        first = self.rows(document, 0)
-        self.blocks.append(Block(first, self.size))
-        predicts = torch.ones(len(document), dtype=torch.bool)
-        predicts[[*self.problem.rows, -1]] = False
-        rows = predicts.nonzero()[:, 0]
-        self.predicting.append(first + rows)
-        self.targets.append(document[rows + 1])
-        self.trunk_predictions = len(rows)
-
-    def prefix(self, position: int) -> int:
-        """A copy of what a position sees of the document, as a document; returns its first row."""
-        limit = self.problem.rows[position] + 1
-        first = self.rows(self.problem.document[:limit], 0)
-        self.blocks.append(Block(first, self.size))
-        return first
-
-    def position(self, position: int, trunk_first: int) -> None:
-        """Stem and branches of a position whose trunk begins at row ``trunk_first``."""
-        stem, group = self.problem.stem, self.problem.group
-        limit = self.problem.rows[position] + 1
-        first = self.rows(stem, limit)
-        last_of_stem = self.size - 1
-        for rollout in range(group):
-            response = self.problem.responses[position, rollout]
-            branch = self.rows(response[:-1], limit + len(stem))
-            self._response(position * group + rollout, last_of_stem, branch)
-        branches = [self.problem.responses.shape[2] - 1] * group
-        self.blocks.append(
-            position_block(first, trunk_first, trunk_first + limit, len(stem), branches)
-        )
-
-    def sequence(self, rollout: int, length: int | None = None) -> None:
-        """A rollout with its whole prefix, padded to ``length``."""
-        position, index = divmod(rollout, self.problem.group)
-        limit = self.problem.rows[position] + 1
-        response = self.problem.responses[position, index]
-        before = torch.cat([self.problem.document[:limit], self.problem.stem])
-        tokens = torch.cat([before, response[:-1]])
-        padding = 0 if length is None else length - len(tokens)
-        first = self.rows(F.pad(tokens, (0, padding)), 0)
-        self.blocks.append(Block(first, self.size))
-        self._response(rollout, first + len(before) - 1, first + len(before))
-
-    def _response(self, rollout: int, before: int, branch: int) -> None:
-        response = self.problem.responses.flatten(0, 1)[rollout]
-        self.predicting += [torch.tensor([before]), branch + torch.arange(len(response) - 1)]
-        self.targets.append(response)
-        self.rollouts.append(torch.full((len(response),), rollout))
+    @property
+    def size(self) -> int:
+        """Packed tokens."""
+        return sum(size.tokens for size in self.sizes)
 
     def update(self, attention: str, device: torch.device) -> Update:
-        """The finished micro-batch, with the weights of the loss of the whole problem."""
-        problem = self.problem
-        visibility = TreeVisibility(
-            tokens=self.size, blocks=tuple(self.blocks), attention=attention
+        """The micro-batch, made anew, with the weights of the loss of the whole problem."""
+        problem, length = self.problem, self.problem.responses.shape[2]
+        tree = grow_tree(
+            self.reasoned,
+            problem.stem.tolist(),
+            longest_position=len(problem.document) + len(problem.stem) + length,
+            device=device,
+            attention=attention,
         )
-        longest = len(problem.document) + len(problem.stem) + problem.responses.shape[2]
-        visibility.use_position_ids(torch.cat(self.positions).to(device), longest)
-        rollouts = torch.cat([torch.empty(0, dtype=torch.int64), *self.rollouts])
-        drawn = torch.ones(len(rollouts), dtype=torch.bool)
+        if self.as_sequences:
+            log_probs = torch.zeros(len(self.rollouts) * length, device=device)
+            tree = dataclasses.replace(
+                tree,
+                trunk_predictions=0,
+                ntp_mask=tree.ntp_mask[:0],
+                rollouts=torch.arange(len(self.rollouts), device=device).repeat_interleave(length),
+                drawn=torch.ones_like(log_probs, dtype=torch.bool),
+                drawn_log_probs=log_probs,
+            )
         policy = response_weights(
-            problem.advantages.flatten(), rollouts, drawn, positions=problem.advantages.numel()
+            problem.advantages.flatten()[self.rollouts].to(device),
+            tree.rollouts,
+            tree.drawn,
+            positions=problem.advantages.numel(),
         )
-        ntp_mask = torch.ones(self.trunk_predictions)
-        tree = Tree(
-            tokens=torch.cat(self.tokens).to(device),
-            visibility=visibility,
-            predicting=torch.cat(self.predicting).to(device),
-            targets=torch.cat(self.targets).to(device),
-            trunk_predictions=self.trunk_predictions,
-            ntp_mask=ntp_mask.to(device),
-            rollouts=rollouts.to(device),
-            drawn=drawn.to(device),
-            drawn_log_probs=torch.zeros(len(rollouts), device=device),
-        )
-        predictions = Predictions.of(
-            (ntp_mask / ntp_predictions(problem)).to(device),
-            policy.to(device),
-            torch.zeros_like(policy).to(device),
-            tree.drawn_log_probs,
-        )
-        return Update(tree, predictions, {})
-
-
-def ntp_predictions(problem: Problem) -> int:
-    """Rows of the document whose next token is learnt by teacher forcing."""
-    return len(problem.document) - len({*problem.rows, len(problem.document) - 1})
+        ntp = tree.ntp_mask / problem.ntp_predictions
+        weights = Predictions.of(ntp, policy, torch.zeros_like(policy), tree.drawn_log_probs)
+        return Update(tree, weights, {})
 
 
 def tree_layouts(problem: Problem) -> list[Layout]:
     """One micro-batch: the document, and stem and branches of every position."""
-    layout = Layout(problem)
-    layout.trunk()
-    for position in range(len(problem.rows)):
-        layout.position(position, 0)
-    return [layout]
+    trunk = document_sample(problem.document)
+    positions = [problem.position(position) for position in range(len(problem.rows))]
+    rollouts = range(problem.advantages.numel())
+    return [Layout(problem, [ReasonedSample(trunk, positions)], [*rollouts])]
 
 
 def trunk_layouts(problem: Problem) -> list[Layout]:
     """The document alone, which every baseline needs once for its NTP loss."""
-    layout = Layout(problem)
-    layout.trunk()
-    return [layout]
+    labels = problem.document[1:].clone()
+    labels[list(problem.rows)] = NO_LABEL
+    return [Layout(problem, [ReasonedSample(document_sample(problem.document, labels))], [])]
 
 
 def packed_layouts(problem: Problem, rollouts: Sequence[int], most: int) -> list[Layout]:
     """Each of ``rollouts`` a sequence of its own, in micro-batches of at most ``most`` tokens."""
-    return _divided(problem, rollouts, most, lambda layout, rollout: layout.sequence(rollout))
+    return _packed((_sequence(problem, rollout) for rollout in rollouts), most)
 
 
 def padded_layouts(problem: Problem, rollouts: Sequence[int], most: int) -> list[Layout]:
     """As ``packed_layouts``, each sequence padded to the longest of the problem."""
     longest = problem.rows[-1] + len(problem.stem) + problem.responses.shape[2]
-    return _divided(problem, rollouts, most, lambda layout, index: layout.sequence(index, longest))
+    return _packed((_sequence(problem, rollout, longest) for rollout in rollouts), most)
+
+
+def _sequence(problem: Problem, rollout: int, length: int = 0) -> Layout:
+    """A rollout with its whole prefix, padded to ``length``."""
+    position, index = divmod(rollout, problem.group)
+    response = problem.responses[position, index]
+    before = torch.cat([problem.prefix(position), problem.stem])
+    tokens = torch.cat([before, response[:-1]])
+    tokens = F.pad(tokens, (0, max(0, length - len(tokens))))
+    sample = document_sample(tokens, response, first=len(before) - 1)
+    return Layout(problem, [ReasonedSample(sample)], [rollout], as_sequences=True)
 
 
 def shared_layouts(problem: Problem, positions: Sequence[int], most: int) -> list[Layout]:
     """Each of ``positions`` with a copy of its prefix, which its group shares."""
-    return _divided(
-        problem,
-        positions,
-        most,
-        lambda layout, position: layout.position(position, layout.prefix(position)),
-    )
+    return _packed((_shared(problem, position) for position in positions), most)
 
 
-def _divided(
-    problem: Problem, items: Sequence[int], most: int, append: Callable[[Layout, int], None]
-) -> list[Layout]:
+def _shared(problem: Problem, position: int) -> Layout:
+    row, group = problem.rows[position], problem.group
+    sample = document_sample(problem.prefix(position), problem.document[[row + 1]], first=row)
+    rollouts = range(position * group, (position + 1) * group)
+    return Layout(problem, [ReasonedSample(sample, [problem.position(position)])], [*rollouts])
+
+
+def _packed(items: Iterable[Layout], most: int) -> list[Layout]:
+    """``items`` in order, in micro-batches of at most ``most`` tokens."""
     layouts: list[Layout] = []
     for item in items:
-        alone = Layout(problem)
-        append(alone, item)
-        if not layouts or layouts[-1].size + alone.size > most:
-            layouts.append(alone)
-        else:
-            append(layouts[-1], item)
+        if not layouts or layouts[-1].size + item.size > most:
+            layouts.append(item)
+            continue
+        last = layouts[-1]
+        layouts[-1] = dataclasses.replace(
+            last, reasoned=last.reasoned + item.reasoned, rollouts=last.rollouts + item.rollouts
+        )
     return layouts
 
 
@@ -310,10 +278,10 @@ def flops(layouts: Sequence[Layout], layers: int) -> float:
     projections = HIDDEN * (2 * HEADS + 2 * KV_HEADS) * WIDTH + 3 * HIDDEN * FFN
     total = 0.0
     for layout in layouts:
-        predictions = sum(len(targets) for targets in layout.targets)
-        total += 6 * layers * projections * layout.size
-        total += 14 * layers * HEADS * WIDTH * attended_pairs(layout.blocks)
-        total += 6 * HIDDEN * layout.problem.vocab_size * predictions
+        for size in layout.sizes:
+            total += 6 * layers * projections * size.tokens
+            total += 14 * layers * HEADS * WIDTH * size.pairs
+            total += 6 * HIDDEN * layout.problem.vocab_size * size.predictions
     return total
 
 
@@ -370,7 +338,7 @@ def run_update(model: GPTModel, problem: Problem, updates: Sequence[Update]) -> 
         temperature=TEMPERATURE,
         vocab_size=problem.vocab_size,
         chunk_size=384,
-        ntp_tokens=float(ntp_predictions(problem)),
+        ntp_tokens=float(problem.ntp_predictions),
         scale=1.0,
     )
     forward_step = make_forward_step(settings)
@@ -406,30 +374,19 @@ def run(flags: argparse.Namespace) -> Report:
     device = next(model.parameters()).device
     check_backend(flags.backend, device)
 
-    tree = tree_layouts(problem)
+    tree, document = tree_layouts(problem), trunk_layouts(problem)
     most = flags.max_tokens or tree[0].size
-    rollouts, positions = range(problem.responses[..., 0].numel()), range(flags.positions)
-    some, some_positions = (
-        evenly(len(rollouts), flags.one_in),
-        evenly(len(positions), flags.shared_one_in),
-    )
+    rollouts, positions = problem.advantages.numel(), flags.positions
     # Whole layouts, and those that are timed in their place.
-    cases = {
-        "tree": (tree, tree),
-        "document alone": (trunk_layouts(problem), trunk_layouts(problem)),
-        "prefix shared per position": (
-            shared_layouts(problem, positions, most),
-            shared_layouts(problem, some_positions, most),
-        ),
-        "naive packed": (
-            packed_layouts(problem, rollouts, most),
-            packed_layouts(problem, some, most),
-        ),
-        "naive padded": (
-            padded_layouts(problem, rollouts, most),
-            padded_layouts(problem, some, most),
-        ),
+    cases = {"tree": (tree, tree), "document alone": (document, document)}
+    baselines = {
+        "prefix shared per position": (shared_layouts, positions, flags.shared_one_in),
+        "naive packed": (packed_layouts, rollouts, flags.one_in),
+        "naive padded": (padded_layouts, rollouts, flags.one_in),
     }
+    for name, (lay_out, count, one_in) in baselines.items():
+        some = evenly(count, one_in)
+        cases[name] = lay_out(problem, range(count), most), lay_out(problem, some, most)
 
     def timed(layouts: Sequence[Layout]) -> Callable[[], object]:
         def update() -> Tensor:
@@ -452,7 +409,6 @@ def run(flags: argparse.Namespace) -> Report:
         name: median(times[name]) * work[name] / flops(measured, flags.layers)
         for name, (_, measured) in cases.items()
     }
-    baselines = [name for name in cases if name not in ("tree", "document alone")]
     for name in baselines:
         work[name] += work["document alone"]
         seconds[name] += seconds["document alone"]
@@ -489,19 +445,22 @@ def run(flags: argparse.Namespace) -> Report:
             "peak MB",
         ],
         rows=table,
-        notes=_notes(flags, len(some), len(rollouts), len(some_positions)),
-        data={"seconds": times, "flops": work, "peak_mebibytes": memory, "flags": _plain(flags)},
+        notes=_notes(flags, rollouts),
+        data={
+            "seconds": times,
+            "flops": work,
+            "peak_mebibytes": memory,
+            "flags": {name: str(value) for name, value in vars(flags).items()},
+        },
     )
 
 
 def _check(flags: argparse.Namespace) -> None:
-    for name in ("trunk_tokens", "positions", "group", "stem_tokens", "layers", "one_in"):
+    least_one = ("trunk_tokens", "positions", "group", "stem_tokens", "layers", "one_in")
+    for name in (*least_one, "shared_one_in"):
         if getattr(flags, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(flags, name)}; pass 1 or more."
-            )
-    if flags.shared_one_in < 1:
-        raise ValueError(f"--shared-one-in is {flags.shared_one_in}; pass 1 or more.")
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is {getattr(flags, name)}; pass 1 or more.")
     if flags.branch_tokens <= flags.stem_tokens:
         raise ValueError(
             f"--branch-tokens is {flags.branch_tokens}; pass more than --stem-tokens "
@@ -514,26 +473,21 @@ def _check(flags: argparse.Namespace) -> None:
         )
 
 
-def _notes(
-    flags: argparse.Namespace, rollouts: int, all_rollouts: int, positions: int
-) -> list[str]:
-    return [
+def _notes(flags: argparse.Namespace, rollouts: int) -> list[str]:
+    timed = len(evenly(rollouts, flags.one_in))
+    positions = len(evenly(flags.positions, flags.shared_one_in))
+    notes = [
         "'of tree': seconds over the tree's; 'FLOPs of tree': what the arithmetic alone would "
         "give; 'of FLOP ratio': the first over the second.",
-        f"Naive cases: {rollouts} of {all_rollouts} rollouts timed; prefix shared: {positions} of "
+        f"Naive cases: {timed} of {rollouts} rollouts timed; prefix shared: {positions} of "
         f"{flags.positions} positions; both scaled by FLOPs, and the document's own pass for the "
         "NTP loss, timed apart, added.",
         "Peak: most bytes of a micro-batch beyond the weights; the baselines' micro-batches hold "
         "at most as many tokens as the tree.",
-    ] + (
-        [
+    ]
+    if flags.layers != LAYERS:
+        notes.append(
             f"{flags.layers} of {LAYERS} layers with a vocabulary of {flags.layers}/{LAYERS}: the "
             "head keeps its share."
-        ]
-        if flags.layers != LAYERS
-        else []
-    )
-
-
-def _plain(flags: argparse.Namespace) -> dict[str, object]:
-    return {name: str(value) for name, value in vars(flags).items()}
+        )
+    return notes

@@ -14,8 +14,9 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conversion.huggingface_weights import read_json
 from conversion.model_config import read_config
+from convert_checkpoint import flags_of
+from model_on_hand import loading_flags, start_megatron
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt.gpt_model import GPTModel
 
 # Of a longer text the beginning is compared, which bounds the memory that the logits take.
 MAXIMUM_TOKENS = 4096
@@ -46,50 +52,13 @@ def huggingface_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
         return model(ids).logits
 
 
-def build_megatron_model(directory: Path, sequence_length: int, flags: list[str]) -> Any:
+def build_megatron_model(directory: Path, sequence_length: int, flags: Sequence[str]) -> "GPTModel":
     """This rank's part of the model, from the checkpoint's own flags, with its weights loaded."""
-    from convert_checkpoint import flags_of
-
-    sys.argv[1:] = shlex.split(
-        f"{flags_of(directory)} --load {shlex.quote(str(directory))} --finetune "
-        "--ckpt-format torch_dist --exit-on-missing-checkpoint --micro-batch-size 1 --lr 1e-5 "
-        f"--train-iters 1 --seq-length {sequence_length}"
-    )
-    sys.argv += flags
-    # Megatron insists on it under tensor parallelism (it matters on GPUs before Blackwell).
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-
-    from megatron_rmt.cpu import platform as cpu_platform
-    from megatron_rmt.job import console
-
-    console.leave_out_library_warnings()
-    cpu_platform.install_if_no_cuda()
-
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training import get_args, initialize
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.checkpointing import load_checkpoint
-    from megatron.training.models.gpt import GPTModelBuilder
-
-    parse_and_validate_args()
-    # Only data sets need the helpers that it compiles.
-    initialize._compile_dependencies = lambda: None
-    initialize.initialize_megatron()
-    config = gpt_config_from_args(get_args())
-    # Megatron 0.19 drops it (github.com/NVIDIA/Megatron-LM/issues/6305).
-    config.rope_scaling_factor = get_args().rope_scaling_factor
-    config.parallel_output = False
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = GPTModelBuilder(config).build_model(groups).cuda().eval()
-    load_checkpoint([model], None, None)
-    return model
+    of_model = shlex.split(flags_of(directory))
+    return start_megatron([*of_model, *loading_flags(directory, sequence_length), *flags])
 
 
-def megatron_logits(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
+def megatron_logits(model: "GPTModel", ids: torch.Tensor) -> torch.Tensor | None:
     """Logits ``[1, tokens, vocabulary]`` of Megatron; None on all but the last pipeline stage."""
     from megatron.core import parallel_state
     from megatron.training import get_args
@@ -104,7 +73,7 @@ def megatron_logits(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
         torch.distributed.recv(stage, parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor(stage)
     with torch.no_grad():
-        output = model(ids, positions[None], hidden_of_others)
+        output = model(ids, positions[None], hidden_of_others, runtime_gather_output=True)
     if not parallel_state.is_pipeline_last_stage():
         next_rank = parallel_state.get_pipeline_model_parallel_next_rank()
         torch.distributed.send(output.contiguous(), next_rank)
@@ -133,13 +102,9 @@ def main() -> None:
         logits = megatron_logits(
             build_megatron_model(arguments.directory, ids.shape[1], flags), ids
         )
-    if logits is not None and int(os.environ.get("LOCAL_RANK", "0")) in (0, last_rank()):
+    last_rank = int(os.environ.get("WORLD_SIZE", "1")) - 1
+    if logits is not None and int(os.environ.get("LOCAL_RANK", "0")) in (0, last_rank):
         torch.save(logits, arguments.output)
-
-
-def last_rank() -> int:
-    """The highest rank of this job."""
-    return int(os.environ.get("WORLD_SIZE", "1")) - 1
 
 
 if __name__ == "__main__":

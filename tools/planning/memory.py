@@ -10,8 +10,7 @@ import dataclasses
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_rmt.mid_training import kv_bound
-from megatron_rmt.rollout.memory import GIB, CacheSize
+from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes
 from planning.work import SampleWork
 
 FP32 = 4
@@ -312,9 +311,10 @@ def _rollouts(
 ) -> tuple[float, float]:
     """(keys and values, what else decoding holds at its largest)."""
     size, tp = args.params_bytes, args.tensor_model_parallel_size
-    plan = key_value_plan(args, work, longest)
-    at_once = min(plan.positions, plan.positions_at_once(kv_bound(args)) * plan.in_flight)
-    key_values = plan.trunk_bytes + at_once * plan.position_bytes
+    cache = cache_of_step(args, work, longest)
+    fit = cache.positions_at_once(in_bytes(args.rmt_rollout_kv_gib)) * cache.in_flight
+    at_once = min(cache.positions, fit)
+    key_values = cache.trunk_bytes + at_once * cache.position_bytes
     rows = at_once * args.rmt_group_size
     columns = args.head_columns / tp
     gathered = args.hidden_size * size
@@ -332,14 +332,14 @@ def _rollouts(
         seen = work.span + stem + longest
         scores = queries * args.num_attention_heads / tp * seen * (2 * FP32 + 2 * size)
     # When rows leave at most half of them move, keys or values of a layer at a time.
-    moved = at_once * plan.position_bytes / max(1, args.layers_per_stage) / 4
+    moved = at_once * cache.position_bytes / max(1, args.layers_per_stage) / 4
     # Of a half-precision head a CPU holds a copy in fp32.
     wide = FP32 * _table(args) * args.hidden_size if args.on_cpu and size != FP32 else 0.0
     return key_values, wide + max(reading * through_a_layer, drawing + scores, moved)
 
 
-def key_value_plan(args: Namespace, work: SampleWork, longest: float) -> CacheSize:
-    """The plan that a run prints, for responses of at most ``longest`` tokens."""
+def cache_of_step(args: Namespace, work: SampleWork, longest: float) -> CacheSize:
+    """Keys and values of a step with responses of at most ``longest`` tokens."""
     samples = args.global_batch_size // args.data_parallel_size
     per_rank = max(1, args.key_width // args.kv_channels // args.tensor_model_parallel_size)
     return CacheSize(

@@ -4,6 +4,7 @@ Flags are read by Megatron's own parser with RMT's group. What Megatron would de
 a run starts, with a device at hand, is derived here in the same way, as far as a plan needs it.
 """
 
+import dataclasses
 import io
 import json
 import math
@@ -13,9 +14,8 @@ import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -25,24 +25,18 @@ from megatron.training.arguments import add_megatron_arguments
 from conversion.huggingface_directory import TOKENIZERS
 from conversion.model_config import megatron_flags, read_config
 from examples.recipe import recipe_flags
-from megatron_rmt.cpu.platform import add_required_flags
-from megatron_rmt.job.settings import add_rmt_arguments
-from megatron_rmt.prompt.prompt import encode_prompt, position_problem, prompt_template
-from megatron_rmt.prompt.template import Template, load_template
-from megatron_rmt.prompt.token_bytes import token_bytes
+from megatron_rmt.algorithm.schedules import Schedule
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.job.settings import add_rmt_arguments, setting_problems
+from megatron_rmt.job.validation import unsupported
+from megatron_rmt.mid_training import fitting_problem, read_prompt
+from megatron_rmt.prompt.prompt import Prompt
+from megatron_rmt.prompt.template import load_template
+from model_on_hand import FLAGS
 from planning.work import Documents, Lengths, documents_in_samples
 
 # Without a tokenizer: letters of English to a token, and tokens of a chat's markers.
 LETTERS_PER_TOKEN, CHAT_TOKENS = 4, 24
-FLAGS = "model_flags.txt"
-# What every plan refuses, because RMT does.
-_UNSUPPORTED = {
-    "context_parallel_size": 1,
-    "num_layers_per_virtual_pipeline_stage": None,
-    "num_virtual_stages_per_pipeline_rank": None,
-    "multi_latent_attention": False,
-    "hybrid_layer_pattern": None,
-}
 
 
 def model_words(model: Path | None, model_flags: Path | None, recipe: Path | None) -> list[str]:
@@ -109,51 +103,43 @@ def parse_flags(recipe: Path | None, words: Sequence[str], model: Sequence[str])
     return args
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """The prompt's pieces and their lengths. tokenizer: None where none is at hand; lengths then
-    are estimates from the number of letters. vocabulary: its tokens."""
-
-    template: Template
-    tokenizer: Any = None
-    vocabulary: int | None = None
-    chat_tokens: int = 0
-
-    def tokens(self, text: str) -> int:
-        if self.tokenizer is not None:
-            return len(encode_prompt(self.tokenizer, text))
-        return math.ceil(len(text) / LETTERS_PER_TOKEN)
-
-    @property
-    def head(self) -> int:
-        return self.tokens(self.template.head) + (self.chat_tokens if self.template.head else 0)
-
-    @property
-    def close(self) -> int:
-        # An estimate would say 2, but models that reason have a token for it.
-        return self.tokens(self.template.close) if self.tokenizer is not None else 1
-
-    def stem(self, budget: int) -> int:
-        added = 0 if self.template.head else self.chat_tokens
-        return self.tokens(self.template.stem_text(budget)) + added
-
-
-def read_prompt(args: Namespace) -> Prompt:
-    """The prompt of ``args``, by its tokenizer where that is on this machine.
+def prompt_of(args: Namespace) -> Prompt:
+    """The prompt of ``args``, by its tokenizer where that is on this machine, else an estimate.
 
     Raises:
         ValueError: there is no such template, or it and the tokenizer do not go together.
     """
-    folder = args.tokenizer_model
+    settings, folder = Settings.of(args), args.tokenizer_model
     if folder and Path(folder).exists():
         with redirect_stdout(io.StringIO()):
             # Building a tokenizer pads the vocabulary of its arguments.
             padded = Namespace(**vars(args) | {"rank": 1, "padded_vocab_size": None})
-            tokenizer = build_tokenizer(padded)
-        return Prompt(prompt_template(args, tokenizer), tokenizer, len(token_bytes(tokenizer)))
-    template = load_template(args.rmt_template)
-    chats = template.answer == "boxed" and not args.rmt_no_chat
-    return Prompt(template, chat_tokens=CHAT_TOKENS if chats else 0)
+            return read_prompt(settings, build_tokenizer(padded))
+    template = load_template(settings.template)
+    if template.answer == "boxed" and not settings.no_chat:
+        markers = "." * (CHAT_TOKENS * LETTERS_PER_TOKEN)
+        where = "head" if template.head else "stem"
+        template = dataclasses.replace(template, **{where: markers + getattr(template, where)})
+
+    def encode(text: str) -> list[int]:
+        # An estimate would say 2 for its end, but models that reason have a token for it.
+        count = 1 if text == template.close else math.ceil(len(text) / LETTERS_PER_TOKEN)
+        return [0] * count
+
+    return Prompt(
+        template=template,
+        encode=encode,
+        bytes_of=[],
+        stop=[],
+        end_of_document=0,
+        answer_tokens=settings.answer_tokens,
+        force_close=settings.force_close,
+    )
+
+
+def is_counted(prompt: Prompt) -> bool:
+    """Whether a tokenizer gave the prompt's lengths; else they are estimates from its letters."""
+    return len(prompt.bytes_of) > 0
 
 
 def corpus_documents(args: Namespace, document_tokens: int | None) -> tuple[Documents, str]:
@@ -188,13 +174,11 @@ def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: P
     the names of ``TransformerConfig`` that ``packing.tree_cost`` reads.
 
     Raises:
-        ValueError: a flag is missing, or sizes do not divide.
+        ValueError: a flag is missing, RMT refuses it, or sizes do not divide or fit.
     """
     args = Namespace(**vars(given))
-    for name, needed in _UNSUPPORTED.items():
-        if getattr(args, name, needed) != needed:
-            raise ValueError(f"{_flag(name)} is {getattr(args, name)}; RMT does not run with it.")
-    if args.rmt_no_rl:
+    settings = Settings.of(args)
+    if settings.no_rl:
         raise ValueError("--rmt-no-rl is plain pre-training; a plan is of RMT: leave it out.")
     for name in ("num_layers", "hidden_size", "num_attention_heads"):
         if getattr(args, name) is None:
@@ -202,9 +186,12 @@ def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: P
     for name in ("seq_length", "micro_batch_size"):
         if getattr(args, name) is None:
             raise ValueError(f"{_flag(name)} is not set; pass it as to the run.")
-    for name in ("rmt_positions_per_sample", "rmt_group_size", "rmt_answer_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{_flag(name)} is {getattr(args, name)}; pass 1 or more.")
+    args.virtual_pipeline_model_parallel_size = (
+        args.num_virtual_stages_per_pipeline_rank or args.num_layers_per_virtual_pipeline_stage
+    )
+    problems = [*setting_problems(args), *unsupported(args)]
+    if problems:
+        raise ValueError(" ".join(problems))
     args.world_size, args.on_cpu = world_size, on_cpu
     _derive_layout(args)
     _derive_model(args, prompt)
@@ -213,21 +200,9 @@ def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: P
     reduced_in_half = args.fp16 and not args.accumulate_allreduce_grads_in_fp32
     args.gradient_bytes = 2 if args.grad_reduce_in_bf16 or reduced_in_half else 4
     args.apply_rope_fusion = args.apply_rope_fusion and args.transformer_impl != "local"
-    if args.train_iters is None:
-        if not args.train_samples:
-            raise ValueError("--train-iters is not set; the budget decays over them: pass it.")
-        args.train_iters = args.train_samples // args.global_batch_size
-    needed = args.seq_length + prompt.head + prompt.stem(args.rmt_initial_budget)
-    needed += 2 * args.rmt_initial_budget + 2 * prompt.close + args.rmt_answer_tokens + 16
-    problem = position_problem(args, needed)
+    problem = fitting_problem(args, settings, prompt)
     if problem:
         raise ValueError(problem)
-    held = args.micro_batch_size * (args.seq_length + prompt.head)
-    if args.rmt_max_tokens is not None and args.rmt_max_tokens < held:
-        raise ValueError(
-            f"--rmt-max-tokens is {args.rmt_max_tokens}, but a micro-batch has {held} tokens "
-            "before any rollout; raise it, or lower --micro-batch-size or --seq-length."
-        )
     return args
 
 
@@ -237,40 +212,31 @@ def _flag(name: str) -> str:
 
 def _derive_layout(args: Namespace) -> None:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if args.world_size < 1 or args.world_size % (tp * pp):
-        raise ValueError(
-            f"--world-size is {args.world_size}, not a multiple of --tensor-model-parallel-size "
-            f"{tp} times --pipeline-model-parallel-size {pp}; change one of them."
-        )
-    args.data_parallel_size = args.world_size // (tp * pp)
     args.expert_tensor_parallel_size = args.expert_tensor_parallel_size or tp
-    of_experts = args.expert_model_parallel_size * args.expert_tensor_parallel_size * pp
-    if args.world_size % of_experts:
-        raise ValueError(
-            f"--world-size is {args.world_size}, not a multiple of the {of_experts} ranks that "
-            "--expert-model-parallel-size, --expert-tensor-parallel-size and "
-            "--pipeline-model-parallel-size ask for; change one of them."
-        )
+    experts = args.expert_model_parallel_size
+    of_experts = experts * args.expert_tensor_parallel_size * pp
+    args.data_parallel_size = args.world_size // (tp * pp)
     args.expert_data_parallel_size = args.world_size // of_experts
     at_once = args.micro_batch_size * args.data_parallel_size
     args.global_batch_size = args.global_batch_size or at_once
-    if args.global_batch_size % at_once:
-        raise ValueError(
-            f"--global-batch-size is {args.global_batch_size}, not a multiple of "
-            f"--micro-batch-size {args.micro_batch_size} times {args.data_parallel_size} "
-            "data-parallel ranks; change one of them."
-        )
-    args.micro_batches = args.global_batch_size // at_once
-    for name, parts, flag in (
-        ("num_layers", pp, "pipeline_model_parallel_size"),
-        ("num_attention_heads", tp, "tensor_model_parallel_size"),
-        ("num_experts", args.expert_model_parallel_size, "expert_model_parallel_size"),
+    tensor, pipeline = f"--tensor-model-parallel-size {tp}", f"--pipeline-model-parallel-size {pp}"
+    three = "--expert-model-parallel-size, --expert-tensor-parallel-size and "
+    three += "--pipeline-model-parallel-size"
+    batch = f"--micro-batch-size {args.micro_batch_size} times {args.data_parallel_size}"
+    for name, parts, of in (
+        ("world_size", tp * pp, f"{tensor} times {pipeline}"),
+        ("world_size", of_experts, f"the {of_experts} ranks that {three} ask for"),
+        ("global_batch_size", at_once, f"{batch} data-parallel ranks"),
+        ("num_layers", pp, pipeline),
+        ("num_attention_heads", tp, tensor),
+        ("num_experts", experts, f"--expert-model-parallel-size {experts}"),
     ):
-        if (getattr(args, name) or 0) % parts:
+        value = getattr(args, name)
+        if value is not None and (value < parts or value % parts):
             raise ValueError(
-                f"{_flag(name)} is {getattr(args, name)}, not a multiple of {_flag(flag)} {parts}; "
-                "change the latter."
+                f"{_flag(name)} is {value}, not a multiple of {of}; change one of them."
             )
+    args.micro_batches = args.global_batch_size // at_once
     args.layers_per_stage = args.num_layers // pp
 
 
@@ -292,35 +258,28 @@ def _derive_model(args: Namespace, prompt: Prompt) -> None:
         )
     args.query_width = args.num_attention_heads * args.kv_channels
     args.key_width = args.num_query_groups * args.kv_channels
-    known = args.vocab_size or args.padded_vocab_size or prompt.vocabulary
-    if known is None:
+    known = args.vocab_size or args.padded_vocab_size or len(prompt.bytes_of)
+    if not known:
         raise ValueError("--vocab-size is not set and no tokenizer is here; pass it.")
     args.true_vocab_size = known
     if args.padded_vocab_size is None:
         multiple = args.make_vocab_size_divisible_by * tp
         args.padded_vocab_size = -(-known // multiple) * multiple
-    args.head_columns = prompt.vocabulary or known
-
-
-def on_this_cpu(words: Sequence[str]) -> list[str]:
-    """``words`` with the flags that a run without CUDA adds by itself."""
-    return add_required_flags(words)
+    args.head_columns = len(prompt.bytes_of) or known
 
 
 def lengths_of_step(
-    args: Namespace, prompt: Prompt, budget: int, thought: float, answer: float, warm_up: bool
-) -> tuple[Lengths, float, float]:
+    prompt: Prompt, schedule: Schedule, thought: float, answer: float
+) -> tuple[Lengths, float, int]:
     """(lengths, longest response, tokens that its keys and values are allocated for) of a step.
 
-    thought: mean length, cut at the bound where generation stops.
+    thought, answer: their mean lengths; the former is cut where generation stops.
     """
-    bound = budget if warm_up else 2 * budget
-    closes = args.rmt_force_close or warm_up
-    thought = min(thought, bound)
-    response = thought + prompt.close + answer
-    if thought >= bound and not closes:
+    bound = prompt.bound(schedule.budget, warm_up=schedule.warm_up)
+    after = len(prompt.close) + answer
+    response = min(thought, bound.thought) + after
+    if thought >= bound.thought and not bound.close:
         # Given up there, without an end of thought or an answer.
-        response = float(bound)
-    allocated = bound + args.rmt_answer_tokens + prompt.close * closes
-    longest = bound + prompt.close + answer
-    return Lengths(prompt.head, prompt.stem(budget), response), max(response, longest), allocated
+        response = float(bound.thought)
+    lengths = Lengths(len(prompt.preamble), len(prompt.stem(schedule.budget)), response)
+    return lengths, max(response, bound.thought + after), bound.tokens

@@ -10,8 +10,8 @@ update, which leaves out that ranks with short rollouts wait for others.
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_rmt.mid_training import kv_bound
-from planning.memory import FP32, key_value_plan, parameters
+from megatron_rmt.rollout.memory import in_bytes
+from planning.memory import FP32, cache_of_step, parameters
 from planning.work import SampleWork, StepFlops, flops, model_cost
 
 
@@ -109,8 +109,9 @@ def _rollout(
     samples = args.global_batch_size // args.data_parallel_size
     positions = samples * args.rmt_positions_per_sample
     stages, tp = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
-    plan = key_value_plan(args, work, longest)
-    at_once = min(plan.positions_at_once(kv_bound(args)), -(-positions // stages))
+    cache = cache_of_step(args, work, longest)
+    fit = cache.positions_at_once(in_bytes(args.rmt_rollout_kv_gib))
+    at_once = min(fit, -(-positions // stages))
     waves = -(-positions // at_once)
     # Waves run ``stages`` at a time; each stage works at all of them in turn.
     rounds = -(-waves // stages) * stages
@@ -135,7 +136,7 @@ def _rollout(
     weights = max(part.dense + part.experts * touched for part in held)
     weights -= 0 if tied or stages > 1 else looked_up
     read = weights * args.params_bytes
-    read += plan.token_bytes * (in_wave * work.span + rows * tail)
+    read += cache.token_bytes * (in_wave * work.span + rows * tail)
     scores = rows * (work.span + tail) * args.num_attention_heads / tp * args.layers_per_stage
     read += scores * SCORE_TRAFFIC + rows * args.head_columns / tp * 3 * FP32
     by_memory = read / (hardware.bandwidth * 1e9 * bandwidth_efficiency)

@@ -1,0 +1,135 @@
+"""The model that a tool works with: a checkpoint's flags, and Megatron started with them.
+
+Megatron must not be imported before the CPU stands in for CUDA where there is none, so this module
+imports it in ``start_megatron`` only; what a tool imports after that may import it as usual.
+"""
+
+import contextlib
+import io
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_rmt.job import console
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from megatron_rmt.mid_training import MidTraining
+
+# What a converted checkpoint holds beside the weights: Megatron's model flags in one line, and the
+# folder of config.json and tokenizer.
+FLAGS, HUGGINGFACE = "model_flags.txt", "huggingface"
+# Megatron loads weights as a run does that starts from them, and trains nothing.
+_LOADING = (
+    "--finetune --no-load-optim --no-load-rng --exit-on-missing-checkpoint --no-initialization "
+    "--ckpt-format torch_dist --micro-batch-size 1 --train-iters 1 --lr 1e-5"
+)
+
+
+def model_flags(load: Path, flags_from: Path | None) -> list[str]:
+    """Megatron's flags of the model, as the converter stored them.
+
+    Raises:
+        ValueError: there is no checkpoint, or no flags.
+    """
+    if not (load / "latest_checkpointed_iteration.txt").is_file():
+        raise ValueError(
+            f"--load {load} is no Megatron checkpoint directory (it lacks "
+            "latest_checkpointed_iteration.txt); name what training had as --save, or what "
+            "tools/convert_checkpoint.py wrote."
+        )
+    source = load if flags_from is None else flags_from
+    file = source / FLAGS if source.is_dir() else source
+    if not file.is_file():
+        remedy = "pass --model-flags with the directory that the run started from"
+        if flags_from is not None:
+            remedy = "pass a file of Megatron's model flags, or a directory with model_flags.txt"
+        raise ValueError(f"{file} does not exist; {remedy}.")
+    flags = shlex.split(file.read_text(encoding="utf-8"), comments=True)
+    tokenizer = file.parent / HUGGINGFACE
+    # The stored path is stale if the directory was moved.
+    return [*flags, "--tokenizer-model", str(tokenizer)] if tokenizer.is_dir() else flags
+
+
+def loading_flags(load: Path, seq_length: int) -> list[str]:
+    """Megatron's flags beside the model's: load the weights in ``load``, and train nothing."""
+    return [*shlex.split(_LOADING), "--load", str(load), "--seq-length", str(seq_length)]
+
+
+@contextlib.contextmanager
+def quiet_unless_it_fails() -> Iterator[None]:
+    """Megatron prints some hundred lines while it starts: show them only with an error."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    except BaseException:
+        sys.stderr.write(printed.getvalue())
+        raise
+
+
+def start_megatron(flags: Sequence[str]) -> "GPTModel":
+    """Megatron's own initialisation with ``flags`` as its command line, patched by RMT.
+
+    Returns this rank's part of the model, with the weights of ``--load``.
+
+    Raises:
+        ValueError: Megatron cannot work with these flags.
+    """
+    sys.argv[1:] = flags
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    # Megatron wants it set for tensor parallelism on GPUs before Blackwell.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    console.leave_out_library_warnings()
+    import megatron_rmt
+    from megatron_rmt.cpu import platform as cpu_platform
+
+    cpu_platform.install_if_no_cuda()
+    megatron_rmt.patch()
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import get_args
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron_rmt.model.gpt import gpt_model
+
+    try:
+        parse_and_validate_args()
+    except AssertionError as error:
+        if not str(error):
+            raise
+        raise ValueError(f"Megatron refuses these flags: {error}") from error
+    initialize_megatron()
+    config = gpt_config_from_args(get_args())
+    # Megatron 0.19 drops it (github.com/NVIDIA/Megatron-LM/issues/6305).
+    config.rope_scaling_factor = get_args().rope_scaling_factor
+    chunks = GPTModelBuilder(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        wrap_with_ddp=False,
+        data_parallel_random_init=False,
+    )
+    load_checkpoint(chunks, None, None)
+    return gpt_model(chunks).eval()
+
+
+def start_mid_training(flags: Sequence[str]) -> "MidTraining":
+    """``start_megatron``, and all that a step of RMT needs besides.
+
+    Raises:
+        ValueError: Megatron or RMT cannot work with these flags.
+    """
+    model = start_megatron(flags)
+    from megatron.training import get_args, get_tokenizer
+
+    from megatron_rmt.mid_training import prepare
+
+    return prepare(get_args(), model, get_tokenizer())
