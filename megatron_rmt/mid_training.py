@@ -28,8 +28,7 @@ DOORS = {"reward": REWARDS, "select": SELECTIONS, "loss": LOSSES}
 @dataclass(frozen=True)
 class MidTraining:
     """args: Megatron's. reward, select, loss: what ``--rmt-reward``, ``--rmt-select`` and
-    ``--rmt-loss`` name. seed: of positions and rollouts.
-    """
+    ``--rmt-loss`` name. seed: of positions and rollouts."""
 
     args: Namespace
     settings: Settings

@@ -90,14 +90,14 @@ def _rollouts(model: GPTModel, positions: list[int], keep: int | None = None) ->
     trunk = TrunkVisibility(tokens=TRUNK, blocks=(Block(0, TRUNK),), store=store)
     _pass(model, tokens(TRUNK), torch.arange(TRUNK), trunk)
 
-    def groups(limits: Iterable[int]) -> list[SharedTrunk]:
+    def trunks(limits: Iterable[int]) -> list[SharedTrunk]:
         return shared_trunks([RolloutPosition(0, 0, 0, int(limit), 0) for limit in limits])
 
     stems = StemVisibility(
         tokens=len(positions) * STEM,
         store=store,
         tails=tails,
-        groups=groups(positions),
+        trunks=trunks(positions),
         group=GROUP,
     )
     starts = torch.tensor(positions)[:, None] + torch.arange(STEM)
@@ -108,7 +108,7 @@ def _rollouts(model: GPTModel, positions: list[int], keep: int | None = None) ->
             tokens=len(after),
             store=store,
             tails=tails,
-            groups=groups(after - STEM),
+            trunks=trunks(after - STEM),
             column=STEM + step,
         )
         found.append(_pass(model, tokens(len(after)), after + step, visibility))

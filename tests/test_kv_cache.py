@@ -93,7 +93,7 @@ def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
         tokens=len(query),
         store=store,
         tails=tails,
-        groups=shared_trunks(positions),
+        trunks=shared_trunks(positions),
         group=group,
     )
     output = visibility.attend(1, query, key, value, SCALE)
@@ -117,7 +117,7 @@ def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
             tokens=len(batch),
             store=store,
             tails=tails,
-            groups=shared_trunks([positions[row] for row in (batch // group).tolist()]),
+            trunks=shared_trunks([positions[row] for row in (batch // group).tolist()]),
             column=stem + step,
         )
         output = visibility.attend(1, query, key, value, SCALE)

@@ -4,7 +4,7 @@ The trunk is read once (the same pass yields the entropies), the stems are read 
 keys and values, then the branches of all positions of this rank are decoded together, one token for
 every live rollout per step. Every forward goes through Megatron's own modules, so tensor and
 pipeline parallelism, experts and FP8 come along; what differs from training is the visibility
-(``decoding``). A rollout that has ended leaves the batch.
+(``kv_cache``). A rollout that has ended leaves the batch.
 
 The budget bounds the work: beyond ``2 * budget`` tokens of thought nothing is rewarded (paper,
 length reward), so generation stops there, or, as an option, the end of thought is forced and the
@@ -132,7 +132,7 @@ class _Batch:
     """Rollouts that are decoded together.
 
     drawn: tokens and log-probs ``[2, rows]`` fp64 of the newest step, of the last stage; arriving:
-    their way to this stage. groups, after: which trunk rows each row sees and the rotary position
+    their way to this stage. trunks, after: which trunk rows each row sees and the rotary position
     after its stem; None when rows have left.
     """
 
@@ -140,7 +140,7 @@ class _Batch:
     tails: TailCache
     drawn: Tensor | None = None
     arriving: dist.Work | None = None
-    groups: list[SharedTrunk] | None = None
+    trunks: list[SharedTrunk] | None = None
     after: Tensor | None = None
 
 
@@ -181,7 +181,7 @@ class _Decoder:
             tokens=length * len(positions),
             store=self.store,
             tails=batch.tails,
-            groups=shared_trunks(positions, device),
+            trunks=shared_trunks(positions, device),
             group=live.how.group,
         )
         position_ids = (starts[:, None] + torch.arange(length, device=device)).flatten()
@@ -199,16 +199,16 @@ class _Decoder:
         if not live.rows_here:
             self._idle(sends)
             return
-        if batch.groups is None:
+        if batch.trunks is None:
             own = [live.positions[row // live.how.group] for row in live.rows_here]
             device = live.rows.device
-            batch.groups = shared_trunks(own, device)
+            batch.trunks = shared_trunks(own, device)
             batch.after = torch.tensor([p.next_position + len(self.stem) for p in own]).to(device)
         visibility = DecodeVisibility(
             tokens=len(live.rows_here),
             store=self.store,
             tails=batch.tails,
-            groups=batch.groups,
+            trunks=batch.trunks,
             column=len(self.stem) + live.step - 1,
         )
         visibility.use_position_ids(batch.after + (live.step - 1), self.policy.longest_position)
@@ -262,7 +262,7 @@ class _Decoder:
         if live.rows_here:
             staying = live.settle(alive)
             if staying is not None:
-                batch.groups = None
+                batch.trunks = None
                 batch.tails.keep(staying)
         return goes_on
 

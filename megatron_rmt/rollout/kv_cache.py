@@ -1,4 +1,4 @@
-"""Attention while rollouts are generated: plans over keys and values that are stored for one step.
+"""Attention while rollouts are generated, over keys and values that are stored for one step.
 
 The trunk is stored once and read by every rollout; what a rollout has of its own, its stem and its
 branch, is its tail. ``TrunkVisibility`` reads trunks, ``StemVisibility`` starts the tails,
@@ -114,30 +114,30 @@ class SharedTrunk:
 def shared_trunks(
     positions: Sequence[RolloutPosition], device: torch.device | None = None
 ) -> list[SharedTrunk]:
-    """The groups of a batch, given the position of each row: neighbouring rows of one sample share
+    """The trunks of a batch, given the position of each row: neighbouring rows of one sample share
     a pass over its trunk."""
-    groups, start = [], 0
+    trunks, start = [], 0
     for _, own in itertools.groupby(positions, key=lambda position: position.sample):
         first, limit = torch.tensor([(position.first, position.limit) for position in own]).T
         trunk = slice(int(first.min()), int(limit.max()))
         columns = torch.arange(trunk.start, trunk.stop)
         seen = (columns >= first[:, None]) & (columns < limit[:, None])
         bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(device)
-        groups.append(SharedTrunk(slice(start, start + len(bias)), trunk, bias))
+        trunks.append(SharedTrunk(slice(start, start + len(bias)), trunk, bias))
         start += len(bias)
-    return groups
+    return trunks
 
 
 @dataclass
 class StoredTrunkVisibility(Visibility):
     """Rows that each see a part of the stored trunk and a tail of their own.
 
-    groups: which trunk rows each row of the batch sees.
+    trunks: which trunk rows each row of the batch sees.
     """
 
     store: KeyValueStore | None = None
     tails: TailCache | None = None
-    groups: Sequence[SharedTrunk] = ()
+    trunks: Sequence[SharedTrunk] = ()
 
     def __post_init__(self) -> None:
         self._biases: list[Tensor] = []
@@ -160,13 +160,13 @@ class StoredTrunkVisibility(Visibility):
         if not self._biases:
             # The same in every layer.
             self._biases = [
-                group.bias.to(query.dtype).repeat_interleave(queries, dim=0)
-                for group in self.groups
+                shared.bias.to(query.dtype).repeat_interleave(queries, dim=0)
+                for shared in self.trunks
             ]
         trunk_key, trunk_value = self.store.trunk[layer]
         trunks = [
-            (group.rows, trunk_key[:, group.trunk], trunk_value[:, group.trunk], bias)
-            for group, bias in zip(self.groups, self._biases, strict=True)
+            (shared.rows, trunk_key[:, shared.trunk], trunk_value[:, shared.trunk], bias)
+            for shared, bias in zip(self.trunks, self._biases, strict=True)
         ]
         attend = _fused_attention if query.device.type == "cpu" else _scores_attention
         return attend(query, trunks, *tail, tail_bias, scale)
@@ -267,13 +267,13 @@ def _scores_attention(
 class StemVisibility(StoredTrunkVisibility):
     """Prefill of the stems, ``[positions * stem length]`` tokens, against the stored trunk.
 
-    The rows of ``groups`` are positions. group: rollouts that will share each stem.
+    The rows of ``trunks`` are positions. group: rollouts that will share each stem.
     """
 
     group: int = 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        positions = self.groups[-1].rows.stop
+        positions = self.trunks[-1].rows.stop
         length, (kv_heads, width) = query.shape[0] // positions, key.shape[1:]
         key, value = (x.view(positions, length, kv_heads, width) for x in (key, value))
         self.tails.start(layer, key, value, self.group)
@@ -296,7 +296,7 @@ class StemVisibility(StoredTrunkVisibility):
 class DecodeVisibility(StoredTrunkVisibility):
     """One new token for each live rollout, ``[rollouts]`` tokens, all with equally long tails.
 
-    The rows of ``groups`` are rollouts. column: where this token's key and value go in the tails.
+    The rows of ``trunks`` are rollouts. column: where this token's key and value go in the tails.
     """
 
     column: int = 0
