@@ -353,7 +353,7 @@ def test_a_difference_above_the_tolerance_ends_every_rank_before_the_step(
         (
             ["--rmt-group-size", "1", "--attention-dropout", "0.1"],
             [
-                "--rmt-group-size is 1; an advantage needs 2 or more rollouts.",
+                "--rmt-group-size is 1; pass a number in [2, inf): an advantage needs 2 or more",
                 "--attention-dropout is 0.1; RMT needs 0.0: generation and update must agree.",
             ],
         ),

@@ -137,10 +137,22 @@ BAD = {
     "--rmt-initial-budget (800).",
     ("--rmt-answer-tokens", "0"): "--rmt-answer-tokens is 0; pass a number in [1, inf).",
     ("--rmt-head-chunk-size", "0"): "--rmt-head-chunk-size is 0; pass a number in [1, inf).",
-    ("--rmt-group-size", "1"): "--rmt-group-size is 1; pass a number in [2, inf).",
-    ("--rmt-temperature", "0"): "--rmt-temperature is 0.0; pass a number in (0, inf).",
-    ("--rmt-temperature", "nan"): "--rmt-temperature is nan; pass a number in (0, inf).",
-    ("--rmt-temperature", "inf"): "--rmt-temperature is inf; pass a number in (0, inf).",
+    (
+        "--rmt-group-size",
+        "1",
+    ): "--rmt-group-size is 1; pass a number in [2, inf): an advantage needs 2 or more rollouts.",
+    (
+        "--rmt-temperature",
+        "0",
+    ): "--rmt-temperature is 0.0; pass a number in (0, inf): also with --rmt-greedy.",
+    (
+        "--rmt-temperature",
+        "nan",
+    ): "--rmt-temperature is nan; pass a number in (0, inf): also with --rmt-greedy.",
+    (
+        "--rmt-temperature",
+        "inf",
+    ): "--rmt-temperature is inf; pass a number in (0, inf): also with --rmt-greedy.",
     ("--rmt-budget-decay", "1.5"): "--rmt-budget-decay is 1.5; pass a number in (0, 1].",
     ("--rmt-budget-decay", "0"): "--rmt-budget-decay is 0.0; pass a number in (0, 1].",
     ("--rmt-length-reward-weight", "2"): "--rmt-length-reward-weight is 2.0; pass a number in "
@@ -193,7 +205,7 @@ BAD = {
         "--rmt-logprob-tolerance",
         "0",
     ): "--rmt-logprob-tolerance is 0.0; pass a number in (0, inf], or "
-    "leave it out (1e-3 in fp32, 0.2 in half precision).",
+    "leave it out (1e-3 in fp32, 0.2 in half precision): inf never stops.",
     (
         "--rmt-rollout-kv-gib",
         "-1",

@@ -18,18 +18,21 @@ def setting(
     *,
     source: str = "ours",
     unset: str = "",
+    because: str = "",
     **argparse: Any,
 ) -> Any:
     """A field of ``Settings``.
 
-    interval: where its value, or each of its values, lies, as in mathematics: "[0, 1)". unset: what
-    None as the default means. argparse: more keywords of ``ArgumentParser.add_argument``.
+    interval: where its value, or each of its values, lies, as in mathematics: "[0, 1)". because:
+    why, where it is not plain. unset: what None as the default means. argparse: more keywords of
+    ``ArgumentParser.add_argument``.
     """
     metadata = {
         "interval": interval,
         "unit": unit,
         "source": source,
         "unset": unset,
+        "because": because,
         "argparse_meta": argparse,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -49,9 +52,13 @@ class Settings:
 
     positions_per_sample: int = setting(16, "[1, inf)", "positions")
     """Most positions chosen in each sample of the batch"""
-    group_size: int = setting(8, "[2, inf)", "rollouts", source="paper")
+    group_size: int = setting(
+        8, "[2, inf)", "rollouts", source="paper", because="an advantage needs 2 or more rollouts"
+    )
     """G: responses to each position"""
-    temperature: float = setting(0.8, "(0, inf)", "units of the logits", source="paper")
+    temperature: float = setting(
+        0.8, "(0, inf)", "units of the logits", source="paper", because="also with --rmt-greedy"
+    )
     """Sampling temperature of the rollouts"""
     greedy: bool = setting(False)
     """Most likely token instead of sampling, for tests"""
@@ -62,7 +69,11 @@ class Settings:
     """Draw only from the most probable tokens that together have probability P, after --rmt-top-k;
     the update as for --rmt-top-k"""
     logprob_tolerance: float | None = setting(
-        None, "(0, inf]", "nats", unset="1e-3 in fp32, 0.2 in half precision"
+        None,
+        "(0, inf]",
+        "nats",
+        unset="1e-3 in fp32, 0.2 in half precision",
+        because="inf never stops",
     )
     """Stop before the optimizer's step if the mean |log-prob in the update - log-prob when drawn|
     of a step's tokens is larger"""

@@ -194,6 +194,8 @@ def setting_problems(args: Namespace) -> Iterator[str]:
         remedy = f"pass {'numbers' if len(parts) > 1 else 'a number'} in {interval}"
         if field.default is None:
             remedy += f", or leave it out ({field.metadata['unset']})"
+        if field.metadata["because"]:
+            remedy += f": {field.metadata['because']}"
         yield f"{flag_name(field.name)} is {as_typed(value)}; {remedy}."
 
     at_most = {

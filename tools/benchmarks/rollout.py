@@ -17,6 +17,7 @@ tokens, with ``spread`` 1 to that many, evenly. Cases, interleaved:
 """
 
 import argparse
+import inspect
 import json
 import os
 import shlex
@@ -27,7 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -447,7 +448,7 @@ class Engine:
                     )
                 )
         spread = workload.spread if spread is None else spread
-        pieces = {field.name: getattr(self.prompt, field.name) for field in fields(self.prompt)}
+        pieces = {name: getattr(self.prompt, name) for name in inspect.signature(Prompt).parameters}
         lengths = KnownLengths(self.policy.vocab_size, workload.longest, spread)
         self._rows.clear()
         responses = generate(
