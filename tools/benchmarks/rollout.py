@@ -366,8 +366,8 @@ class Engine:
 
     def __init__(self, checkpoint: Path, dtype: str, document: int, tokens: int) -> None:
         words = [*model_flags(checkpoint, None), *loading_flags(checkpoint, document)]
-        words += "--rmt --rmt-template inline --rmt-answer-tokens 1 --rmt-initial-budget".split()
-        words += [str(-(-tokens // 2)), *(["--bf16"] if dtype == "bf16" else [])]
+        words += ["--rmt", "--rmt-template", "inline", "--rmt-answer-tokens", "1"]
+        words += ["--rmt-initial-budget", str(-(-tokens // 2)), *["--bf16"] * (dtype == "bf16")]
         with quiet_unless_it_fails():
             run = start_mid_training(words)
         self.policy, self.prompt, self.model = run.policy, run.prompt, run.policy.model
