@@ -300,7 +300,7 @@ def _repack(run: MidTraining, micro_batches: Sequence[MicroBatch], schedule: Sch
         stem_length=len(run.prompt.stem(schedule.budget)),
         max_tokens=run.settings.max_tokens,
         use_all=parallel_state.get_pipeline_model_parallel_world_size() > 1,
-        group=parallel_state.get_data_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
         device=torch.device(torch.cuda.current_device()),
     )
     for micro_batch, reasoned in zip(micro_batches, packed, strict=True):

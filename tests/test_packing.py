@@ -215,7 +215,7 @@ def _repacked(micro_batches: int, limit: int, use_all: bool) -> list[list[Reason
         stem_length=len(STEM),
         max_tokens=limit,
         use_all=use_all,
-        group=torch.distributed.group.WORLD,
+        dp_group=torch.distributed.group.WORLD,
         device=torch.device("cpu"),
     )
 

@@ -139,12 +139,12 @@ def repack(
     stem_length: int,
     max_tokens: int,
     use_all: bool,
-    group: dist.ProcessGroup,
+    dp_group: dist.ProcessGroup,
     device: torch.device,
 ) -> list[list[ReasonedSample]]:
     """This rank's micro-batches after all ranks' samples were dealt out again; some may be empty.
 
-    Collective over the data-parallel ``group``, where every rank has as many micro-batches and
+    Collective over the data-parallel ``dp_group``, where every rank has as many micro-batches and
     samples: one all-gather of four integers per sample and one all-to-all of their bytes, about 36
     per trunk token, 13 per response token and 160 per response.
     """
@@ -158,9 +158,9 @@ def repack(
         dtype=torch.int64,
         device=device,
     )
-    ranks, rank = group.size(), group.rank()
+    ranks, rank = dp_group.size(), dp_group.rank()
     gathered = [torch.empty_like(own) for _ in range(ranks)]
-    dist.all_gather(gathered, own, group=group)
+    dist.all_gather(gathered, own, group=dp_group)
     table = torch.cat(gathered).tolist()
     sizes = [TreeSize(*row[:3]) for row in table]
     dealt = deal_out(
@@ -186,7 +186,7 @@ def repack(
         torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device) if content else into[:0],
         [sum(lengths[s] for s in part) for part in incoming],
         [sum(lengths[s] for s in part) for part in outgoing],
-        group=group,
+        group=dp_group,
     )
     pieces = into.cpu().split([lengths[s] for s in arrived])
     received = {
