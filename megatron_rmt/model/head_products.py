@@ -99,6 +99,8 @@ class WeightedSums:
             out = self.hidden[chunk]
             if into_fp32:
                 torch.mm(score_gradient, weight, out_dtype=wide, out=out)
+            elif score_gradient.dtype == weight.dtype == wide:
+                torch.mm(score_gradient, weight, out=out)
             elif score_gradient.dtype == weight.dtype:
                 # bf16 is summed over all columns in fp32, then rounded once, as the result will be.
                 out.copy_(torch.mm(score_gradient, weight))
