@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_rmt.algorithm.curriculum import Candidates, tiers
+from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.mid_training import MidTraining
@@ -162,7 +163,11 @@ def choose(
     run: MidTraining, reasoned: Sequence[ReasonedSample], entropies: Tensor, schedule: Schedule
 ) -> Tensor:
     """Choose the positions of samples whose rows have ``entropies`` ``[rows]``; returns the tier of
-    every row, -1 where it may not be chosen."""
+    every row, -1 where it may not be chosen.
+
+    Raises:
+        DoorError: the selection returned something else than positions that may be chosen.
+    """
     found = []
     for of, own in zip(reasoned, entropies.split([len(of.sample) for of in reasoned]), strict=True):
         sample = of.sample
@@ -181,6 +186,11 @@ def choose(
                 sample=sample.index,
             )
         )
+        if rows != sorted(set(rows) & set(range(len(sample)))) or bool((tier[rows] < 0).any()):
+            raise DoorError(
+                f"--rmt-select {run.settings.select} returned {rows} for a sample; return a list "
+                "of positions whose tier is 0 or more, ascending, each once."
+            )
         of.positions = [ChosenPosition(row) for row in rows]
         found.append(tier)
     return torch.cat(found)

@@ -1,5 +1,6 @@
 """The decisions of a step: sample numbers, positions, weights, sizes."""
 
+import dataclasses
 from argparse import Namespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch import Tensor
 
 from megatron_rmt import step as rmt_step
+from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.rollout.trunk import NO_LABEL
 from megatron_rmt.step import choose, global_sample_indices
 from megatron_rmt.update.report import size_metrics
@@ -135,6 +137,16 @@ def test_a_sample_without_uncertain_tokens_has_no_position():
     rows, _ = _chosen(trunk, entropies)
     assert len(rows) == 4
     assert trunk.samples[rows].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("rows", [[3, 2], [2, 2], [-1], [10_000], [0]], ids=str)
+def test_a_selection_that_returns_what_may_not_be_chosen_is_refused(rows):
+    trunk = tiny_trunk()
+    run = dataclasses.replace(tiny_run(), select=lambda candidates: rows)
+    entropies = torch.full((len(trunk),), 2.0)
+    # Row 0 is the prompt's.
+    with pytest.raises(DoorError, match=r"--rmt-select tiers returned \[.* each once\."):
+        choose(run, reasoned(trunk, [], None), entropies, tiny_schedule())
 
 
 def _grow(of: Scored) -> Tree:

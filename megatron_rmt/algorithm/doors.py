@@ -6,6 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
+class DoorError(ValueError):
+    """What such a function returned cannot be trained on; one sentence with the remedy."""
+
+
 def find(flag: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """The function that ``flag`` names: one of ``known``, or ``module:function``.
 

@@ -14,10 +14,6 @@ from torch import Tensor
 Metric = tuple[float, float]
 
 
-class RewardError(ValueError):
-    """A reward that cannot be trained on; one sentence with the remedy."""
-
-
 class ReadResponse(Protocol):
     """What was read from a response; see ``prompt.response.Response``."""
 
@@ -53,7 +49,7 @@ class Evidence:
         the text alone: ``[positions, 1]``. One forward pass over the tree for both, the first time.
 
         Raises:
-            RewardError: answers are boxed, so that the token does not stand right after the
+            DoorError: answers are boxed, so that the token does not stand right after the
                 thought.
         """
         without, after = self.log_probs_of_truth()

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.rerun_state_machine import RerunDataIterator
 
-from megatron_rmt.algorithm.rewards import RewardError
+from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.schedules import schedule_of_step
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.metrics import metrics_path, write_metrics
@@ -140,8 +140,8 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     try:
         with generating(run.policy.model):
             collected = collect(run, batches, schedule)
-    except RewardError as error:
-        # What only a call of the user's own reward tells; no weight has moved yet.
+    except DoorError as error:
+        # What only a call of the user's own function tells; no weight has moved yet.
         raise SystemExit(f"RMT, iteration {iteration + 1}: {error}") from None
     updates = collected.updates
     began_update = time.perf_counter()

@@ -49,17 +49,6 @@ def position_block(
     return Block(first, limit, trunk_first, trunk_limit, branches)
 
 
-def attended_pairs(blocks: Sequence[Block]) -> int:
-    """(query row, key row) pairs that are visible, the unit of attention's cost."""
-    pairs = 0
-    for block in blocks:
-        stem = block.stem_limit - block.first
-        trunk = block.trunk_limit - block.trunk_first
-        pairs += trunk * (block.limit - block.first) + stem * (stem + 1) // 2
-        pairs += sum(stem * branch + branch * (branch + 1) // 2 for branch in block.branches)
-    return pairs
-
-
 # Whether row ``query`` sees row ``key``: int64 tensors that broadcast, to bool.
 Sees = Callable[[Tensor, Tensor], Tensor]
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_rmt.algorithm.rewards import Evidence, Metric, RewardError, length_reward, match
+from megatron_rmt.algorithm.doors import DoorError
+from megatron_rmt.algorithm.rewards import Evidence, Metric, length_reward, match
 from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.prompt.response import Response
@@ -87,7 +88,7 @@ def response_metrics(
     metrics = {name: (float(of) if count else 0.0, count) for name, (of, count) in sums.items()}
     taken = metrics.keys() & evidence.reports.keys()
     if taken:
-        raise RewardError(
+        raise DoorError(
             f"--rmt-reward {settings.reward} reports {', '.join(sorted(taken))}, which RMT logs by "
             "itself; choose another name."
         )

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.algorithm.advantages import group_advantages
+from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.rewards import (
     Evidence,
     Reward,
-    RewardError,
     length_reward,
     total_reward,
 )
@@ -78,7 +78,7 @@ def score(
     """Give ``positions`` their rewards and advantages.
 
     Raises:
-        RewardError: the reward is no finite tensor ``[positions, group]``.
+        DoorError: the reward is no finite tensor ``[positions, group]``.
     """
     by_length = length_reward(
         evidence.thought_lengths, evidence.budget, settings.length_reward_maximum
@@ -88,7 +88,7 @@ def score(
     earned = torch.zeros_like(by_length) if warm_up else reward(evidence)
     shape = list(earned.shape) if isinstance(earned, Tensor) else type(earned).__name__
     if shape != list(by_length.shape) or not bool(earned.isfinite().all()):
-        raise RewardError(
+        raise DoorError(
             f"--rmt-reward {settings.reward} returned {shape}, or values that are not finite; "
             f"return a finite float tensor [positions, group], here {list(by_length.shape)}."
         )

@@ -6,7 +6,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_rmt.algorithm.rewards import RewardError
+from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.head import token_loss_sum
 from megatron_rmt.model.pipeline import forward_through_stages, from_last_stage
@@ -26,10 +26,10 @@ def log_probs_of_truth(
     over the tensor- and pipeline-parallel ranks, and those that share experts.
 
     Raises:
-        RewardError: answers are boxed, so that the token does not stand right after the thought.
+        DoorError: answers are boxed, so that the token does not stand right after the thought.
     """
     if prompt.template.answer == "boxed":
-        raise RewardError(
+        raise DoorError(
             f"--rmt-template {prompt.template.name} asks for the answer in a box, but --rmt-reward "
             "asks for the log-prob of the true token right after the thought; pass --rmt-template "
             "inline."
