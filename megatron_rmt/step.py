@@ -137,6 +137,7 @@ def _lay_out(
             preamble=run.prompt.preamble,
             end_of_document=run.prompt.end_of_document,
             separate_documents=run.args.reset_attention_mask,
+            vocab_size=run.policy.vocab_size,
         )
         micro_batches.append(MicroBatch([ReasonedSample(sample) for sample in trunk], rows))
         rows += sum(map(len, trunk))

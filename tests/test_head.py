@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rmt.cpu.compiled import is_available
-from megatron_rmt.model import head_compiled, head_plain
+from megatron_rmt.model import head, head_compiled, head_plain
 from megatron_rmt.model.head import (
     LossOfRows,
     token_entropies,
@@ -427,6 +427,26 @@ def test_targets_outside_the_vocabulary_are_named(target, message):
     targets = torch.full((13,), target)
     with pytest.raises(ValueError, match=message):
         token_loss_sum(problem["hidden"], problem["weight"], targets, _linear(problem), **arguments)
+
+
+@pytest.mark.parametrize("target", [-100, -1, VOCAB, 2 * VOCAB])
+def test_where_nobody_looks_a_target_outside_the_vocabulary_is_not_a_number(target):
+    problem = _problem()
+    targets = torch.arange(13)
+    shard = head._Shard.of(problem["weight"], VOCAB, None, 4)
+    inputs = problem["hidden"], problem["weight"]
+
+    def log_probs(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = _linear(problem)
+        return head._TokenLossSum.apply(*inputs, targets, loss, None, shard, False)
+
+    _, right = log_probs(targets)
+    targets[5] = target
+    total, found = log_probs(targets)
+    assert total.isnan()
+    assert found[5].isnan()
+    others = torch.arange(13) != 5
+    assert torch.equal(found[others], right[others])
 
 
 def test_no_rows_by_vocabulary_tensor_is_ever_allocated():

@@ -22,14 +22,16 @@ from tests.tiny_step import (
 )
 
 
-def _sample(tokens: list[int], preamble: list[int] = ()) -> Sample:
+def _sample(
+    tokens: list[int], preamble: list[int] = (), loss_mask: list[float] | None = None
+) -> Sample:
     """One sample, its documents ended by token 0."""
     text = torch.tensor([tokens])
     (sample,) = build_trunk(
         text[:, :-1],
         torch.arange(len(tokens) - 1)[None],
         text[:, 1:],
-        torch.ones(1, len(tokens) - 1),
+        torch.ones(1, len(tokens) - 1) if loss_mask is None else torch.tensor([loss_mask]),
         preamble=list(preamble),
         end_of_document=0,
         separate_documents=True,
@@ -43,6 +45,27 @@ def test_the_continuation_stops_at_the_documents_end_and_at_tokens_without_bytes
     assert found[:3] == [[3, 4], [4], []]
     assert found[3:6] == [[5, 6], [6], []]
     assert found[7:] == [[8, 9, 2], [9, 2], [2]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "loss_mask"),
+    [
+        ([2, 3, 4, 5, 9, 9, 9], [1, 1, 1, 0, 0, 0]),
+        ([2, 3, 4, 5, -100, -100, -100], [1, 1, 1, 1, 1, 1]),
+        ([2, 3, 4, 5, -100, 9, -100], [1, 1, 1, 0, 0, 0]),
+    ],
+    ids=["padding with bytes", "-100 with a loss", "-100 without"],
+)
+def test_the_truth_and_a_thought_from_the_text_end_before_padding(tokens, loss_mask):
+    sample = _sample(tokens, loss_mask=loss_mask)
+    assert [continuation(tiny_prompt(), sample, row) for row in range(4)] == [
+        [3, 4, 5],
+        [4, 5],
+        [5],
+        [],
+    ]
+    response = response_from_text(tiny_run().prompt, sample, 1, 6)
+    assert response.tokens.tolist() == [4, 5, 10, 4]
 
 
 def test_the_text_before_is_that_of_the_document_without_the_preamble():

@@ -85,6 +85,81 @@ def test_only_rows_with_a_label_and_a_loss_are_labelled():
     assert {row for row in range(18) if not changed.labelled[row]} == unlabelled
 
 
+def _split(tokens: list[int], loss_mask: list[float], separate: bool = True, **how) -> Sample:
+    """One sample of a job, cut where it says; ``tokens`` has one more than there are columns."""
+    text = torch.tensor([tokens])
+    columns = torch.arange(len(tokens) - 1)[None]
+    batch = UserBatch(text[:, :-1], columns, text[:, 1:], torch.tensor([loss_mask]))
+    (sample,) = build_trunk(
+        batch,
+        [0],
+        preamble=[41, 42],
+        end_of_document=END_OF_DOCUMENT,
+        separate_documents=separate,
+        **how,
+    )
+    return sample
+
+
+# What a sample holds (0 ends a document), its loss mask -> its spans, and those with a prompt.
+PADDED = {
+    "end tokens without loss": (
+        [5, 6, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [(0, 6)],
+        [(0, 6)],
+    ),
+    "end tokens with a loss": (
+        [5, 6, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1],
+        [(0, 3), (3, 4), (4, 5)],
+        [(0, 3)],
+    ),
+    "another padding token": ([5, 6, 0, 9, 9, 9, 9], [1, 1, 0, 0, 0, 0], [(0, 6)], [(0, 6)]),
+    "a masked document": (
+        [5, 0, 6, 7, 0, 8, 9],
+        [1, 1, 0, 0, 0, 1],
+        [(0, 5), (5, 6)],
+        [(0, 5), (5, 6)],
+    ),
+    "in front": ([0, 0, 0, 5, 6, 7], [0, 0, 0, 1, 1], [(0, 3), (3, 5)], [(3, 5)]),
+    "the rest of a document": ([0, 5, 6, 0, 7], [0, 1, 1, 0], [(0, 1), (1, 4)], [(0, 1), (1, 4)]),
+    "nothing counts": ([5, 6, 0, 7, 8], [0, 0, 0, 0], [(0, 4)], []),
+}
+
+
+@pytest.mark.parametrize("case", PADDED)
+def test_padding_is_no_document_and_gets_no_prompt(case: str):
+    tokens, loss_mask, spans, prompted = PADDED[case]
+    sample = _split(tokens, loss_mask)
+    found = [sample.columns[first:limit].tolist() for first, limit in sample.documents]
+    heads = [own.count(-1) for own in found]
+    assert [(own[head], own[-1] + 1) for own, head in zip(found, heads, strict=True)] == spans
+    assert heads == [2 if span in prompted else 0 for span in spans]
+    assert sample.tokens[sample.columns >= 0].tolist() == tokens[:-1]
+    assert sample.tokens[sample.columns < 0].tolist() == [41, 42] * len(prompted)
+
+
+def test_a_padded_sample_is_as_long_as_announced():
+    padded = [5] * 24 + [END_OF_DOCUMENT] * 489
+    sample = _split(padded, [1.0] * 24 + [0.0] * 488)
+    assert len(sample) == 512 + 2
+
+
+def test_the_true_tokens_end_where_the_text_ends():
+    tokens = [5, 6, 7, -100, 9, 10, 99, 12, 13, 14, 15, 0, 16]
+    loss_mask = [1, 1, 1, 1, 1, 1, 1, 1, 0.5, 0, 1, 1]
+    sample = _split(tokens, loss_mask, separate=False, vocab_size=50)
+    # Behind the two rows of the prompt: -100, 99 of a vocabulary of 50, and the loss mask of 0.
+    found = [sample.true_tokens(2 + column, 64) for column in range(12)]
+    assert found == [
+        [6, 7], [7], [], [9, 10], [10], [], [12, 13, 14], [13, 14], [14], [], [0, 16], [16],
+    ]  # fmt: skip
+    assert [sample.true_tokens(2 + column, 1) for column in range(3)] == [[6], [7], []]
+    assert sample.labelled[2:].tolist() == [bool(own) for own in found]
+    assert NO_LABEL not in [token for own in found for token in own]
+
+
 def test_samples_lie_end_to_end_and_each_document_is_a_block():
     trunk = _trunk([41, 42])
     assert [len(sample) for sample in trunk] == [18, 14]

@@ -119,9 +119,11 @@ def token_loss_sum(
         (sum [], log_probs [rows]), nats, fp32 (fp64 for fp64 inputs); only the sum is
         differentiable. Gradients come in the dtypes of the inputs; sums over rows are made in fp32.
 
+    A target outside [0, vocab_size) is no token. On the CPU it raises; on a GPU, where looking
+    would wait for the device, its log-probability is NaN, and so is the sum.
+
     Raises:
-        ValueError: a target outside [0, vocab_size) (checked where the targets are on the CPU: on a
-            GPU the check would wait for the device).
+        ValueError: a target outside [0, vocab_size), on the CPU.
     """
     if not targets.is_cuda and targets.numel() > 0:
         lowest, highest = (int(bound) for bound in targets.aminmax())
@@ -186,6 +188,7 @@ class _Shard(NamedTuple):
 
     start: int
     columns: int
+    vocab_size: int
     group: ProcessGroup | None
     chunk_size: int
 
@@ -193,7 +196,8 @@ class _Shard(NamedTuple):
     def of(
         cls, weight: Tensor, vocab_size: int, tp_group: ProcessGroup | None, chunk_size: int
     ) -> "_Shard":
-        return cls(*vocab_range(weight.shape[0], vocab_size, tp_group), tp_group, chunk_size)
+        start, columns = vocab_range(weight.shape[0], vocab_size, tp_group)
+        return cls(start, columns, vocab_size, tp_group, chunk_size)
 
 
 def _sweeps(hidden: Tensor, weight: Tensor, shard: _Shard) -> ModuleType:
@@ -276,6 +280,7 @@ class _TokenLossSum(torch.autograd.Function):
         sweeps = _sweeps(hidden, weight, shard)
         columns = targets - shard.start
         is_held = (columns >= 0) & (columns < shard.columns)
+        is_token = (targets >= 0) & (targets < shard.vocab_size)
         columns = columns.clamp(0, max(0, shard.columns - 1))
         log_probs = hidden.new_empty(hidden.shape[0], dtype=score_dtype(hidden, weight))
         total = log_probs.new_zeros(())
@@ -284,7 +289,8 @@ class _TokenLossSum(torch.autograd.Function):
         for chunk, scores in _score_chunks(hidden, weight, scale, shard):
             targeted = columns[chunk], is_held[chunk]
             statistics = sweeps.statistics_(scores, targeted)
-            log_normaliser, log_probs[chunk], _ = _combine(statistics, shard)
+            log_normaliser, found, _ = _combine(statistics, shard)
+            log_probs[chunk] = found.where(is_token[chunk], torch.nan)
             if not any(needed):
                 total += loss(chunk, log_probs[chunk]).sum()
                 continue

@@ -2,6 +2,11 @@
 
 ``UserBatch`` is a micro-batch as the user's job gave it; ``build_trunk`` makes a ``Sample`` of each
 of its rows and marks the documents in it. A trunk is a list of samples.
+
+What is text is said here alone. A row counts (``Sample.labelled``) if the job weighs its prediction
+and its label is a token. Whatever does not count (loss mask 0, a label of -100 or of no token,
+padding) is context for what follows and no more: it is not chosen, no true text runs across it, and
+no prompt stands before it.
 """
 
 import itertools
@@ -32,10 +37,10 @@ class Sample:
     """One sample of the user's data, in rows of a trunk. All tensors ``[rows]``, on the CPU.
 
     index: of the sample in the whole run, the key of its draws. tokens: int64 token ids.
-    position_ids: int64 rotary positions. labels: int64, the token that follows, ``NO_LABEL`` where
-    none is known. loss_mask: fp32 weight of each row in the NTP loss. columns: int64 index in the
+    position_ids: int64 rotary positions. labels: int64, the token that follows, negative where none
+    is known. loss_mask: fp32 weight of each row in the NTP loss. columns: int64 index in the
     user's sample, -1 in a prompt's preamble. documents: (first, limit) rows of each document, its
-    preamble included.
+    preamble included; padding stands in the document before it, or by itself.
     """
 
     index: int
@@ -52,11 +57,23 @@ class Sample:
     @property
     def labelled(self) -> Tensor:
         """``[rows]`` bool: rows whose prediction counts."""
-        return (self.labels != NO_LABEL) & (self.loss_mask > 0)
+        return _counts(self.labels, self.loss_mask)
+
+    def true_tokens(self, row: int, most: int) -> list[int]:
+        """At most ``most`` of the tokens that follow ``row``: to the end of its document, or to the
+        first that does not count, such as a turn of a dialogue that the loss mask leaves out."""
+        own = slice(row, min(self.document_of(row)[1], row + most))
+        counted = int(_counts(self.labels[own], self.loss_mask[own]).long().cumprod(0).sum())
+        return self.labels[own][:counted].tolist()
 
     def document_of(self, row: int) -> tuple[int, int]:
         """(first, limit) rows of the document that ``row`` is in."""
         return next((first, limit) for first, limit in self.documents if first <= row < limit)
+
+
+def _counts(labels: Tensor, loss_mask: Tensor) -> Tensor:
+    """Bool: the label is known and the job weighs its prediction."""
+    return (labels >= 0) & (loss_mask > 0)
 
 
 def build_trunk(
@@ -66,36 +83,46 @@ def build_trunk(
     preamble: Sequence[int],
     end_of_document: int,
     separate_documents: bool,
+    vocab_size: int | None = None,
 ) -> list[Sample]:
     """The samples of one micro-batch, whose numbers in the whole run are ``indices``.
 
-    preamble: token ids put before each document (each sample, if documents are not separate).
-    separate_documents: documents do not see each other, as Megatron's ``--reset-attention-mask``;
-    a document ends with its ``end_of_document`` token.
+    preamble: token ids put before each document (each sample, if documents are not separate), but
+    not before padding. separate_documents: documents do not see each other, as Megatron's
+    ``--reset-attention-mask``; a document ends with its ``end_of_document`` token. vocab_size:
+    labels from it on, like negative ones, become ``NO_LABEL``.
     """
     before = torch.tensor(list(preamble), dtype=torch.int64)
-    length = batch.tokens.shape[1]
+    unknown = batch.labels < 0
+    if vocab_size is not None:
+        unknown |= batch.labels >= vocab_size
     trunk = []
     for index, tokens, position_ids, labels, loss_mask in zip(
-        indices, batch.tokens, batch.position_ids, batch.labels, batch.loss_mask, strict=True
+        indices,
+        batch.tokens,
+        batch.position_ids,
+        batch.labels.masked_fill(unknown, NO_LABEL),
+        batch.loss_mask,
+        strict=True,
     ):
-        starts = [0]
-        if separate_documents:
-            ends = (tokens == end_of_document).nonzero()[:, 0] + 1
-            starts += [end for end in ends.tolist() if end < length]
+        counts = _counts(labels, loss_mask)
         columns, positions, documents, rows = [], [], [], 0
-        for start, limit in itertools.pairwise([*starts, length]):
-            columns += [torch.full_like(before, -1), torch.arange(start, limit)]
-            positions += [position_ids[start] + torch.arange(len(before))]
-            positions += [position_ids[start:limit] + len(before)]
-            documents.append((rows, rows + len(before) + limit - start))
+        for start, limit, is_text in _spans(
+            tokens, labels, counts, end_of_document if separate_documents else None
+        ):
+            head = before if is_text else before[:0]
+            columns += [torch.full_like(head, -1), torch.arange(start, limit)]
+            positions += [position_ids[start] + torch.arange(len(head))]
+            positions += [position_ids[start:limit] + len(head)]
+            documents.append((rows, rows + len(head) + limit - start))
             rows = documents[-1][1]
         columns = torch.cat(columns)
         in_preamble = columns < 0
+        heads = before.repeat(int(in_preamble.sum()) // max(1, len(before)))
         trunk.append(
             Sample(
                 index,
-                tokens=tokens[columns].masked_scatter(in_preamble, before.repeat(len(documents))),
+                tokens=tokens[columns].masked_scatter(in_preamble, heads),
                 position_ids=torch.cat(positions),
                 labels=labels[columns].masked_fill(in_preamble, NO_LABEL),
                 loss_mask=loss_mask[columns].float().masked_fill(in_preamble, 0.0),
@@ -104,6 +131,29 @@ def build_trunk(
             )
         )
     return trunk
+
+
+def _spans(
+    tokens: Tensor, labels: Tensor, counts: Tensor, end_of_document: int | None
+) -> list[tuple[int, int, bool]]:
+    """(first column, limit, whether it is text) of what a sample is split into, in order.
+
+    A document's end token begins a new span behind it, but where nothing counts it stays with the
+    span before. An end token that only another one follows is no text. One at the very start is the
+    rest of a document, unless more of what does not count follows.
+    """
+    length, text, counted = len(tokens), tokens.tolist(), [0, *counts.cumsum(0).tolist()]
+    limits = [column + 1 for column in range(length - 1) if text[column] == end_of_document]
+    spans: list[tuple[int, int, bool]] = []
+    for start, limit in itertools.pairwise([0, *limits, length]):
+        counts_here = counted[limit] > counted[start]
+        if spans and not counts_here:
+            first, _, is_text = spans[-1]
+            spans[-1] = (first, limit, is_text and counted[start] > counted[first])
+        else:
+            is_end = limit - start == 1 and text[start] == int(labels[start]) == end_of_document
+            spans.append((start, limit, counted[-1] > 0 and not (is_end and counts_here)))
+    return spans
 
 
 def first_rows(trunk: Sequence[Sample]) -> list[int]:

@@ -17,7 +17,7 @@ from megatron_rmt.algorithm.rewards import (
 from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.prompt.prompt import Prompt
-from megatron_rmt.rollout.trunk import NO_LABEL, Sample
+from megatron_rmt.rollout.trunk import Sample
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample
 
 # Tokens of the true continuation that a prediction is compared with.
@@ -27,10 +27,9 @@ CONTINUATION_TOKENS = 64
 def continuation(
     prompt: Prompt, sample: Sample, row: int, most: int = CONTINUATION_TOKENS
 ) -> list[int]:
-    """At most ``most`` of the true next tokens from ``row`` on, to the end of the document."""
-    _, limit = sample.document_of(row)
-    labels = sample.labels[row : min(limit, row + most)].tolist()
-    return [*itertools.takewhile(lambda own: own != NO_LABEL and prompt.bytes_of[own], labels)]
+    """At most ``most`` of the true next tokens from ``row`` on, to the end of the text."""
+    tokens = sample.true_tokens(row, most)
+    return [*itertools.takewhile(lambda own: prompt.bytes_of[own], tokens)]
 
 
 def text_before(sample: Sample, row: int) -> list[int]:
