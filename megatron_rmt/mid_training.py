@@ -1,5 +1,7 @@
 """What one run of RMT needs in every step, built once: settings, model, prompt, their limits."""
 
+import itertools
+import math
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_rmt.algorithm.curriculum import SELECTIONS, Selection
 from megatron_rmt.algorithm.doors import find
@@ -127,6 +130,32 @@ def fitting_problem(args: Namespace, settings: Settings, prompt: Prompt) -> str 
     return None
 
 
+def largest_batch_size(args: Namespace) -> int:
+    """Samples of the run's largest step, to which a ``--step-batch-size-schedule`` may grow."""
+    if not getattr(args, "step_batch_size_schedule", None):
+        return args.global_batch_size
+    schedule = StepBatchsizeNumMicroBatchesCalculator(
+        args.micro_batch_size, 1, False, -1, args.step_batch_size_schedule, args.seq_length
+    ).schedule
+    consumed, steps, reached = 0, args.train_iters, []
+    for (_, size), (following, _) in itertools.pairwise([*schedule, (math.inf, 0)]):
+        if steps > 0 and following > consumed:
+            reached.append(size)
+            taken = -(-min(steps * size, following - consumed) // size)
+            consumed, steps = consumed + taken * size, steps - taken
+    return max(reached)
+
+
+def prompts_of_a_sample(args: Namespace, prompt: Prompt) -> str:
+    """What is to be added to numbers that count one prompt a sample; empty if there is one."""
+    if not (args.reset_attention_mask and prompt.preamble):
+        return ""
+    return (
+        f" with one document in each sample (--reset-attention-mask: each further one adds its "
+        f"prompt of {len(prompt.preamble)} tokens to the trunk)"
+    )
+
+
 def cache_size(
     args: Namespace,
     settings: Settings,
@@ -136,8 +165,9 @@ def cache_size(
     data_parallel_size: int,
     in_flight: int,
 ) -> CacheSize:
-    """Keys and values of a step's rollouts on one rank, at the longest thoughts of the run."""
-    budget, samples = settings.initial_budget, args.global_batch_size // data_parallel_size
+    """Keys and values of the largest step's rollouts on one rank, at the longest thoughts of the
+    run, with one prompt in each sample."""
+    budget, samples = settings.initial_budget, largest_batch_size(args) // data_parallel_size
     draws_in_warm_up = settings.warmup_iters > 0 and settings.warmup_thought == "drawn"
     return CacheSize(
         token_bytes=token_bytes,
@@ -175,7 +205,8 @@ def _announce_memory(run: MidTraining) -> None:
     waves = max(1, -(-size.positions // at_once))
     if dist.get_rank() == 0:
         print(
-            f"RMT: keys and values of a step's rollouts, a rank, at most: {size.describe()}; "
+            "RMT: keys and values of a step's rollouts, a rank, at most"
+            f"{prompts_of_a_sample(run.args, run.prompt)}: {size.describe()}; "
             f"{waves} wave(s) of {min(at_once, size.positions)} positions.",
             flush=True,
         )

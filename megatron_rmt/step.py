@@ -29,7 +29,7 @@ from megatron_rmt.mid_training import MidTraining
 from megatron_rmt.rollout.generate import RolloutSettings, generate
 from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
-from megatron_rmt.rollout.memory import in_bytes
+from megatron_rmt.rollout.memory import CacheSize, in_bytes, key_value_bytes
 from megatron_rmt.rollout.prefill import entropy_percentiles, read_trunk
 from megatron_rmt.rollout.trunk import UserBatch, build_trunk, first_rows
 from megatron_rmt.update.forward_step import LossSettings, Update
@@ -80,10 +80,15 @@ def collect(run: MidTraining, batches: Sequence[UserBatch], schedule: Schedule) 
 
     Collective over all ranks: the ranks of one model work in lockstep, and the loss's global means
     are summed over the data-parallel ranks.
+
+    Raises:
+        DoorError: a function of the user's own returned what cannot be trained on.
+        CacheError: see ``_check_trunk_fits``.
     """
     times = [time.perf_counter()]
     # The trunk pass, and the positions that its entropies let the curriculum choose.
     micro_batches, store = _lay_out(run, batches)
+    _check_trunk_fits(run, store.trunk_tokens, schedule)
     for micro_batch in micro_batches:
         _read_and_choose(run, micro_batch, store, schedule)
     percentiles = entropy_percentiles(torch.cat([_labelled(own) for own in micro_batches]))
@@ -142,6 +147,32 @@ def _lay_out(
         micro_batches.append(MicroBatch([ReasonedSample(sample) for sample in trunk], rows))
         rows += sum(map(len, trunk))
     return micro_batches, KeyValueStore(trunk_tokens=rows)
+
+
+def _check_trunk_fits(run: MidTraining, trunk_tokens: int, schedule: Schedule) -> None:
+    """How many documents, each with its prompt, a step's samples hold is known only now.
+
+    Raises:
+        CacheError: on all ranks, if the trunk of one and a position's rollouts do not fit into
+            ``--rmt-rollout-kv-gib``.
+    """
+    settings, prompt = run.settings, run.prompt
+    if settings.rollout_kv_gib is None or schedule.thought_from_text:
+        return
+    largest = torch.tensor([trunk_tokens, key_value_bytes(run.policy.model)])
+    largest = largest.to(run.policy.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    trunk_tokens, token_bytes = largest.tolist()
+    size = CacheSize(
+        token_bytes=token_bytes,
+        trunk_tokens=trunk_tokens,
+        rows=schedule.group,
+        rows_per_position=schedule.group,
+        tail_tokens=len(prompt.stem(schedule.budget))
+        + prompt.longest_response(schedule.budget, schedule.warm_up),
+        in_flight=parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    size.positions_at_once(in_bytes(settings.rollout_kv_gib))
 
 
 def _read_and_choose(

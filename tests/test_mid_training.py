@@ -1,8 +1,13 @@
-"""What a run needs in every step: the model in its wrappers, evaluation mode, FP8 weights."""
+"""What a run needs in every step: wrappers, evaluation mode, FP8 weights, bounds."""
+
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.mid_training import cache_size, largest_batch_size, prompts_of_a_sample
 from megatron_rmt.model.gpt import generating, gpt_model
 from tests.tiny_model import build_model
 
@@ -53,3 +58,48 @@ def test_quantized_weights_are_made_again_before_and_after_rollouts(precision):
         assert layer.is_first_microbatch == (precision is not None)
         assert layer._fp8_workspaces
     assert bool(layer._fp8_workspaces) == (precision is None)
+
+
+PROMPT = SimpleNamespace(
+    preamble=[1, 2], stem=lambda budget: [3], longest_response=lambda budget, warm_up: 2 * budget
+)
+
+
+def _batches(schedule: str | None, train_iters: int, seq_length: int = 64) -> Namespace:
+    return Namespace(
+        global_batch_size=2,
+        micro_batch_size=1,
+        step_batch_size_schedule=schedule,
+        seq_length=seq_length,
+        train_iters=train_iters,
+        reset_attention_mask=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "train_iters", "largest"),
+    [
+        (None, 6, 2),
+        # Thresholds are tokens: two steps of 2 samples of 64, then 8.
+        ("0:2 256:8", 6, 8),
+        ("0:2 256:8", 3, 8),
+        ("0:2 256:8", 2, 2),
+        ("0:2 256:8 1B:64", 1000, 8),
+        ("0:2,256:8,1K:4", 1000, 8),
+        ("0:16 256:8", 1000, 16),
+    ],
+)
+def test_the_largest_batch_is_that_of_the_schedule_as_far_as_the_run_goes(
+    schedule: str | None, train_iters: int, largest: int
+):
+    args, settings = _batches(schedule, train_iters), Settings(positions_per_sample=3, group_size=4)
+    assert largest_batch_size(args) == largest
+    size = cache_size(args, settings, PROMPT, token_bytes=4, data_parallel_size=2, in_flight=1)
+    assert (size.rows, size.trunk_tokens) == (largest // 2 * 12, largest // 2 * (64 + 2))
+
+
+def test_numbers_that_count_one_prompt_a_sample_say_so_where_there_may_be_more():
+    args = _batches(None, 6)
+    assert "each further one adds its prompt of 2 tokens" in prompts_of_a_sample(args, PROMPT)
+    args.reset_attention_mask = False
+    assert prompts_of_a_sample(args, PROMPT) == ""

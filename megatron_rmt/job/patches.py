@@ -29,6 +29,7 @@ from megatron_rmt.job.user_batch import take_batches
 from megatron_rmt.job.validation import check_rmt_arguments
 from megatron_rmt.mid_training import MidTraining, prepare
 from megatron_rmt.model.gpt import generating, gpt_model
+from megatron_rmt.rollout.memory import CacheError
 from megatron_rmt.step import collect
 from megatron_rmt.update.forward_step import Update, make_forward_step
 from megatron_rmt.update.logprob_check import check_log_probs, logprob_tolerance
@@ -140,8 +141,8 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     try:
         with generating(run.policy.model):
             collected = collect(run, batches, schedule)
-    except DoorError as error:
-        # What only a call of the user's own function tells; no weight has moved yet.
+    except (DoorError, CacheError) as error:
+        # What only the step's own data tells; no weight has moved yet.
         raise SystemExit(f"RMT, iteration {iteration + 1}: {error}") from None
     updates = collected.updates
     began_update = time.perf_counter()

@@ -27,6 +27,10 @@ def key_value_bytes(model: GPTModel) -> int:
     return layers * 2 * per_rank * config.kv_channels * config.params_dtype.itemsize
 
 
+class CacheError(ValueError):
+    """Keys and values do not fit into ``--rmt-rollout-kv-gib``; one sentence with the remedy."""
+
+
 @dataclass(frozen=True)
 class CacheSize:
     """Keys and values of one step of rollouts on one rank.
@@ -72,14 +76,14 @@ class CacheSize:
         """Most positions of one batch within ``bound`` bytes.
 
         Raises:
-            ValueError: not even one position of each batch in flight fits.
+            CacheError: not even one position of each batch in flight fits.
         """
         if bound is None:
             return max(1, self.positions)
         fit = (bound - self.trunk_bytes) // max(1, self.position_bytes * self.in_flight)
         if fit < 1 and self.positions:
             least = self.trunk_bytes + self.position_bytes * self.in_flight
-            raise ValueError(
+            raise CacheError(
                 f"--rmt-rollout-kv-gib is {bound / GIB:.3g}, but the keys and values of the trunk "
                 f"and of {self.in_flight} position(s) take {least / GIB:.3g} GiB "
                 f"({self.describe()}); raise it, or lower --rmt-initial-budget, --rmt-group-size, "
@@ -97,7 +101,7 @@ def rollout_waves(
     share ``experts``.
 
     Raises:
-        ValueError: not even one position fits into ``kv_bytes``.
+        CacheError: not even one position fits into ``kv_bytes``.
     """
     if kv_bytes is not None and size.in_flight > 1:
         # Stages may hold different numbers of layers.
