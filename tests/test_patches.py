@@ -15,18 +15,16 @@ from megatron_rmt.job.settings import GROUP_TITLE
 
 
 def _current() -> dict[tuple[str, str], Callable[..., Any]]:
-    return {
-        (entry.module, entry.name): getattr(importlib.import_module(entry.module), entry.name)
-        for entry in patches.PATCHES
-    }
+    return {(entry.module, entry.name): entry.find()[1] for entry in patches.PATCHES}
 
 
 @pytest.fixture(autouse=True)
 def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron as it was before anyone patched it, and as it was found afterwards."""
-    for (module, name), symbol in _current().items():
+    for entry in patches.PATCHES:
+        owner, symbol = entry.find()
         original = getattr(symbol, "megatron_rmt_original", symbol)
-        monkeypatch.setattr(importlib.import_module(module), name, original)
+        monkeypatch.setattr(owner, entry.attribute, original)
 
 
 def test_patching_wraps_each_symbol_and_keeps_what_it_is():
@@ -35,7 +33,7 @@ def test_patching_wraps_each_symbol_and_keeps_what_it_is():
     for key, symbol in _current().items():
         assert symbol is not before[key]
         assert symbol.megatron_rmt_original is before[key]
-        assert symbol.__name__ == key[1]
+        assert symbol.__name__ == key[1].split(".")[-1]
         assert symbol.__doc__ == before[key].__doc__
 
 
@@ -123,9 +121,9 @@ def test_a_symbol_that_is_only_called_is_checked_too(monkeypatch):
 
 @pytest.mark.parametrize("entry", patches.PATCHES, ids=lambda entry: entry.name)
 def test_a_missing_symbol_is_named_and_nothing_is_patched(monkeypatch, entry):
-    module = importlib.import_module(entry.module)
+    owner, _ = entry.find()
     with monkeypatch.context() as context:
-        context.delattr(module, entry.name)
+        context.delattr(owner, entry.attribute)
         with pytest.raises(RuntimeError) as error:
             megatron_rmt.patch()
     version = importlib.metadata.version("megatron-core")
@@ -139,9 +137,7 @@ def test_a_missing_symbol_is_named_and_nothing_is_patched(monkeypatch, entry):
 )
 def test_another_signature_is_named_and_nothing_is_patched(monkeypatch, entry):
     with monkeypatch.context() as context:
-        context.setattr(
-            importlib.import_module(entry.module), entry.name, lambda options, state: None
-        )
+        context.setattr(entry.find()[0], entry.attribute, lambda options, state: None)
         with pytest.raises(RuntimeError) as error:
             megatron_rmt.patch()
     assert f"expected {entry.module}.{entry.name} with parameters" in str(error.value)

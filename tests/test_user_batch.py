@@ -1,6 +1,7 @@
 """The user's micro-batches as seen through the user's own forward step."""
 
 import functools
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_rmt.job.user_batch import take_batches
+from megatron_rmt.job.user_batch import BatchError, check_tokens, take_batches
 from megatron_rmt.rollout.trunk import UserBatch
 from tests.distributed import run_distributed
 from tests.tiny_model import VOCAB, build_model
@@ -208,3 +209,49 @@ def test_every_pipeline_stage_gets_the_whole_batch_or_the_same_error():
     for taken, error in results:
         _assert_equal(taken, batches)
         assert "gives GPTModel.forward no input_ids; pass input_ids= on the first" in error
+
+
+def _of_tokens(tokens: list[int], loss_mask: list[float], labels: list[int] | None = None):
+    values = torch.tensor([tokens])
+    labels = values.clone() if labels is None else torch.tensor([labels])
+    return UserBatch(values, torch.arange(len(tokens))[None], labels, torch.tensor([loss_mask]))
+
+
+def _check(*batches: UserBatch) -> str:
+    """What is said of a batch of a vocabulary of 53 tokens, in 64 rows of the embedding."""
+    try:
+        check_tokens(batches, Namespace(padded_vocab_size=64), VOCAB)
+    except BatchError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+@pytest.mark.parametrize("token", [-100, -1, VOCAB, 63, 64, 70_000])
+def test_a_token_outside_the_vocabulary_is_named(token: int):
+    good = _of_tokens([1, 2, 3], [1, 1, 1])
+    said = f"a sample holds token {token} but --tokenizer-model has 53 tokens; make the samples"
+    assert _check(good, good) == ""
+    assert _check(good, _of_tokens([1, token, 3], [1, 0, 1])).startswith(said)
+    assert _check(_of_tokens([1, token, 3], [0, 1, 0])).startswith(said)
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_padding_may_be_any_row_of_the_embedding_and_labels_may_be_ignored():
+    assert _check(_of_tokens([1, 2, 60, 63], [1, 1, 0, 0])) == ""
+    assert _check(_of_tokens([1, 2, 60, 63], [1, 1, 1, 1], [2, 3, -100, -100])) == ""
+    assert _check(_of_tokens([1, 2, 3, 4], [1, 1, 1, 1], [2, 3, -100, 99])) == ""
+    assert "holds token 64" in _check(_of_tokens([1, 2, 60, 64], [1, 1, 0, 0]))
+
+
+def _on_rank() -> str:
+    parallel_state.initialize_model_parallel()
+    rank = torch.distributed.get_rank()
+    return _check(_of_tokens([1, 2, 60 if rank else 3], [1, 1, 1]))
+
+
+@pytest.mark.multiprocess
+def test_every_rank_stops_where_one_finds_a_foreign_token():
+    first, second = run_distributed(2, _on_rank)
+    assert first == second
+    assert "holds token 60 but" in first

@@ -22,10 +22,11 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.schedules import schedule_of_step
 from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.job.data_files import empty_split
 from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.samples import is_shown, read_samples, write_samples
 from megatron_rmt.job.settings import add_rmt_arguments, readable_help, versions
-from megatron_rmt.job.user_batch import take_batches
+from megatron_rmt.job.user_batch import BatchError, check_tokens, take_batches
 from megatron_rmt.job.validation import check_rmt_arguments
 from megatron_rmt.mid_training import MidTraining, prepare
 from megatron_rmt.model.gpt import generating, gpt_model
@@ -51,6 +52,11 @@ class Symbol:
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
 
+    @property
+    def attribute(self) -> str:
+        """Its name in what holds it."""
+        return self.name.split(".")[-1]
+
     def find(self) -> tuple[Any, Callable[..., Any]] | None:
         """(what holds it, the function); None if there is none."""
         try:
@@ -59,10 +65,9 @@ class Symbol:
             if error.name is None or not self.module.startswith(error.name):
                 raise  # not Megatron's module, but one that it needs
             return None
-        *parents, name = self.name.split(".")
-        for parent in parents:
+        for parent in self.name.split(".")[:-1]:
             owner = getattr(owner, parent, None)
-        function = getattr(owner, name, None)
+        function = getattr(owner, self.attribute, None)
         return None if function is None else (owner, function)
 
 
@@ -88,6 +93,17 @@ def _compile_helpers(original: Callable[..., Any]) -> None:
         importlib.import_module("megatron.core.datasets.helpers_cpp")
     except ImportError:
         original()
+
+
+def _build_datasets(original: Callable[..., Any], builder: Any) -> Any:
+    from megatron.training import get_args
+
+    if Settings.of(get_args()).trains_with_rl:
+        problem = empty_split(get_args(), builder)
+        if problem is not None:
+            # On all ranks: each reads the same index.
+            raise SystemExit(f"RMT cannot train on this data: {problem}")
+    return original(builder)
 
 
 def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -139,9 +155,10 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     schedule = schedule_of_step(run.settings, iteration, options.train_iters)
     began_collecting = time.perf_counter()
     try:
+        check_tokens(batches, options, run.policy.vocab_size)
         with generating(run.policy.model):
             collected = collect(run, batches, schedule)
-    except (DoorError, CacheError) as error:
+    except (BatchError, DoorError, CacheError) as error:
         # What only the step's own data tells; no weight has moved yet.
         raise SystemExit(f"RMT, iteration {iteration + 1}: {error}") from None
     updates = collected.updates
@@ -210,6 +227,13 @@ PATCHES: tuple[Symbol, ...] = (
     Symbol("megatron.training.arguments", "add_megatron_arguments", "parser", _add_arguments),
     # Refuse what RMT cannot run with, before a model is built.
     Symbol("megatron.training.arguments", "validate_args", "args", _validate_args),
+    # Refuse what Megatron would look for without an end.
+    Symbol(
+        "megatron.core.datasets.blended_megatron_dataset_builder",
+        "BlendedMegatronDatasetBuilder.build",
+        "",
+        _build_datasets,
+    ),
     # The wheel ships the compiled helper and no Makefile.
     Symbol("megatron.core.datasets.utils", "compile_helpers", "", _compile_helpers),
     # Rollouts before the step, trees instead of the batch in it.
@@ -256,7 +280,7 @@ def patch() -> None:
     found = [(symbol, *_expected(symbol)) for symbol in (*PATCHES, *RELIED_ON)]
     for symbol, owner, function in found:
         if symbol.replacement and not hasattr(function, "megatron_rmt_original"):
-            setattr(owner, symbol.name, _replaced(function, symbol.replacement))
+            setattr(owner, symbol.attribute, _replaced(function, symbol.replacement))
 
 
 def _replaced(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
@@ -288,7 +312,7 @@ def unpatch() -> None:
                 "undo that first."
             )
     for entry, owner, function in ours:
-        setattr(owner, entry.name, function.megatron_rmt_original)
+        setattr(owner, entry.attribute, function.megatron_rmt_original)
 
 
 def _expected(symbol: Symbol) -> tuple[Any, Callable[..., Any]]:

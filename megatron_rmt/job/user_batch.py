@@ -6,7 +6,8 @@ step of RMT each micro-batch is taken from exactly that call: the forward step r
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_rmt.job.data_files import foreign_token_of_a_batch
 from megatron_rmt.rollout.trunk import UserBatch
+
+
+class BatchError(ValueError):
+    """A batch cannot be trained on; one sentence with the remedy."""
 
 
 def take_batches(
@@ -90,3 +96,28 @@ def _from_stage(value: dict[str, Tensor], stage: int) -> dict[str, Tensor]:
     box = [value]
     dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[stage], group=group)
     return box[0]
+
+
+def check_tokens(batches: Sequence[UserBatch], args: Namespace, vocab_size: int) -> None:
+    """Every token up to the last one that counts must be of the vocabulary, as it may be read as
+    text; padding behind it may be any row of the embedding.
+
+    Collective over all ranks: one all-reduce of two integers.
+
+    Raises:
+        BatchError: on all ranks, if a batch of one of them holds another token.
+    """
+    rows = max(vocab_size, args.padded_vocab_size or 0)
+    lowest, highest = 0, -1
+    for batch in batches:
+        text = ((batch.loss_mask > 0) & (batch.labels >= 0)).flip(1).cummax(1).values.flip(1)
+        limit = torch.where(text, vocab_size, rows)
+        foreign = batch.tokens[(batch.tokens < 0) | (batch.tokens >= limit)]
+        if len(foreign):
+            lowest, highest = min(lowest, int(foreign.min())), max(highest, int(foreign.max()))
+    worst = torch.tensor([highest, -lowest], device=torch.cuda.current_device())
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    highest, lowest = int(worst[0]), -int(worst[1])
+    if highest >= 0 or lowest < 0:
+        token = highest if highest >= 0 else lowest
+        raise BatchError(foreign_token_of_a_batch(args, token, vocab_size))

@@ -7,20 +7,16 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.job.data_files import data_problems
 from megatron_rmt.job.settings import flag_name, setting_problems
 from megatron_rmt.mid_training import DOORS, fitting_problem, read_prompt
 from megatron_rmt.prompt.token_bytes import token_bytes
-
-# Tokens of each data file that are compared with the vocabulary.
-SAMPLED_TOKENS = 1_000_000
 
 
 def check_rmt_arguments(args: Namespace) -> None:
@@ -239,7 +235,7 @@ def _vocabulary(args: Namespace) -> Iterator[str]:
     except ValueError as error:
         yield f"{named} does not suit RMT, which reads answers as text: {_one_line(error)}."
         return
-    yield from _data(args, vocabulary)
+    yield from data_problems(args, vocabulary)
     try:
         prompt = read_prompt(settings, tokenizer)
     except ValueError as error:
@@ -252,44 +248,3 @@ def _vocabulary(args: Namespace) -> Iterator[str]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
-
-
-def _data(args: Namespace, vocabulary: int) -> Iterator[str]:
-    """Token files on this machine: are they there, and of this vocabulary?
-
-    A job may give --data-path another meaning, so only what is certainly wrong is refused.
-    """
-    for word in getattr(args, "data_path", None) or []:
-        if _is_weight(word) or "://" in word:
-            continue
-        path = Path(word)
-        index, tokens = Path(f"{word}.idx"), Path(f"{word}.bin")
-        if index.is_file() and tokens.is_file():
-            largest = _largest_token(word)
-            if largest >= vocabulary:
-                yield (
-                    f"--data-path {word} holds token {largest} but --tokenizer-model has "
-                    f"{vocabulary} tokens; tokenize the corpus with the model's tokenizer."
-                )
-        elif index.is_file() or tokens.is_file():
-            missing = tokens if index.is_file() else index
-            yield f"--data-path is {word}, but {missing} is missing; tokenize the corpus again."
-        elif not path.exists() and not any(path.parent.glob(f"{path.name}*")):
-            yield (
-                f"--data-path is {word}, but there is no {index}; pass the prefix of a .bin and "
-                ".idx file."
-            )
-
-
-def _is_weight(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _largest_token(prefix: str) -> int:
-    """Largest token id among the first ``SAMPLED_TOKENS`` of a token file."""
-    dtype = IndexedDataset(prefix).index.dtype
-    return int(np.fromfile(f"{prefix}.bin", dtype, SAMPLED_TOKENS).max(initial=0))
