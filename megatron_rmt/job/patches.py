@@ -24,11 +24,12 @@ from megatron_rmt.algorithm.schedules import schedule_of_step
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.data_files import empty_split
 from megatron_rmt.job.metrics import metrics_path, write_metrics
+from megatron_rmt.job.resume import check_same_settings, rendering, stored_arguments
 from megatron_rmt.job.samples import is_shown, read_samples, write_samples
 from megatron_rmt.job.settings import add_rmt_arguments, readable_help, versions
 from megatron_rmt.job.user_batch import BatchError, check_tokens, take_batches
 from megatron_rmt.job.validation import check_rmt_arguments
-from megatron_rmt.mid_training import MidTraining, prepare
+from megatron_rmt.mid_training import MidTraining, prepare, read_prompt
 from megatron_rmt.model.gpt import generating, gpt_model
 from megatron_rmt.rollout.memory import CacheError
 from megatron_rmt.step import collect
@@ -95,6 +96,22 @@ def _compile_helpers(original: Callable[..., Any]) -> None:
         original()
 
 
+def _check_checkpoint_args(
+    original: Callable[..., Any], checkpoint_args: Any, **named: Any
+) -> None:
+    from megatron.training import get_args, get_tokenizer
+
+    original(checkpoint_args, **named)
+    args = get_args()
+    if not Settings.of(args).trains_with_rl or stored_arguments(args) is not None:
+        return  # they were compared before the model was built
+    try:
+        prompt = read_prompt(Settings.of(args), get_tokenizer())
+        check_same_settings(args, prompt, checkpoint_args)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
 def _build_datasets(original: Callable[..., Any], builder: Any) -> Any:
     from megatron.training import get_args
 
@@ -125,7 +142,10 @@ def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _prepared(model: GPTModel) -> MidTraining:
     from megatron.training import get_args, get_tokenizer
 
-    return prepare(get_args(), model, get_tokenizer())
+    run = prepare(get_args(), model, get_tokenizer())
+    # Megatron stores all arguments with each checkpoint.
+    run.args.rmt_prompt_rendering = rendering(run.prompt)
+    return run
 
 
 def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTraining) -> Any:
@@ -227,6 +247,13 @@ PATCHES: tuple[Symbol, ...] = (
     Symbol("megatron.training.arguments", "add_megatron_arguments", "parser", _add_arguments),
     # Refuse what RMT cannot run with, before a model is built.
     Symbol("megatron.training.arguments", "validate_args", "args", _validate_args),
+    # Refuse to go on under other settings, where they could not be read before.
+    Symbol(
+        "megatron.training.checkpointing",
+        "check_checkpoint_args",
+        "checkpoint_args",
+        _check_checkpoint_args,
+    ),
     # Refuse what Megatron would look for without an end.
     Symbol(
         "megatron.core.datasets.blended_megatron_dataset_builder",

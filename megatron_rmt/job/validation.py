@@ -14,6 +14,12 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.data_files import data_problems
+from megatron_rmt.job.resume import (
+    check_same_settings,
+    checkpoint_problems,
+    save_problem,
+    stored_arguments,
+)
 from megatron_rmt.job.settings import flag_name, setting_problems
 from megatron_rmt.mid_training import DOORS, fitting_problem, read_prompt
 from megatron_rmt.prompt.token_bytes import token_bytes
@@ -36,6 +42,7 @@ def check_rmt_arguments(args: Namespace) -> None:
         return
     problems = [*setting_problems(args), *_doors(settings), *unsupported(args)]
     problems += [*_missing(args), *_precision(args), *_tracking(args)]
+    problems += [*checkpoint_problems(args), *filter(None, [save_problem(args)])]
     if not problems:
         # These read files, and rely on what was checked above.
         problems = [*_vocabulary(args)]
@@ -244,6 +251,10 @@ def _vocabulary(args: Namespace) -> Iterator[str]:
     problem = fitting_problem(args, settings, prompt)
     if problem:
         yield problem
+    try:
+        check_same_settings(args, prompt, stored_arguments(args))
+    except ValueError as error:
+        yield str(error)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,220 @@
+"""What a run goes on from: the checkpoint that ``--load`` names, and the settings behind it.
+
+Megatron stores all arguments with a checkpoint, ``--rmt-*`` among them, and RMT adds how the prompt
+was rendered (``args.rmt_prompt_rendering``). A resumed run repeats the one that was not stopped,
+digit for digit, only if all that decides what a step computes is as it was; so a difference is
+refused by name, unless ``--rmt-allow-changed-settings`` is given.
+"""
+
+import hashlib
+import itertools
+import os
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.job.settings import as_typed, flag_name
+from megatron_rmt.prompt.prompt import Prompt
+
+TRACKER = "latest_checkpointed_iteration.txt"
+# Settings that decide where and how a step is computed or reported, and not what it computes.
+MAY_CHANGE = frozenset(
+    {
+        "rmt",
+        "config",
+        "allow_changed_settings",
+        "logprob_tolerance",
+        "rollout_kv_gib",
+        "max_tokens",
+        "attention",
+        "head_chunk_size",
+        "metrics_file",
+        "log_samples_interval",
+    }
+)
+# Settings of which the rendered prompt says more, where both runs have it.
+_RENDERED = frozenset(map(flag_name, ("template", "no_chat")))
+_SHOWN = 40
+
+
+def checkpoint_problems(args: Namespace) -> Iterator[str]:
+    """One sentence if what ``--load`` or ``--pretrained-checkpoint`` names cannot be gone on from.
+
+    Megatron ends on some of these with exit code 0, as if the training were over.
+    """
+    for flag in ("--load", "--pretrained-checkpoint"):
+        place = getattr(args, flag[2:].replace("-", "_"), None)
+        if not place or "://" in place:
+            continue
+        try:
+            folder = checkpoint_folder(args, Path(place))
+        except ValueError as error:
+            yield f"{flag} is {place}, but {error}."
+            continue
+        if folder is not None and not (folder.is_dir() and any(folder.iterdir())):
+            yield (
+                f"{flag} is {place}, but there is no {folder.name} in it, which "
+                f"{_reason(args, folder)} says to load; {_choices(Path(place))}."
+            )
+        alone = not (args.pretrained_checkpoint or args.non_persistent_ckpt_type)
+        if folder is None and flag == "--load" and args.exit_on_missing_checkpoint and alone:
+            yield (
+                f"--load is {place} and --exit-on-missing-checkpoint is set, but there is no "
+                f"{TRACKER} in it; pass the folder of a checkpoint."
+            )
+
+
+def checkpoint_folder(args: Namespace, load: Path) -> Path | None:
+    """The folder in ``load`` that Megatron would load; None if nothing was saved yet.
+
+    Raises:
+        ValueError: the file that names it cannot be read.
+    """
+    tracker, word = load / TRACKER, None
+    try:
+        word = tracker.read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ValueError(f"{tracker} cannot be read ({reason}); {_choices(load)}") from None
+    if word == "release":
+        return load / word
+    if word is not None and not (word.isascii() and word.isdecimal() and len(word) < 19):
+        raise ValueError(
+            f"{tracker} holds {word[:_SHOWN]!r} instead of an iteration; {_choices(load)}"
+        )
+    step = getattr(args, "ckpt_step", None) or word
+    return None if step is None else load / f"iter_{int(step):07d}"
+
+
+def _reason(args: Namespace, folder: Path) -> str:
+    step = getattr(args, "ckpt_step", None)
+    return f"--ckpt-step {step}" if step and folder.name != "release" else TRACKER
+
+
+def _choices(load: Path) -> str:
+    saved = sorted(path.name for path in load.glob("iter_*") if path.is_dir())
+    if not saved:
+        return "leave it out to begin anew, as nothing is saved there"
+    return (
+        f"write the number of a whole checkpoint into {TRACKER} (saved: {', '.join(saved[-5:])}), "
+        "or leave it out to begin anew"
+    )
+
+
+def save_problem(args: Namespace) -> str | None:
+    """One sentence if checkpoints could not be written: tried now, not after the first hours."""
+    if not args.save or "://" in args.save:
+        return None
+    try:
+        os.makedirs(args.save, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.save) as file:
+            file.write(b"RMT")
+    except OSError as error:
+        return (
+            f"--save is {args.save}, which cannot be written to ({error.strerror}); pass a folder "
+            "with room that this user may write to."
+        )
+    return None
+
+
+def rendering(prompt: Prompt) -> dict[str, str]:
+    """What the model is asked with, for ``args.rmt_prompt_rendering``: the prompt's texts, the form
+    of its answer, and a digest of its token ids and of the vocabulary."""
+    ids = (prompt.preamble, prompt.stem(1), prompt.close, prompt.stop)
+    digest = hashlib.sha256(repr((ids, prompt.bytes_of)).encode()).hexdigest()
+    return {**prompt.rendering(), "answer": prompt.template.answer, "tokens": digest[:16]}
+
+
+def stored_arguments(args: Namespace) -> Any:
+    """The arguments stored with the checkpoint that this run goes on from, read before a model is
+    built; None where there are none, they cannot be read so early, or nothing of them counts
+    (``--finetune``)."""
+    if not args.load or args.finetune or "://" in args.load:
+        return None
+    try:
+        folder = checkpoint_folder(args, Path(args.load))
+        return folder and dist_checkpointing.load_common_state_dict(folder).get("args")
+    except Exception:  # another format, or damaged: Megatron reads it again, and says what it finds
+        return None
+
+
+def check_same_settings(args: Namespace, prompt: Prompt, stored: Any) -> None:
+    """Refuse to go on from a run of RMT under other settings, or name them once.
+
+    stored: arguments of the run that saved the checkpoint; None for none.
+
+    Raises:
+        ValueError: one sentence with each setting, its value, and what it was.
+    """
+    if stored is None or not Settings.of(stored).trains_with_rl:
+        return
+    changed = changed_settings(args, rendering(prompt), stored)
+    if not changed:
+        return
+    differ = f"--load {args.load} was trained with other settings: {'; '.join(changed)}"
+    if not Settings.of(args).allow_changed_settings:
+        raise ValueError(
+            f"{differ}; pass what they were, or --rmt-allow-changed-settings to go on with these."
+        )
+    if args.rank == 0:
+        print(f"RMT: {differ}; going on with these.", file=sys.stderr, flush=True)
+
+
+def changed_settings(args: Namespace, rendered: Mapping[str, str], stored: Any) -> list[str]:
+    """What differs from the run that ``stored`` these arguments, with both values."""
+    now, then = _deciding(args), _deciding(stored)
+    before = getattr(stored, "rmt_prompt_rendering", None)
+    if before is not None:
+        now, then = ({k: v for k, v in own.items() if k not in _RENDERED} for own in (now, then))
+    changed = [
+        f"{name} is {_typed(value)} and was {_typed(then[name])}"
+        for name, value in now.items()
+        if value != then[name]
+    ]
+    for name, value in rendered.items():
+        if before is not None and value != before.get(name):
+            changed.append(_changed_text(name, value, before.get(name, "")))
+    return changed
+
+
+def _deciding(args: Any) -> dict[str, Any]:
+    """By flag, the settings that decide what a step computes."""
+    settings = Settings.of(args)
+    own = {
+        flag_name(field.name): getattr(settings, field.name)
+        for field in fields(Settings)
+        if field.name not in MAY_CHANGE
+    }
+    of_megatron = {name: getattr(args, name, None) for name in ("train_iters", "seed")}
+    seed = of_megatron["seed"] if settings.seed is None else settings.seed
+    return {
+        **{"--" + name.replace("_", "-"): value for name, value in of_megatron.items()},
+        **own,
+        flag_name("seed"): seed,
+    }
+
+
+def _typed(value: Any) -> str:
+    return "left out" if value is None else as_typed(value)
+
+
+def _changed_text(name: str, now: str, then: str) -> str:
+    """A rendered text that has changed, from shortly before the first difference on."""
+    if name == "tokens":
+        return (
+            f"the tokenizer gives other tokens ({now} is the digest of vocabulary and prompt, and "
+            f"was {then})"
+        )
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(now, then, strict=False))
+    first = max(0, len([*same]) - _SHOWN // 4)
+    here, before = (repr(text[first : first + _SHOWN]) for text in (now, then))
+    return f"the prompt's {name} has {here} at character {first} and had {before}"
