@@ -67,12 +67,13 @@ class MicroBatch:
 class Collected:
     """What the update of one step needs: its micro-batches, the loss, and the wall seconds that
     each phase took on this rank. reasoned: this rank's samples as it read them, with what it rolled
-    out."""
+    out. idle: why the whole global batch taught nothing by its rollouts, None if it did."""
 
     updates: list[Update]
     settings: LossSettings
     seconds: dict[str, float]
     reasoned: list[ReasonedSample]
+    idle: str | None
 
 
 def collect(run: MidTraining, batches: Sequence[UserBatch], schedule: Schedule) -> Collected:
@@ -105,11 +106,11 @@ def collect(run: MidTraining, batches: Sequence[UserBatch], schedule: Schedule) 
     # Trees, with the weights of the loss of the global batch.
     if run.settings.max_tokens is not None:
         _repack(run, micro_batches, schedule)
-    updates, settings = _grow(run, micro_batches, schedule)
+    updates, settings, idle = _grow(run, micro_batches, schedule)
     times.append(time.perf_counter())
     phases = ("trunk", "rollout", "tree")
     seconds = {name: times[i + 1] - times[i] for i, name in enumerate(phases)}
-    return Collected(updates, settings, seconds, reasoned)
+    return Collected(updates, settings, seconds, reasoned, idle)
 
 
 def global_sample_indices(args: Namespace, micro_batches: int) -> list[list[int]]:
@@ -351,8 +352,8 @@ def _repack(run: MidTraining, micro_batches: Sequence[MicroBatch], schedule: Sch
 
 def _grow(
     run: MidTraining, micro_batches: Sequence[MicroBatch], schedule: Schedule
-) -> tuple[list[Update], LossSettings]:
-    """The trees, with the weights of the loss of the global batch."""
+) -> tuple[list[Update], LossSettings, str | None]:
+    """The trees, with the weights of the loss of the global batch, and ``Collected.idle``."""
     settings, stem = run.settings, run.prompt.stem(schedule.budget)
     trees = [
         grow_tree(
@@ -369,10 +370,11 @@ def _grow(
         [
             float(sum(len(own.positions) for own in micro_batches)),
             sum(float(tree.ntp_mask.sum()) for tree in trees),
+            float(sum(any(at.advantages) for own in micro_batches for at in own.positions)),
         ]
     ).to(run.policy.device)
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-    positions, ntp_tokens = totals.tolist()
+    positions, ntp_tokens, telling = totals.tolist()
     slots = float(len(micro_batches) * parallel_state.get_data_parallel_world_size())
     updates = []
     for own, tree in zip(micro_batches, trees, strict=True):
@@ -388,7 +390,24 @@ def _grow(
         scale=slots,
         loss=run.loss,
     )
-    return updates, loss
+    return updates, loss, idle_reason(positions, ntp_tokens, telling, schedule.warm_up)
+
+
+def idle_reason(positions: float, ntp_tokens: float, telling: float, warm_up: bool) -> str | None:
+    """Why the rollouts of a global batch teach nothing, in words; None if they do.
+
+    telling: positions whose rewards differ; in the warm-up written answers teach too.
+    """
+    if positions == 0 and ntp_tokens == 0:
+        return "no token counts: everywhere the loss mask is 0 or the label is none of the tokens"
+    if positions == 0:
+        return (
+            "no position could be chosen: none that counts is as uncertain as "
+            "--rmt-entropy-thresholds asks for, or --rmt-select took none"
+        )
+    if telling == 0 and not warm_up:
+        return "the rewards of no group differ: all responses to a position earn the same"
+    return None
 
 
 def _aligned(args: Namespace, trees: list[Tree]) -> list[Tree]:

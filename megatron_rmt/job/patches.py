@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.schedules import schedule_of_step
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.data_files import empty_split
+from megatron_rmt.job.idle_steps import note_idle_step
 from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.resume import check_same_settings, rendering, stored_arguments
 from megatron_rmt.job.samples import is_shown, read_samples, write_samples
@@ -37,6 +39,9 @@ from megatron_rmt.update.forward_step import Update, make_forward_step
 from megatron_rmt.update.logprob_check import check_log_probs, logprob_tolerance
 
 SUPPORTED = ">=0.19,<0.20"
+
+# By reason, since this process started.
+_IDLE_STEPS: Counter[str] = Counter()
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,7 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     except (BatchError, DoorError, CacheError) as error:
         # What only the step's own data tells; no weight has moved yet.
         raise SystemExit(f"RMT, iteration {iteration + 1}: {error}") from None
+    note_idle_step(_IDLE_STEPS, collected.idle, iteration)
     updates = collected.updates
     began_update = time.perf_counter()
 
