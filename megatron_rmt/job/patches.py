@@ -27,6 +27,7 @@ from megatron_rmt.job.data_files import empty_split
 from megatron_rmt.job.idle_steps import note_idle_step
 from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.resume import check_same_settings, rendering, stored_arguments
+from megatron_rmt.job.run_lock import lock_problem
 from megatron_rmt.job.samples import is_shown, read_samples, write_samples
 from megatron_rmt.job.settings import add_rmt_arguments, readable_help, versions
 from megatron_rmt.job.user_batch import BatchError, check_tokens, take_batches
@@ -115,6 +116,18 @@ def _check_checkpoint_args(
         check_same_settings(args, prompt, checkpoint_args)
     except ValueError as error:
         raise SystemExit(str(error)) from None
+
+
+def _setup_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from megatron.training import get_args
+
+    if Settings.of(get_args()).trains_with_rl:
+        # The first moment at which one rank can tell the others, and no model is built yet.
+        problem = [lock_problem(get_args().save) if torch.distributed.get_rank() == 0 else None]
+        torch.distributed.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise SystemExit(f"RMT cannot train here: {problem[0]}")
+    return original(*args, **kwargs)
 
 
 def _build_datasets(original: Callable[..., Any], builder: Any) -> Any:
@@ -253,6 +266,8 @@ PATCHES: tuple[Symbol, ...] = (
     Symbol("megatron.training.arguments", "add_megatron_arguments", "parser", _add_arguments),
     # Refuse what RMT cannot run with, before a model is built.
     Symbol("megatron.training.arguments", "validate_args", "args", _validate_args),
+    # One job at a time writes to --save.
+    Symbol("megatron.training.training", "setup_model_and_optimizer", "", _setup_model),
     # Refuse to go on under other settings, where they could not be read before.
     Symbol(
         "megatron.training.checkpointing",

@@ -1,0 +1,100 @@
+"""Two jobs on one ``--save`` folder; what a dead one leaves is in nobody's way."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_rmt.job import run_lock
+from megatron_rmt.job.run_lock import NAME, lock_problem
+from tests.distributed import REPOSITORY
+from tests.tiny_run import RMT, TinyInputs, run
+
+HOLDER = """
+import os, sys, time
+from megatron_rmt.job.run_lock import lock_problem
+assert lock_problem(sys.argv[1]) is None
+if os.fork() == 0:
+    # As a process that writes a checkpoint, and outlives its parent.
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Another job that writes to ``tmp_path``, and the process that it forked."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    child = int(process.stdout.readline())
+    yield process, child
+    process.kill()
+    process.wait()
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_second_job_is_refused_until_the_first_is_dead(
+    holder: tuple[subprocess.Popen[str], int], tmp_path: Path
+):
+    began = time.monotonic()
+    process, child = holder
+    assert lock_problem(str(tmp_path)) == (
+        f"--save is {tmp_path}, to which another job writes (process {process.pid} on "
+        f"{socket.gethostname()}); end that job, or pass another folder."
+    )
+    assert time.monotonic() - began < 1
+    process.kill()
+    process.wait()
+    os.kill(child, 0)  # what it forked is alive
+    assert lock_problem(str(tmp_path)) is None
+    assert (tmp_path / NAME).read_text() == f"{socket.gethostname()} {os.getpid()}\n"
+    assert lock_problem(str(tmp_path)) is None, "it is its own already"
+
+
+def test_a_machine_that_may_be_gone_is_waited_for(
+    holder: tuple[subprocess.Popen[str], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run_lock, "LEASE_SECONDS", 0.5)
+    (tmp_path / NAME).write_text("elsewhere 17\n")
+    began = time.monotonic()
+    assert "(process 17 on elsewhere); end that job" in lock_problem(str(tmp_path))
+    assert time.monotonic() - began >= 0.5
+
+
+def test_what_a_dead_job_wrote_is_in_nobodys_way(tmp_path: Path):
+    (tmp_path / NAME).write_text("elsewhere 17\n")
+    assert lock_problem(str(tmp_path)) is None
+    assert lock_problem(str(tmp_path / "new")) is None
+    assert lock_problem(None) is None
+    assert lock_problem("msc://bucket/run") is None
+
+
+def test_a_file_system_without_locks_is_not_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(run_lock.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_lock.fcntl, "lockf", refuse)
+    assert lock_problem(str(tmp_path)) is None
+    assert tmp_path.resolve() not in run_lock._held
+
+
+@pytest.mark.multiprocess
+def test_the_ranks_of_a_second_job_end_with_one_sentence(
+    holder: tuple[subprocess.Popen[str], int], inputs: TinyInputs, tmp_path: Path
+):
+    flags = [*inputs.flags(), *RMT, "--save", str(tmp_path), "--save-interval", "1"]
+    with pytest.raises(AssertionError) as error:
+        run(tmp_path / "logs", 2, flags)
+    said = f"RMT cannot train here: --save is {tmp_path}, to which another job writes (process "
+    assert f"SystemExit: {said}{holder[0].pid} on" in str(error.value)
