@@ -1,5 +1,6 @@
 """The prompt in token ids, and the bound of a response against the longest that can be written."""
 
+import copy
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,30 @@ def test_chat_markers_go_round_the_template_where_they_are_asked_for(inner):
     assert with_markers.text(with_markers.stem(9)).endswith("<|end|><|assistant|>\n<think>\n")
     assert without.template == TEMPLATES["rpt"]
     assert _prompt(inner, "rpt", chat=True).template == TEMPLATES["rpt"]
+
+
+def test_the_rendering_is_what_the_chat_template_made_of_the_template(inner):
+    inner.chat_template = "{{ day }}" + CHAT
+    try:
+        texts = [
+            _prompt(_copied_with(inner, day), "rpt", chat=chat).rendering()
+            for day, chat in (("1 May", True), ("2 May", True), ("2 May", False))
+        ]
+    finally:
+        inner.chat_template = None
+    first, second, plain = texts
+    rpt = TEMPLATES["rpt"]
+    assert plain == {"head": rpt.head, "stem": rpt.stem, "close": rpt.close}
+    assert first["head"] == "1 May<|user|>\n" + rpt.head
+    assert second == first | {"head": "2 May<|user|>\n" + rpt.head}
+    assert "{budget}" in first["stem"]
+
+
+def _copied_with(inner: PreTrainedTokenizerFast, day: str) -> PreTrainedTokenizerFast:
+    """The tokenizer on a day, as its chat template sees it."""
+    other = copy.deepcopy(inner)
+    other.chat_template = inner.chat_template.replace("{{ day }}", day)
+    return other
 
 
 def test_special_tokens_have_no_bytes(inner):

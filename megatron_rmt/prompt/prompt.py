@@ -86,6 +86,15 @@ class Prompt:
             force_close=force_close,
         )
 
+    def rendering(self) -> dict[str, str]:
+        """The texts that the model is asked with: "head", "stem" (with its budget's placeholder)
+        and "close", as the tokenizer's chat template rendered them at this start.
+
+        A chat template may write the date, and may be edited, so what was begun with one rendering
+        is gone on with, or compared, under the same only.
+        """
+        return {name: getattr(self.template, name) for name in ("head", "stem", "close")}
+
     @cached_property
     def preamble(self) -> list[int]:
         """Token ids of the template's head, which stand before each document."""
