@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.model.blocks import Block
+from megatron_rmt.prompt.pieces import before_document
 
 NO_LABEL = -1
 
@@ -66,14 +67,15 @@ def build_trunk(
     preamble: Sequence[int],
     end_of_document: int,
     separate_documents: bool,
+    begin: Sequence[int] = (),
 ) -> list[Sample]:
     """The samples of one micro-batch, whose numbers in the whole run are ``indices``.
 
     preamble: token ids put before each document (each sample, if documents are not separate).
+    begin: token ids that begin a text, of which a document's own give way to the preamble's.
     separate_documents: documents do not see each other, as Megatron's ``--reset-attention-mask``;
     a document ends with its ``end_of_document`` token.
     """
-    before = torch.tensor(list(preamble), dtype=torch.int64)
     length = batch.tokens.shape[1]
     trunk = []
     for index, tokens, position_ids, labels, loss_mask in zip(
@@ -83,19 +85,22 @@ def build_trunk(
         if separate_documents:
             ends = (tokens == end_of_document).nonzero()[:, 0] + 1
             starts += [end for end in ends.tolist() if end < length]
-        columns, positions, documents, rows = [], [], [], 0
+        columns, positions, documents, befores, rows = [], [], [], [], 0
         for start, limit in itertools.pairwise([*starts, length]):
-            columns += [torch.full_like(before, -1), torch.arange(start, limit)]
+            before, dropped = before_document(preamble, begin, tokens[start:limit].tolist())
+            befores += before
+            own = start + dropped
+            columns += [torch.full((len(before),), -1), torch.arange(own, limit)]
             positions += [position_ids[start] + torch.arange(len(before))]
-            positions += [position_ids[start:limit] + len(before)]
-            documents.append((rows, rows + len(before) + limit - start))
+            positions += [position_ids[own:limit] - dropped + len(before)]
+            documents.append((rows, rows + len(before) + limit - own))
             rows = documents[-1][1]
         columns = torch.cat(columns)
         in_preamble = columns < 0
         trunk.append(
             Sample(
                 index,
-                tokens=tokens[columns].masked_scatter(in_preamble, before.repeat(len(documents))),
+                tokens=tokens[columns].masked_scatter(in_preamble, torch.tensor(befores).long()),
                 position_ids=torch.cat(positions),
                 labels=labels[columns].masked_fill(in_preamble, NO_LABEL),
                 loss_mask=loss_mask[columns].float().masked_fill(in_preamble, 0.0),
