@@ -1,5 +1,7 @@
 """What a run asks the model and how it reads the answers, with the tokenizer's own token ids."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -95,6 +97,13 @@ class Prompt:
         is gone on with, or compared, under the same only.
         """
         return {name: getattr(self.template, name) for name in ("head", "stem", "close")}
+
+    @cached_property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits of the rendering and of the token ids that it becomes."""
+        stem = self.encode(self.template.stem)
+        parts = [self.rendering(), self.preamble, stem, self.close]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @cached_property
     def preamble(self) -> list[int]:
