@@ -1,9 +1,16 @@
 """What a run needs in every step: the model in its wrappers, evaluation mode, FP8 weights."""
 
+import dataclasses
+
 import pytest
 import torch
+import torch.distributed as dist
 
+from megatron_rmt.mid_training import as_rank_0_rendered
 from megatron_rmt.model.gpt import generating, gpt_model
+from megatron_rmt.prompt.prompt import Prompt
+from megatron_rmt.prompt.template import TEMPLATES
+from tests.distributed import run_distributed
 from tests.tiny_model import build_model
 
 
@@ -53,3 +60,22 @@ def test_quantized_weights_are_made_again_before_and_after_rollouts(precision):
         assert layer.is_first_microbatch == (precision is not None)
         assert layer._fp8_workspaces
     assert bool(layer._fp8_workspaces) == (precision is None)
+
+
+def _heads_of_a_midnight() -> tuple[str, list[int]]:
+    template = dataclasses.replace(TEMPLATES["rpt"], head=f"Day {dist.get_rank()}: ")
+    prompt = Prompt(
+        template=template,
+        encode=lambda text: [*text.encode()],
+        bytes_of=[],
+        stop=[],
+        end_of_document=0,
+        answer_tokens=1,
+    )
+    shared = as_rank_0_rendered(prompt)
+    return shared.rendering()["head"], shared.preamble
+
+
+@pytest.mark.multiprocess
+def test_ranks_that_start_on_two_days_ask_with_one_prompt():
+    assert run_distributed(2, _heads_of_a_midnight) == [("Day 0: ", [*b"Day 0: "])] * 2

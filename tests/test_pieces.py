@@ -161,6 +161,9 @@ def _check(tokenizer: Any, prompt: Prompt, begin: tuple[int, ...]) -> None:
     pieces = [before, document[replaced:], stem, thought, prompt.close, answer]
     assembled = [token for piece in pieces for token in piece]
 
+    # A window from the middle of a document begins with none of its own.
+    window, _ = prompt.before(prompt.encode(DOCUMENT))
+    assert leading(begin, window) == (len(begin) if prompt.template.head else 0)
     opened = leading(begin, assembled)
     assert opened == len(begin)
     if begin:
