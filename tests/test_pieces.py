@@ -248,6 +248,18 @@ def test_pieces_of_llamas_classes(config: dict[str, Any], name: str, tmp_path: P
     _check(tokenizer, _prompt(tokenizer, name), begin)
 
 
+def test_megatrons_sft_tokenizer_puts_its_begin_token_before_no_piece_but_the_first(tmp_path: Path):
+    fast = _adds(byte_level_bpe(), (BEGIN,))
+    fast.save_pretrained(tmp_path)
+    tokenizer = MegatronTokenizer.from_pretrained(
+        str(tmp_path), metadata_path={"library": "sft"}, prompt_format="default"
+    )
+    prompt = _prompt(tokenizer, "rpt")
+    assert prompt.preamble.index(fast.bos_token_id) == 0
+    pieces = [*prompt.preamble[1:], *prompt.stem(3), *prompt.close, *prompt.encode("It")]
+    assert fast.bos_token_id not in pieces
+
+
 def _with(begin: Sequence[str], **options: Any) -> PieceEncoder:
     """An encoder of single characters, of which "^" and "~" may begin a text."""
     bytes_of = [bytes([byte]) if byte not in b"^~" else b"" for byte in range(128)]
