@@ -1,5 +1,6 @@
 """What one run of RMT needs in every step, built once: settings, model, prompt, their limits."""
 
+import dataclasses
 import itertools
 import math
 from argparse import Namespace
@@ -56,7 +57,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     check_rotary_scaling(args, model)
     attach_tree_attention(model)
     check_backend(settings.attention, next(model.parameters()).device)
-    prompt = read_prompt(settings, tokenizer)
+    prompt = as_rank_0_rendered(read_prompt(settings, tokenizer))
     problem = fitting_problem(args, settings, prompt)
     if problem:
         raise ValueError(problem)
@@ -91,6 +92,14 @@ def read_prompt(settings: Settings, tokenizer: Any) -> Prompt:
         answer_tokens=settings.answer_tokens,
         force_close=settings.force_close,
     )
+
+
+def as_rank_0_rendered(prompt: Prompt) -> Prompt:
+    """The prompt with the texts of rank 0: a chat template may write the time, and ranks that start
+    round midnight would ask with different ones. Collective over all ranks."""
+    texts = [prompt.rendering()]
+    dist.broadcast_object_list(texts)
+    return dataclasses.replace(prompt, template=dataclasses.replace(prompt.template, **texts[0]))
 
 
 def longest_position(seq_length: int, settings: Settings, prompt: Prompt) -> int:

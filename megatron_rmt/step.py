@@ -141,6 +141,7 @@ def _lay_out(
             batch,
             indices,
             preamble=run.prompt.preamble,
+            begin=run.prompt.begin,
             end_of_document=run.prompt.end_of_document,
             separate_documents=run.args.reset_attention_mask,
             vocab_size=run.policy.vocab_size,

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_rmt.prompt.prompt import Prompt
+from megatron_rmt.prompt.template import Template
 from tests.distributed import REPOSITORY, run_distributed
 from tests.test_evaluation import record, settings
 from tests.test_token_bytes import byte_level_bpe
@@ -31,6 +34,7 @@ TEXTS = [
     "42 + 42 = 84, and half of 84 is 42; Zürich costs 3 euros.",
 ]
 LENGTH, BUDGET = 24, 2
+BEGIN = 5
 # Both sides choose the most likely token, so that transformers can repeat every thought.
 REASONING = (
     f"--seq-length {LENGTH} --positions-per-document 8 --budget {BUDGET} --seed 5 --rmt-greedy "
@@ -285,6 +289,73 @@ def test_another_model_is_compared_on_the_positions_and_splits_of_the_first(
     (root / "spoiled.json").write_text(json.dumps(spoiled))
     with pytest.raises(ValueError, match=r"not measured on the same positions; .*--positions-from"):
         evaluation.compare([root / "before.json", root / "spoiled.json"])
+
+
+@pytest.mark.multiprocess
+def test_a_prompt_of_another_day_is_refused(root: Path):
+    """The chat template writes the date; it is edited here instead of waiting."""
+    chat = root / "chat-megatron"
+    shutil.copytree(root / "before-megatron", chat)
+    template = chat / "huggingface/chat_template.jinja"
+    few = ["--seq-length", str(LENGTH), "--positions-per-document", "1", "--budget", "1"]
+    for day in ("1 May", "2 May"):
+        template.write_text(
+            f"Today: {day}\n{{% for m in messages %}}{{{{ m['content'] }}}}{{% endfor %}}"
+        )
+        run_distributed(1, _evaluate, command(root, "chat", f"{day[0]}.json", *few))
+    first, second = (content(root / f"{day}.json")["settings"]["prompt"] for day in (1, 2))
+    assert first["head"].startswith("Today: 1 May\n")
+    assert second["digest"] != first["digest"]
+    words = command(root, "chat", "3.json", "--positions-from", str(root / "1.json"))
+    with pytest.raises(Exception, match=r"1\.json and this evaluation differ in the head .* 1 May"):
+        run_distributed(1, _evaluate, words)
+    with pytest.raises(ValueError, match=r"1\.json and .*2\.json differ in the head"):
+        evaluation.compare([root / "1.json", root / "2.json"])
+    assert not (root / "3.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ([], [BEGIN, 10, 11, 12]),
+        ([7, 8], [BEGIN, 7, 8, 10, 11, 12]),
+        ([BEGIN, 7], [BEGIN, 7, 10, 11, 12]),
+    ],
+)
+def test_thoughts_begin_where_their_document_stands_in_the_prompt(
+    monkeypatch: pytest.MonkeyPatch, head: list[int], expected: list[int]
+):
+    """Documents bring a begin token, which stands once and first."""
+    import evaluation_passes
+
+    prompt = Prompt(
+        template=Template("own", "head" * bool(head), "{budget}", "</t>", "next"),
+        encode=lambda text: [6],
+        bytes_of=[b"x"] * 20,
+        stop=[],
+        end_of_document=0,
+        answer_tokens=1,
+        begin=(BEGIN,),
+        encode_first=lambda text: head,
+    )
+    document = evaluation_documents.Document(3, [BEGIN, 10, 11, 12], 0)
+    assert evaluation_passes.in_prompt(prompt, document.ids) == expected
+    asked = []
+
+    def generate(policy: None, prompt: Prompt, store: None, positions: list[Any], how: Any) -> Any:
+        asked.extend(positions)
+        return [[] for _ in positions]
+
+    monkeypatch.setattr(evaluation_passes, "generate", generate)
+    shared = SimpleNamespace(temperature=1.0, greedy=True)
+    run = SimpleNamespace(prompt=prompt, settings=shared, policy=None)
+    how = evaluation_passes.Reasoning(length=4, positions=2, budget=1, samples=1, at_once=9, seed=0)
+    measured = record("-333", "0000", positions=[2, 3])
+    evaluation_passes.reason(run, [document], [measured], [100], None, how)
+    for position, token in zip(asked, [2, 3, 2, 3], strict=True):
+        before = expected.index(document.ids[token])
+        assert (position.first, position.limit) == (100, 100 + before)
+        assert position.next_position == before
 
 
 def test_positions_are_above_the_lowest_threshold_and_uniform():

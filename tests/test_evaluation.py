@@ -1,5 +1,6 @@
 """The statistics of tools/evaluation.py: splits, bootstrap intervals, paired differences."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,12 @@ def test_splits_are_nested_and_average_is_the_mean_of_the_three():
     np.testing.assert_allclose(values, [[0.5, 1.0, 1.0, 2.5 / 3]])
 
 
+PROMPT = {"head": "Today: 27 Nov\nText: ", "stem": " {budget}", "close": "</t>", "digest": "0a"}
+
+
 def settings(**others: Any) -> dict[str, Any]:
-    return {"samples": 1, "seed": 3, "entropy_thresholds": [0.5, 1.0, 1.5]} | others
+    common = {"samples": 1, "seed": 3, "entropy_thresholds": [0.5, 1.0, 1.5], "prompt": PROMPT}
+    return common | others
 
 
 def test_interval_of_independent_documents_is_that_of_a_binomial():
@@ -93,3 +98,52 @@ def test_output_comes_back_as_it_was_written(tmp_path: Path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other.json is not an output of evaluate.py"):
         evaluation.read_output(tmp_path / "other.json")
+
+
+def _written(path: Path, prompt: dict[str, str]) -> Path:
+    measured = evaluation.Measured(settings(prompt=prompt), [record("-3", "01")])
+    evaluation.write_output(path, measured, 1.0)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"head": "Today: 28 Nov\nText: ", "digest": "0b"},
+            "one.json and .*two.json differ in the head of the prompt: "
+            "'Today: 27 Nov.nText: ' and 'Today: 28 Nov.nText: '; evaluate both with the same",
+        ),
+        (
+            {"stem": " {budget}" + "x" * 500, "digest": "0b"},
+            r"in the stem of the prompt: ' \{budget\}' and ' \{budget\}x+\.\.\.'; evaluate",
+        ),
+        ({"head": "", "digest": "0b"}, r"differ in the head .* and ''; evaluate"),
+        ({"close": "</s>", "digest": "0b"}, "differ in the close of the prompt: '</t>' and '</s>'"),
+        ({"digest": "0b"}, "have the same prompt in other tokens; evaluate both with the same tok"),
+    ],
+)
+def test_evaluations_with_another_prompt_are_not_compared(
+    tmp_path: Path, change: dict[str, str], sentence: str
+):
+    one = _written(tmp_path / "one.json", PROMPT)
+    same = _written(tmp_path / "same.json", PROMPT)
+    assert "next token" in evaluation.compare([one, same])
+    two = _written(tmp_path / "two.json", PROMPT | change)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        evaluation.compare([one, same, two])
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 400
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings_", [{"prompt": None}, {"prompt": PROMPT | {"head": 3}}, {}])
+def test_an_output_that_does_not_say_its_prompt_is_refused(
+    tmp_path: Path, settings_: dict[str, Any]
+):
+    path = _written(tmp_path / "one.json", PROMPT)
+    content = json.loads(path.read_text())
+    del content["settings"]["prompt"]
+    content["settings"] |= settings_
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"one.json is not an output of evaluate.py"):
+        evaluation.read_output(path)

@@ -1,14 +1,24 @@
 """What a run needs in every step: wrappers, evaluation mode, FP8 weights, bounds."""
 
+import dataclasses
 from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_rmt.algorithm.settings import Settings
-from megatron_rmt.mid_training import cache_size, largest_batch_size, prompts_of_a_sample
+from megatron_rmt.mid_training import (
+    as_rank_0_rendered,
+    cache_size,
+    largest_batch_size,
+    prompts_of_a_sample,
+)
 from megatron_rmt.model.gpt import generating, gpt_model
+from megatron_rmt.prompt.prompt import Prompt
+from megatron_rmt.prompt.template import TEMPLATES
+from tests.distributed import run_distributed
 from tests.tiny_model import build_model
 
 
@@ -103,3 +113,22 @@ def test_numbers_that_count_one_prompt_a_sample_say_so_where_there_may_be_more()
     assert "each further one adds its prompt of 2 tokens" in prompts_of_a_sample(args, PROMPT)
     args.reset_attention_mask = False
     assert prompts_of_a_sample(args, PROMPT) == ""
+
+
+def _heads_of_a_midnight() -> tuple[str, list[int]]:
+    template = dataclasses.replace(TEMPLATES["rpt"], head=f"Day {dist.get_rank()}: ")
+    prompt = Prompt(
+        template=template,
+        encode=lambda text: [*text.encode()],
+        bytes_of=[],
+        stop=[],
+        end_of_document=0,
+        answer_tokens=1,
+    )
+    shared = as_rank_0_rendered(prompt)
+    return shared.rendering()["head"], shared.preamble
+
+
+@pytest.mark.multiprocess
+def test_ranks_that_start_on_two_days_ask_with_one_prompt():
+    assert run_distributed(2, _heads_of_a_midnight) == [("Day 0: ", [*b"Day 0: "])] * 2

@@ -37,6 +37,10 @@ class MegatronsTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, eod: int, eos: int | None) -> None:
         self._tokenizer = SimpleNamespace(tokenizer=tokenizer)
         self.eod, self._eos = eod, eos
+        self.bos = tokenizer.bos_token_id
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._tokenizer.tokenizer.encode(text)
 
     @property
     def eos(self) -> int:
@@ -72,11 +76,13 @@ def _prompt(
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_its_pieces_are_those_of_the_template_without_special_tokens(name, inner):
+def test_its_pieces_are_those_of_the_template_behind_one_begin_token(name, inner):
     prompt, template = _prompt(inner, name), TEMPLATES[name]
     assert prompt.template == template
+    assert prompt.begin == (1,)
+    assert prompt.preamble[:1] == ([1] if template.head else [])
     for tokens, text in (
-        (prompt.preamble, template.head),
+        (prompt.preamble[1:], template.head),
         (prompt.close, template.close),
         (prompt.stem(800), template.stem_text(800)),
         (prompt.stem(7), template.stem_text(7)),
@@ -135,6 +141,14 @@ def test_the_rendering_is_what_the_chat_template_made_of_the_template(inner):
     assert first["head"] == "1 May<|user|>\n" + rpt.head
     assert second == first | {"head": "2 May<|user|>\n" + rpt.head}
     assert "{budget}" in first["stem"]
+
+
+def test_the_digest_tells_texts_and_their_tokens_apart(inner):
+    same, again, shorter = (_prompt(inner, name) for name in ("rpt", "rpt", "raw"))
+    assert same.digest == again.digest != shorter.digest
+    other_tokens = dataclasses.replace(same, encode=lambda text: [3, *same.encode(text)])
+    assert other_tokens.rendering() == same.rendering()
+    assert other_tokens.digest != same.digest
 
 
 def _copied_with(inner: PreTrainedTokenizerFast, day: str) -> PreTrainedTokenizerFast:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -53,6 +54,9 @@ def test_built_in_templates_hold_what_they_must():
         ({"close": ""}, "empty close"),
         ({"answer": "json"}, "answer 'json'; pass 'boxed' or 'next'"),
         ({"head": None}, "field head is None; pass a string"),
+        ({"head": "\ud800"}, "field head holds half of a surrogate pair"),
+        ({"stem": "{budget}\udfff"}, "field stem holds half of a surrogate pair"),
+        ({"close": "</\ud800>"}, "field close holds half of a surrogate pair"),
     ],
 )
 def test_unusable_templates_are_refused(change, message):
@@ -76,18 +80,42 @@ def test_templates_load_by_name_and_from_a_file(tmp_path):
         ('{"name": "x"}', "exactly the fields"),
         (json.dumps({**dataclasses.asdict(BOXED), "extra": ""}), "exactly the fields"),
         (json.dumps({**dataclasses.asdict(BOXED), "close": ""}), "empty close"),
+        (json.dumps({**dataclasses.asdict(BOXED), "stem": "\ud800{budget}"}), "surrogate"),
+        ("[" * 100_000, "is not JSON"),
+        ("\ufeff[]", "is not JSON"),
+        ('{"name": ' + "9" * 5000 + "}", "is not JSON"),
     ],
 )
 def test_bad_template_files_are_refused(tmp_path, content, message):
     path = tmp_path / "bad.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         load_template(str(path))
+    assert "\n" not in str(caught.value)
 
 
-def test_unknown_template_names_are_refused():
+@pytest.mark.parametrize("name", ["rtp", "", "."])
+def test_unknown_template_names_are_refused(name):
     with pytest.raises(ValueError, match="neither a file nor one of rpt, raw, inline"):
-        load_template("rtp")
+        load_template(name)
+
+
+def test_a_template_name_that_the_system_cannot_take_is_refused_in_short():
+    with pytest.raises(
+        ValueError, match=r"template file x+\.\.\. cannot be read: File name"
+    ) as caught:
+        load_template("x" * 5000)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_template_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    (tmp_path / "own.json").touch()
+    with pytest.raises(ValueError, match=r"own.json cannot be read: Permission denied"):
+        load_template(str(tmp_path / "own.json"))
 
 
 def test_chat_markers_surround_head_document_and_instruction(tokenizer):
@@ -147,3 +175,58 @@ def test_a_chat_template_that_alters_the_text_is_refused(tokenizer, name, conten
     tokenizer.chat_template = TRIMMING.replace("m['content'] | trim", content)
     with pytest.raises(ValueError, match="does not keep the user's text"):
         chat_template(TEMPLATES[name], tokenizer)
+
+
+# What chat templates do to a lone user's turn; each with a part of what they say.
+BROKEN = {
+    "{{ raise_exception('Give me \n tools') }}": "TemplateError: Give me tools",
+    "{{ tools | length }}" + TRIMMING: "TypeError",
+    "{% if %}" + TRIMMING: "TemplateSyntaxError",
+    "{{ no_such_thing(messages) }}": "UndefinedError: 'no_such_thing' is undefined",
+    "{{ 1 / 0 }}": "ZeroDivisionError",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "RecursionError",
+    "{{ messages[7]['content'] }}": "UndefinedError",
+}
+
+
+@pytest.mark.parametrize("name", ["rpt", "raw"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_chat_template_that_cannot_be_rendered_is_refused_with_what_it_says(
+    tokenizer, name, broken
+):
+    tokenizer.chat_template, tokenizer.name_or_path = broken, "some/tokenizer"
+    with pytest.raises(ValueError, match="pass --rmt-no-chat") as caught:
+        chat_template(TEMPLATES[name], tokenizer)
+    assert f"tokenizer some/tokenizer cannot be rendered, it says {BROKEN[broken]}" in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+
+
+def test_several_chat_templates_of_which_none_is_the_default_are_refused(tokenizer):
+    tokenizer.chat_template = {"tool_use": TRIMMING, "rag": TRIMMING}
+    with pytest.raises(
+        ValueError, match=r"cannot be rendered, it says ValueError: .*pass --rmt-no"
+    ):
+        chat_template(BOXED, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["rpt", "raw"])
+def test_a_chat_template_that_asks_for_a_system_turn_gets_one(tokenizer, name):
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' or not messages[0]['content'] %}"
+        "{{ raise_exception('A system message is needed') }}{% endif %}" + TRIMMING
+    )
+    chat = chat_template(TEMPLATES[name], tokenizer)
+    opened = chat.head if TEMPLATES[name].head else chat.stem
+    assert "<|system|>\nYou are a helpful assistant.<|end|><|user|>\n" in opened
+    tokenizer.chat_template = TRIMMING
+    assert chat_template(TEMPLATES[name], tokenizer).head == chat.head.replace(
+        "<|system|>\nYou are a helpful assistant.<|end|>", ""
+    )
+
+
+def test_a_chat_template_that_writes_no_text_is_refused(tokenizer):
+    tokenizer.chat_template = TRIMMING + "{{ '\ud800' }}"
+    with pytest.raises(ValueError, match="surrogate pair"):
+        chat_template(BOXED, tokenizer)

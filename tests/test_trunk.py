@@ -68,6 +68,55 @@ def test_trunk_of_separate_documents(head):
         assert len(sample) == size
 
 
+BEGIN = 60
+
+
+@pytest.mark.parametrize(
+    ("head", "fronts", "columns"),
+    [
+        # Where there is no head the data's own stays, once.
+        ([], [[], [], []], [range(4), range(5, 8), range(8, 12)]),
+        (
+            [41, 42],
+            [[BEGIN, 41, 42], [BEGIN, 41, 42], [41, 42]],
+            [range(1, 4), range(6, 8), range(8, 12)],
+        ),
+        ([BEGIN, 41], [[BEGIN, 41]] * 3, [range(1, 4), range(6, 8), range(8, 12)]),
+    ],
+)
+def test_the_begin_token_stands_once_and_first_whatever_head_and_document_bring(
+    head: list[int], fronts: list[list[int]], columns: list[range]
+):
+    batch = _batch()
+    # The first document brings one, the second two, the third none; the second sample is a window
+    # from the middle of a document.
+    batch.tokens[0, [0, 4, 5]] = BEGIN
+    sample, window = build_trunk(
+        batch,
+        [70, 71],
+        preamble=head,
+        begin=(BEGIN,),
+        end_of_document=END_OF_DOCUMENT,
+        separate_documents=True,
+    )
+    starts = [start for start, _ in SPANS[0]]
+    for (first, limit), front, own, start in zip(
+        sample.documents, fronts, columns, starts, strict=True
+    ):
+        rows, own = slice(first, limit), list(own)
+        assert sample.columns[rows].tolist() == [-1] * len(front) + own
+        assert sample.tokens[rows].tolist() == front + batch.tokens[0, own].tolist()
+        assert sample.tokens[rows].tolist().count(BEGIN) == (BEGIN in [*front, *head] or start < 8)
+        unknown = [NO_LABEL] * len(front)
+        assert sample.labels[rows].tolist() == unknown + batch.labels[0, own].tolist()
+        assert sample.loss_mask[rows].tolist() == (
+            [0.0] * len(front) + batch.loss_mask[0, own].tolist()
+        )
+        assert sample.position_ids[rows].tolist() == list(range(start, start + limit - first))
+    assert window.tokens.tolist() == [*head, *batch.tokens[1].tolist()]
+    assert len(sample) <= 12 + 3 * len(head)
+
+
 def test_trunk_of_whole_samples_ignores_ends_of_documents():
     for sample in _trunk([41], separate=False):
         assert sample.documents == ((0, 13),)

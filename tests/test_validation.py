@@ -351,6 +351,8 @@ FILES = {
     "no text": "--tokenizer-type NullTokenizer --tokenizer-model None does not suit RMT, which",
     "no template": "--rmt-template is no-such-template; template 'no-such-template' is neither",
     "bad template": "must be one object with exactly the fields",
+    "long template": "xxx... cannot be read: File name too long",
+    "chat template": "is rpt; the chat template of tokenizer {0} cannot be rendered, it says Undef",
     "small model": "--tokenizer-model has 258 tokens but the model only 128 rows of embedding",
     "other data": "holds token 1000 but --tokenizer-model has 258 tokens; tokenize the corpus with",
     "no data": "but there is no nowhere/train.idx; pass the prefix of a .bin and .idx file.",
@@ -370,6 +372,8 @@ def files(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "no text": ["--tokenizer-type", "NullTokenizer", "--vocab-size", "258"],
         "no template": [*own, "--rmt-template", "no-such-template"],
         "bad template": [*own, "--rmt-template", str(folder / "bad.json")],
+        "long template": [*own, "--rmt-template", "x" * 5000],
+        "chat template": [*own, "--chat-template", "{{ no_such_thing() }}"],
         "small model": [*own, "--padded-vocab-size", "128"],
         "other data": [*own, "--data-path", _write_data(folder / "other", 1000)],
         "no data": [*own, "--data-path", "0.5", "nowhere/train"],
@@ -378,8 +382,14 @@ def files(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_files_that_do_not_go_together_are_refused(files: dict[str, list[str]], case: str):
-    assert FILES[case] in _refusal(_parse("--rmt", *files[case]))
+def test_files_that_do_not_go_together_are_refused(
+    files: dict[str, list[str]], tokenizer: str, case: str
+):
+    assert FILES[case].format(tokenizer) in _refusal(_parse("--rmt", *files[case]))
+
+
+def test_a_chat_template_that_is_not_asked_for_may_be_broken(files: dict[str, list[str]]):
+    check_rmt_arguments(_parse("--rmt", "--rmt-no-chat", *files["chat template"]))
 
 
 def test_data_of_the_right_vocabulary_is_accepted(tokenizer: str, tmp_path: Path):

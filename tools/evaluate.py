@@ -21,8 +21,10 @@ end where a token ends. Answers are sampled as in training unless --rmt-greedy; 
 --samples the accuracy is their mean. Intervals (95 %) are bootstrapped over documents, because the
 positions of one document are not independent; there is none for fewer than two documents.
 
-Two evaluations can be compared on the same positions only: --positions-from takes documents,
-positions and splits from an earlier output, whatever the entropies of the model at hand.
+Two evaluations can be compared on the same positions and with the same prompt only:
+--positions-from takes documents, positions and splits from an earlier output, whatever the
+entropies of the model at hand. The output holds the prompt's texts, because a chat template may
+write the date, or be edited; another prompt is refused.
 
 Flags that are not listed are Megatron's (--bf16, --tensor-model-parallel-size, --ckpt-step, ...).
 These have their meaning of training: --rmt-template, --rmt-no-chat, --rmt-answer-tokens,
@@ -40,7 +42,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from evaluation import NOT_COUNTED, Measured, Record, compare, read_output, summary, write_output
+from evaluation import (
+    NOT_COUNTED,
+    Measured,
+    Record,
+    check_same_prompt,
+    compare,
+    read_output,
+    summary,
+    write_output,
+)
 from evaluation_documents import Document, documents_of, read_texts, tokenize
 from model_on_hand import loading_flags, model_flags, quiet_unless_it_fails, start_mid_training
 
@@ -191,6 +202,9 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
 
     from evaluation_passes import Reasoning, measure
 
+    if earlier is not None:
+        theirs = earlier.settings["prompt"]
+        check_same_prompt(flags.positions_from, theirs, "this evaluation", asked_with(run))
     documents = tokenize(texts, get_tokenizer().tokenize, run.prompt.bytes_of)
     work: list[tuple[Document, Record | None]] = [(document, None) for document in documents]
     if earlier is not None:
@@ -220,6 +234,11 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
     dist.barrier()
 
 
+def asked_with(run: "MidTraining") -> dict[str, str]:
+    """The texts of the prompt, and a digest of them and of the tokens that they become."""
+    return run.prompt.rendering() | {"digest": run.prompt.digest}
+
+
 def settings_of(
     flags: argparse.Namespace, run: "MidTraining", how: "Reasoning", earlier: Measured | None
 ) -> dict[str, Any]:
@@ -239,6 +258,7 @@ def settings_of(
         "entropy_top_k": shared.entropy_top_k,
         "template": shared.template,
         "chat": not shared.no_chat,
+        "prompt": asked_with(run),
         "budget": flags.budget,
         "samples": flags.samples,
         "greedy": shared.greedy,

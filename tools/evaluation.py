@@ -4,9 +4,10 @@ Accuracies and rates are ratios of sums over documents, with 95 % intervals by a
 documents; two evaluations of the same positions are compared by resampling the same documents.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 SPLITS = ("easy", "medium", "hard")
 COLUMNS = (*SPLITS, "average")
 RESAMPLES = 2000
-FORMAT = 1
+FORMAT = 2
 NOT_COUNTED = "-"
 # How a result is measured: its name, and the title of its row.
 METHODS = {
@@ -308,7 +309,10 @@ def read_output(path: Path) -> Measured:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']}, not {FORMAT}")
+            raise ValueError(f"its format is {content['format']}, not {FORMAT}; evaluate again")
+        prompt = content["settings"]["prompt"]
+        if not all(isinstance(prompt[piece], str) for piece in ("head", "stem", "close", "digest")):
+            raise ValueError("its prompt is no text")
         return Measured(content["settings"], [Record(**record) for record in content["documents"]])
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
@@ -334,15 +338,51 @@ def check_same_positions(paths: Sequence[Path], measured: Sequence[Measured]) ->
             )
 
 
+def check_same_prompt(
+    path: Path, prompt: Mapping[str, str], other: str | Path, other_prompt: Mapping[str, str]
+) -> None:
+    """The evaluation in ``path`` asked with the same prompt as another.
+
+    Raises:
+        ValueError: one sentence that names the piece of the prompt that differs, with both texts.
+    """
+    for piece in ("head", "stem", "close"):
+        if prompt[piece] != other_prompt[piece]:
+            here, there = _where_they_part(prompt[piece], other_prompt[piece])
+            raise ValueError(
+                f"{path} and {other} differ in the {piece} of the prompt: {here!r} and {there!r}; "
+                "evaluate both with the same --rmt-template, --rmt-no-chat, tokenizer and chat "
+                "template (which may write the date: then on the same day)."
+            )
+    if prompt["digest"] != other_prompt["digest"]:
+        raise ValueError(
+            f"{path} and {other} have the same prompt in other tokens; evaluate both with the same "
+            "tokenizer and the same version of transformers."
+        )
+
+
+def _where_they_part(one: str, other: str, around: int = 24) -> tuple[str, str]:
+    """Both texts, cut to where they begin to differ."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    same = len(list(pairs))
+    first = max(0, same - around)
+    return tuple(
+        ("..." if first else "") + text[first : same + around] + "..." * (same + around < len(text))
+        for text in (one, other)
+    )
+
+
 def compare(paths: Sequence[Path]) -> str:
     """The table of ``--compare``.
 
     Raises:
-        ValueError: a file cannot be used, or they are not of the same positions.
+        ValueError: a file cannot be used, or they are not of the same positions and prompt.
     """
     if len(paths) < 2:
         raise ValueError("--compare got one file; name two or more.")
     measured = [read_output(path) for path in paths]
     check_same_positions(paths, measured)
+    for path, one in zip(paths[1:], measured[1:], strict=True):
+        check_same_prompt(paths[0], measured[0].settings["prompt"], path, one.settings["prompt"])
     names = [path.stem for path in paths]
     return comparison(names if len(set(names)) == len(names) else list(map(str, paths)), measured)

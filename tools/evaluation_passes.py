@@ -66,6 +66,12 @@ def document_sample(tokens: Tensor, labels: Tensor | None = None, first: int = 0
     )
 
 
+def in_prompt(prompt: Prompt, ids: Sequence[int]) -> list[int]:
+    """A document of token ``ids`` as it stands in a prompt, behind the template's preamble."""
+    before, replaced = prompt.before(ids)
+    return [*before, *ids[replaced:]]
+
+
 def read_document(
     run: MidTraining,
     document: Document,
@@ -76,15 +82,17 @@ def read_document(
 ) -> Record:
     """Entropies and most likely tokens of one document, and the positions to reason at.
 
-    The document's keys and values, behind the template's preamble, go to ``store`` from
-    ``first_row`` on.
+    The document's keys and values, as they stand in a prompt, go to ``store`` from ``first_row``
+    on.
     """
     ids, prompt, top_k = document.ids[: how.length], run.prompt, run.settings.entropy_top_k
     bare = document_sample(torch.tensor(ids))
+    asked = in_prompt(prompt, ids)
     # The splits and the plain prediction are those of the bare text under every template.
-    if prompt.preamble:
-        behind_preamble = document_sample(torch.tensor([*prompt.preamble, *ids]))
-        read_trunk(run.policy, [behind_preamble], store, first_row, top_k=top_k)
+    if asked != ids:
+        read_trunk(
+            run.policy, [document_sample(torch.tensor(asked))], store, first_row, top_k=top_k
+        )
         store, first_row = KeyValueStore(len(ids)), 0
     entropies, predictions = read_trunk(run.policy, [bare], store, first_row, top_k=top_k)
     if not torch.isfinite(entropies).all():
@@ -129,12 +137,17 @@ def reason(
 
     ``store`` holds the documents from their ``first_rows`` on.
     """
-    preamble = len(run.prompt.preamble)
     wanted = [
         (document, record, first_row, token)
         for document, record, first_row in zip(documents, records, first_rows, strict=True)
         for token in record.positions
     ]
+
+    def before(document: Document, token: int) -> int:
+        """How many tokens of the prompt stand before ``token`` of the document."""
+        ids = document.ids[: how.length]
+        return len(in_prompt(run.prompt, ids)) - len(ids) + token
+
     size = max(1, how.at_once // how.samples)
     for start in range(0, len(wanted), size):
         chunk = wanted[start : start + size]
@@ -143,8 +156,8 @@ def reason(
                 sample=document.line,
                 column=token,
                 first=first_row,
-                limit=first_row + preamble + token,
-                next_position=preamble + token,
+                limit=first_row + before(document, token),
+                next_position=before(document, token),
             )
             for document, _, first_row, token in chunk
         ]
@@ -210,7 +223,6 @@ def measure(
     own = work[parallel_state.get_data_parallel_rank() % replicas :: replicas]
     most = max([how.positions, *(len(r.positions) for _, r in work if r is not None)])
     wave = min(DOCUMENTS_AT_ONCE, max(1, how.at_once // max(1, most * how.samples)))
-    preamble = len(run.prompt.preamble)
     records: list[Record] = []
     bar = tqdm(
         total=len(own), unit="document", disable=None if show_progress else True, file=sys.stderr
@@ -218,7 +230,8 @@ def measure(
     with generating(run.policy.model), bar:
         for start in range(0, len(own), wave):
             documents, earlier = zip(*own[start : start + wave], strict=True)
-            ends = np.cumsum([preamble + len(d.ids[: how.length]) for d in documents]).tolist()
+            lengths = [len(in_prompt(run.prompt, d.ids[: how.length])) for d in documents]
+            ends = np.cumsum(lengths).tolist()
             first_rows = [0, *ends[:-1]]
             store = KeyValueStore(trunk_tokens=ends[-1])
             read = [

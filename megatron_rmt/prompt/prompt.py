@@ -1,5 +1,7 @@
 """What a run asks the model and how it reads the answers, with the tokenizer's own token ids."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from megatron_rmt.prompt.grammar import ResponseGrammar
+from megatron_rmt.prompt.pieces import PieceEncoder, before_document
 from megatron_rmt.prompt.response import Response, read_response
 from megatron_rmt.prompt.template import Template, chat_template, load_template
 from megatron_rmt.prompt.token_bytes import token_bytes
@@ -38,10 +41,12 @@ class ResponseBound:
 class Prompt:
     """The pieces of a prompt in token ids, and the vocabulary in which answers are read.
 
-    template: with the chat markers in place. encode: token ids of a piece of text, no special
-    tokens added. bytes_of: bytes of each token id, b"" for special tokens. stop: token ids that end
-    a response. end_of_document: the token id between documents. answer_tokens: most tokens of an
-    answer. force_close: the end of thought is written at its bound.
+    template: with the chat markers in place. encode: token ids of a piece of text inside a prompt
+    (``PieceEncoder.inside``). bytes_of: bytes of each token id, b"" for special tokens. stop: token
+    ids that end a response. end_of_document: the token id between documents. answer_tokens: most
+    tokens of an answer. force_close: the end of thought is written at its bound. begin: what begins
+    a text, in token ids; empty where nothing does. encode_first: token ids of the text that a
+    prompt begins with (``PieceEncoder.first``; None: as ``encode``).
     """
 
     template: Template
@@ -51,6 +56,8 @@ class Prompt:
     end_of_document: int
     answer_tokens: int
     force_close: bool = False
+    begin: tuple[int, ...] = ()
+    encode_first: Callable[[str], list[int]] | None = None
     _grammars: dict[torch.device, ResponseGrammar] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -66,24 +73,20 @@ class Prompt:
                 fixed bytes.
         """
         inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
-
-        def encode(text: str) -> list[int]:
-            if not text:
-                return []
-            if hasattr(inner, "add_special_tokens"):
-                return list(inner.encode(text, add_special_tokens=False))
-            return list(tokenizer.tokenize(text))
-
+        bytes_of = token_bytes(tokenizer)
+        pieces = PieceEncoder.of(tokenizer, bytes_of)
         ends = {tokenizer.eod, _end_of_sequence(tokenizer)} - {None}
         loaded = load_template(template)
         return cls(
             template=chat_template(loaded, inner) if chat else loaded,
-            encode=encode,
-            bytes_of=token_bytes(tokenizer),
+            encode=pieces.inside,
+            bytes_of=bytes_of,
             stop=sorted(map(int, ends)),
             end_of_document=tokenizer.eod,
             answer_tokens=answer_tokens,
             force_close=force_close,
+            begin=pieces.begin,
+            encode_first=pieces.first,
         )
 
     def rendering(self) -> dict[str, str]:
@@ -96,9 +99,21 @@ class Prompt:
         return {name: getattr(self.template, name) for name in ("head", "stem", "close")}
 
     @cached_property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits of the rendering and of the token ids that it becomes."""
+        stem = self.encode(self.template.stem)
+        parts = [self.rendering(), self.preamble, stem, self.close]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    @cached_property
     def preamble(self) -> list[int]:
-        """Token ids of the template's head, which stand before each document."""
-        return self.encode(self.template.head)
+        """Token ids of the template's head, which stand before each document, with the begin token
+        where the head or the tokenizer has one; a document's own is seen to by ``before``."""
+        return (self.encode_first or self.encode)(self.template.head)
+
+    def before(self, document: Sequence[int]) -> tuple[list[int], int]:
+        """(token ids before ``document``, how many of its own first tokens they stand for)."""
+        return before_document(self.preamble, self.begin, document)
 
     @cached_property
     def close(self) -> list[int]:

@@ -42,6 +42,11 @@ class Template:
             value = getattr(self, field.name)
             if not isinstance(value, str):
                 raise ValueError(f"template field {field.name} is {value!r}; pass a string")
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError(
+                    f"template field {field.name} holds half of a surrogate pair, which is no "
+                    "text; write the whole character"
+                )
         if BUDGET not in self.stem:
             raise ValueError(f"template {self.name!r} has no {BUDGET} in its stem; add it there")
         if BUDGET in self.head:
@@ -120,13 +125,20 @@ def load_template(name_or_path: str) -> Template:
     if name_or_path in TEMPLATES:
         return TEMPLATES[name_or_path]
     path = Path(name_or_path)
-    if not path.is_file():
-        raise ValueError(
-            f"template {name_or_path!r} is neither a file nor one of {', '.join(TEMPLATES)}"
-        )
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not path.is_file():
+            raise ValueError(
+                f"template {_shortened(name_or_path)!r} is neither a file nor one of "
+                f"{', '.join(TEMPLATES)}"
+            )
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"template file {_shortened(name_or_path)} cannot be read: {error.strerror}"
+        ) from None
+    try:
+        fields = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"template file {name_or_path} is not JSON in UTF-8: {error}") from None
     expected = [field.name for field in dataclasses.fields(Template)]
     if not isinstance(fields, dict) or sorted(fields) != sorted(expected):
@@ -135,6 +147,38 @@ def load_template(name_or_path: str) -> Template:
             f"{', '.join(expected)}"
         )
     return Template(**fields)
+
+
+def rendered_turn(tokenizer: Any | None, content: str) -> str:
+    """A user's turn that says ``content`` and the beginning of the assistant's, as the chat
+    template of a Hugging Face tokenizer writes them; "" where there is none.
+
+    A chat template that cannot do without a system turn gets an ordinary one.
+
+    Raises:
+        ValueError: the chat template cannot be rendered.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    user = {"role": "user", "content": content}
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    problem = ""
+    for turns in ([user], [system, user]):
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        # A chat template is a program of its author's: it may raise anything.
+        except Exception as error:
+            said = " ".join(str(error).split()) or "nothing"
+            problem = problem or f"{type(error).__name__}: {_shortened(said)}"
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    raise ValueError(
+        f"the chat template of tokenizer {name} cannot be rendered, it says {problem}; pass "
+        "--rmt-no-chat, or that and a template of your own with the chat markers in it"
+    )
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def chat_template(template: Template, tokenizer: Any | None) -> Template:
@@ -151,7 +195,8 @@ def chat_template(template: Template, tokenizer: Any | None) -> Template:
     template if the tokenizer is None or has no chat template.
 
     Raises:
-        ValueError: the tokenizer's chat template alters or repeats the user's text.
+        ValueError: the tokenizer's chat template cannot be rendered, or alters or repeats the
+            user's text.
     """
     if template.answer == "next" or not getattr(tokenizer, "chat_template", None):
         return template
@@ -162,9 +207,7 @@ def chat_template(template: Template, tokenizer: Any | None) -> Template:
 
     document = "[[the document]]"
     content = template.head + document + instruction if template.head else instruction.strip()
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    rendered = rendered_turn(tokenizer, content)
     landmark = document if template.head else instruction.strip()
     if rendered.count(landmark) != 1:
         raise ValueError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.model.blocks import Block
+from megatron_rmt.prompt.pieces import before_document
 
 NO_LABEL = -1
 
@@ -84,15 +85,16 @@ def build_trunk(
     end_of_document: int,
     separate_documents: bool,
     vocab_size: int | None = None,
+    begin: Sequence[int] = (),
 ) -> list[Sample]:
     """The samples of one micro-batch, whose numbers in the whole run are ``indices``.
 
     preamble: token ids put before each document (each sample, if documents are not separate), but
     not before padding. separate_documents: documents do not see each other, as Megatron's
     ``--reset-attention-mask``; a document ends with its ``end_of_document`` token. vocab_size:
-    labels from it on, like negative ones, become ``NO_LABEL``.
+    labels from it on, like negative ones, become ``NO_LABEL``. begin: token ids that begin a text,
+    of which a document's own give way to the preamble's.
     """
-    before = torch.tensor(list(preamble), dtype=torch.int64)
     unknown = batch.labels < 0
     if vocab_size is not None:
         unknown |= batch.labels >= vocab_size
@@ -106,23 +108,26 @@ def build_trunk(
         strict=True,
     ):
         counts = _counts(labels, loss_mask)
-        columns, positions, documents, rows = [], [], [], 0
+        columns, positions, documents, befores, rows = [], [], [], [], 0
         for start, limit, is_text in _spans(
             tokens, labels, counts, end_of_document if separate_documents else None
         ):
-            head = before if is_text else before[:0]
-            columns += [torch.full_like(head, -1), torch.arange(start, limit)]
-            positions += [position_ids[start] + torch.arange(len(head))]
-            positions += [position_ids[start:limit] + len(head)]
-            documents.append((rows, rows + len(head) + limit - start))
+            before, dropped = [], 0
+            if is_text:
+                before, dropped = before_document(preamble, begin, tokens[start:limit].tolist())
+            befores += before
+            own = start + dropped
+            columns += [torch.full((len(before),), -1), torch.arange(own, limit)]
+            positions += [position_ids[start] + torch.arange(len(before))]
+            positions += [position_ids[own:limit] - dropped + len(before)]
+            documents.append((rows, rows + len(before) + limit - own))
             rows = documents[-1][1]
         columns = torch.cat(columns)
         in_preamble = columns < 0
-        heads = before.repeat(int(in_preamble.sum()) // max(1, len(before)))
         trunk.append(
             Sample(
                 index,
-                tokens=tokens[columns].masked_scatter(in_preamble, heads),
+                tokens=tokens[columns].masked_scatter(in_preamble, torch.tensor(befores).long()),
                 position_ids=torch.cat(positions),
                 labels=labels[columns].masked_fill(in_preamble, NO_LABEL),
                 loss_mask=loss_mask[columns].float().masked_fill(in_preamble, 0.0),
