@@ -10,7 +10,7 @@ import tokenizers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.test_token_bytes import byte_level_bpe, sentencepiece_model
@@ -98,16 +98,19 @@ def test_sentencepiece_model_is_read_and_ended_with_its_eos(tmp_path: Path, corp
 def test_vocabulary_beyond_sixteen_bits_is_stored_in_thirty_two(
     tmp_path: Path,
 ) -> None:
-    words = {f"w{number}": number for number in range(66_000)} | {"</s>": 66_000}
-    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="</s>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*alphabet, *(f"unused {number}" for number in range(65_743)), "ab", "</s>"]
+    words = {piece: number for number, piece in enumerate(pieces)}
+    backend = tokenizers.Tokenizer(models.BPE(words, [("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(
         tmp_path / "large"
     )
-    corpus = write_jsonl(tmp_path / "large.jsonl", ["w1 w65999"])
+    corpus = write_jsonl(tmp_path / "large.jsonl", ["bab"])
     summary = preprocess_data.preprocess([corpus], str(tmp_path / "out"), str(tmp_path / "large"))
     assert summary.dtype == "int32"
-    assert stored(tmp_path / "out") == [[1, 65_999, 66_000]]
+    assert stored(tmp_path / "out") == [[words["b"], 65_999, 66_000]]
 
 
 def test_gpt_dataset_of_megatron_serves_the_documents_in_one_stream(

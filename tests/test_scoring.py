@@ -132,7 +132,7 @@ def test_the_warm_up_rewards_the_length_alone_and_judges_nothing():
 def test_responses_from_the_text_are_its_next_tokens_and_the_answer():
     sample = _sample([2, 3, 4, 5, 6, 7, 0, 8, 9, 2, 3])
     run, rows = tiny_run(), [0, 3, 8]
-    responses = [response_from_text(run.prompt, sample, row, 3) for row in rows]
+    responses = [response_from_text(run.prompt, sample, row, 3)[0] for row in rows]
     # Thought, its end (10), the next token; the first document ends behind token 7.
     assert [own.tokens.tolist() for own in responses] == [
         [3, 4, 5, 10, 3],

@@ -182,7 +182,7 @@ def test_thought_and_answer_from_the_text_weigh_the_same():
     positions = [position for of in samples for position in of.positions]
     for of in samples:
         for position in of.positions:
-            position.rollouts = [response_from_text(run.prompt, of.sample, position.row, 3)]
+            position.rollouts = [response_from_text(run.prompt, of.sample, position.row, 3)[0]]
     schedule = tiny_schedule(budget=3, group=1, warm_up=True, thought_from_text=True)
     tree = _grow(score(run, schedule, samples))
     weights = loss_weights(positions, tree, 6.0, 50.0, schedule)

@@ -190,7 +190,9 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
     from megatron.training import get_tokenizer
 
     from evaluation_passes import Reasoning, measure
+    from megatron_rmt.prompt.ids_of_text import DOCUMENTS, check_ids_are_text
 
+    check_ids_are_text(get_tokenizer(), [text for _, text, _ in texts[:DOCUMENTS]])
     documents = tokenize(texts, get_tokenizer().tokenize, run.prompt.bytes_of)
     work: list[tuple[Document, Record | None]] = [(document, None) for document in documents]
     if earlier is not None:

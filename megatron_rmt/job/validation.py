@@ -17,6 +17,8 @@ from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.settings import flag_name, setting_problems
 from megatron_rmt.mid_training import DOORS, fitting_problem, read_prompt
+from megatron_rmt.prompt.ids_of_text import check_ids_are_text
+from megatron_rmt.prompt.prompt import NO_END_OF_DOCUMENT
 from megatron_rmt.prompt.token_bytes import token_bytes
 
 # Tokens of each data file that are compared with the vocabulary.
@@ -236,6 +238,7 @@ def _vocabulary(args: Namespace) -> Iterator[str]:
         return
     try:
         vocabulary = len(token_bytes(tokenizer))
+        check_ids_are_text(tokenizer)
     except ValueError as error:
         yield f"{named} does not suit RMT, which reads answers as text: {_one_line(error)}."
         return
@@ -248,6 +251,13 @@ def _vocabulary(args: Namespace) -> Iterator[str]:
     problem = fitting_problem(args, settings, prompt)
     if problem:
         yield problem
+    if prompt.end_of_document == NO_END_OF_DOCUMENT:
+        for flag in ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"):
+            if getattr(args, flag[2:].replace("-", "_")):
+                yield (
+                    f"{flag} is given, but {named} has no token that ends a document; set its "
+                    "eos_token and tokenize the corpus again, or leave the flag out."
+                )
 
 
 def _one_line(error: Exception) -> str:
