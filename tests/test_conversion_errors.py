@@ -243,6 +243,10 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
     # Tokenizer.
     "no tokenizer": (remove("tokenizer.json"), "holds no tokenizer"),
     "tokenizer damaged": (write("tokenizer.json", "{"), "tokenizer in .* cannot be loaded"),
+    "tokenizer without capitals": (
+        edit_json("tokenizer.json", normalizer={"type": "Lowercase"}),
+        "does not suit the model: the tokenizer .* do not spell the text: .*Anna's",
+    ),
 }
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_rmt.prompt.response import Response
 from megatron_rmt.rollout.trunk import Sample
 from megatron_rmt.update.report import is_truncated
 from megatron_rmt.update.scoring import continuation, text_before
@@ -12,6 +13,7 @@ from megatron_rmt.update.tree import ChosenPosition, ReasonedSample
 from megatron_rmt.update.warm_up import response_from_text
 from tests.packed import build_trunk
 from tests.tiny_step import (
+    BYTES,
     TEMPLATE,
     rollout,
     score,
@@ -147,6 +149,14 @@ def test_responses_from_the_text_are_its_next_tokens_and_the_answer():
     assert of.advantages == [[0.0]] * 3
     for name in ("rmt match rate", "rmt reward", "rmt thought length", "rmt closed by itself"):
         assert of.metrics[name] == (0, 0)
+
+
+def test_a_written_thought_is_as_long_as_it_was_written_whatever_its_text_says():
+    """The text has an end of thought (10) of its own."""
+    sample = _sample([2, 3, 10, 4, 5, 6])
+    rollout, response = response_from_text(tiny_run().prompt, sample, 0, 4)
+    assert rollout.tokens.tolist() == [3, 10, 4, 5, 10, 3]
+    assert response == Response(4, closed=True, well_formed=True, prediction=BYTES[3])
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,16 @@ from megatron_rmt.prompt.token_bytes import token_bytes
 
 # Tokens of each data file that are compared with the vocabulary.
 SAMPLED_TOKENS = 1_000_000
+# Megatron's datasets ask the tokenizer for the end of a text.
+_NEED_ENDS = (
+    "--data-path",
+    "--train-data-path",
+    "--data-args-path",
+    "--per-split-data-args-path",
+    "--reset-attention-mask",
+    "--reset-position-ids",
+    "--eod-mask-loss",
+)
 
 
 def check_rmt_arguments(args: Namespace) -> None:
@@ -252,12 +262,12 @@ def _vocabulary(args: Namespace) -> Iterator[str]:
     if problem:
         yield problem
     if prompt.end_of_document == NO_END_OF_DOCUMENT:
-        for flag in ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"):
-            if getattr(args, flag[2:].replace("-", "_")):
-                yield (
-                    f"{flag} is given, but {named} has no token that ends a document; set its "
-                    "eos_token and tokenize the corpus again, or leave the flag out."
-                )
+        needing = [flag for flag in _NEED_ENDS if getattr(args, flag[2:].replace("-", "_"), None)]
+        if needing:
+            yield (
+                f"{named} has no token that ends a text, which {', '.join(needing)} cannot do "
+                "without; set eos_token in its tokenizer_config.json and tokenize the corpus again."
+            )
 
 
 def _one_line(error: Exception) -> str:
