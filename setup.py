@@ -14,7 +14,8 @@ setup(
     install_requires=[
         "megatron-core[training]>=0.19,<0.20",
         "torch>=2.6",
-        "transformers",
+        # Tried: 5.22.0 and 5.24.0. From 5.6 to 5.21.1 some tokenizers lose their spaces.
+        "transformers>=5.22",
         "safetensors",
         "sentencepiece",
         "numpy",

@@ -75,6 +75,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
         **{name: find(f"--rmt-{name}", getattr(settings, name), DOORS[name]) for name in DOORS},
         seed=args.seed if settings.seed is None else settings.seed,
     )
+    _announce_answers(prompt)
     _announce_memory(run)
     return run
 
@@ -186,6 +187,19 @@ def cache_size(
         tail_tokens=len(prompt.stem(budget)) + prompt.longest_response(budget, draws_in_warm_up),
         in_flight=in_flight,
     )
+
+
+def _announce_answers(prompt: Prompt) -> None:
+    """Print how many tokens are text that no answer says, so that positions before them are never
+    chosen."""
+    left_out = int((prompt.has_bytes & ~prompt.answerable).sum())
+    if left_out and dist.get_rank() == 0:
+        print(
+            f"RMT: {left_out} of {len(prompt.bytes_of)} tokens cannot be answered in template "
+            f"{prompt.template.name} (the end of thought; in a box also unbalanced braces and "
+            "parts of characters); positions where they come next are not chosen.",
+            flush=True,
+        )
 
 
 def _announce_memory(run: MidTraining) -> None:

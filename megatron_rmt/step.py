@@ -34,7 +34,13 @@ from megatron_rmt.rollout.prefill import entropy_percentiles, read_trunk
 from megatron_rmt.rollout.trunk import UserBatch, build_trunk, first_rows
 from megatron_rmt.update.forward_step import LossSettings, Update
 from megatron_rmt.update.packing import repack, tree_cost
-from megatron_rmt.update.report import checksum, response_metrics, size_metrics, trunk_metrics
+from megatron_rmt.update.report import (
+    answer_metrics,
+    checksum,
+    response_metrics,
+    size_metrics,
+    trunk_metrics,
+)
 from megatron_rmt.update.scoring import gather_evidence, score
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, Tree, grow_tree, pad_tree
 from megatron_rmt.update.truth import log_probs_of_truth
@@ -191,6 +197,7 @@ def _read_and_choose(
     micro_batch.metrics |= trunk_metrics(
         micro_batch.reasoned, entropies, predictions, tier, schedule
     )
+    micro_batch.metrics |= answer_metrics(micro_batch.reasoned, run.prompt)
 
 
 def choose(
@@ -206,7 +213,7 @@ def choose(
     for of, own in zip(reasoned, entropies.split([len(of.sample) for of in reasoned]), strict=True):
         sample = of.sample
         eligible = sample.labelled & (sample.columns >= 0)
-        eligible &= run.prompt.has_bytes[sample.labels.clamp(min=0)]
+        eligible &= run.prompt.answerable[sample.labels.clamp(min=0)]
         tier = torch.where(eligible, tiers(own, run.settings.entropy_thresholds), -1)
         rows = run.select(
             Candidates(
@@ -242,36 +249,37 @@ def _respond(
     schedule: Schedule,
 ) -> None:
     """Draw the responses to all chosen positions, or take them from the text, and read them."""
-    positions = [position for own in micro_batches for position in own.positions]
     if schedule.thought_from_text:
         for of in (of for own in micro_batches for of in own.reasoned):
             for position in of.positions:
-                response = response_from_text(run.prompt, of.sample, position.row, schedule.budget)
-                position.rollouts = [response]
-    else:
-        settings = run.settings
-        groups = generate(
-            run.policy,
-            run.prompt,
-            store,
-            _rollout_positions(run, micro_batches, schedule),
-            RolloutSettings(
-                group=schedule.group,
-                budget=schedule.budget,
-                seed=run.seed,
-                iteration=schedule.iteration,
-                temperature=settings.temperature,
-                greedy=settings.greedy,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                kv_bytes=in_bytes(settings.rollout_kv_gib),
-                writes_truth=schedule.warm_up,
-            ),
-        )
-        for position, group in zip(positions, groups, strict=True):
-            position.rollouts = group
-    for position in positions:
-        position.responses = [run.prompt.read(own.tokens.tolist()) for own in position.rollouts]
+                rollout, response = response_from_text(
+                    run.prompt, of.sample, position.row, schedule.budget
+                )
+                position.rollouts, position.responses = [rollout], [response]
+        return
+    settings = run.settings
+    groups = generate(
+        run.policy,
+        run.prompt,
+        store,
+        _rollout_positions(run, micro_batches, schedule),
+        RolloutSettings(
+            group=schedule.group,
+            budget=schedule.budget,
+            seed=run.seed,
+            iteration=schedule.iteration,
+            temperature=settings.temperature,
+            greedy=settings.greedy,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            kv_bytes=in_bytes(settings.rollout_kv_gib),
+            writes_truth=schedule.warm_up,
+        ),
+    )
+    positions = [position for own in micro_batches for position in own.positions]
+    for position, group in zip(positions, groups, strict=True):
+        position.rollouts = group
+        position.responses = [run.prompt.read(own.tokens.tolist()) for own in group]
 
 
 def _rollout_positions(

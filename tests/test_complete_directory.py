@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.tiny_checkpoints import TOOLS
 
@@ -84,8 +84,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     write_safetensors(directory / "model.safetensors", shapes, torch.float32, random_tensors())
     (directory / "config.json").write_text(json.dumps(CONFIG))
-    words = Tokenizer(models.WordLevel({"<end>": 0, "one": 1}, unk_token="<end>"))
-    words.save(str(directory / "tokenizer.json"))
+    pieces = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"})
     )

@@ -234,8 +234,8 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
     "yarn": (config(rope_parameters={"rope_type": "yarn"}), "rotary scaling .*'yarn'"),
     "rotary base": (config(rope_parameters={"rope_theta": 1.5}), "rope_theta=1.5"),
     "rotary share": (config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
-    "vocabulary": (config(vocab_size=98), r"has shape \[100, 32\], not \[98, 32\]"),
-    "end token": (config(eos_token_id=[1, 128009]), "eos_token_id=128009, beyond vocab_size=100"),
+    "vocabulary": (config(vocab_size=298), r"has shape \[300, 32\], not \[298, 32\]"),
+    "end token": (config(eos_token_id=[1, 128009]), "eos_token_id=128009, beyond vocab_size=300"),
     "tied by mistake": (
         lambda d: (edit_tensors(lm_head__weight=None)(d), config(tie_word_embeddings=False)(d)),
         r"lm_head\.weight is missing",
@@ -243,6 +243,10 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
     # Tokenizer.
     "no tokenizer": (remove("tokenizer.json"), "holds no tokenizer"),
     "tokenizer damaged": (write("tokenizer.json", "{"), "tokenizer in .* cannot be loaded"),
+    "tokenizer without capitals": (
+        edit_json("tokenizer.json", normalizer={"type": "Lowercase"}),
+        "does not suit the model: the tokenizer .* do not spell the text: .*Anna's",
+    ),
 }
 
 
@@ -281,10 +285,10 @@ def test_expert_that_is_missing_is_named(tiny_checkpoints: Path, tmp_path: Path)
 
 def test_tokenizer_with_more_tokens_than_embeddings_is_refused(source: Path):
     config(vocab_size=60)(source)
-    cut = {n: v[:60].clone() for n, v in tensors(source).items() if len(v) == 100}
+    cut = {n: v[:60].clone() for n, v in tensors(source).items() if len(v) == 300}
     edit_tensors(**{name.replace(".", "__"): value for name, value in cut.items()})(source)
     target = source.parent / "target"
-    sentence = "has 97 tokens, but .* vocab_size=60"
+    sentence = "has 258 tokens, but .* vocab_size=60"
     refuse(source.parent, sentence, "to-megatron", "--source", source, "--target", target)
 
 
@@ -349,7 +353,7 @@ MEGATRON_CASES: dict[str, tuple[Spoil, str]] = {
     "no configuration": (remove("huggingface/config.json"), "with --tokenizer HF_DIR"),
     "other width": (
         edit_json("huggingface/config.json", hidden_size=64, head_dim=8),
-        r"has shape \[100, 32\], not \[100, 64\]",
+        r"has shape \[300, 32\], not \[300, 64\]",
     ),
     "one layer fewer": (
         edit_json("huggingface/config.json", num_hidden_layers=1),
@@ -359,7 +363,7 @@ MEGATRON_CASES: dict[str, tuple[Spoil, str]] = {
         edit_json("huggingface/config.json", num_hidden_layers=3),
         r"at \(2,\) is missing",
     ),
-    "larger vocabulary": (edit_json("huggingface/config.json", vocab_size=101), r"\[100, 32\]"),
+    "larger vocabulary": (edit_json("huggingface/config.json", vocab_size=301), r"\[300, 32\]"),
     "other family": (
         edit_json("huggingface/config.json", model_type="qwen3", head_dim=8),
         r"q_layernorm\.weight is missing",

@@ -10,9 +10,10 @@ import tokenizers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
-from tokenizers import models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.test_ids_of_text import of_bytes
 from tests.test_token_bytes import byte_level_bpe, sentencepiece_model
 
 TOOLS = Path(__file__).parent.parent / "tools"
@@ -98,16 +99,19 @@ def test_sentencepiece_model_is_read_and_ended_with_its_eos(tmp_path: Path, corp
 def test_vocabulary_beyond_sixteen_bits_is_stored_in_thirty_two(
     tmp_path: Path,
 ) -> None:
-    words = {f"w{number}": number for number in range(66_000)} | {"</s>": 66_000}
-    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="</s>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*alphabet, *(f"unused {number}" for number in range(65_743)), "ab", "</s>"]
+    words = {piece: number for number, piece in enumerate(pieces)}
+    backend = tokenizers.Tokenizer(models.BPE(words, [("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(
         tmp_path / "large"
     )
-    corpus = write_jsonl(tmp_path / "large.jsonl", ["w1 w65999"])
+    corpus = write_jsonl(tmp_path / "large.jsonl", ["bab"])
     summary = preprocess_data.preprocess([corpus], str(tmp_path / "out"), str(tmp_path / "large"))
     assert summary.dtype == "int32"
-    assert stored(tmp_path / "out") == [[1, 65_999, 66_000]]
+    assert stored(tmp_path / "out") == [[words["b"], 65_999, 66_000]]
 
 
 def test_gpt_dataset_of_megatron_serves_the_documents_in_one_stream(
@@ -213,6 +217,23 @@ def test_bad_input_is_named_with_its_line_and_leaves_nothing_behind(
     with pytest.raises(ValueError, match=message):
         preprocess_data.preprocess([corpus], str(tmp_path / "out" / "p"), tokenizer_directory)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_tokenizer_that_loses_text_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    rightly = AddedToken("</think>", rstrip=True)
+    of_bytes(added=(rightly,)).save_pretrained(tmp_path / "always")
+    of_bytes(without=b"\x04").save_pretrained(tmp_path / "here")
+    good = write_jsonl(tmp_path / "good.jsonl", ["no control characters"])
+    bad = write_jsonl(tmp_path / "bad.jsonl", ["a", "b\x04c"])
+    for inputs, name, place in (
+        ([good], "always", "'a </think>  b"),
+        ([good, bad], "here", r"'b\\x04c' becomes 'bc'"),
+    ):
+        sentence = f"--tokenizer .*{name}: the tokenizer .class .* do not spell the text: {place}"
+        with pytest.raises(ValueError, match=sentence):
+            preprocess_data.preprocess(inputs, str(tmp_path / "out/p"), str(tmp_path / name))
+        assert not list((tmp_path / "out").iterdir())
+    preprocess_data.preprocess([good], str(tmp_path / "out/p"), str(tmp_path / "here"))
 
 
 def test_existing_output_is_kept_unless_overwrite_is_asked_for_and_the_input_is_good(

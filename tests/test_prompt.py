@@ -2,17 +2,18 @@
 
 import copy
 import dataclasses
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import normalizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.mid_training import longest_position
-from megatron_rmt.prompt.prompt import Prompt, ResponseBound
+from megatron_rmt.prompt.prompt import NO_END_OF_DOCUMENT, Prompt, ResponseBound
 from megatron_rmt.prompt.response import Response
 from megatron_rmt.prompt.template import TEMPLATES, Template
 from megatron_rmt.rollout.live_rollouts import LiveRollouts, RolloutPosition
@@ -98,6 +99,35 @@ def test_responses_end_at_the_end_of_a_document_and_of_a_sequence(inner):
     assert _prompt(inner, eos=None).stop == [0]
 
 
+def test_responses_end_at_every_special_token_that_the_model_s_files_declare(tmp_path):
+    build_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 1}))
+    own = AutoTokenizer.from_pretrained(tmp_path)
+    assert _prompt(own, eos=0).stop == [0, 1]
+    text = own.encode("a", add_special_tokens=False)
+    # A token of text, and one that the tokenizer does not have, end nothing.
+    ends = {"eos_token_id": [1, 2, *text, 10**6]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(ends))
+    assert _prompt(own, eos=0).stop == [0, 1, 2]
+
+
+def test_without_an_end_of_text_responses_end_at_their_bounds_alone(inner):
+    class Endless(MegatronsTokenizer):
+        """As Megatron's of Hugging Face is; sentencepiece says -1."""
+
+        @property
+        def eos(self) -> int:
+            raise TypeError("'None' is not an instance of 'str'")
+
+    options = {"chat": False, "answer_tokens": 1, "force_close": False}
+    for tokenizer in (Endless(inner, None, None), MegatronsTokenizer(inner, -1, -1)):
+        prompt = Prompt.of(tokenizer, "inline", **options)
+        assert prompt.stop == []
+        assert prompt.end_of_document == NO_END_OF_DOCUMENT
+        grammar = prompt.grammar(torch.device("cpu"))
+        assert not grammar.done[grammar.next_state[:-1].flatten().long()].any()
+
+
 def test_a_tokenizer_that_is_not_of_hugging_face_splits_text_itself():
     class OfLetters:
         library, eod = "tiktoken", 0
@@ -164,6 +194,103 @@ def test_special_tokens_have_no_bytes(inner):
     assert [token for token, text in enumerate(prompt.has_bytes) if not text] == [0, 1, 2]
 
 
+MARKERS = ["<think>", "</think>", "\\boxed{"]
+
+
+@pytest.fixture(scope="module")
+def with_markers() -> PreTrainedTokenizerFast:
+    """The markers are special tokens: R1's and Qwen3's are in some of their derivatives."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKERS})
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["rpt", "inline"])
+def test_special_tokens_that_are_markers_stand_for_their_text(name, with_markers):
+    prompt = _prompt(with_markers, name)
+    opening, closing, box = with_markers.convert_tokens_to_ids(MARKERS)
+    assert prompt.close == [closing]
+    assert prompt.bytes_of[closing] == b"</think>"
+    assert prompt.bytes_of[opening] == b"<think>"
+    assert prompt.bytes_of[box] == (b"\\boxed{" if name == "rpt" else b"")
+    assert [prompt.bytes_of[token] for token in (0, 1, 2)] == [b""] * 3
+    # Whoever follows or reads a response sees its thought end.
+    the = prompt.bytes_of.index(b" the")
+    written = [*prompt.encode("so it is"), opening, *prompt.close, *prompt.true_answer(the)]
+    assert prompt.read(written) == Response(len(prompt.encode("so it is")) + 1, True, True, b" the")
+    grammar, state = prompt.grammar(torch.device("cpu")), 0
+    for token in written:
+        state = grammar.next_state[state, token]
+    assert not grammar.thinking[state]
+    assert bool(grammar.done[state]) == (name == "rpt")
+
+
+def test_a_marker_that_the_tokenizer_cannot_write_is_refused(tmp_path):
+    lowering = build_tokenizer()
+    lowering.backend_tokenizer.normalizer = normalizers.Lowercase()
+    template = tmp_path / "loud.json"
+    fields = dataclasses.asdict(TEMPLATES["inline"]) | {"close": "</THINK>"}
+    template.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"tokens of its close, '</THINK>', spell '</think>', so"):
+        _prompt(lowering, str(template))
+    lowering.backend_tokenizer.normalizer = normalizers.Replace("boxed", "box")
+    with pytest.raises(ValueError, match=r"tokens of its box, .* spell '\\n.*box{x}', so that no"):
+        _prompt(lowering, "raw")
+
+
+def test_a_next_answer_says_all_text_but_the_end_of_thought(inner):
+    prompt = _prompt(inner, "inline")
+    not_said = {
+        text for text, said in zip(prompt.bytes_of, prompt.answerable, strict=True) if not said
+    }
+    assert b"" in not_said
+    assert len(not_said) > 1
+    assert all(b"</think>" in text for text in not_said - {b""})
+
+
+def test_a_box_holds_whole_characters_with_balanced_braces(inner):
+    prompt = _prompt(inner, "raw")
+    said = dict(zip(prompt.bytes_of, prompt.answerable.tolist(), strict=True))
+    assert said[b" the"]
+    assert said[b"\n"]
+    assert not any(said[text] for text in (b"", b"{", b"}", b"}}", b"\\boxed{", b"\xc3", b"\xa9"))
+
+
+def test_every_answer_that_a_position_may_ask_for_is_read_as_the_truth(inner, with_markers):
+    for tokenizer in (inner, with_markers):
+        for name in ("raw", "inline"):
+            prompt = _prompt(tokenizer, name)
+            for token in prompt.answerable.nonzero()[:, 0].tolist():
+                read = prompt.read(
+                    [*prompt.encode("so"), *prompt.close, *prompt.true_answer(token)]
+                )
+                assert read.prediction == prompt.bytes_of[token]
+
+
+def test_a_token_that_ends_a_text_is_no_answer(inner):
+    letters = _of_letters(stop=[0, OTHER])
+    assert not letters.answerable[OTHER]
+    assert letters.answerable[OTHER + 1]
+
+
+def test_the_supervised_answer_has_the_bytes_of_the_truth_whatever_the_tokenizer_writes(inner):
+    """A half character in a box, text that a normalizer changes, text of many tokens."""
+    prompt = _prompt(inner, "raw")
+    half = prompt.bytes_of.index(b"\xc3")
+    assert prompt._bytes(prompt.true_answer(half)) == b"\n\\boxed{\xc3}"
+    normalising = build_tokenizer()
+    normalising.backend_tokenizer.normalizer = normalizers.Replace("the", "a")
+    prompt = _prompt(normalising, "raw")
+    the = prompt.bytes_of.index(b" the")
+    assert prompt._bytes(prompt.true_answer(the)) == b"\n\\boxed{ the}"
+    letters = Template("test", "", "{budget}", "</t>", "boxed")
+    prompt = _of_letters(template=letters, bytes_of=[*LETTERS, b"x" * 16, b"x" * 17])
+    for token, tokens in ((len(LETTERS), 8 + 16 + 1), (len(LETTERS) + 1, 8 + 1 + 1)):
+        answer = prompt.true_answer(token)
+        assert len(answer) == tokens
+        assert prompt._bytes(answer) == b"\n\\boxed{" + prompt.bytes_of[token] + b"}"
+
+
 def test_text_leaves_special_tokens_out_and_replaces_what_is_no_utf_8(inner):
     prompt = _prompt(inner)
     half = prompt.bytes_of.index(b"\xc3")
@@ -208,7 +335,7 @@ def test_the_grammar_is_made_once_for_each_device(inner):
 
 # An end token, then letters, so that what is written is as many tokens as letters; the policy may
 # draw a whole end of thought as well.
-LETTERS = [b"", *(bytes([byte]) for byte in range(32, 127)), b"</t>"]
+LETTERS = [b"", b"\n", *(bytes([byte]) for byte in range(32, 127)), b"</t>"]
 OTHER, END_OF_THOUGHT = LETTERS.index(b"x"), LETTERS.index(b"</t>")
 
 

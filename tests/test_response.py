@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_rmt.prompt.response import Response, read_response
+from megatron_rmt.prompt.response import Response, can_answer, read_response
 from megatron_rmt.prompt.template import TEMPLATES, Template
 
 BOXED = TEMPLATES["raw"]
@@ -84,3 +84,30 @@ def test_boxes_nest_up_to_depth_8():
         text = b"</think>\\boxed{" + nested(depth) + b"}"
         assert read([text], BOXED) == Response(0, True, True, nested(depth))
     assert read([b"</think>\\boxed{" + nested(9) + b"}"], BOXED) == Response(0, True, False, b"")
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed", "following"),
+    [
+        (b" the", True, True),
+        (b" ", True, True),
+        ("é".encode(), True, True),
+        (b"{x}", True, True),
+        (b"{" * 7 + b"}" * 7, True, True),
+        (b"{" * 8 + b"}" * 8, False, True),
+        (b"{", False, True),
+        (b"}", False, True),
+        (b"}{", False, True),
+        (b"\\}", False, True),
+        ("é".encode()[:1], False, True),
+        (b"</", True, True),
+        (b"", False, False),
+        (b"</think>", False, False),
+        (b"so</think>", False, False),
+    ],
+)
+def test_what_an_answer_can_say(text: bytes, boxed: bool, following: bool):
+    assert can_answer(text, BOXED) is boxed
+    assert can_answer(text, NEXT) is following
+    if boxed:
+        assert read([b"a", b"</think>", b"\\boxed{", text, b"}"], BOXED).prediction == text

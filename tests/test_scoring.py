@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_rmt.prompt.response import Response
 from megatron_rmt.rollout.trunk import Sample
 from megatron_rmt.update.report import is_truncated
 from megatron_rmt.update.scoring import continuation, text_before
@@ -12,6 +13,7 @@ from megatron_rmt.update.tree import ChosenPosition, ReasonedSample
 from megatron_rmt.update.warm_up import response_from_text
 from tests.packed import build_trunk
 from tests.tiny_step import (
+    BYTES,
     TEMPLATE,
     rollout,
     score,
@@ -155,7 +157,7 @@ def test_the_warm_up_rewards_the_length_alone_and_judges_nothing():
 def test_responses_from_the_text_are_its_next_tokens_and_the_answer():
     sample = _sample([2, 3, 4, 5, 6, 7, 0, 8, 9, 2, 3])
     run, rows = tiny_run(), [0, 3, 8]
-    responses = [response_from_text(run.prompt, sample, row, 3) for row in rows]
+    responses = [response_from_text(run.prompt, sample, row, 3)[0] for row in rows]
     # Thought, its end (10), the next token; the first document ends behind token 7.
     assert [own.tokens.tolist() for own in responses] == [
         [3, 4, 5, 10, 3],
@@ -170,6 +172,14 @@ def test_responses_from_the_text_are_its_next_tokens_and_the_answer():
     assert of.advantages == [[0.0]] * 3
     for name in ("rmt match rate", "rmt reward", "rmt thought length", "rmt closed by itself"):
         assert of.metrics[name] == (0, 0)
+
+
+def test_a_written_thought_is_as_long_as_it_was_written_whatever_its_text_says():
+    """The text has an end of thought (10) of its own."""
+    sample = _sample([2, 3, 10, 4, 5, 6])
+    rollout, response = response_from_text(tiny_run().prompt, sample, 0, 4)
+    assert rollout.tokens.tolist() == [3, 10, 4, 5, 10, 3]
+    assert response == Response(4, closed=True, well_formed=True, prediction=BYTES[3])
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_rmt import step as rmt_step
 from megatron_rmt.algorithm.doors import DoorError
-from megatron_rmt.rollout.trunk import NO_LABEL
+from megatron_rmt.rollout.trunk import NO_LABEL, UserBatch, build_trunk
 from megatron_rmt.step import choose, global_sample_indices
-from megatron_rmt.update.report import size_metrics
-from megatron_rmt.update.tree import Tree, grow_tree, pad_tree
+from megatron_rmt.update.report import answer_metrics, size_metrics
+from megatron_rmt.update.tree import ReasonedSample, Tree, grow_tree, pad_tree
 from megatron_rmt.update.warm_up import response_from_text
 from megatron_rmt.update.weights import loss_weights
 from tests.distributed import run_distributed
@@ -113,6 +113,37 @@ def test_chosen_rows_are_labelled_unmasked_readable_and_uncertain(probabilities)
     assert seen == set(eligible)
 
 
+@pytest.mark.parametrize(("answer", "left_out"), [("next", [10]), ("boxed", [3, 5, 10])])
+def test_what_no_answer_can_say_is_never_chosen_and_in_boxes_counted(answer, left_out):
+    """Token 3 is a brace, 5 half of a character and 10 the end of thought."""
+    run = tiny_run()
+    template = dataclasses.replace(run.prompt.template, answer=answer)
+    words = [*BYTES[:3], b"{", BYTES[4], b"\xc3", *BYTES[6:]]
+    prompt = dataclasses.replace(run.prompt, template=template, bytes_of=words)
+    run = dataclasses.replace(run, prompt=prompt)
+    text = [2, 3, 4, 5, 6, 10, 7, 1, 3, 8, 9, 2, 11, 3, 0, 4, 5, 2]
+    (sample,) = build_trunk(
+        UserBatch(
+            torch.tensor([text[:-1]]),
+            torch.arange(len(text) - 1)[None],
+            torch.tensor([text[1:]]),
+            torch.ones(1, len(text) - 1),
+        ),
+        [0],
+        preamble=[],
+        end_of_document=0,
+        separate_documents=True,
+    )
+    own = [ReasonedSample(sample)]
+    tier = choose(run, own, torch.ones(len(sample)), tiny_schedule(positions_per_sample=99))
+    readable = [row for row, label in enumerate(text[1:]) if words[label]]
+    said = [row for row in readable if text[row + 1] not in left_out]
+    assert (tier >= 0).nonzero()[:, 0].tolist() == said
+    assert [position.row for position in own[0].positions] == said
+    counted = {"rmt unanswerable": (len(readable) - len(said), len(readable))}
+    assert answer_metrics(own, prompt) == (counted if answer == "boxed" else {})
+
+
 def test_the_choice_depends_on_sample_and_iteration_but_not_on_preamble_or_neighbours():
     choices = {}
     for preamble in ([], [9, 9, 9]):
@@ -182,7 +213,7 @@ def test_thought_and_answer_from_the_text_weigh_the_same():
     positions = [position for of in samples for position in of.positions]
     for of in samples:
         for position in of.positions:
-            position.rollouts = [response_from_text(run.prompt, of.sample, position.row, 3)]
+            position.rollouts = [response_from_text(run.prompt, of.sample, position.row, 3)[0]]
     schedule = tiny_schedule(budget=3, group=1, warm_up=True, thought_from_text=True)
     tree = _grow(score(run, schedule, samples))
     weights = loss_weights(positions, tree, 6.0, 50.0, schedule)

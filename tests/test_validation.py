@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import shlex
+import shutil
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -349,6 +350,8 @@ def _write_data(prefix: Path, largest: int) -> str:
 FILES = {
     "no tokenizer": "--tokenizer-type HuggingFaceTokenizer --tokenizer-model ./nowhere cannot be",
     "no text": "--tokenizer-type NullTokenizer --tokenizer-model None does not suit RMT, which",
+    "lower case": "does not suit RMT, which reads answers as text: the tokenizer (class Tokeniz",
+    "no end": "no token that ends a text, which --data-path, --reset-position-ids cannot do witho",
     "no template": "--rmt-template is no-such-template; template 'no-such-template' is neither",
     "bad template": "must be one object with exactly the fields",
     "long template": "xxx... cannot be read: File name too long",
@@ -367,9 +370,18 @@ def files(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     (folder / "bad.json").write_text(json.dumps({"head": ""}))
     (folder / "half.idx").touch()
     own = ["--tokenizer-model", tokenizer]
+    lower, endless = (shutil.copytree(tokenizer, folder / name) for name in ("lower", "endless"))
+    description = json.loads((lower / "tokenizer.json").read_text())
+    description["normalizer"] = {"type": "Lowercase"}
+    (lower / "tokenizer.json").write_text(json.dumps(description))
+    settings = json.loads((endless / "tokenizer_config.json").read_text()) | {"eos_token": None}
+    (endless / "tokenizer_config.json").write_text(json.dumps(settings))
+    data = ["--data-path", _write_data(folder / "data", 1)]
     return {
         "no tokenizer": ["--tokenizer-model", "./nowhere"],
         "no text": ["--tokenizer-type", "NullTokenizer", "--vocab-size", "258"],
+        "lower case": ["--tokenizer-model", str(lower)],
+        "no end": ["--tokenizer-model", str(endless), "--reset-position-ids", *data],
         "no template": [*own, "--rmt-template", "no-such-template"],
         "bad template": [*own, "--rmt-template", str(folder / "bad.json")],
         "long template": [*own, "--rmt-template", "x" * 5000],

@@ -32,11 +32,11 @@ MAKE_MODELS = """
 import sys
 from pathlib import Path
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 root, tokens = Path(sys.argv[1]), int(sys.argv[2])
-common = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+common = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6,
     bos_token_id=0, eos_token_id=1, tie_word_embeddings=False)
 scaled = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0,
@@ -58,11 +58,14 @@ kinds = {
     "qwen3-moe": ("qwen3_moe", dict(norm_topk_prob=True, **wide)),
     "qwen3-moe-unnormalised": ("qwen3_moe", dict(norm_topk_prob=False, **wide)),
 }
-vocabulary = {"<begin>": 0, "<end>": 1} | {f"w{i}": i for i in range(2, 97)}
-words = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-words.pre_tokenizer = pre_tokenizers.Whitespace()
+# Bytes, by the rules that transformers has for Qwen2 as well.
+pieces = ["<begin>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+bpe = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, []))
+bpe.normalizer = normalizers.NFC()
+bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+bpe.decoder = decoders.ByteLevel()
 tokenizer = PreTrainedTokenizerFast(
-    tokenizer_object=words, bos_token="<begin>", eos_token="<end>", unk_token="<end>")
+    tokenizer_object=bpe, bos_token="<begin>", eos_token="<end>", unk_token="<end>")
 for name, (family, changes) in kinds.items():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **common | changes))
     generator = torch.Generator().manual_seed(len(name))

@@ -111,7 +111,12 @@ def read_document(
             str(digit) if has_bytes[token] and token >= document.first else NOT_COUNTED
             for token, digit in enumerate(exceeded, start=1)
         )
-        positions = draw_positions(difficulty, how.positions, how.seed, document.line)
+        answerable = prompt.answerable[bare.tokens].tolist()
+        drawable = "".join(
+            digit if fits else NOT_COUNTED
+            for digit, fits in zip(difficulty, answerable, strict=True)
+        )
+        positions = draw_positions(drawable, how.positions, how.seed, document.line)
     counted = torch.tensor([digit != NOT_COUNTED for digit in difficulty[1:]], dtype=torch.bool)
     return Record(
         line=document.line,

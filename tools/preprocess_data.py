@@ -16,6 +16,7 @@ The two files appear under their names only when they are complete.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 from collections import deque
@@ -30,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_rmt.job import console
+from megatron_rmt.prompt.ids_of_text import DOCUMENTS, check_ids_are_text
 
 DOCUMENTS_PER_BATCH = 64
 
@@ -100,6 +102,19 @@ def end_of_document(tokenizer: Any, name: str) -> int:
             "set its eos_token, or pass --no-append-eod."
         )
     return token_id
+
+
+def check_tokenizer(tokenizer: Any, name: str, inputs: Sequence[Path], json_key: str) -> None:
+    """Check on the first documents of each input that the ids are the text.
+
+    Raises:
+        ValueError: they are not, or see ``read_batches``.
+    """
+    first = [next(read_batches([path], json_key)).texts[:DOCUMENTS] for path in inputs]
+    try:
+        check_ids_are_text(tokenizer, itertools.chain(*first))
+    except ValueError as error:
+        raise ValueError(f"--tokenizer {name}: {error}") from None
 
 
 def read_batches(paths: Sequence[Path], json_key: str) -> Iterator[Batch]:
@@ -242,6 +257,7 @@ def preprocess(
     final["bin"].parent.mkdir(parents=True, exist_ok=True)
     partial = {kind: Path(f"{output_prefix}.{os.getpid()}.partial.{kind}") for kind in final}
     try:
+        check_tokenizer(tokenizer, tokenizer_name, inputs, json_key)
         batches = read_batches(inputs, json_key)
         encoded = encode_batches(batches, tokenizer, tokenizer_name, eod, workers)
         size = sum(path.stat().st_size for path in inputs)

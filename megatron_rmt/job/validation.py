@@ -22,7 +22,20 @@ from megatron_rmt.job.resume import (
 )
 from megatron_rmt.job.settings import flag_name, setting_problems
 from megatron_rmt.mid_training import DOORS, fitting_problem, read_prompt
+from megatron_rmt.prompt.ids_of_text import check_ids_are_text
+from megatron_rmt.prompt.prompt import NO_END_OF_DOCUMENT
 from megatron_rmt.prompt.token_bytes import token_bytes
+
+# Megatron's datasets ask the tokenizer for the end of a text.
+_NEED_ENDS = (
+    "--data-path",
+    "--train-data-path",
+    "--data-args-path",
+    "--per-split-data-args-path",
+    "--reset-attention-mask",
+    "--reset-position-ids",
+    "--eod-mask-loss",
+)
 
 
 def check_rmt_arguments(args: Namespace) -> None:
@@ -239,6 +252,7 @@ def _vocabulary(args: Namespace) -> Iterator[str]:
         return
     try:
         vocabulary = len(token_bytes(tokenizer))
+        check_ids_are_text(tokenizer)
     except ValueError as error:
         yield f"{named} does not suit RMT, which reads answers as text: {_one_line(error)}."
         return
@@ -255,6 +269,13 @@ def _vocabulary(args: Namespace) -> Iterator[str]:
         check_same_settings(args, prompt, stored_arguments(args))
     except ValueError as error:
         yield str(error)
+    if prompt.end_of_document == NO_END_OF_DOCUMENT:
+        needing = [flag for flag in _NEED_ENDS if getattr(args, flag[2:].replace("-", "_"), None)]
+        if needing:
+            yield (
+                f"{named} has no token that ends a text, which {', '.join(needing)} cannot do "
+                "without; set eos_token in its tokenizer_config.json and tokenize the corpus again."
+            )
 
 
 def _one_line(error: Exception) -> str:

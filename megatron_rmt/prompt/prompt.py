@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -11,12 +11,16 @@ import torch
 
 from megatron_rmt.prompt.grammar import ResponseGrammar
 from megatron_rmt.prompt.pieces import PieceEncoder, before_document
-from megatron_rmt.prompt.response import Response, read_response
-from megatron_rmt.prompt.template import Template, chat_template, load_template
-from megatron_rmt.prompt.token_bytes import token_bytes
+from megatron_rmt.prompt.response import Response, can_answer, read_response
+from megatron_rmt.prompt.template import BOX, Template, chat_template, load_template
+from megatron_rmt.prompt.token_bytes import special_texts, token_bytes
+from megatron_rmt.prompt.tokenizer_files import declared_ends
 
-# A token's text, encoded by itself in a box, may take more than one token; so many at the most.
+_BOX_OPENING, _BOX_CLOSING = "\n" + BOX.decode(), "}"
+# A token's text, encoded in a box, may take more than one token: so many, with the box's end, or
+# the token itself is put there.
 _TOKENS_OF_A_BOXED_TOKEN = 16
+NO_END_OF_DOCUMENT = -1
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,9 @@ class Prompt:
     """The pieces of a prompt in token ids, and the vocabulary in which answers are read.
 
     template: with the chat markers in place. encode: token ids of a piece of text inside a prompt
-    (``PieceEncoder.inside``). bytes_of: bytes of each token id, b"" for special tokens. stop: token
-    ids that end a response. end_of_document: the token id between documents. answer_tokens: most
+    (``PieceEncoder.inside``). bytes_of: bytes of each token id, b"" for special tokens other than
+    the template's markers. stop: token ids that end a response. end_of_document: the token id
+    between documents, ``NO_END_OF_DOCUMENT`` where the tokenizer has none. answer_tokens: most
     tokens of an answer. force_close: the end of thought is written at its bound. begin: what begins
     a text, in token ids; empty where nothing does. encode_first: token ids of the text that a
     prompt begins with (``PieceEncoder.first``; None: as ``encode``).
@@ -69,20 +74,21 @@ class Prompt:
         chat: with the tokenizer's chat markers, where it has them.
 
         Raises:
-            ValueError: no such template, the chat markers do not go round it, or the tokens have no
-                fixed bytes.
+            ValueError: no such template, the chat markers do not go round it, the tokens have no
+                fixed bytes, or those of a marker are not the marker.
         """
         inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
+        loaded = load_template(template)
         bytes_of = token_bytes(tokenizer)
         pieces = PieceEncoder.of(tokenizer, bytes_of)
-        ends = {tokenizer.eod, _end_of_sequence(tokenizer)} - {None}
-        loaded = load_template(template)
+        stop = _ends(tokenizer, bytes_of)
+        bytes_of = _with_markers(bytes_of, loaded, pieces.inside, special_texts(tokenizer), stop)
         return cls(
             template=chat_template(loaded, inner) if chat else loaded,
             encode=pieces.inside,
             bytes_of=bytes_of,
-            stop=sorted(map(int, ends)),
-            end_of_document=tokenizer.eod,
+            stop=stop,
+            end_of_document=tokenizer.eod if tokenizer.eod in stop else NO_END_OF_DOCUMENT,
             answer_tokens=answer_tokens,
             force_close=force_close,
             begin=pieces.begin,
@@ -132,15 +138,49 @@ class Prompt:
         """``[vocab]`` bool: the token is text, not special."""
         return torch.tensor([len(text) > 0 for text in self.bytes_of])
 
+    @cached_property
+    def answerable(self) -> torch.Tensor:
+        """``[vocab]`` bool: an answer can say the token, so that it can be asked for."""
+        ends = {*self.stop}
+        return torch.tensor(
+            [
+                token not in ends and can_answer(text, self.template)
+                for token, text in enumerate(self.bytes_of)
+            ]
+        )
+
     def stem(self, budget: int) -> list[int]:
         """Token ids of the stem that asks for ``budget`` tokens."""
         return self.encode(self.template.stem_text(budget))
 
     def true_answer(self, token: int) -> list[int]:
-        """The answer that the format warm-up writes: the true next token, boxed if asked for."""
+        """The answer that the format warm-up writes: the true next token, boxed if asked for.
+
+        Its bytes are exact: a token whose text the tokenizer would write otherwise (part of a
+        character, not normalised) stands in the box itself.
+        """
         if self.template.answer == "next":
             return [token]
-        return self.encode(f"\n\\boxed{{{self.text([token])}}}")
+        spelled = [*self._box_opening, token, self._box_closing]
+        encoded = self.encode(f"{_BOX_OPENING}{self.text([token])}{_BOX_CLOSING}")
+        exact = self._bytes(encoded) == self._bytes(spelled)
+        return encoded if exact and len(encoded) <= self._longest_truth else spelled
+
+    @cached_property
+    def _box_opening(self) -> list[int]:
+        return self.encode(_BOX_OPENING)
+
+    @cached_property
+    def _box_closing(self) -> int:
+        """The newest token for it: older ones stand for bytes that no text needs."""
+        return max(i for i, text in enumerate(self.bytes_of) if text == _BOX_CLOSING.encode())
+
+    @property
+    def _longest_truth(self) -> int:
+        """Most tokens of a true answer."""
+        if self.template.answer == "next":
+            return 1
+        return len(self._box_opening) + 1 + _TOKENS_OF_A_BOXED_TOKEN
 
     def read(self, tokens: Sequence[int]) -> Response:
         """What the response ``tokens`` says."""
@@ -148,7 +188,10 @@ class Prompt:
 
     def text(self, tokens: Sequence[int]) -> str:
         """``tokens`` as text; bytes that are no UTF-8 are replaced, special tokens left out."""
-        return b"".join(self.bytes_of[token] for token in tokens).decode(errors="replace")
+        return self._bytes(tokens).decode(errors="replace")
+
+    def _bytes(self, tokens: Sequence[int]) -> bytes:
+        return b"".join(self.bytes_of[token] for token in tokens)
 
     def bound(self, budget: int, *, warm_up: bool = False, truth_tokens: int = 0) -> ResponseBound:
         """How long a response may get where ``budget`` tokens of thought are asked for.
@@ -168,11 +211,22 @@ class Prompt:
         """
         bounds = [self.bound(budget)]
         if warm_up:
-            truth = 1
-            if self.template.answer == "boxed":
-                truth = len(self.encode("\n\\boxed{}")) + _TOKENS_OF_A_BOXED_TOKEN
-            bounds.append(self.bound(budget, warm_up=True, truth_tokens=truth))
+            bounds.append(self.bound(budget, warm_up=True, truth_tokens=self._longest_truth))
         return max(bound.tokens for bound in bounds)
+
+
+def _ends(tokenizer: Any, bytes_of: Sequence[bytes]) -> list[int]:
+    """The token ids that end a text: the tokenizer's own, ascending, and those special ones that
+    the files beside it declare (models of chats have several)."""
+    own = {tokenizer.eod}
+    # Of Hugging Face it is the same, and raises a TypeError where there is none.
+    if tokenizer.eod is not None:
+        own.add(_end_of_sequence(tokenizer))
+    declared = {
+        end for end in declared_ends(tokenizer) if end < len(bytes_of) and not bytes_of[end]
+    }
+    # Sentencepiece says -1 where there is none.
+    return sorted(int(end) for end in (own | declared) - {None} if end >= 0)
 
 
 def _end_of_sequence(tokenizer: Any) -> int | None:
@@ -180,3 +234,36 @@ def _end_of_sequence(tokenizer: Any) -> int | None:
         return tokenizer.eos
     except (AttributeError, NotImplementedError):
         return None
+
+
+def _with_markers(
+    bytes_of: Sequence[bytes],
+    template: Template,
+    encode: Callable[[str], list[int]],
+    special: Mapping[int, str],
+    stop: Sequence[int],
+) -> list[bytes]:
+    """``bytes_of``, where special tokens that are written for the template's markers stand for the
+    marker's text, as those do that are not special.
+
+    Raises:
+        ValueError: the tokens of a marker still do not spell it, so that no response could be read.
+    """
+    needed = {"close": template.close}
+    if template.answer == "boxed":
+        needed["box"] = f"{_BOX_OPENING}x{_BOX_CLOSING}"
+    written = {text: encode(text) for text in (*needed.values(), template.opening)}
+    result = [*bytes_of]
+    for text, tokens in written.items():
+        for token in tokens:
+            if token in special and special[token] in text and token not in stop:
+                result[token] = special[token].encode()
+    for name, text in needed.items():
+        spelled = b"".join(result[token] for token in written[text])
+        if text.encode() not in spelled:
+            raise ValueError(
+                f"the tokens of its {name}, {text!r}, spell {spelled.decode(errors='replace')!r}, "
+                "so that no response could be read; use a template and a tokenizer that go "
+                "together."
+            )
+    return result

@@ -75,6 +75,23 @@ def read_response(
     return Response(thought_length, True, len(prediction) > 0, prediction)
 
 
+def can_answer(text: bytes, template: Template) -> bool:
+    """Whether an answer of the template's form that says ``text`` is read as it, and is text.
+
+    The end of thought is no answer: what writes it would close a thought, not predict. A box holds
+    whole characters, its braces balanced.
+    """
+    if not text or template.close.encode() in text:
+        return False
+    if template.answer == "next":
+        return True
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return _boxed(BOX + text + b"}") == text
+
+
 def _boxed(text: bytes) -> bytes:
     """Content of the first `\\boxed{...}`; b"" if it is missing, incomplete or nested too deep."""
     found = text.find(BOX)

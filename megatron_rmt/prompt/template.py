@@ -61,6 +61,11 @@ class Template:
                 f"template {self.name!r} has answer {self.answer!r}; pass 'boxed' or 'next'"
             )
 
+    @property
+    def opening(self) -> str:
+        """The tag that opens a thought, by the one that closes it: `<think>` for `</think>`."""
+        return self.close.replace("</", "<", 1)
+
     def stem_text(self, budget: int) -> str:
         """The stem with the budget filled in."""
         return self.stem.replace(BUDGET, str(budget))
@@ -200,7 +205,7 @@ def chat_template(template: Template, tokenizer: Any | None) -> Template:
     """
     if template.answer == "next" or not getattr(tokenizer, "chat_template", None):
         return template
-    tag = template.close.replace("</", "<", 1)
+    tag = template.opening
     cut = template.stem.rfind(tag)
     cut = len(template.stem) if cut < 0 else cut
     instruction, opening = template.stem[:cut], template.stem[cut:]

@@ -47,17 +47,39 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
         ValueError: the tokenizer is of a kind whose tokens have no fixed bytes (WordPiece, BPE
             with word suffixes, ...) or that is not known here.
     """
+    inner = transformers_tokenizer(tokenizer)
+    if inner is not None:
+        return _transformers_token_bytes(inner)
+    return _megatron_token_bytes(tokenizer.library, tokenizer._tokenizer)
+
+
+def transformers_tokenizer(tokenizer: Any) -> Any | None:
+    """The ``transformers`` tokenizer that ``tokenizer`` is, or that Megatron's has inside; None
+    where Megatron's has another inside."""
     library = getattr(tokenizer, "library", None)
-    if library is not None:
-        return _megatron_token_bytes(library, tokenizer._tokenizer)
-    return _transformers_token_bytes(tokenizer)
+    if library in ("huggingface", "megatron"):
+        return tokenizer._tokenizer.tokenizer
+    if library == "sft":
+        return tokenizer._tokenizer._tokenizer
+    return tokenizer if library is None else None
+
+
+def special_texts(tokenizer: Any) -> dict[int, str]:
+    """What each special token is called: the text that is encoded as that token, where the
+    tokenizer looks for it.
+
+    tokenizer: as for ``token_bytes``.
+    """
+    inner = transformers_tokenizer(tokenizer)
+    if inner is None:
+        wrapper = tokenizer._tokenizer
+        named = dict(enumerate(getattr(wrapper, "special_tokens", None) or ()))
+        return named | dict(getattr(wrapper, "id_to_special_token", None) or {})
+    added = getattr(inner, "added_tokens_decoder", {})
+    return {token_id: token.content for token_id, token in added.items() if token.special}
 
 
 def _megatron_token_bytes(library: str, wrapper: Any) -> list[bytes]:
-    if library in ("huggingface", "megatron"):
-        return _transformers_token_bytes(wrapper.tokenizer)
-    if library == "sft":
-        return _transformers_token_bytes(wrapper._tokenizer)
     if library == "sentencepiece":
         table = _sentencepiece_token_bytes(wrapper.tokenizer)
         # With --tokenizer-sentencepiece-legacy some ids are special to the wrapper alone.

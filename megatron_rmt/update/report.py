@@ -14,6 +14,7 @@ from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.rewards import Evidence, Metric, length_reward, match
 from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.response import Response
 from megatron_rmt.rollout.responses import Rollout
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, Tree, chosen_rows
@@ -44,6 +45,16 @@ def trunk_metrics(
         asked = (0.0, 0.0) if probabilities is None else (probabilities[number], 1.0)
         metrics[f"rmt asked {name}"] = asked
     return metrics
+
+
+def answer_metrics(reasoned: Sequence[ReasonedSample], prompt: Prompt) -> dict[str, Metric]:
+    """The share of the text's next tokens that are never asked for, as no box holds them."""
+    if prompt.template.answer != "boxed":
+        return {}
+    labels = torch.cat([of.sample.labels[of.sample.labelled] for of in reasoned])
+    text = prompt.has_bytes[labels]
+    left_out = text & ~prompt.answerable[labels]
+    return {"rmt unanswerable": (float(left_out.sum()), float(text.sum()))}
 
 
 def response_metrics(

@@ -34,14 +34,17 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_tokenizer(directory: Path, shape: ModelShape) -> None:
-    """Check that the directory holds a tokenizer, all of whose ids the embedding has.
+    """Check that the directory holds a tokenizer whose ids are the text and have an embedding.
 
     Raises:
-        ValueError: There is none, it cannot be read, or it knows ids beyond ``vocab_size``.
+        ValueError: There is none, it cannot be read, it knows ids beyond ``vocab_size``, or the ids
+            are not the text or not the model's (``check_ids_are_text``).
     """
     if not any((directory / name).exists() for name in TOKENIZERS):
         raise ValueError(f"{directory} holds no tokenizer ({', '.join(TOKENIZERS)}).")
     from transformers import AutoTokenizer
+
+    from megatron_rmt.prompt.ids_of_text import check_ids_are_text
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -56,6 +59,10 @@ def check_tokenizer(directory: Path, shape: ModelShape) -> None:
             f"The tokenizer in {directory} has {size} tokens, but the model has only "
             f"vocab_size={shape.vocabulary} embeddings; resize the model's embeddings first."
         )
+    try:
+        check_ids_are_text(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"The tokenizer in {directory} does not suit the model: {error}") from None
 
 
 def _first_line(error: Exception) -> str:
