@@ -29,6 +29,7 @@ from megatron_rmt.job.user_batch import take_batches
 from megatron_rmt.job.validation import check_rmt_arguments
 from megatron_rmt.mid_training import MidTraining, prepare
 from megatron_rmt.model.gpt import generating, gpt_model
+from megatron_rmt.model.routers import counting_trees
 from megatron_rmt.step import collect
 from megatron_rmt.update.forward_step import Update, make_forward_step
 from megatron_rmt.update.logprob_check import check_log_probs, logprob_tolerance
@@ -149,7 +150,7 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     call["forward_step_func"] = make_forward_step(collected.settings)
     call["data_iterator"] = RerunDataIterator(iter(updates))
     call["forward_backward_func"] = _for_trees(
-        call["forward_backward_func"], updates, logprob_tolerance(options)
+        call["forward_backward_func"], run.policy.model, updates, logprob_tolerance(options)
     )
     result = original(**call)
     if parallel_state.is_pipeline_last_stage() and result[0]:
@@ -176,7 +177,7 @@ def _is_last_rank() -> bool:
 
 
 def _for_trees(
-    schedule: Callable[..., Any], updates: list[Update], tolerance: float
+    schedule: Callable[..., Any], model: GPTModel, updates: list[Update], tolerance: float
 ) -> Callable[..., Any]:
     """The schedule, told how long the packed trees are (pipeline stages exchange that size).
 
@@ -187,7 +188,8 @@ def _for_trees(
     @functools.wraps(schedule)
     def forward_backward(**arguments: Any) -> Any:
         arguments |= {"seq_length": length, "decoder_seq_length": length, "micro_batch_size": 1}
-        result = schedule(**arguments)
+        with counting_trees(model):
+            result = schedule(**arguments)
         check_log_probs(updates, tolerance)
         return result
 

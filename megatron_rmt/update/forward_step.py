@@ -1,10 +1,12 @@
 """The forward step that Megatron's schedules run for each micro-batch of the update.
 
 Mixture of experts: what Megatron adds to the loss for the routers (load balance, z-loss) is taken
-over the tokens of a micro-batch's tree. The trunk counts once there, not once for each rollout that
-shares it, and padding not at all; so these terms, and expert capacity, differ from a run with one
-sequence per rollout, and, as always in Megatron, with the split into micro-batches. All else is
-equal. Sequence parallel is the exception: Megatron cannot tell its routers of padding there.
+over the tokens of a micro-batch's tree, and averaged over the micro-batches, with and without
+``--calculate-per-token-loss`` (``counting_trees``). The trunk counts once there, not once for each
+rollout that shares it, and padding not at all; so these terms, and the expert bias, differ from a
+run with one sequence per rollout, and, as always in Megatron, with the split into micro-batches;
+``seq_aux_loss`` takes the whole tree, of all samples of the micro-batch, for one sequence. All else
+is equal.
 """
 
 import functools
@@ -21,6 +23,7 @@ from megatron_rmt.algorithm.losses import Predictions, TokenLoss, token_losses
 from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.model.head import token_loss_sum
 from megatron_rmt.model.pipeline import full_hidden
+from megatron_rmt.model.routers import padding_mask
 from megatron_rmt.update.tree import Tree
 
 
@@ -76,12 +79,9 @@ def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
 
 
 def _padding(tree: Tree, config: Any) -> Tensor | None:
-    """``[1, padded rows]`` bool, True for padding, which routers leave out; None if there is none
-    or nobody asks."""
-    rows = tree.tokens.shape[0]
-    if not config.num_moe_experts or config.sequence_parallel or rows == tree.visibility.tokens:
-        return None
-    return (torch.arange(rows, device=tree.tokens.device) >= tree.visibility.tokens)[None]
+    """What the routers leave out, where the tree lies."""
+    mask = padding_mask(tree.tokens.shape[0], tree.visibility.tokens, config)
+    return None if mask is None else mask.to(tree.tokens.device)
 
 
 def _read_predictions(
