@@ -25,7 +25,7 @@ from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.samples import is_shown, read_samples, write_samples
 from megatron_rmt.job.settings import add_rmt_arguments, readable_help, versions
-from megatron_rmt.job.user_batch import take_batches
+from megatron_rmt.job.user_batch import ForwardStepError, take_batches
 from megatron_rmt.job.validation import check_rmt_arguments
 from megatron_rmt.mid_training import MidTraining, prepare
 from megatron_rmt.model.gpt import generating, gpt_model
@@ -126,13 +126,19 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     if should_disable_forward_pre_hook(options):
         # Overlapped parameter gathering: rollouts need the whole weights now.
         force_param_sync(chunks)
-    batches = take_batches(
-        call["forward_step_func"],
-        call["data_iterator"],
-        chunks[0],
-        run.policy.model,
-        get_num_microbatches(),
-    )
+    try:
+        batches = take_batches(
+            call["forward_step_func"],
+            call["data_iterator"],
+            chunks[0],
+            run.policy.model,
+            get_num_microbatches(),
+            end_of_document=run.prompt.end_of_document,
+            separate_documents=options.reset_attention_mask,
+        )
+    except ForwardStepError as error:
+        # All ranks raise the same; no weight has moved yet.
+        raise SystemExit(str(error)) from None
     if isinstance(call["data_iterator"], RerunDataIterator):
         # Megatron advances the iterator that it is given, which will be another one.
         call["data_iterator"].advance()
