@@ -10,7 +10,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.router import Router
 from torch import Tensor
 
-from megatron_rmt.model.routers import counting_trees, padding_mask
+from megatron_rmt.model.routers import check_routing, counting_trees, padding_mask
 from megatron_rmt.update.tree import pad_tree
 from tests import test_forward_step as step
 from tests.tiny_model import build_model
@@ -143,3 +143,15 @@ def test_the_mask_is_that_of_the_rows_that_a_stages_layers_hold(monkeypatch):
     for rank, rows in enumerate((whole[:4], whole[4:])):
         monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda own=rank: own)
         assert padding_mask(8, 5, config).tolist() == [rows]
+
+
+def test_a_model_that_the_job_gave_another_router_is_refused():
+    """Its arguments say nothing of it."""
+    check_routing(build_model(moe_input_jitter_eps=0.1).config)
+    config = build_model(**EXPERTS).config
+    check_routing(config)
+    config.moe_input_jitter_eps = 0.1
+    config.moe_router_load_balancing_type = "sinkhorn"
+    sentences = r"^RMT cannot train this model: --moe-input-jitter-eps is 0.1; .* sinkhorn; it bal"
+    with pytest.raises(ValueError, match=sentences):
+        check_routing(config)
