@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import get_model_config
+from megatron.core.utils import StragglerDetector, get_model_config
 from torch import Tensor
 
 from megatron_rmt.algorithm.losses import Predictions, TokenLoss, token_losses
@@ -61,18 +61,21 @@ class LossSettings:
 
 def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
     """A Megatron ``forward_step_func`` over an iterator of ``Update``."""
+    # Megatron has one, which ``--log-straggler`` turns on; without a time it divides by zero.
+    timed_for_stragglers = StragglerDetector()
 
     def forward_step(updates: Iterator[Update], model: torch.nn.Module) -> tuple[Tensor, Any]:
         update = next(updates)
-        output = model(
-            input_ids=update.tree.tokens[None],
-            position_ids=update.tree.visibility.position_ids[None],
-            attention_mask=None,
-            packed_seq_params=update.tree.visibility,
-            padding_mask=_padding(update.tree, get_model_config(model)),
-            output_processor=_read_predictions,
-            output_processor_context=(update.tree, update.predictions, settings),
-        )
+        with timed_for_stragglers:
+            output = model(
+                input_ids=update.tree.tokens[None],
+                position_ids=update.tree.visibility.position_ids[None],
+                attention_mask=None,
+                packed_seq_params=update.tree.visibility,
+                padding_mask=_padding(update.tree, get_model_config(model)),
+                output_processor=_read_predictions,
+                output_processor_context=(update.tree, update.predictions, settings),
+            )
         return output, functools.partial(_loss, update, settings)
 
     return forward_step
