@@ -90,6 +90,23 @@ def _compile_helpers(original: Callable[..., Any]) -> None:
         original()
 
 
+def _get_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from megatron.training import get_args
+
+    chunks = original(*args, **kwargs)
+    if Settings.of(get_args()).trains_with_rl:
+        _inside(chunks)
+    return chunks
+
+
+def _inside(chunks: list[torch.nn.Module]) -> GPTModel:
+    """The ``GPTModel`` in a job's model; all ranks end if there is none."""
+    try:
+        return gpt_model(chunks)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
 def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # Imported here, as Megatron's globals do not exist when the patches are installed.
     from megatron.training import get_args
@@ -97,8 +114,9 @@ def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not Settings.of(get_args()).trains_with_rl:
         return original(*args, **kwargs)
     call = inspect.signature(original).bind(*args, **kwargs).arguments
+    model = _inside(call["model"])
     try:
-        run = _prepared(gpt_model(call["model"]))
+        run = _prepared(model)
     except ValueError as error:
         # What only the built model tells; all ranks find the same.
         raise SystemExit(str(error)) from None
@@ -219,6 +237,8 @@ PATCHES: tuple[Symbol, ...] = (
     Symbol("megatron.training.arguments", "validate_args", "args", _validate_args),
     # The wheel ships the compiled helper and no Makefile.
     Symbol("megatron.core.datasets.utils", "compile_helpers", "", _compile_helpers),
+    # Another model than a GPTModel is refused before its checkpoint and the data are read.
+    Symbol("megatron.training.training", "get_model", "", _get_model),
     # Rollouts before the step, trees instead of the batch in it.
     Symbol(
         "megatron.training.training",
