@@ -149,6 +149,6 @@ def test_without_a_position_every_step_is_megatrons(
     assert all(line["branch tokens"] == 0 for line in finished.metrics)
     assert len(plain) == STEPS
     for (loss, norm), (expected_loss, expected_norm) in zip(_printed(finished), plain, strict=True):
-        assert loss == pytest.approx(expected_loss, rel=0, abs=2e-5)
+        assert loss == pytest.approx(expected_loss, rel=0, abs=5e-5 if "--fp16" in flags else 2e-5)
         # Three digits are printed.
         assert norm == pytest.approx(expected_norm, rel=0, abs=1.01e-3)

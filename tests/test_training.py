@@ -293,9 +293,23 @@ MIXTURE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-siz
 MIXTURE += ["--moe-router-load-balancing-type", "none", "--moe-token-dispatcher-type", "alltoall"]
 
 
-def test_experts_on_two_ranks_train_like_one_process(start: Start, tmp_path: Path):
-    """The ranks, which are also data-parallel, have rollouts of different lengths."""
-    flags = [*RMT, *MIXTURE]
+BALANCED = ["--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1"]
+BALANCED += ["--moe-z-loss-coeff", "0.01", "--calculate-per-token-loss"]
+BIASED = ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]
+BIASED += ["--moe-router-bias-update-rate", "0.05"]
+
+
+@pytest.mark.parametrize(
+    ("routing", "layout"),
+    [([], ["--expert-model-parallel-size", "2"]), ([*BALANCED, *BIASED], PP2)],
+    ids=["EP2", "PP2, balanced and biased"],
+)
+def test_experts_on_two_ranks_train_like_one_process(
+    start: Start, tmp_path: Path, routing: list[str], layout: list[str]
+):
+    """The ranks of experts, which are also data-parallel, have rollouts of different lengths;
+    those of a pipeline pad their trees, which no router counts."""
+    flags = [*RMT, *MIXTURE, *routing]
     first = ["--finetune", "--save", str(tmp_path), "--save-interval", "1", "--exit-interval", "1"]
     no_checkpoint = ["--load", str(tmp_path / "none")]
     start(1, [*flags, *first, *no_checkpoint])
@@ -303,8 +317,7 @@ def test_experts_on_two_ranks_train_like_one_process(start: Start, tmp_path: Pat
     resumed = [*flags, "--exit-interval", "3", "--no-load-optim", "--no-load-rng"]
     alone = start(1, resumed, resume_from=tmp_path)
     assert [line["iteration"] for line in alone.metrics] == [2, 3]
-    experts = ["--expert-model-parallel-size", "2"]
-    assert_same_curve(start(2, [*resumed, *experts], resume_from=tmp_path).metrics, alone.metrics)
+    assert_same_curve(start(2, [*resumed, *layout], resume_from=tmp_path).metrics, alone.metrics)
 
 
 def test_a_warm_up_with_the_texts_own_thoughts_trains_alike_in_every_layout(

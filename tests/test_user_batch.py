@@ -214,6 +214,33 @@ def test_an_argument_of_the_jobs_own_model_is_refused_by_its_name():
         take_batches(_step_with({"images": torch.ones(1)}), iter(batches), model, model, 1)
 
 
+@pytest.mark.usefixtures("single_process_megatron")
+@pytest.mark.parametrize(
+    ("embedding", "separate", "given", "taken"),
+    [
+        ("rope", False, [0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]),
+        ("rope", True, [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 1, 2]),
+        ("rope", True, [0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]),
+        ("rope", False, [3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8]),
+        ("learned_absolute", False, [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 1, 2]),
+    ],
+)
+def test_a_rotary_embedding_counts_rows_whatever_the_job_says(embedding, separate, given, taken):
+    model, (batch,) = build_model(position_embedding=embedding), _batches(1)
+    batch["tokens"][:, 2] = END_OF_DOCUMENT
+    batch["position_ids"] = torch.tensor([given, [0, 1, 2, 3, 4, 5]])
+    own = take_batches(
+        _step_with({"attention_mask": None}),
+        iter([batch]),
+        model,
+        model,
+        1,
+        separate_documents=separate,
+    )
+    assert own[0].position_ids.tolist() == [taken, [0, 1, 2, 3, 4, 5]]
+    assert batch["position_ids"].tolist()[0] == given
+
+
 CAUSAL = torch.ones(6, 6, dtype=torch.bool).triu(1)
 
 

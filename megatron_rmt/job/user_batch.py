@@ -9,6 +9,7 @@ have anyway, and any other argument would be lost, so it is refused.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ def take_batches(
     problems += [problem(own) for own in recorded for problem in (_stray_problem, _missing_problem)]
     _raise_together(problems)
     batches = [_complete(arguments) for arguments in recorded]
+    if getattr(gpt_model, "position_embedding_type", None) == "rope":
+        batches = [_rotated(batch, end_of_document, separate_documents) for batch in batches]
     _raise_together(
         _mask_problem(arguments.get("attention_mask"), batch, end_of_document, separate_documents)
         for arguments, batch in zip(recorded, batches, strict=True)
@@ -155,6 +158,20 @@ def _complete(arguments: Arguments) -> UserBatch:
         labels=fields["labels"].long(),
         loss_mask=fields["loss_mask"].float().view_as(fields["labels"]),
     )
+
+
+def _rotated(batch: UserBatch, end_of_document: int, separate_documents: bool) -> UserBatch:
+    """``batch`` with the positions that Megatron's rotary embedding has: it counts the rows of a
+    sequence, whatever ``position_ids`` say. Only distances within a document matter, so that ids
+    which count there are kept."""
+    position_ids = batch.position_ids.clone()
+    for tokens, own in zip(batch.tokens, position_ids, strict=True):
+        counts = own.diff() == 1
+        if separate_documents:
+            counts[[start - 1 for start in document_starts(tokens, end_of_document)[1:]]] = True
+        if not counts.all():
+            own.copy_(torch.arange(len(own)))
+    return replace(batch, position_ids=position_ids)
 
 
 def _mask_problem(
