@@ -104,6 +104,8 @@ def counting_trees(model: torch.nn.Module) -> Iterator[None]:
     multiplies them by the tokens of the micro-batch, because it divides all gradients by the tokens
     that are reported, and a tree reports one, its loss being weighted already. And the expert bias
     leaves padding out: Megatron 0.19 lays its mask ``[tokens]`` over ``[tokens, experts]`` wrongly.
+    Under sequence parallelism the z-loss is the mean of the tensor-parallel ranks' means, as in
+    Megatron, so that the tokens of a rank with padding weigh more.
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     before = [router.calculate_per_token_loss for router in routers]
