@@ -23,7 +23,7 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.core.utils import StragglerDetector, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -77,13 +77,14 @@ def forward_step(
 ) -> tuple[Tensor, Any]:
     """One forward pass over the next micro-batch."""
     batch = get_batch(data_iterator)
-    losses = model(
-        batch.get("tokens"),
-        batch.get("position_ids"),
-        batch.get("attention_mask"),
-        labels=batch.get("labels"),
-        loss_mask=batch.get("loss_mask"),
-    )
+    with StragglerDetector():  # which --log-straggler turns on
+        losses = model(
+            batch.get("tokens"),
+            batch.get("position_ids"),
+            batch.get("attention_mask"),
+            labels=batch.get("labels"),
+            loss_mask=batch.get("loss_mask"),
+        )
     return losses, functools.partial(loss_func, batch.get("loss_mask"))
 
 

@@ -20,6 +20,7 @@ from megatron_rmt.algorithm.rewards import REWARDS, Reward
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.rotary import check_rotary_scaling
+from megatron_rmt.model.routers import check_routing
 from megatron_rmt.model.tree_attention import check_backend
 from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.prompt.prompt import Prompt
@@ -48,13 +49,14 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     """Attach tree attention to ``model`` and read the vocabulary and the prompt.
 
     Raises:
-        ValueError: --rope-scaling-factor did not reach the model, the prompt and the longest
-            thought do not fit, the vocabularies disagree, --rmt-attention cannot train on the
-            model's device, or --rmt-max-tokens is less than what a micro-batch holds before the
-            rollouts.
+        ValueError: --rope-scaling-factor did not reach the model, its routers are refused, the
+            prompt and the longest thought do not fit, the vocabularies disagree, --rmt-attention
+            cannot train on the model's device, or --rmt-max-tokens is less than what a micro-batch
+            holds before the rollouts.
     """
     settings = Settings.of(args)
     check_rotary_scaling(args, model)
+    check_routing(model.config)
     attach_tree_attention(model)
     check_backend(settings.attention, next(model.parameters()).device)
     prompt = as_rank_0_rendered(read_prompt(settings, tokenizer))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rmt.cpu.compiled import is_available
-from megatron_rmt.model import head, head_compiled, head_plain
+from megatron_rmt.model import head, head_compiled, head_plain, head_products
 from megatron_rmt.model.head import (
     LossOfRows,
     token_entropies,
@@ -163,6 +163,70 @@ def test_half_precision_inputs_lose_nothing_but_the_rounding_of_gradients(
     assert [value.dtype for value in results] == [*[torch.float32] * 3, dtype, dtype]
     for value, reference, bound in zip(results, _expected(problem), bounds, strict=True):
         assert _relative(value, reference) < bound
+
+
+@pytest.fixture
+def gpu_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 matrices are multiplied into fp32, as a GPU does, and their gradients read in fp16."""
+    multiply = torch.mm
+
+    def mm(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None, **named: Tensor):
+        if out_dtype is not None:
+            left, right = left.to(out_dtype), right.to(out_dtype)
+        return multiply(left, right, **named)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(
+        head_products,
+        "_multiplies_into_fp32",
+        lambda left, right: left.dtype == right.dtype == torch.float16,
+    )
+
+
+@pytest.mark.usefixtures("gpu_products")
+@pytest.mark.parametrize("tokens", [1, 256, 65_536, 4_194_304])
+def test_the_weight_of_a_token_in_a_large_batch_is_not_lost_in_fp16(tokens: int):
+    """Gradients of scores are rounded to fp16 before Megatron's loss scale reaches them. Beside
+    next tokens of little weight a chunk holds predictions of much."""
+    loss_scale = 64.0 * tokens
+    problem = _problem(rows=40, dtype=torch.float16)
+    problem["hidden"] *= 0.05  # many probabilities, each of them small
+    problem["by_log_prob"] = torch.full((40,), -0.1 / tokens, dtype=torch.float64)
+    problem["by_log_prob"][[3, 17]] *= 500
+    scaled = problem | {"by_log_prob": problem["by_log_prob"] * loss_scale}
+    references = _expected(scaled)[3:]
+    hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
+    total, _ = token_loss_sum(
+        hidden,
+        weight,
+        problem["targets"],
+        _linear(problem),
+        vocab_size=VOCAB,
+        tp_group=None,
+        chunk_size=16,
+    )
+    gradients = torch.autograd.grad(3 * loss_scale * total, [hidden, weight])
+    for gradient, reference in zip(gradients, references, strict=True):
+        assert gradient.dtype == torch.float16
+        assert _relative(gradient, reference) < 1e-3
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 2.4e-8, 1.0, 3e4, 1e30, float("nan")])
+def test_weights_are_brought_into_the_range_of_fp16_by_a_power_of_two(largest: float):
+    weights = torch.tensor([largest, -largest / 3])
+    scaled, undo = head_products.in_range(weights, torch.float16)
+    assert undo.isfinite()
+    assert undo > 0
+    assert torch.frexp(undo).mantissa == 0.5
+    torch.testing.assert_close(scaled * undo, weights, rtol=0, atol=0, equal_nan=True)
+    if largest > 1e-30:
+        assert 2.0**13 <= scaled.abs().max() <= 2.0**14
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_other_dtypes_have_the_range_of_fp32(dtype: torch.dtype):
+    weights = torch.tensor([1e-20, 1.0])
+    assert head_products.in_range(weights, dtype) == (weights, None)
 
 
 @pytest.mark.usefixtures("compiled")

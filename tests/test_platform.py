@@ -6,16 +6,22 @@ comes before or during its installation is tested in fresh processes.
 
 import copy
 import os
+import pickle
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_rmt.cpu import platform as cpu_platform
 from megatron_rmt.cpu.platform import REQUIRED_FLAGS, add_required_flags
+from tests import tiny_run
 from tests.distributed import REPOSITORY
+from tests.tiny_run import RMT, TinyInputs
 
 without_cuda = pytest.mark.skipif(
     not cpu_platform.is_installed(), reason="only for machines without CUDA"
@@ -189,6 +195,42 @@ def test_threads_that_come_later_take_one_core_and_this_one_keeps_its_own():
         """
     )
     assert result.stdout.strip().endswith("[3, 1]"), result.stderr
+
+
+@without_cuda
+def test_memory_and_sensors_answer():
+    assert torch.cuda.memory_stats()["allocated_bytes.all.peak"] == 0
+    assert not torch.cuda.memory_stats(), "a question leaves nothing behind"
+    free, total = torch.cuda.mem_get_info()
+    assert 0 < free < total == torch.cuda.get_device_properties(0).total_memory
+    assert 0 < torch.cuda.device_memory_used() < total
+    sensors = (torch.cuda.temperature, torch.cuda.power_draw, torch.cuda.clock_rate)
+    assert all(sensor() == 0 for sensor in sensors)
+    assert torch.cuda.memory_snapshot() == []
+    torch.cuda.check_error(torch.cuda.cudart().cudaProfilerStart())
+    torch.cuda.check_error(torch.cuda.cudart().cudaProfilerStop())
+
+
+MEASURED = (
+    "--log-device-memory-used --log-memory-interval 1 --log-memory-to-tensorboard --log-straggler "
+    "--straggler-ctrlr-port 0 --record-memory-history --profile --profile-step-start 0 "
+    "--profile-step-end 1 --nvtx-ranges --exit-interval 2"
+)
+
+
+@pytest.mark.multiprocess
+@without_cuda
+@pytest.mark.parametrize("rmt", [[], RMT], ids=["plain", "RMT"])
+def test_what_megatron_measures_is_answered(inputs: TinyInputs, tmp_path: Path, rmt: list[str]):
+    snapshot, board = tmp_path / "snapshot.pickle", str(tmp_path / "board")
+    flags = [*MEASURED.split(), "--memory-snapshot-path", str(snapshot), "--tensorboard-dir", board]
+    log = tiny_run.run(tmp_path / "run", 1, [*inputs.flags(), *rmt, *flags]).log
+    assert re.search(r"iteration +2/", log)
+    assert re.search(r"total device memory used: [1-9]", log)
+    assert pickle.loads(snapshot.read_bytes())["segments"] == []
+    events = EventAccumulator(board)
+    events.Reload()
+    assert [event.value for event in events.Scalars("mem-allocated-bytes")] == [0.0, 0.0]
 
 
 @without_cuda

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import run_torchrun
+from tests.distributed import REPOSITORY, run_torchrun
 from tests.tiny_checkpoints import TOOLS
 from tests.tiny_run import (
     PRETRAIN,
@@ -293,9 +293,23 @@ MIXTURE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-siz
 MIXTURE += ["--moe-router-load-balancing-type", "none", "--moe-token-dispatcher-type", "alltoall"]
 
 
-def test_experts_on_two_ranks_train_like_one_process(start: Start, tmp_path: Path):
-    """The ranks, which are also data-parallel, have rollouts of different lengths."""
-    flags = [*RMT, *MIXTURE]
+BALANCED = ["--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.1"]
+BALANCED += ["--moe-z-loss-coeff", "0.01", "--calculate-per-token-loss"]
+BIASED = ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]
+BIASED += ["--moe-router-bias-update-rate", "0.05"]
+
+
+@pytest.mark.parametrize(
+    ("routing", "layout"),
+    [([], ["--expert-model-parallel-size", "2"]), ([*BALANCED, *BIASED], PP2)],
+    ids=["EP2", "PP2, balanced and biased"],
+)
+def test_experts_on_two_ranks_train_like_one_process(
+    start: Start, tmp_path: Path, routing: list[str], layout: list[str]
+):
+    """The ranks of experts, which are also data-parallel, have rollouts of different lengths;
+    those of a pipeline pad their trees, which no router counts."""
+    flags = [*RMT, *MIXTURE, *routing]
     first = ["--finetune", "--save", str(tmp_path), "--save-interval", "1", "--exit-interval", "1"]
     no_checkpoint = ["--load", str(tmp_path / "none")]
     start(1, [*flags, *first, *no_checkpoint])
@@ -303,8 +317,7 @@ def test_experts_on_two_ranks_train_like_one_process(start: Start, tmp_path: Pat
     resumed = [*flags, "--exit-interval", "3", "--no-load-optim", "--no-load-rng"]
     alone = start(1, resumed, resume_from=tmp_path)
     assert [line["iteration"] for line in alone.metrics] == [2, 3]
-    experts = ["--expert-model-parallel-size", "2"]
-    assert_same_curve(start(2, [*resumed, *experts], resume_from=tmp_path).metrics, alone.metrics)
+    assert_same_curve(start(2, [*resumed, *layout], resume_from=tmp_path).metrics, alone.metrics)
 
 
 def test_a_warm_up_with_the_texts_own_thoughts_trains_alike_in_every_layout(
@@ -389,6 +402,58 @@ def test_a_rotary_factor_reaches_the_model_or_the_run_ends(start: Start, tmp_pat
     with pytest.raises(AssertionError, match=sentence) as failure:
         start(1, llama32, program=tmp_path / "pretrain.py")
     assert "ValueError" not in str(failure.value), "the sentence, without a traceback"
+
+
+EXISTING_JOB = REPOSITORY / "examples/existing_job/pretrain.py"
+PREFIX_MASK = "torch.ones(64, 64).triu(1).bool()[None, None] & (torch.arange(64) > 9)"
+WRAPPED = """
+class Outer(torch.nn.Module):
+    def __init__(self, **named):
+        super().__init__()
+        self.inner, self.config = GPTModel(**named), named["config"]
+        self.pg_collection = self.inner.pg_collection
+
+    def set_input_tensor(self, tensor):
+        self.inner.set_input_tensor(tensor)
+
+
+def model_provider("""
+# How a job of one's own differs from examples/existing_job, and what is said of it.
+JOBS = {
+    "no labels": (
+        {"        labels=labels,\n": ""},
+        "RMT: forward_step_func gives GPTModel.forward no labels; pass labels= on the last",
+    ),
+    "prefix mask": (
+        {"attention_mask=None": f"attention_mask={PREFIX_MASK}"},
+        "RMT: forward_step_func gives GPTModel.forward an attention_mask that is not causal over",
+    ),
+    "model in a model": (
+        {"def model_provider(": WRAPPED, "    return GPTModel(": "    return Outer("},
+        "RMT: the model is a Outer; RMT trains a GPTModel.",
+    ),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_that_trees_cannot_carry_ends_with_one_sentence(
+    start: Start, tmp_path: Path, job: str
+):
+    changes, sentence = JOBS[job]
+    program = EXISTING_JOB.read_text(encoding="utf-8")
+    for old, new in changes.items():
+        assert program.count(old) == 1
+        program = program.replace(old, new)
+    program = f"import megatron_rmt\n\nmegatron_rmt.patch()\n{program}"
+    (tmp_path / "pretrain.py").write_text(program, encoding="utf-8")
+    with pytest.raises(AssertionError) as failure:
+        start(1, RMT, program=tmp_path / "pretrain.py")
+    said = str(failure.value)
+    assert f"SystemExit: {sentence}" in said
+    assert "ValueError" not in said
+    assert "BatchError" not in said
+    # A model of another kind is not even loaded.
+    assert ("loaded checkpoint from" in said) == (job != "model in a model")
 
 
 # A process of its own, where the CPU does not stand in for CUDA.

@@ -12,12 +12,20 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_rmt.job.user_batch import BatchError, check_tokens, take_batches
+from megatron_rmt.job import user_batch
+from megatron_rmt.job.user_batch import BatchError, check_tokens
 from megatron_rmt.rollout.trunk import UserBatch
 from tests.distributed import run_distributed
 from tests.tiny_model import VOCAB, build_model
 
 Batch = dict[str, Tensor]
+END_OF_DOCUMENT = 0
+
+
+def take_batches(*arguments: Any, separate_documents: bool = False) -> list[UserBatch]:
+    return user_batch.take_batches(
+        *arguments, end_of_document=END_OF_DOCUMENT, separate_documents=separate_documents
+    )
 
 
 def _batches(count: int, size: int = 2, length: int = 6) -> list[Batch]:
@@ -156,15 +164,158 @@ def _twice(iterator: Iterator[Batch], model: GPTModel) -> tuple[Tensor, Any]:
         ),
         (_step_with({"position_ids": None}), "gives GPTModel.forward no position_ids; pass "),
         (_step_with({"packed_seq_params": PackedSeqParams()}), "passes packed_seq_params; train"),
+        (
+            _step_with({"decoder_input": torch.zeros(6, 2, 32)}),
+            "gives GPTModel.forward decoder_input, which would be lost, as RMT's rollouts and "
+            "trees carry only input_ids, position_ids, labels, loss_mask, attention_mask; leave",
+        ),
+        (
+            _step_with({"inference_params": object(), "padding_mask": torch.zeros(2, 6)}),
+            "gives GPTModel.forward inference_params and padding_mask, which would be lost,",
+        ),
+        (_step_with({"inference_context": object()}), "gives GPTModel.forward inference_context, "),
+        (_step_with({"extra_block_kwargs": {"x": 1}}), "gives GPTModel.forward extra_block_kwargs"),
+        (_step_with({"runtime_gather_output": True}), "gives GPTModel.forward runtime_gather_outp"),
+        (_step_with({"output_processor": print}), "gives GPTModel.forward output_processor, which"),
+        (
+            _step_with({"attention_mask": torch.ones(2, 6)}),
+            r"gives GPTModel.forward an attention_mask of shape \[2, 6\]; pass one of shape "
+            r"\[2, 1, 6, 6\], True where a token is hidden, or None.",
+        ),
         (_never, "called GPTModel.forward 0 times for 2 micro-batches; RMT needs"),
         (_twice, "called GPTModel.forward 4 times for 2 micro-batches; RMT needs"),
     ],
 )
 def test_a_forward_step_that_rmt_cannot_see_through_is_refused(forward_step, message):
     model = build_model()
-    with pytest.raises(ValueError, match=rf"^RMT: forward_step_func {message}"):
+    with pytest.raises(BatchError, match=rf"^RMT: forward_step_func {message}") as error:
         take_batches(forward_step, iter(_batches(2)), model, model, 2)
+    assert "\n" not in str(error.value)
     assert "forward" not in vars(model)
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_an_argument_that_says_nothing_is_none():
+    says_nothing = {"extra_block_kwargs": {}, "runtime_gather_output": False, "decoder_input": None}
+    model, batches = build_model(), _batches(1)
+    step = _step_with(says_nothing)
+    _assert_equal(take_batches(step, iter(batches), model, model, 1), batches)
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_an_argument_of_the_jobs_own_model_is_refused_by_its_name():
+    class OwnModel(GPTModel):
+        def forward(self, *args: Any, images: Tensor | None = None, **kwargs: Any) -> Tensor:
+            return super().forward(*args, **kwargs)
+
+    model, batches = build_model(), _batches(1)
+    model.__class__ = OwnModel
+    _assert_equal(take_batches(_forward_step, iter(batches), model, model, 1), batches)
+    with pytest.raises(BatchError, match=r"gives GPTModel.forward images, which would be"):
+        take_batches(_step_with({"images": torch.ones(1)}), iter(batches), model, model, 1)
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+@pytest.mark.parametrize(
+    ("embedding", "separate", "given", "taken"),
+    [
+        ("rope", False, [0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]),
+        ("rope", True, [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 1, 2]),
+        ("rope", True, [0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]),
+        ("rope", False, [3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8]),
+        ("learned_absolute", False, [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 1, 2]),
+    ],
+)
+def test_a_rotary_embedding_counts_rows_whatever_the_job_says(embedding, separate, given, taken):
+    model, (batch,) = build_model(position_embedding=embedding), _batches(1)
+    batch["tokens"][:, 2] = END_OF_DOCUMENT
+    batch["position_ids"] = torch.tensor([given, [0, 1, 2, 3, 4, 5]])
+    own = take_batches(
+        _step_with({"attention_mask": None}),
+        iter([batch]),
+        model,
+        model,
+        1,
+        separate_documents=separate,
+    )
+    assert own[0].position_ids.tolist() == [taken, [0, 1, 2, 3, 4, 5]]
+    assert batch["position_ids"].tolist()[0] == given
+
+
+CAUSAL = torch.ones(6, 6, dtype=torch.bool).triu(1)
+
+
+def _apart(*starts: int) -> Tensor:
+    """Causal, documents that start at these columns apart."""
+    begins = torch.zeros(6, dtype=torch.int64)
+    begins[list(starts)] = 1
+    document = begins.cumsum(0)
+    return CAUSAL | (document[:, None] != document)
+
+
+def _prefix() -> Tensor:
+    mask = CAUSAL.clone()
+    mask[:, :2] = False
+    return mask
+
+
+def _with_masks(masks: list[Tensor], ends: list[list[int]], loss: list[int]) -> list[Batch]:
+    """A micro-batch of two samples with documents that end at ``ends``; the loss is on the first
+    ``loss`` tokens."""
+    (batch,) = _batches(1)
+    for sample, columns in enumerate(ends):
+        batch["tokens"][sample, columns] = END_OF_DOCUMENT
+    batch["loss_mask"] = (torch.arange(6) < torch.tensor(loss)[:, None]).float()
+    batch["attention_mask"] = torch.stack(masks)[:, None]
+    return [batch]
+
+
+MASKS = {
+    "causal, one for all samples": ([CAUSAL], [[2], []], [6, 6], False, None),
+    "causal, one for each": ([CAUSAL, CAUSAL], [[2], []], [6, 6], False, None),
+    "documents apart": ([_apart(0, 3), _apart(0)], [[2], []], [6, 6], True, None),
+    "the last token ends a document": ([_apart(0), _apart(0)], [[5], []], [6, 6], True, None),
+    "what padding sees": ([CAUSAL, _apart(0, 4)], [[], []], [6, 4], False, None),
+    "padding is all hidden": (
+        [CAUSAL, CAUSAL | (torch.arange(6) >= 4)],
+        [[], []],
+        [6, 4],
+        False,
+        None,
+    ),
+    "no loss at all": ([_prefix()], [[], []], [0, 0], False, None),
+    "documents apart, unasked": ([_apart(0, 3), CAUSAL], [[2], []], [6, 6], False, (0, 3)),
+    "documents together, asked apart": ([CAUSAL], [[], [2]], [6, 6], True, (1, 3)),
+    "apart where none ends": ([CAUSAL, _apart(0, 4)], [[], []], [6, 6], True, (1, 4)),
+    "the last row alone": ([CAUSAL, _apart(0, 4)], [[], []], [6, 5], False, (1, 4)),
+    "prefix": ([_prefix()], [[], []], [6, 6], False, (0, 0)),
+    "a token that sees padding": (
+        [CAUSAL, CAUSAL & (torch.arange(6) < 5)],
+        [[], []],
+        [6, 3],
+        False,
+        (1, 0),
+    ),
+    "True where it is seen": ([~CAUSAL], [[], []], [6, 6], False, (0, 0)),
+}
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+@pytest.mark.parametrize("case", MASKS)
+def test_an_attention_mask_is_what_trees_do_or_refused(case: str):
+    masks, ends, loss, separate, wrong = MASKS[case]
+    model, batches = build_model(), _with_masks(masks, ends, loss)
+    arguments = _forward_step, iter(batches), model, model, 1
+    if wrong is None:
+        _assert_equal(take_batches(*arguments, separate_documents=separate), batches)
+        return
+    kind = "within each document" if separate else "over the whole sample"
+    sentence = (
+        rf"^RMT: forward_step_func gives GPTModel.forward an attention_mask that is not causal "
+        rf"{kind} \(sample {wrong[0]} of a micro-batch, row {wrong[1]}\), as RMT's rollouts"
+    )
+    with pytest.raises(BatchError, match=sentence):
+        take_batches(*arguments, separate_documents=separate)
 
 
 @pytest.mark.usefixtures("single_process_megatron")
@@ -178,7 +329,7 @@ def test_an_error_of_the_forward_step_leaves_the_model_as_it_was():
     assert "forward" not in vars(model)
 
 
-def _on_stage(batches: list[Batch]) -> list[UserBatch] | str:
+def _on_stage(batches: list[Batch]) -> list[Any]:
     """As Megatron's own get_batch: each stage sees only what it needs."""
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
     model = torch.nn.Module()
@@ -186,14 +337,21 @@ def _on_stage(batches: list[Batch]) -> list[UserBatch] | str:
     model.__class__ = _Stage
     first = parallel_state.is_pipeline_first_stage()
     hidden = ("labels", "loss_mask") if first else ("input_ids", "position_ids")
-    forward_step = _step_with(dict.fromkeys(hidden))
-    taken = take_batches(forward_step, iter(batches), model, model, len(batches))
-    try:
-        everything_hidden = _step_with(dict.fromkeys(("labels", "input_ids")))
-        take_batches(everything_hidden, iter(batches), model, model, len(batches))
-    except ValueError as error:
-        return taken, str(error)
-    return taken, "no error"
+    own = dict.fromkeys(hidden)
+    outcomes = []
+    for changes in (
+        own,
+        dict.fromkeys(("labels", "input_ids")),
+        # What one stage alone sees.
+        own if first else own | {"attention_mask": torch.zeros(1, 1, 6, 6)},
+        own | {"decoder_input": torch.zeros(1)} if first else own,
+    ):
+        try:
+            taken = take_batches(_step_with(changes), iter(batches), model, model, len(batches))
+        except BatchError as error:
+            taken = str(error)
+        outcomes.append(taken)
+    return outcomes
 
 
 class _Stage(torch.nn.Module):
@@ -205,10 +363,35 @@ class _Stage(torch.nn.Module):
 @pytest.mark.multiprocess
 def test_every_pipeline_stage_gets_the_whole_batch_or_the_same_error():
     batches = _batches(2)
-    results = run_distributed(2, _on_stage, batches)
-    for taken, error in results:
+    for taken, *errors in run_distributed(2, _on_stage, batches):
         _assert_equal(taken, batches)
-        assert "gives GPTModel.forward no input_ids; pass input_ids= on the first" in error
+        sentences = (
+            "gives GPTModel.forward no input_ids; pass input_ids= on the first",
+            "an attention_mask that is not causal over the whole sample (sample 0",
+            "gives GPTModel.forward decoder_input, which would be lost",
+        )
+        for error, sentence in zip(errors, sentences, strict=True):
+            assert sentence in error
+
+
+def _on_data_parallel_rank(batches: list[Batch]) -> str:
+    """One rank's job alone gives what cannot be carried."""
+    parallel_state.initialize_model_parallel()
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.zeros(1))
+    model.__class__ = _Stage
+    odd = {"padding_mask": torch.zeros(2, 6)} if torch.distributed.get_rank() == 1 else {}
+    try:
+        take_batches(_step_with(odd), iter(batches), model, model, len(batches))
+    except BatchError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.multiprocess
+def test_what_one_data_parallel_rank_is_given_ends_all():
+    for error in run_distributed(2, _on_data_parallel_rank, _batches(2)):
+        assert "gives GPTModel.forward padding_mask, which would be lost" in error
 
 
 def _of_tokens(tokens: list[int], loss_mask: list[float], labels: list[int] | None = None):

@@ -105,11 +105,34 @@ def test_all_stray_flags_are_named_at_once():
 
 def test_experts_on_several_ranks_need_a_dispatcher_of_unequal_numbers_of_tokens(tokenizer: str):
     flags = ["--rmt", "--tokenizer-model", tokenizer, "--expert-model-parallel-size", "2"]
-    flags += ["--moe-token-dispatcher-type"]
+    flags += [*EXPERTS, "--moe-token-dispatcher-type"]
     refusal = _refusal(_parse(*flags, "allgather"))
     assert "--moe-token-dispatcher-type is allgather;" in refusal
     assert "pass alltoall." in refusal
     check_rmt_arguments(_parse(*flags, "alltoall"))
+    check_rmt_arguments(_parse(*flags, "flex"))
+    hybrid = ["flex", "--moe-flex-dispatcher-backend", "hybridep"]
+    check_rmt_arguments(_parse(*flags, *hybrid, "--moe-hybridep-pad-uneven-dispatch-inputs"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--moe-router-load-balancing-type none",
+        "--moe-router-load-balancing-type aux_loss global_aux_loss --moe-aux-loss-coeff 0.1 0.1",
+        "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.1",
+        "--moe-z-loss-coeff 0.1 --calculate-per-token-loss",
+        "--moe-router-enable-expert-bias --moe-router-score-function sigmoid",
+        "--moe-expert-capacity-factor -1",
+    ],
+)
+def test_experts_of_a_token_alone_are_accepted(tokenizer: str, flags: str):
+    check_rmt_arguments(_parse("--rmt", "--tokenizer-model", tokenizer, *EXPERTS, *flags.split()))
+
+
+def test_flags_of_routers_mean_nothing_without_experts(tokenizer: str):
+    jitter = ["--moe-input-jitter-eps", "0.1"]
+    check_rmt_arguments(_parse("--rmt", "--tokenizer-model", tokenizer, *jitter))
 
 
 def test_the_ablation_without_rl_needs_nothing_of_rmt():
@@ -120,6 +143,7 @@ def test_the_ablation_without_rl_needs_nothing_of_rmt():
 
 BLOCKWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise")
 TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
+EXPERTS = ("--num-experts", "4")
 # flags -> what the sentence says: the flag, its value, the remedy.
 BAD = {
     ("--rmt-positions-per-sample", "0"): "--rmt-positions-per-sample is 0; pass a number in "
@@ -200,6 +224,54 @@ BAD = {
     ("--log-max-attention-logit",): "--log-max-attention-logit is True; RMT needs False:",
     ("--cuda-graph-impl", "local"): "--cuda-graph-impl is local; RMT needs none:",
     ("--overlap-moe-expert-parallel-comm",): "--overlap-moe-expert-parallel-comm is True; RMT",
+    ("--tp-comm-overlap",): "--tp-comm-overlap is True; RMT needs False: its buffers hold one",
+    ("--fine-grained-activation-offloading",): "--fine-grained-activation-offloading is True; RMT",
+    ("--cpu-offloading-num-layers", "1"): "--cpu-offloading-num-layers is 1; RMT needs 0: it plans",
+    ("--moe-paged-stash",): "--moe-paged-stash is True; RMT needs False: it plans by the passes",
+    ("--defer-embedding-wgrad-compute",): "--defer-embedding-wgrad-compute is True; RMT needs",
+    (
+        "--moe-input-jitter-eps",
+        "0.1",
+        *EXPERTS,
+    ): "--moe-input-jitter-eps is 0.1; RMT needs it left out: it draws noise, in the update other",
+    ("--moe-router-force-load-balancing", *EXPERTS): "--moe-router-force-load-balancing is True; "
+    "RMT needs it left out: it draws noise,",
+    (
+        "--moe-router-force-biased",
+        "-0.5",
+        *EXPERTS,
+    ): "--moe-router-force-biased is -0.5; RMT needs it left out: it draws noise,",
+    (
+        "--moe-expert-capacity-factor",
+        "1.5",
+        *EXPERTS,
+    ): "--moe-expert-capacity-factor is 1.5; RMT needs it left out: which tokens are dropped",
+    (
+        "--moe-expert-rank-capacity-factor",
+        "2",
+        *EXPERTS,
+    ): "--moe-expert-rank-capacity-factor is 2.0; RMT needs it left out: which tokens are",
+    ("--moe-enable-routing-replay", *EXPERTS): "--moe-enable-routing-replay is True; RMT needs it",
+    (
+        "--moe-router-load-balancing-type",
+        "sinkhorn",
+        *EXPERTS,
+    ): "--moe-router-load-balancing-type is sinkhorn; it balances the tokens of a pass,",
+    (
+        "--moe-router-load-balancing-type",
+        "aux_loss",
+        "quantile_balancing",
+        *EXPERTS,
+    ): "--moe-router-load-balancing-type is quantile_balancing; it takes no padding,",
+    (
+        "--moe-flex-dispatcher-backend",
+        "hybridep",
+        "--moe-token-dispatcher-type",
+        "flex",
+        "--expert-model-parallel-size",
+        "2",
+        *EXPERTS,
+    ): "--moe-flex-dispatcher-backend is hybridep; with --expert-model-parallel-size 2 ranks",
     ("--rmt-top-k", "0"): "--rmt-top-k is 0; pass a number in [1, inf), or leave it out (all).",
     ("--rmt-top-p", "1.5"): "--rmt-top-p is 1.5; pass a number in (0, 1], or leave it out (all).",
     (

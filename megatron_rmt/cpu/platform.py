@@ -8,6 +8,7 @@ Do not load Hugging Face *models* in a process in which this is installed: they 
 ``torch.cuda`` and were seen to build wrong rotary tables. Tokenizers are fine.
 """
 
+import collections
 import contextlib
 import functools
 import os
@@ -173,6 +174,20 @@ class _Properties:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def _free_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+class _Profiler:
+    """What ``torch.cuda.cudart`` starts and stops for an external profiler: nothing."""
+
+    def cudaProfilerStart(self) -> int:  # noqa: N802 CUDA's own name
+        return 0
+
+    def cudaProfilerStop(self) -> int:  # noqa: N802
+        return 0
+
+
 class _Done:
     """A CUDA event that has always happened, or a stream with nothing in it: CPU work is done when
     the call returns."""
@@ -221,7 +236,16 @@ def _answer_device_questions() -> None:
         "memory_reserved": 0,
         "max_memory_reserved": 0,
         "reset_peak_memory_stats": None,
-        "memory_stats": {},
+        # There is no caching allocator: every count, by whatever name, is 0.
+        "memory_stats": collections.Counter(),
+        "memory_snapshot": [],
+        # No sensors.
+        "temperature": 0,
+        "power_draw": 0,
+        "utilization": 0,
+        "clock_rate": 0,
+        "cudart": _Profiler(),
+        "check_error": None,
         "_lazy_init": None,
     }
     for name, answer in answers.items():
@@ -229,8 +253,19 @@ def _answer_device_questions() -> None:
     for name in ("Stream", "Event"):
         _replace(cuda, name, _Done)
     _replace(cuda, "_lazy_call", lambda function, **kwargs: function())
-    _replace(cuda.nvtx, "range_push", _constant(None))
-    _replace(cuda.nvtx, "range_pop", _constant(None))
+    total = _Properties().total_memory
+    _replace(cuda, "mem_get_info", lambda *_: (_free_memory(), total))
+    _replace(cuda, "device_memory_used", lambda *_: total - _free_memory())
+    history = {"segments": [], "device_traces": []}
+    _replace(cuda.memory, "_snapshot", _constant(history))
+    for name in ("_record_memory_history", "_dump_snapshot"):
+        _replace(cuda.memory, name, _constant(None))
+    _replace(torch._C, "_cuda_attach_out_of_memory_observer", _constant(None))
+    for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
+        _replace(cuda.nvtx, name, _constant(None))
+    for name in ("start", "stop"):
+        _replace(cuda.profiler, name, _constant(None))
+    _replace(torch.autograd.profiler, "emit_nvtx", _constant(contextlib.nullcontext()))
 
 
 def _constant(answer: Any) -> Callable[..., Any]:

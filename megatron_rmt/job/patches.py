@@ -34,6 +34,7 @@ from megatron_rmt.job.user_batch import BatchError, check_tokens, take_batches
 from megatron_rmt.job.validation import check_rmt_arguments
 from megatron_rmt.mid_training import MidTraining, prepare, read_prompt
 from megatron_rmt.model.gpt import generating, gpt_model
+from megatron_rmt.model.routers import counting_trees
 from megatron_rmt.rollout.memory import CacheError
 from megatron_rmt.step import collect
 from megatron_rmt.update.forward_step import Update, make_forward_step
@@ -118,16 +119,27 @@ def _check_checkpoint_args(
         raise SystemExit(str(error)) from None
 
 
-def _setup_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _get_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from megatron.training import get_args
 
-    if Settings.of(get_args()).trains_with_rl:
-        # The first moment at which one rank can tell the others, and no model is built yet.
-        problem = [lock_problem(get_args().save) if torch.distributed.get_rank() == 0 else None]
-        torch.distributed.broadcast_object_list(problem, src=0)
-        if problem[0] is not None:
-            raise SystemExit(f"RMT cannot train here: {problem[0]}")
-    return original(*args, **kwargs)
+    if not Settings.of(get_args()).trains_with_rl:
+        return original(*args, **kwargs)
+    # The first moment at which one rank can tell the others, and no model is built yet.
+    problem = [lock_problem(get_args().save) if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise SystemExit(f"RMT cannot train here: {problem[0]}")
+    chunks = original(*args, **kwargs)
+    _inside(chunks)
+    return chunks
+
+
+def _inside(chunks: list[torch.nn.Module]) -> GPTModel:
+    """The ``GPTModel`` in a job's model; all ranks end if there is none."""
+    try:
+        return gpt_model(chunks)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def _build_datasets(original: Callable[..., Any], builder: Any) -> Any:
@@ -148,8 +160,9 @@ def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not Settings.of(get_args()).trains_with_rl:
         return original(*args, **kwargs)
     call = inspect.signature(original).bind(*args, **kwargs).arguments
+    model = _inside(call["model"])
     try:
-        run = _prepared(gpt_model(call["model"]))
+        run = _prepared(model)
     except ValueError as error:
         # What only the built model tells; all ranks find the same.
         raise SystemExit(str(error)) from None
@@ -180,13 +193,19 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     if should_disable_forward_pre_hook(options):
         # Overlapped parameter gathering: rollouts need the whole weights now.
         force_param_sync(chunks)
-    batches = take_batches(
-        call["forward_step_func"],
-        call["data_iterator"],
-        chunks[0],
-        run.policy.model,
-        get_num_microbatches(),
-    )
+    try:
+        batches = take_batches(
+            call["forward_step_func"],
+            call["data_iterator"],
+            chunks[0],
+            run.policy.model,
+            get_num_microbatches(),
+            end_of_document=run.prompt.end_of_document,
+            separate_documents=options.reset_attention_mask,
+        )
+    except BatchError as error:
+        # All ranks raise the same; no weight has moved yet.
+        raise SystemExit(str(error)) from None
     if isinstance(call["data_iterator"], RerunDataIterator):
         # Megatron advances the iterator that it is given, which will be another one.
         call["data_iterator"].advance()
@@ -206,7 +225,7 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     call["forward_step_func"] = make_forward_step(collected.settings)
     call["data_iterator"] = RerunDataIterator(iter(updates))
     call["forward_backward_func"] = _for_trees(
-        call["forward_backward_func"], updates, logprob_tolerance(options)
+        call["forward_backward_func"], run.policy.model, updates, logprob_tolerance(options)
     )
     result = original(**call)
     if parallel_state.is_pipeline_last_stage() and result[0]:
@@ -233,7 +252,7 @@ def _is_last_rank() -> bool:
 
 
 def _for_trees(
-    schedule: Callable[..., Any], updates: list[Update], tolerance: float
+    schedule: Callable[..., Any], model: GPTModel, updates: list[Update], tolerance: float
 ) -> Callable[..., Any]:
     """The schedule, told how long the packed trees are (pipeline stages exchange that size).
 
@@ -244,7 +263,8 @@ def _for_trees(
     @functools.wraps(schedule)
     def forward_backward(**arguments: Any) -> Any:
         arguments |= {"seq_length": length, "decoder_seq_length": length, "micro_batch_size": 1}
-        result = schedule(**arguments)
+        with counting_trees(model):
+            result = schedule(**arguments)
         check_log_probs(updates, tolerance)
         return result
 
@@ -266,8 +286,6 @@ PATCHES: tuple[Symbol, ...] = (
     Symbol("megatron.training.arguments", "add_megatron_arguments", "parser", _add_arguments),
     # Refuse what RMT cannot run with, before a model is built.
     Symbol("megatron.training.arguments", "validate_args", "args", _validate_args),
-    # One job at a time writes to --save.
-    Symbol("megatron.training.training", "setup_model_and_optimizer", "", _setup_model),
     # Refuse to go on under other settings, where they could not be read before.
     Symbol(
         "megatron.training.checkpointing",
@@ -284,6 +302,9 @@ PATCHES: tuple[Symbol, ...] = (
     ),
     # The wheel ships the compiled helper and no Makefile.
     Symbol("megatron.core.datasets.utils", "compile_helpers", "", _compile_helpers),
+    # One job at a time writes to --save; another model than a GPTModel is refused before its
+    # checkpoint and the data are read.
+    Symbol("megatron.training.training", "get_model", "", _get_model),
     # Rollouts before the step, trees instead of the batch in it.
     Symbol(
         "megatron.training.training",

@@ -2,25 +2,35 @@
 
 The user's own forward step turns its data iterator into a call of ``GPTModel.forward``. For one
 step of RMT each micro-batch is taken from exactly that call: the forward step runs, but the model's
-``forward`` only records its arguments. The user's ``get_batch``, dataset and masks stay in use.
+``forward`` only records its arguments. The user's ``get_batch`` and dataset stay in use. Trees
+carry tokens, positions, labels and the loss mask; an attention mask has to be the one that they
+have anyway, and any other argument would be lost, so it is refused.
 """
 
 import inspect
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_rmt.job.data_files import foreign_token_of_a_batch
-from megatron_rmt.rollout.trunk import UserBatch
+from megatron_rmt.rollout.trunk import UserBatch, document_starts
+
+FIRST_STAGE = ("input_ids", "position_ids")
+LAST_STAGE = ("labels", "loss_mask")
+
+Arguments = dict[str, Any]
 
 
 class BatchError(ValueError):
-    """A batch cannot be trained on; one sentence with the remedy."""
+    """What the user's forward step gives the model cannot be trained on; one sentence with the
+    remedy, the same on every rank."""
 
 
 def take_batches(
@@ -29,20 +39,25 @@ def take_batches(
     model_chunk: torch.nn.Module,
     gpt_model: torch.nn.Module,
     count: int,
+    *,
+    end_of_document: int,
+    separate_documents: bool,
 ) -> list[UserBatch]:
     """Take the next ``count`` micro-batches of this data-parallel rank from ``data_iterator``.
 
-    Collective over the tensor- and pipeline-parallel ranks; every stage gets the whole batch.
-    ``gpt_model`` is the ``GPTModel`` inside ``model_chunk``.
+    Collective over all ranks; every pipeline stage gets the whole batch. ``gpt_model`` is the
+    ``GPTModel`` inside ``model_chunk``. end_of_document, separate_documents: as ``build_trunk``
+    takes them; an attention mask is compared with them.
 
     Raises:
-        ValueError: the forward step does not call the model, or gives it no labels or loss mask.
+        BatchError: on all ranks, if on one of them the forward step does not call the model,
+            gives it no labels or loss mask, another attention mask, or what a tree cannot carry.
     """
-    recorded: list[dict[str, Any]] = []
-    parameters = inspect.signature(type(gpt_model).forward)
+    recorded: list[Arguments] = []
+    signature = inspect.signature(type(gpt_model).forward)
 
     def record(*args: Any, **kwargs: Any) -> Tensor:
-        recorded.append(parameters.bind(gpt_model, *args, **kwargs).arguments)
+        recorded.append(_by_name(signature.bind(gpt_model, *args, **kwargs)))
         return torch.zeros(1, device=next(gpt_model.parameters()).device)
 
     gpt_model.forward = record
@@ -51,41 +66,167 @@ def take_batches(
             forward_step(data_iterator, model_chunk)
     finally:
         del gpt_model.forward
-    if len(recorded) != count:
-        raise ValueError(
-            f"RMT: forward_step_func called GPTModel.forward {len(recorded)} times for {count} "
-            "micro-batches; RMT needs a forward step that calls the model once for each."
-        )
-    return [_complete(arguments) for arguments in recorded]
+    problems = [_count_problem(len(recorded), count)]
+    problems += [problem(own) for own in recorded for problem in (_stray_problem, _missing_problem)]
+    _raise_together(problems)
+    batches = [_complete(arguments) for arguments in recorded]
+    if getattr(gpt_model, "position_embedding_type", None) == "rope":
+        batches = [_rotated(batch, end_of_document, separate_documents) for batch in batches]
+    _raise_together(
+        _mask_problem(arguments.get("attention_mask"), batch, end_of_document, separate_documents)
+        for arguments, batch in zip(recorded, batches, strict=True)
+    )
+    return batches
 
 
-def _complete(arguments: dict[str, Any]) -> UserBatch:
+def _by_name(call: inspect.BoundArguments) -> Arguments:
+    """The arguments of a call of ``forward``, without the model; those that a job's own class hands
+    on as ``*args`` and ``**kwargs`` as ``GPTModel.forward`` names them."""
+    names = list(inspect.signature(GPTModel.forward).parameters)
+    arguments: Arguments = {}
+    for index, parameter in enumerate(call.signature.parameters.values()):
+        value = call.arguments.get(parameter.name)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= value or {}
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            arguments |= zip(names[index:], value or (), strict=False)
+        elif index > 0:
+            arguments[parameter.name] = value
+    return arguments
+
+
+def _count_problem(calls: int, count: int) -> str | None:
+    if calls == count:
+        return None
+    return (
+        f"forward_step_func called GPTModel.forward {calls} times for {count} micro-batches; RMT "
+        "needs a forward step that calls the model once for each."
+    )
+
+
+def _stray_problem(arguments: Arguments) -> str | None:
+    """What a tree cannot carry."""
     if arguments.get("packed_seq_params") is not None:
-        raise ValueError(
-            "RMT: forward_step_func passes packed_seq_params; train with unpacked samples "
+        return (
+            "forward_step_func passes packed_seq_params; train with unpacked samples "
             "(--reset-attention-mask and --reset-position-ids keep documents apart)."
         )
-    fields: dict[str, Tensor] = {}
-    for names, stage_holds, source, stage in (
-        (("input_ids", "position_ids"), parallel_state.is_pipeline_first_stage(), 0, "first"),
-        (("labels", "loss_mask"), parallel_state.is_pipeline_last_stage(), -1, "last"),
-    ):
-        own = {name: arguments.get(name) for name in names if stage_holds}
-        own = {name: value.cpu() for name, value in own.items() if torch.is_tensor(value)}
-        shared = _from_stage(own, source)
-        missing = [name for name in names if name not in shared]
+    carried = (*FIRST_STAGE, *LAST_STAGE, "attention_mask")
+    stray = [name for name in arguments if name not in carried and _is_given(arguments[name])]
+    if not stray:
+        return None
+    return (
+        f"forward_step_func gives GPTModel.forward {' and '.join(stray)}, which would be lost, as "
+        f"RMT's rollouts and trees carry only {', '.join(carried)}; leave it out, or train "
+        "without --rmt."
+    )
+
+
+def _is_given(value: Any) -> bool:
+    """Whether this is more than a way to say nothing: None, False, or an empty dict."""
+    return value is not None and not (isinstance(value, bool | dict) and not value)
+
+
+def _held_here() -> list[tuple[tuple[str, ...], str]]:
+    """What this pipeline stage must be given, and the name of the stage."""
+    held = []
+    if parallel_state.is_pipeline_first_stage():
+        held.append((FIRST_STAGE, "first"))
+    if parallel_state.is_pipeline_last_stage():
+        held.append((LAST_STAGE, "last"))
+    return held
+
+
+def _missing_problem(arguments: Arguments) -> str | None:
+    for names, stage in _held_here():
+        missing = [name for name in names if not torch.is_tensor(arguments.get(name))]
         if missing:
-            raise ValueError(
-                f"RMT: forward_step_func gives GPTModel.forward no {' and no '.join(missing)}; "
-                f"pass {', '.join(f'{name}=' for name in missing)} on the {stage} pipeline stage."
+            return (
+                f"forward_step_func gives GPTModel.forward no {' and no '.join(missing)}; pass "
+                f"{', '.join(f'{name}=' for name in missing)} on the {stage} pipeline stage."
             )
-        fields |= shared
+    return None
+
+
+def _complete(arguments: Arguments) -> UserBatch:
+    """The micro-batch, of which each stage may have been given a part."""
+    fields: dict[str, Tensor] = {}
+    own = {name: arguments[name].cpu() for names, _ in _held_here() for name in names}
+    for names, source in ((FIRST_STAGE, 0), (LAST_STAGE, -1)):
+        fields |= _from_stage({name: own[name] for name in names if name in own}, source)
     return UserBatch(
         tokens=fields["input_ids"].long(),
         position_ids=fields["position_ids"].long().expand_as(fields["input_ids"]),
         labels=fields["labels"].long(),
         loss_mask=fields["loss_mask"].float().view_as(fields["labels"]),
     )
+
+
+def _rotated(batch: UserBatch, end_of_document: int, separate_documents: bool) -> UserBatch:
+    """``batch`` with the positions that Megatron's rotary embedding has: it counts the rows of a
+    sequence, whatever ``position_ids`` say. Only distances within a document matter, so that ids
+    which count there are kept."""
+    position_ids = batch.position_ids.clone()
+    for tokens, own in zip(batch.tokens, position_ids, strict=True):
+        counts = own.diff() == 1
+        if separate_documents:
+            counts[[start - 1 for start in document_starts(tokens, end_of_document)[1:]]] = True
+        if not counts.all():
+            own.copy_(torch.arange(len(own)))
+    return replace(batch, position_ids=position_ids)
+
+
+def _mask_problem(
+    mask: Any, batch: UserBatch, end_of_document: int, separate_documents: bool
+) -> str | None:
+    """How a user's attention mask differs from what trees do: causal, documents apart if asked.
+
+    mask: True where a token is hidden, ``[1 or micro-batch, 1, sequence, sequence]``, or None. Rows
+    behind the last one with a loss, padding, influence nothing and are not compared.
+    """
+    if mask is None:
+        return None
+    size, length = batch.tokens.shape
+    shapes = [(count, 1, length, length) for count in (1, size)]
+    if not torch.is_tensor(mask) or tuple(mask.shape) not in shapes:
+        form = f"of shape {list(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
+        return (
+            f"forward_step_func gives GPTModel.forward an attention_mask {form}; pass one of shape "
+            f"{list(shapes[-1])}, True where a token is hidden, or None."
+        )
+    for sample, (tokens, loss_mask) in enumerate(zip(batch.tokens, batch.loss_mask, strict=True)):
+        trained = loss_mask.nonzero()
+        rows = int(trained[-1]) + 1 if len(trained) else 0
+        begins = torch.zeros(length, dtype=torch.int64)
+        begins[document_starts(tokens, end_of_document) if separate_documents else [0]] = 1
+        document = begins.cumsum(0)[:rows].to(mask.device)
+        hidden = (document[:, None] != document).logical_or_(
+            torch.ones(rows, rows, dtype=torch.bool, device=mask.device).triu_(1)
+        )
+        given = mask[min(sample, len(mask) - 1), 0, :rows].bool()
+        differs = (given[:, :rows] != hidden).any(1) | (~given[:, rows:]).any(1)
+        if differs.any():
+            row = int(differs.nonzero()[0])
+            kind = "within each document" if separate_documents else "over the whole sample"
+            return (
+                "forward_step_func gives GPTModel.forward an attention_mask that is not causal "
+                f"{kind} (sample {sample} of a micro-batch, row {row}), as RMT's rollouts and "
+                "trees are; pass None, with --reset-attention-mask if documents, which end with "
+                "the tokenizer's end-of-document token, shall not see each other."
+            )
+    return None
+
+
+def _raise_together(problems: Iterable[str | None]) -> None:
+    """Raise the first problem that any rank has, on all ranks. Collective over all of them."""
+    own = next((problem for problem in problems if problem is not None), None)
+    found = torch.tensor(int(own is not None), device=torch.cuda.current_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    if int(found) == 0:
+        return
+    of_ranks: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, own)
+    raise BatchError(f"RMT: {next(filter(None, of_ranks))}")
 
 
 def _from_stage(value: dict[str, Tensor], stage: int) -> dict[str, Tensor]:

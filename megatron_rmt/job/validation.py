@@ -22,10 +22,12 @@ from megatron_rmt.job.resume import (
 )
 from megatron_rmt.job.settings import flag_name, setting_problems
 from megatron_rmt.mid_training import DOORS, fitting_problem, read_prompt
+from megatron_rmt.model.routers import routing_problems
 from megatron_rmt.prompt.ids_of_text import check_ids_are_text
 from megatron_rmt.prompt.prompt import NO_END_OF_DOCUMENT
 from megatron_rmt.prompt.token_bytes import token_bytes
 
+_OFFLOADING = "it plans by the passes of the first step, and rollouts and trees run others"
 # Megatron's datasets ask the tokenizer for the end of a text.
 _NEED_ENDS = (
     "--data-path",
@@ -91,6 +93,11 @@ def unsupported(args: Namespace) -> Iterator[str]:
         "--log-max-attention-logit": (False, "tree attention does not record its largest score"),
         "--cuda-graph-impl": ("none", "every tree has another shape"),
         "--overlap-moe-expert-parallel-comm": (False, "its schedule bypasses the forward step"),
+        "--tp-comm-overlap": (False, "its buffers hold one number of tokens, and trees differ"),
+        "--fine-grained-activation-offloading": (False, _OFFLOADING),
+        "--cpu-offloading-num-layers": (0, _OFFLOADING),
+        "--moe-paged-stash": (False, _OFFLOADING),
+        "--defer-embedding-wgrad-compute": (False, "RMT's head takes that gradient itself"),
         "--perform-rl-step": (False, "Megatron's own reinforcement learning replaces the step too"),
         "--sft": (False, "its samples are packed, and RMT packs trees"),
         "--dataloader-inter-document-masking": (
@@ -109,12 +116,8 @@ def unsupported(args: Namespace) -> Iterator[str]:
         if value != needed and not (needed is None and not value):
             without = "it left out" if needed is None else needed
             yield f"{flag} is {value}; RMT needs {without}: {why}."
-    if args.expert_model_parallel_size > 1 and args.moe_token_dispatcher_type == "allgather":
-        yield (
-            "--moe-token-dispatcher-type is allgather; with --expert-model-parallel-size "
-            f"{args.expert_model_parallel_size} ranks hold different numbers of rollouts, pass "
-            "alltoall."
-        )
+    if args.num_experts:
+        yield from routing_problems(args)
     if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
         yield (
             f"--position-embedding-type is {args.position_embedding_type}; RMT supports rope, "

@@ -33,7 +33,13 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_rmt.cpu import compiled
 from megatron_rmt.model import head_compiled, head_plain
-from megatron_rmt.model.head_products import WeightedSums, multiply_scores, score_dtype, slices
+from megatron_rmt.model.head_products import (
+    WeightedSums,
+    in_range,
+    multiply_scores,
+    score_dtype,
+    slices,
+)
 
 # loss(rows, log_probs [chunk]) -> losses [chunk] of these rows of the head.
 LossOfRows = Callable[[slice, Tensor], Tensor]
@@ -300,10 +306,11 @@ class _TokenLossSum(torch.autograd.Function):
                 # d/d(h.w) = scale * d/d(scaled score).
                 by_log_prob = by_log_prob * scale[chunk]
             score_gradient = gradients.memory_for(scores)
+            by_log_prob, undo = in_range(by_log_prob, score_gradient.dtype)
             sweeps.gradient_(
                 scores, statistics[0], log_normaliser, by_log_prob, targeted, score_gradient
             )
-            gradients.add(chunk, score_gradient)
+            gradients.add(chunk, score_gradient, undo)
         if gradients.hidden is not None:
             # Each rank knows what its own columns give.
             reduce_over_ranks(gradients.hidden, ReduceOp.SUM, shard.group)

@@ -86,11 +86,12 @@ class WeightedSums:
             self._rounded = weight.new_zeros(len(scores), self.padded_columns)
         return self._rounded[: len(scores), : len(weight)]
 
-    def add(self, chunk: slice, score_gradient: Tensor) -> None:
+    def add(self, chunk: slice, score_gradient: Tensor, undo: Tensor | None = None) -> None:
         """Add what the rows of ``chunk`` give, and set ``hidden`` there.
 
         Args:
             score_gradient: [chunk, columns], written into ``memory_for``.
+            undo: [], by which its products are multiplied (``in_range``); None for 1.
         """
         hidden, weight = self.inputs[0][chunk], self.inputs[1]
         wide = score_dtype(hidden, weight)
@@ -99,6 +100,8 @@ class WeightedSums:
             out = self.hidden[chunk]
             if into_fp32:
                 torch.mm(score_gradient, weight, out_dtype=wide, out=out)
+                if undo is not None:
+                    out.mul_(undo)
             elif score_gradient.dtype == weight.dtype == wide:
                 torch.mm(score_gradient, weight, out=out)
             elif score_gradient.dtype == weight.dtype:
@@ -112,6 +115,8 @@ class WeightedSums:
             own = self.weight[: len(weight)]
             if into_fp32:
                 product = torch.mm(score_gradient.t(), hidden, out_dtype=wide)
+                if undo is not None:
+                    product.mul_(undo)
                 own.add_(product) if self._added else own.copy_(product)
             elif score_gradient.dtype == wide:
                 own.addmm_(score_gradient.t(), hidden.to(wide), beta=int(self._added))
@@ -127,6 +132,23 @@ class WeightedSums:
             for block in slices(columns, _CONVERSION_BLOCK):
                 part = held[:, : block.stop - block.start].copy_(score_gradient[:, block])
                 own[block].addmm_(part.t(), wide, beta=int(self._added))
+
+
+def in_range(by_log_prob: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(``by_log_prob`` [chunk] for gradients of scores in ``dtype``, [] what undoes the change).
+
+    The weight of a token in a large batch is below what fp16 can hold, and Megatron's loss scale
+    comes in the backward pass only: so for fp16 all are multiplied by the power of two that takes
+    the largest to 2^13 or more, and no gradient of a score beyond 2^14. Other dtypes: unchanged,
+    None.
+    """
+    if dtype != torch.float16 or by_log_prob.numel() == 0:
+        return by_log_prob, None
+    smallest = torch.finfo(torch.float32).tiny
+    exponent = 14 - torch.frexp(by_log_prob.abs().amax().clamp(min=smallest)).exponent
+    # At most 2^110, so that what undoes it is a normal number too.
+    factor = torch.exp2(exponent.clamp(max=110).to(by_log_prob.dtype))
+    return by_log_prob * factor, 1 / factor
 
 
 def slices(total: int, step: int) -> Iterator[slice]:

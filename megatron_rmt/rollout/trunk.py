@@ -148,9 +148,9 @@ def _spans(
     rest of a document, unless more of what does not count follows.
     """
     length, text, counted = len(tokens), tokens.tolist(), [0, *counts.cumsum(0).tolist()]
-    limits = [column + 1 for column in range(length - 1) if text[column] == end_of_document]
+    starts = [0] if end_of_document is None else document_starts(tokens, end_of_document)
     spans: list[tuple[int, int, bool]] = []
-    for start, limit in itertools.pairwise([0, *limits, length]):
+    for start, limit in itertools.pairwise([*starts, length]):
         counts_here = counted[limit] > counted[start]
         if spans and not counts_here:
             first, _, is_text = spans[-1]
@@ -159,6 +159,12 @@ def _spans(
             is_end = limit - start == 1 and text[start] == int(labels[start]) == end_of_document
             spans.append((start, limit, counted[-1] > 0 and not (is_end and counts_here)))
     return spans
+
+
+def document_starts(tokens: Tensor, end_of_document: int) -> list[int]:
+    """Columns of a sample ``[sequence]`` at which a document starts: behind each end of one."""
+    ends = (tokens == end_of_document).nonzero()[:, 0] + 1
+    return [0, *(end for end in ends.tolist() if end < len(tokens))]
 
 
 def first_rows(trunk: Sequence[Sample]) -> list[int]:

@@ -1,10 +1,12 @@
 """The forward step that Megatron's schedules run for each micro-batch of the update.
 
 Mixture of experts: what Megatron adds to the loss for the routers (load balance, z-loss) is taken
-over the tokens of a micro-batch's tree. The trunk counts once there, not once for each rollout that
-shares it, and padding not at all; so these terms, and expert capacity, differ from a run with one
-sequence per rollout, and, as always in Megatron, with the split into micro-batches. All else is
-equal. Sequence parallel is the exception: Megatron cannot tell its routers of padding there.
+over the tokens of a micro-batch's tree, and averaged over the micro-batches, with and without
+``--calculate-per-token-loss`` (``counting_trees``). The trunk counts once there, not once for each
+rollout that shares it, and padding not at all; so these terms, and the expert bias, differ from a
+run with one sequence per rollout, and, as always in Megatron, with the split into micro-batches;
+``seq_aux_loss`` takes the whole tree, of all samples of the micro-batch, for one sequence. All else
+is equal.
 """
 
 import functools
@@ -14,13 +16,14 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import get_model_config
+from megatron.core.utils import StragglerDetector, get_model_config
 from torch import Tensor
 
 from megatron_rmt.algorithm.losses import Predictions, TokenLoss, token_losses
 from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.model.head import token_loss_sum
 from megatron_rmt.model.pipeline import full_hidden
+from megatron_rmt.model.routers import padding_mask
 from megatron_rmt.update.tree import Tree
 
 
@@ -58,30 +61,30 @@ class LossSettings:
 
 def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
     """A Megatron ``forward_step_func`` over an iterator of ``Update``."""
+    # Megatron has one, which ``--log-straggler`` turns on; without a time it divides by zero.
+    timed_for_stragglers = StragglerDetector()
 
     def forward_step(updates: Iterator[Update], model: torch.nn.Module) -> tuple[Tensor, Any]:
         update = next(updates)
-        output = model(
-            input_ids=update.tree.tokens[None],
-            position_ids=update.tree.visibility.position_ids[None],
-            attention_mask=None,
-            packed_seq_params=update.tree.visibility,
-            padding_mask=_padding(update.tree, get_model_config(model)),
-            output_processor=_read_predictions,
-            output_processor_context=(update.tree, update.predictions, settings),
-        )
+        with timed_for_stragglers:
+            output = model(
+                input_ids=update.tree.tokens[None],
+                position_ids=update.tree.visibility.position_ids[None],
+                attention_mask=None,
+                packed_seq_params=update.tree.visibility,
+                padding_mask=_padding(update.tree, get_model_config(model)),
+                output_processor=_read_predictions,
+                output_processor_context=(update.tree, update.predictions, settings),
+            )
         return output, functools.partial(_loss, update, settings)
 
     return forward_step
 
 
 def _padding(tree: Tree, config: Any) -> Tensor | None:
-    """``[1, padded rows]`` bool, True for padding, which routers leave out; None if there is none
-    or nobody asks."""
-    rows = tree.tokens.shape[0]
-    if not config.num_moe_experts or config.sequence_parallel or rows == tree.visibility.tokens:
-        return None
-    return (torch.arange(rows, device=tree.tokens.device) >= tree.visibility.tokens)[None]
+    """What the routers leave out, where the tree lies."""
+    mask = padding_mask(tree.tokens.shape[0], tree.visibility.tokens, config)
+    return None if mask is None else mask.to(tree.tokens.device)
 
 
 def _read_predictions(
