@@ -122,8 +122,12 @@ def start_megatron(flags: Sequence[str]) -> "GPTModel":
         wrap_with_ddp=False,
         data_parallel_random_init=False,
     )
-    with pickles_run_nothing():
-        load_checkpoint(chunks, None, None)
+    try:
+        with pickles_run_nothing():
+            load_checkpoint(chunks, None, None)
+    except SystemExit as error:
+        # Megatron's own end to what it cannot read, with exit code 0.
+        raise ValueError(f"Megatron could not load {get_args().load}, see above.") from error
     return gpt_model(chunks).eval()
 
 
@@ -144,7 +148,7 @@ def _check_arguments_of_run(args: argparse.Namespace) -> None:
         named = ", ".join(f"{name}={run!r} ({ours!r})" for name, (run, ours) in different.items())
         raise ValueError(
             f"The model in {directory} was trained with {named}, where the flags at hand mean what "
-            "is in brackets; pass the flags of that training after --model-flags."
+            "is in brackets; pass the flags of that training as well."
         )
 
 

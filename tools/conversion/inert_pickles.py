@@ -8,10 +8,13 @@ function that a pickle names a ``StandIn`` is made, whatever the name.
 
 import contextlib
 import io
+import os
 import pickle
+import resource
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -41,6 +44,8 @@ KNOWN = {
         )
     },
 }
+# Bytes of memory that one byte of a pickle may need, and what any may.
+GROWTH, SPARE_BYTES = 200, 2**30
 # What pickle protocol 2, torch.save's, calls the module of the built-in classes.
 OLD_BUILTINS = "__builtin__"
 
@@ -101,7 +106,29 @@ def load(file: IO[bytes], **keywords: Any) -> Any:
     Raises:
         Exception: Whatever damaged bytes lead to.
     """
-    return Unpickler(file, **keywords).load()
+    with _memory_for(file):
+        return Unpickler(file, **keywords).load()
+
+
+@contextlib.contextmanager
+def _memory_for(file: IO[bytes]) -> Iterator[None]:
+    """Bound this process's memory by what a file of this size may need.
+
+    A pickle may number an object by 2**32 - 1, at which ``pickle`` makes room for all before it:
+    one wrong bit takes all memory of the machine, instead of raising ``MemoryError`` as here.
+    """
+    position = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(position)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    bound = in_use + GROWTH * size + SPARE_BYTES
+    limits = [limit for limit in (before, hard, bound) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
 
 
 class _Pickle:
@@ -121,7 +148,8 @@ def load_saved(file: IO[bytes], map_location: Any = "cpu") -> Any:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise pickle.UnpicklingError("it is a TorchScript program, not saved data")
     file.seek(0)
-    return _torch_load(file, map_location, _Pickle, weights_only=False)
+    with _memory_for(file):
+        return _torch_load(file, map_location, _Pickle, weights_only=False)
 
 
 _torch_load = torch.load

@@ -480,13 +480,13 @@ def iteration_directory(source: Path, iteration: int | None) -> Path:
     if word != "release" and not re.fullmatch("[0-9]{1,12}", word):
         held = repr(word[:40]) if word else "nothing"
         raise ValueError(
-            f"{source / TRACKER} holds {held} instead of an iteration; choose one with "
-            f"--iteration, of those saved: {saved or None}."
+            f"{source / TRACKER} holds {held} instead of an iteration; write one of those saved "
+            f"into it ({saved or None}), or choose it with --iteration."
         )
     directory = source / ("release" if word == "release" else f"iter_{int(word):07d}")
     if not directory.is_dir():
         raise ValueError(
-            f"{source / TRACKER} says {word}, but {directory} is missing; choose one with "
-            f"--iteration, of those saved: {saved or None}."
+            f"{source / TRACKER} says {word}, but {directory} is missing; write one of those saved "
+            f"into it ({saved or None}), or choose it with --iteration."
         )
     return directory
