@@ -40,7 +40,10 @@ def tokenize(text: str, companions: Path) -> torch.Tensor:
 
     shape = read_config(read_json(companions / "config.json"))
     limit = min(MAXIMUM_TOKENS, shape.maximum_positions)
-    return torch.tensor([AutoTokenizer.from_pretrained(companions).encode(text)[:limit]])
+    ids = AutoTokenizer.from_pretrained(companions).encode(text)[:limit]
+    if not ids:
+        sys.exit(f"The text has no token for the tokenizer in {companions}; pass --verify-text.")
+    return torch.tensor([ids])
 
 
 def huggingface_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
