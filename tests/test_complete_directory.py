@@ -187,6 +187,45 @@ def test_an_empty_directory_is_replaced(tmp_path: Path):
     assert (tmp_path / "target/file").exists()
 
 
+@pytest.mark.parametrize("to", ["someone", "nowhere"])
+def test_a_link_at_the_place_that_is_filled_is_not_followed(tmp_path: Path, to: str):
+    """Neither to a directory, which would be emptied and renamed, nor to nothing."""
+    (tmp_path / "someone").mkdir()
+    (tmp_path / "someone/precious").write_text("precious")
+    (tmp_path / ".target.partial").symlink_to(tmp_path / to)
+    with (
+        pytest.raises(ValueError, match=r"\.target\.partial, where .* is a symbolic link, which"),
+        complete_directory(tmp_path / "target"),
+    ):
+        pytest.fail("started")
+    assert (tmp_path / "someone/precious").read_text() == "precious"
+    assert (tmp_path / ".target.partial").is_symlink()
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path):
+    (tmp_path / ".target.partial").mkdir()
+    (tmp_path / ".target.partial/.lock").symlink_to(tmp_path / "made")
+    with (
+        pytest.raises(ValueError, match=r"cannot be written .*\.lock: Too many levels of symbolic"),
+        complete_directory(tmp_path / "target"),
+    ):
+        pytest.fail("started")
+    assert not (tmp_path / "made").exists()
+
+
+def test_links_in_what_a_killed_process_left_are_removed_and_not_followed(tmp_path: Path):
+    (tmp_path / "someone").mkdir()
+    (tmp_path / "someone/precious").write_text("precious")
+    left = tmp_path / ".target.partial"
+    left.mkdir()
+    (left / "link").symlink_to(tmp_path / "someone")
+    with complete_directory(tmp_path / "target") as partial:
+        (partial / "file").write_text("content")
+    assert (tmp_path / "someone/precious").read_text() == "precious"
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["file"]
+
+
 def test_more_than_the_disk_holds_is_refused(tmp_path: Path):
     def ask(size: int) -> None:
         with complete_directory(tmp_path / "target", size):

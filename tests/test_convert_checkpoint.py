@@ -1,5 +1,7 @@
 """Hugging Face to Megatron and back: bit-equal weights, equal logits, clear refusals."""
 
+import argparse
+import enum
 import json
 import multiprocessing
 import os
@@ -7,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from tests.tiny_checkpoints import (
     MODELS,
     TOKENS,
     TOOLS,
+    WORDS,
     assert_bit_equal,
     tensors,
 )
@@ -26,9 +30,10 @@ from tests.tiny_checkpoints import (
 sys.path.insert(0, str(TOOLS))
 
 import convert_checkpoint
+import model_on_hand
 from conversion import weight_names
 from conversion.checkpoint_logits import build_megatron_model, megatron_logits
-from conversion.model_config import read_config
+from conversion.model_config import megatron_arguments, read_config
 
 pytestmark = pytest.mark.multiprocess
 
@@ -206,18 +211,21 @@ def test_logits_are_those_of_transformers_at_expert_parallel_size_2(models: Path
     assert_logits_are_those_of_transformers(models, run_megatron(converted, EXPERTS, 2, *flags))
 
 
-def _train_and_save(jobs: list[tuple[str, str, list[str]]]) -> None:
-    """For each job one optimizer step of learning rate 0, saved as iteration 7."""
+def _train_and_save(jobs: list[tuple[str, str, list[str]]], own: object = None) -> None:
+    """For each job one optimizer step of learning rate 0, saved as iteration 7.
+
+    ``own`` is kept among the arguments, as a script may keep what it likes.
+    """
     torch.set_num_threads(1)
     # Megatron saves through a process of its own, which a daemon, such as this rank, may not start.
     multiprocessing.current_process()._config["daemon"] = False
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     for checkpoint, save, flags in jobs:
-        _step_and_save(checkpoint, save, flags)
+        _step_and_save(checkpoint, save, flags, own)
         _forget_megatron()
 
 
-def _step_and_save(checkpoint: str, save: str, flags: list[str]) -> None:
+def _step_and_save(checkpoint: str, save: str, flags: list[str], own: object) -> None:
     words = shlex.split(convert_checkpoint.flags_of(Path(checkpoint)))
     words += shlex.split(
         f"--load {checkpoint} --finetune --save {save} --save-interval 1 --ckpt-format torch_dist "
@@ -243,6 +251,7 @@ def _step_and_save(checkpoint: str, save: str, flags: list[str]) -> None:
         return builder.build_model(groups, pre_process, post_process)
 
     parse_and_validate_args()
+    get_args().own = own
     initialize._compile_dependencies = lambda: None
     initialize.initialize_megatron()
     model, optimizer, scheduler = setup_model_and_optimizer(ModelType.encoder_or_decoder, build)
@@ -281,10 +290,61 @@ def test_checkpoints_of_training_jobs_with_optimizer_state_convert_back(
         assert "rmt" not in note
 
 
+def _train_with_own_class(checkpoint: str, save: str, flags: list[str]) -> None:
+    """Train, with an argument whose class no other process can import."""
+    module = types.ModuleType("company_modes")
+    module.Mode = enum.Enum("Mode", {"SLOW": "slow"}, module=module.__name__)
+    sys.modules[module.__name__] = module
+    _train_and_save([(checkpoint, save, flags)], module.Mode.SLOW)
+
+
+def test_what_a_training_job_changed_is_exported_and_verified(
+    models: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    saved, start = tmp_path / "saved", converted / "llama"
+    flags = ["--rotary-base", "50000", "--norm-epsilon", "0.01", "--max-position-embeddings", "96"]
+    run_distributed(1, _train_with_own_class, str(start), str(saved), flags)
+    (tmp_path / "text").write_text(WORDS)
+    words = ["to-huggingface", "--source", str(saved), "--verify"]
+    words += ["--verify-text", str(tmp_path / "text"), "--target"]
+    convert_checkpoint.main([*words, str(tmp_path / "back")])
+    output = capsys.readouterr().out
+    assert float(output.split("largest difference ")[1].split(",")[0]) < 1e-5
+    assert "same argmax 100.0%" in output
+    before = json.loads((models / "llama/config.json").read_text())
+    after = json.loads((tmp_path / "back/config.json").read_text())
+    rotary = before["rope_parameters"] | {"rope_theta": 50000}
+    assert before["rope_parameters"] != rotary
+    assert after == before | {
+        "rope_parameters": rotary,
+        "rms_norm_eps": 0.01,
+        "max_position_embeddings": 96,
+    }
+    assert_bit_equal(tensors(tmp_path / "back"), tensors(models / "llama"))
+
+    convert_checkpoint.main(["flags", str(saved)])
+    assert "--rotary-base 50000" in capsys.readouterr().out
+    # Megatron is not started with the flags of the start.
+    described = megatron_arguments(read_config(before))
+    args = argparse.Namespace(**described, load=str(saved), ckpt_step=None)
+    with pytest.raises(ValueError, match=r"with rotary_base=50000 \(10000\), layernorm_epsilon="):
+        model_on_hand._check_arguments_of_run(args)
+    args.rotary_base, args.layernorm_epsilon = 50000, 0.01
+    model_on_hand._check_arguments_of_run(args)
+
+    # Other heads of the same rows.
+    other = shutil.copytree(models / "llama", tmp_path / "other")
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    (other / "config.json").write_text(json.dumps(before | heads))
+    with pytest.raises(SystemExit, match=r"num_attention_heads=4 \(config.json means 8\)"):
+        convert_checkpoint.main([*words, str(tmp_path / "wrong"), "--tokenizer", str(other)])
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_verify_compares_the_way_back_of_a_mixture_of_experts(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "text").write_text(" ".join(f"w{2 + i % 90}" for i in range(100)))
+    (tmp_path / "text").write_text(WORDS)
     words = ["to-huggingface", "--source", str(converted / "mixtral"), "--verify"]
     words += ["--verify-text", str(tmp_path / "text"), "--target", str(tmp_path / "back")]
     convert_checkpoint.main(words)

@@ -14,6 +14,8 @@ from tests.distributed import REPOSITORY
 
 TOOLS = REPOSITORY / "tools"
 TOKENS = 48
+# A text of 100 tokens.
+WORDS = " ".join(f"w{2 + index % 90}" for index in range(100))
 DENSE = (
     "llama",
     "smollm2",

@@ -30,8 +30,9 @@ it fills the rows beyond the stored ones with zeros, and the way back cuts them 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,36 +56,54 @@ from conversion.megatron_weights import (
     TRACKER,
     MegatronWeights,
     iteration_directory,
-    training_arguments,
     write_megatron_weights,
 )
 from conversion.model_config import caution, megatron_flags, read_config
 from conversion.provenance import write_provenance
-from conversion.verify_checkpoint import VERIFY_TEXT, verify
+from conversion.run_configuration import configuration_of_run
+from conversion.verify_checkpoint import VERIFY_TEXT, Parity, verify
 from conversion.weight_names import ModelShape, Place, Weight
 from megatron_rmt.job import console
 from model_on_hand import FLAGS, HUGGINGFACE
 
 
-def companion_directory(source: Path, iteration: int | None = None) -> Path:
+def companion_directory(source: Path, arguments: Mapping[str, Any]) -> Path:
     """Where config.json and tokenizer of a Megatron checkpoint are.
 
     A converted checkpoint holds them. A training job that saves elsewhere records the tokenizer's
-    directory among its arguments, and ``to-megatron`` puts config.json into the same directory.
+    directory among its ``arguments``, and ``to-megatron`` puts config.json into the same directory.
 
     Raises:
         ValueError: They cannot be found.
     """
     if (source / HUGGINGFACE / "config.json").exists():
         return source / HUGGINGFACE
-    arguments = training_arguments(iteration_directory(source, iteration))
-    recorded = getattr(arguments, "tokenizer_model", None)
-    if recorded and (Path(recorded) / "config.json").exists():
+    recorded = arguments.get("tokenizer_model")
+    if isinstance(recorded, str) and (Path(recorded) / "config.json").exists():
         return Path(recorded)
     raise ValueError(
         f"{source} holds no {HUGGINGFACE}/config.json, and its training job's --tokenizer-model "
         f"({recorded}) has none either; name the original model with --tokenizer HF_DIR."
     )
+
+
+def configuration_of(
+    source: Path, weights: MegatronWeights, companions: Path | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """Where the companions of one iteration's weights are, and their ``config.json``.
+
+    Args:
+        source: Megatron checkpoint directory.
+        weights: One iteration of it.
+        companions: Directory with config.json and tokenizer; None: see ``companion_directory``.
+
+    Raises:
+        ValueError: There is none, or it is that of another model.
+    """
+    arguments = weights.arguments()
+    companions = companions or companion_directory(source, arguments)
+    config = read_json(companions / "config.json")
+    return companions, configuration_of_run(config, arguments, companions)
 
 
 def to_megatron(
@@ -121,10 +140,20 @@ def checkpoint_flags(shape: ModelShape, companions: Path) -> list[str]:
     return [*megatron_flags(shape), *tokenizer]
 
 
-def flags_of(source: Path) -> str:
-    """The flags of a Megatron checkpoint as one line; right even if the directory was moved."""
-    companions = companion_directory(source).resolve()
-    return shlex.join(checkpoint_flags(shape_of(companions), companions))
+def flags_of(source: Path, iteration: int | None = None, companions: Path | None = None) -> str:
+    """The flags of a Megatron checkpoint as one line; right even if the directory was moved.
+
+    Args:
+        source: What a training job has as ``--save``, or what ``to_megatron`` made.
+        iteration: None stands for the last one.
+        companions: Directory with config.json and tokenizer; None: see ``companion_directory``.
+
+    Raises:
+        ValueError: The checkpoint is incomplete, or does not match what lies beside it.
+    """
+    weights = MegatronWeights(iteration_directory(source, iteration))
+    companions, config = configuration_of(source, weights, companions)
+    return shlex.join(checkpoint_flags(read_config(config), companions.resolve()))
 
 
 def shape_of(directory: Path) -> ModelShape:
@@ -134,7 +163,8 @@ def shape_of(directory: Path) -> ModelShape:
 
 def caution_about(source: Path) -> None:
     """Say on stderr what Megatron does not do with the flags of a Megatron checkpoint."""
-    sentence = caution(shape_of(companion_directory(source)))
+    weights = MegatronWeights(iteration_directory(source, None))
+    sentence = caution(read_config(configuration_of(source, weights)[1]))
     if sentence is not None:
         print(f"{Path(__file__).name}: {sentence}", file=sys.stderr)
 
@@ -161,21 +191,19 @@ def to_huggingface(
         ValueError: The source is incomplete or does not match, or the target exists.
     """
     directory = iteration_directory(source, iteration)
-    companions = companions or companion_directory(source, iteration)
-    shape = shape_of(companions)
     weights = MegatronWeights(directory)
+    companions, config = configuration_of(source, weights, companions)
+    shape = read_config(config)
     weights.check(shape)
-    storage = DTYPES[dtype] if dtype else weights.dtype(shape)
+    storage = DTYPES[dtype] if dtype else weights.dtype()
 
     def read(weight: Weight, place: Place) -> torch.Tensor:
         return weights.read(weight, place, shape)
 
     with complete_directory(target, size_of(shape, storage)) as partial:
         write_huggingface_weights(partial, read, shape, storage, shard_bytes)
-        write_configuration(companions, partial, str(storage).removeprefix("torch."))
-        write_provenance(
-            partial, str(source.resolve()), directory.name, training_arguments(directory)
-        )
+        write_configuration(companions, partial, config, str(storage).removeprefix("torch."))
+        write_provenance(partial, str(source.resolve()), directory.name, weights.arguments())
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -245,7 +273,7 @@ def run(arguments: argparse.Namespace) -> None:
             to_megatron(source, arguments.target, arguments.dtype, origin)
             caution_about(arguments.target)
             if arguments.verify:
-                print(verify(source, arguments.target, arguments.target / HUGGINGFACE, text))
+                report(verify(source, arguments.target, arguments.target / HUGGINGFACE, text))
         if arguments.print_flags:
             print(flags_of(arguments.target))
     else:
@@ -253,7 +281,17 @@ def run(arguments: argparse.Namespace) -> None:
         source, target, iteration = arguments.source, arguments.target, arguments.iteration
         to_huggingface(source, target, iteration, arguments.tokenizer, arguments.dtype)
         if arguments.verify:
-            print(verify(target, source, target, text, iteration))
+            report(verify(target, source, target, text, iteration))
+
+
+def report(parity: Parity) -> None:
+    """Print how the two forms agree.
+
+    Raises:
+        ValueError: They are further apart than rounding brings them.
+    """
+    print(parity)
+    parity.check()
 
 
 def read_text(file: Path | None) -> str:
@@ -266,7 +304,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run(parse(argv))
     except (ValueError, OSError) as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
+        # A name out of a damaged file may hold a line break.
+        sys.exit(f"{Path(__file__).name}: {' '.join(str(error).splitlines())}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Megatron must not be imported before the CPU stands in for CUDA where there is n
 imports it in ``start_megatron`` only; what a tool imports after that may import it as usual.
 """
 
+import argparse
 import contextlib
 import io
 import os
@@ -75,10 +76,12 @@ def quiet_unless_it_fails() -> Iterator[None]:
 def start_megatron(flags: Sequence[str]) -> "GPTModel":
     """Megatron's own initialisation with ``flags`` as its command line, patched by RMT.
 
-    Returns this rank's part of the model, with the weights of ``--load``.
+    Returns this rank's part of the model, with the weights of ``--load``. What is pickled beside
+    them is not run, and may be of classes that are not at hand (``conversion.inert_pickles``).
 
     Raises:
-        ValueError: Megatron cannot work with these flags.
+        ValueError: Megatron cannot work with these flags, or ``--load`` holds no such checkpoint or
+            one that was trained as another model.
     """
     sys.argv[1:] = flags
     if "RANK" not in os.environ:
@@ -100,6 +103,7 @@ def start_megatron(flags: Sequence[str]) -> "GPTModel":
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
+    from conversion.inert_pickles import pickles_run_nothing
     from megatron_rmt.model.gpt import gpt_model
 
     try:
@@ -108,6 +112,7 @@ def start_megatron(flags: Sequence[str]) -> "GPTModel":
         if not str(error):
             raise
         raise ValueError(f"Megatron refuses these flags: {error}") from error
+    _check_arguments_of_run(get_args())
     initialize_megatron()
     config = gpt_config_from_args(get_args())
     # Megatron 0.19 drops it (github.com/NVIDIA/Megatron-LM/issues/6305).
@@ -117,8 +122,34 @@ def start_megatron(flags: Sequence[str]) -> "GPTModel":
         wrap_with_ddp=False,
         data_parallel_random_init=False,
     )
-    load_checkpoint(chunks, None, None)
+    try:
+        with pickles_run_nothing():
+            load_checkpoint(chunks, None, None)
+    except SystemExit as error:
+        # Megatron's own end to what it cannot read, with exit code 0.
+        raise ValueError(f"Megatron could not load {get_args().load}, see above.") from error
     return gpt_model(chunks).eval()
+
+
+def _check_arguments_of_run(args: argparse.Namespace) -> None:
+    """Compare the model that is built with the one that the job trained which saved ``--load``.
+
+    Raises:
+        ValueError: They compute different things, or there is no such checkpoint.
+    """
+    from conversion.megatron_weights import MegatronWeights, iteration_directory
+    from conversion.run_configuration import differences
+
+    directory = iteration_directory(Path(args.load), args.ckpt_step)
+    different = differences(MegatronWeights(directory).arguments(), vars(args))
+    # They decide how long a text may be, and nothing about any token of it.
+    different.pop("max_position_embeddings", None)
+    if different:
+        named = ", ".join(f"{name}={run!r} ({ours!r})" for name, (run, ours) in different.items())
+        raise ValueError(
+            f"The model in {directory} was trained with {named}, where the flags at hand mean what "
+            "is in brackets; pass the flags of that training as well."
+        )
 
 
 def start_mid_training(flags: Sequence[str]) -> "MidTraining":

@@ -40,7 +40,10 @@ def tokenize(text: str, companions: Path) -> torch.Tensor:
 
     shape = read_config(read_json(companions / "config.json"))
     limit = min(MAXIMUM_TOKENS, shape.maximum_positions)
-    return torch.tensor([AutoTokenizer.from_pretrained(companions).encode(text)[:limit]])
+    ids = AutoTokenizer.from_pretrained(companions).encode(text)[:limit]
+    if not ids:
+        sys.exit(f"The text has no token for the tokenizer in {companions}; pass --verify-text.")
+    return torch.tensor([ids])
 
 
 def huggingface_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -52,10 +55,22 @@ def huggingface_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
         return model(ids).logits
 
 
-def build_megatron_model(directory: Path, sequence_length: int, flags: Sequence[str]) -> "GPTModel":
-    """This rank's part of the model, from the checkpoint's own flags, with its weights loaded."""
-    of_model = shlex.split(flags_of(directory))
-    return start_megatron([*of_model, *loading_flags(directory, sequence_length), *flags])
+def build_megatron_model(
+    directory: Path,
+    sequence_length: int,
+    flags: Sequence[str],
+    iteration: int | None = None,
+    companions: Path | None = None,
+) -> "GPTModel":
+    """This rank's part of the model, from the checkpoint's own flags, with its weights loaded.
+
+    ``iteration`` and ``companions`` are as in ``convert_checkpoint.flags_of``.
+    """
+    words = shlex.split(flags_of(directory, iteration, companions))
+    words += loading_flags(directory, sequence_length)
+    if iteration is not None:
+        words += ["--ckpt-step", str(iteration)]
+    return start_megatron([*words, *flags])
 
 
 def megatron_logits(model: "GPTModel", ids: torch.Tensor) -> torch.Tensor | None:
@@ -90,6 +105,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--text-file", type=Path, required=True)
     parser.add_argument("--companions", type=Path, required=True, help="has the tokenizer")
+    parser.add_argument("--iteration", type=int, help="of the Megatron checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="gets the logits")
     parser.add_argument("--ids-output", type=Path, help="gets the token ids")
     arguments, flags = parser.parse_known_args()
@@ -99,9 +115,10 @@ def main() -> None:
     if arguments.side == "huggingface":
         logits = huggingface_logits(arguments.directory, ids)
     else:
-        logits = megatron_logits(
-            build_megatron_model(arguments.directory, ids.shape[1], flags), ids
+        model = build_megatron_model(
+            arguments.directory, ids.shape[1], flags, arguments.iteration, arguments.companions
         )
+        logits = megatron_logits(model, ids)
     last_rank = int(os.environ.get("WORLD_SIZE", "1")) - 1
     if logits is not None and int(os.environ.get("LOCAL_RANK", "0")) in (0, last_rank):
         torch.save(logits, arguments.output)

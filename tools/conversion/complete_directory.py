@@ -28,7 +28,8 @@ def complete_directory(target: Path, size: int = 0) -> Iterator[Path]:
 
     Raises:
         ValueError: ``target`` exists and is not an empty directory, another process is writing it,
-            the disk has too little space, or the directory cannot be made.
+            a symbolic link stands where it is filled, the disk has too little space, or the
+            directory cannot be made.
     """
     _check_absent(target)
     partial = target.parent / f".{target.name}.partial"
@@ -80,8 +81,14 @@ def _locked(partial: Path, target: Path) -> Iterator[None]:
             is_new = True
         except FileExistsError:
             is_new = False
+        if partial.is_symlink():
+            raise ValueError(
+                f"{partial}, where --target {target} would be filled, is a symbolic link, which is "
+                "not followed; remove it."
+            )
         try:
-            lock = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            # Nor is a link to another file locked, or made, in place of this one.
+            lock = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
             continue  # Its owner has just finished, or given up.
         try:

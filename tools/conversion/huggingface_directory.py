@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from conversion.huggingface_weights import read_json
+from conversion.mismatch import first_line
 from conversion.weight_names import ModelShape
 
 # What a tokenizer may consist of, and the settings that travel with a model.
@@ -51,7 +52,7 @@ def check_tokenizer(directory: Path, shape: ModelShape) -> None:
     except Exception as error:
         # The library raises whatever its parsers raise.
         raise ValueError(
-            f"The tokenizer in {directory} cannot be loaded ({_first_line(error)})."
+            f"The tokenizer in {directory} cannot be loaded ({first_line(error)})."
         ) from error
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     if size > shape.vocabulary:
@@ -65,10 +66,6 @@ def check_tokenizer(directory: Path, shape: ModelShape) -> None:
         raise ValueError(f"The tokenizer in {directory} does not suit the model: {error}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def copy_companions(source: Path, target: Path) -> None:
     """Copy configuration and tokenizer files."""
     target.mkdir(exist_ok=True)
@@ -77,14 +74,15 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def write_configuration(companions: Path, target: Path, dtype: str) -> None:
-    """Copy configuration and tokenizer, say which dtype the weights now have.
+def write_configuration(
+    companions: Path, target: Path, config: Mapping[str, Any], dtype: str
+) -> None:
+    """Copy the tokenizer, write the configuration and which dtype the weights now have.
 
     A generation configuration is made of the special tokens if the model came without one.
     """
     copy_companions(companions, target)
-    config = read_json(companions / "config.json")
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    config = {**config, "torch_dtype" if "torch_dtype" in config else "dtype": dtype}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = target / "generation_config.json"
     if not generation.exists():

@@ -6,7 +6,6 @@ tensors and runs nothing. Written are safetensors.
 
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from conversion.mismatch import first_line, mismatch
 from conversion.safetensors_stream import write_safetensors
-from conversion.weight_names import ModelShape, Place, Weight, rows_of, summary
+from conversion.weight_names import (
+    EMBEDDING,
+    OUTPUT,
+    ModelShape,
+    Place,
+    Weight,
+    check_finite,
+    rows_of,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -27,6 +35,12 @@ LAYOUTS = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 SHARD_BYTES = 5 * 2**30
+# The end of names that old versions of transformers stored, and new ones ignore.
+INVERSE_FREQUENCIES = "rotary_emb.inv_freq"
+# By how much bfloat16 rounds them, and more.
+ROUNDING = 0.01
+((LM_HEAD, _),) = OUTPUT.parts
+((EMBEDDINGS, _),) = EMBEDDING.parts
 
 
 @dataclass
@@ -78,25 +92,49 @@ class HuggingFaceWeights:
             for weight, place in rows_of(shape)
             for name, part_shape in zip(weight.names(place), weight.part_shapes(shape), strict=True)
         }
-        problems = [f"{name} is missing" for name in expected if name not in self.shapes]
+        missing = [name for name in expected if name not in self.shapes]
+        unexpected, others = [], []
         for name, found in self.shapes.items():
             if name in expected and found != expected[name]:
-                problems.append(f"{name} has shape {list(found)}, not {list(expected[name])}")
+                others.append(f"{name} has shape {list(found)}, not {list(expected[name])}")
             if name in expected and self.dtypes[name] not in DTYPES:
-                problems.append(
-                    f"{name} is stored as {self.dtypes[name]}, not as {'/'.join(DTYPES)}"
-                )
-            if name not in expected and not self._is_redundant(name, shape):
-                problems.append(f"{name} is unexpected")
+                others.append(f"{name} is stored as {self.dtypes[name]}, not as {'/'.join(DTYPES)}")
+            if name not in expected and not _is_redundant(name, shape):
+                unexpected.append(name)
+        problems = mismatch(missing, unexpected, others)
         if problems:
             raise ValueError(
-                f"The weights in {self.directory} do not match its config.json: "
-                f"{summary(problems)}."
+                f"The weights in {self.directory} do not match its config.json: {problems}."
             )
+        for name in sorted(self.shapes.keys() - expected.keys()):
+            self._check_redundant(name, shape)
 
-    def _is_redundant(self, name: str, shape: ModelShape) -> bool:
-        """Tensors that transformers itself ignores when it loads the model."""
-        return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and shape.tied)
+    def _check_redundant(self, name: str, shape: ModelShape) -> None:
+        """Check that a tensor without a place in Megatron says what another, or the base, says.
+
+        Raises:
+            ValueError: It does not: transformers would compute with it, or someone meant it to.
+        """
+        stored = self.read(name)
+        if name == LM_HEAD:
+            embedding = self.read(EMBEDDINGS)
+            if stored.shape != embedding.shape or not torch.equal(
+                stored, embedding.to(stored.dtype)
+            ):
+                raise ValueError(
+                    f"config.json in {self.directory} sets tie_word_embeddings=true, but {name} is "
+                    f"not {EMBEDDINGS}; set it to false to keep both, or remove {name} to tie them."
+                )
+            return
+        exponents = torch.arange(0, shape.head, 2, dtype=torch.float64) / shape.head
+        expected = float(shape.rotary_base) ** -exponents
+        if stored.shape != expected.shape or not torch.allclose(
+            stored.double(), expected, rtol=ROUNDING, atol=0
+        ):
+            raise ValueError(
+                f"{name} in {self.directory} is not that of rope_theta={shape.rotary_base}; "
+                "correct rope_theta in config.json, or remove the tensor."
+            )
 
     def dtype(self) -> str:
         """The one dtype of all tensors, which Megatron's single parameter dtype can keep.
@@ -111,6 +149,13 @@ class HuggingFaceWeights:
             f"The weights in {self.directory} are stored as {'/'.join(sorted(found))}; "
             "choose --dtype float32 or --dtype bfloat16."
         )
+
+
+def _is_redundant(name: str, shape: ModelShape) -> bool:
+    """Whether a tensor repeats what another, or config.json, should say already."""
+    if name.endswith(INVERSE_FREQUENCIES):
+        return shape.rotary_scaling is None
+    return name == LM_HEAD and shape.tied
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -149,9 +194,9 @@ def _contents(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
                 piece = file.get_slice(name)
                 dtype = piece.get_dtype()
                 yield name, tuple(piece.get_shape()), SAFETENSORS_DTYPES.get(dtype, dtype)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a complete safetensors file ({error}); copy it again."
+            f"{path} is not a complete safetensors file ({first_line(error)}); copy it again."
         ) from error
 
 
@@ -159,10 +204,10 @@ def _unpickle(path: Path) -> Mapping[str, torch.Tensor]:
     """The tensors of a pickled file, mapped, not read."""
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
+    except Exception as error:
+        # A damaged pickle raises whatever the bytes happen to lead to.
         raise ValueError(
-            f"{path} cannot be read as plain weights without running code ({reason}); "
+            f"{path} cannot be read as plain weights without running code ({first_line(error)}); "
             "save the model as safetensors."
         ) from error
     if not isinstance(tensors, dict) or not all(
@@ -186,6 +231,9 @@ def write_huggingface_weights(
         read: Gives the Megatron tensor of a table row and place.
         dtype: What to store.
         shard_bytes: Size beyond which a new file is begun.
+
+    Raises:
+        ValueError: A tensor is not finite.
     """
     shards = _split_into_shards(shape, dtype, shard_bytes)
     weight_map: dict[str, str] = {}
@@ -195,8 +243,10 @@ def write_huggingface_weights(
 
     def parts(shard: list[tuple[Weight, Place]]) -> Iterator[tuple[str, torch.Tensor]]:
         for weight, place in shard:
-            unpacked = weight.unpack(read(weight, place).to(dtype), shape)
-            yield from zip(weight.names(place), unpacked, strict=True)
+            unpacked = weight.unpack(read(weight, place), shape)
+            for name, tensor in zip(weight.names(place), unpacked, strict=True):
+                check_finite(name, tensor, dtype)
+                yield name, tensor.to(dtype)
             progress.update()
 
     for number, shard in enumerate(shards, 1):
@@ -249,8 +299,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({first_line(error)}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object.")
     return content

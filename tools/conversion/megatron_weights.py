@@ -8,7 +8,8 @@ group.
 import io
 import itertools
 import json
-import pickle
+import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +20,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
+    LoadItemType,
     LoadPlan,
     ReadItem,
     SavePlan,
@@ -36,17 +41,23 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from tqdm import tqdm
 
+from conversion import inert_pickles
+from conversion.huggingface_weights import read_json
+from conversion.mismatch import first_line, mismatch, summary
 from conversion.weight_names import (
+    EMBEDDING,
     FAMILIES,
     ModelShape,
     Place,
     Weight,
     rows_of,
-    summary,
     weights_of,
 )
 
 TRACKER = "latest_checkpointed_iteration.txt"
+# Where Megatron keeps what is no tensor, among it the arguments of the training job: an object of
+# the checkpoint, or a file of its own in older ones.
+COMMON_STATE, COMMON_FILE = "common_state/shard_0_1", "common.pt"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -164,7 +175,7 @@ def _objects(shape: ModelShape) -> dict[str, io.BytesIO]:
         "iteration": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    objects: dict[str, Any] = {"common_state/shard_0_1": common}
+    objects: dict[str, Any] = {COMMON_STATE: common}
     for module in FAMILIES[shape.family].stateful:
         stack = (shape.layers, shape.experts) if ".experts." in module else (shape.layers,)
         sizes = ".".join(map(str, stack))
@@ -181,35 +192,51 @@ def _objects(shape: ModelShape) -> dict[str, io.BytesIO]:
 class MegatronWeights:
     """Model tensors of one saved iteration, read one region at a time.
 
-    Its index is a pickle, as all of ``torch.distributed.checkpoint`` has it: read only checkpoints
-    whose origin you trust.
+    Its index is a pickle, as all of ``torch.distributed.checkpoint`` has it, and is read as
+    ``inert_pickles`` does.
 
     Raises:
         ValueError: The directory is not a complete torch_dist checkpoint.
     """
 
     def __init__(self, directory: Path) -> None:
-        if not (directory / "metadata.json").exists() or not (directory / ".metadata").exists():
-            raise ValueError(
-                f"{directory} is not a complete torch_dist checkpoint (metadata.json, .metadata); "
-                "train with --ckpt-format torch_dist, or choose another --iteration."
-            )
         self.directory = directory
         self.reader = dcp.FileSystemReader(directory)
-        try:
-            metadata = self.reader.read_metadata()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError) as error:
-            raise ValueError(
-                f"{directory / '.metadata'} is damaged ({error}); choose another --iteration."
-            ) from error
-        self.reader.set_up_storage_reader(metadata, is_coordinator=True)
+        index = _read_index(directory)
+        self.reader.set_up_storage_reader(index, is_coordinator=True)
         self.stored: dict[str, TensorStorageMetadata] = {
             key: value
-            for key, value in metadata.state_dict_metadata.items()
+            for key, value in index.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata)
         }
-        self.objects = metadata.state_dict_metadata.keys() - self.stored.keys()
+        self.objects = index.state_dict_metadata.keys() - self.stored.keys()
         self.chunks: dict[tuple[str, int], dict[Place, list[ChunkStorageMetadata]]] = {}
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the training job that saved this; empty if none did.
+
+        Raises:
+            ValueError: They cannot be read.
+        """
+        self._check_files({COMMON_STATE})
+        try:
+            if (self.directory / COMMON_FILE).exists():
+                with (self.directory / COMMON_FILE).open("rb") as file:
+                    common = inert_pickles.load_saved(file)
+            elif COMMON_STATE in self.objects:
+                planner = _ObjectPlanner()
+                self.reader.read_data(LoadPlan([_OBJECT]), planner).wait()
+                (common,) = planner.found
+            else:
+                return {}
+            arguments = common.get("args")
+            return {} if arguments is None else dict(vars(arguments))
+        except Exception as error:
+            # A damaged pickle raises whatever the bytes happen to lead to.
+            raise ValueError(
+                f"The arguments of the training job in {self.directory} cannot be read "
+                f"({first_line(error)}); copy it again, or choose another --iteration."
+            ) from error
 
     def keys(self) -> set[str]:
         """Keys of all tensors and objects."""
@@ -222,33 +249,35 @@ class MegatronWeights:
             ValueError: Tensors are missing, of another shape or dtype, unknown to the family's
                 table, or in files that are cut.
         """
-        problems, expected = [], set()
+        missing, unexpected, others = [], [], []
+        expected: set[str] = set()
         for weight, place in rows_of(shape):
             key, _, found = self._find(weight, place)
             expected |= {key, *weight.keys}
             wanted = weight.megatron_shape(shape)
             if found is None:
-                problems.append(f"{key} is missing")
+                missing.append(key)
             elif found[1:] != wanted[1:] or not (
                 found[0] == wanted[0] or (weight.per_vocabulary and found[0] > wanted[0])
             ):
-                problems.append(f"{key} has shape {list(found)}, not {list(wanted)}")
+                others.append(f"{key} has shape {list(found)}, not {list(wanted)}")
             elif self.stored[key].properties.dtype not in DTYPES:
                 dtype = self.stored[key].properties.dtype
-                problems.append(f"{key} is stored as {dtype}, not as a floating-point weight")
+                others.append(f"{key} is stored as {dtype}, not as a floating-point weight")
         for key, stored in self.stored.items():
             if not key.startswith(("decoder.", "embedding.", "output_layer.")):
                 continue
             if key not in expected:
-                problems.append(f"{key} is unexpected")
+                unexpected.append(key)
             for weight in weights_of(shape):
                 stack = weight.stack(shape)
                 found = tuple(stored.size)[: len(stack)]
                 if key in weight.keys and found != stack:
-                    problems.append(f"{key} stacks {list(found)} tensors, not {list(stack)}")
+                    others.append(f"{key} stacks {list(found)} tensors, not {list(stack)}")
+        problems = mismatch(missing, unexpected, others)
         if problems:
             raise ValueError(
-                f"The weights in {self.directory} do not match config.json: {summary(problems)}."
+                f"The weights in {self.directory} do not match config.json: {problems}."
             )
         self._check_files(expected)
 
@@ -298,8 +327,20 @@ class MegatronWeights:
         stored = self.stored[key]
         near = TensorStorageMetadata(stored.properties, stored.size, self._chunks_at(key, place))
         items = create_read_items_for_chunk_list(key, near, [region])
+        if sum(math.prod(item.lengths) for item in items) != math.prod(local):
+            raise ValueError(
+                f"{self.directory / '.metadata'} is damaged (no chunk, or two, for a part of "
+                f"{key}); choose another --iteration."
+            )
         target = torch.empty(lengths, dtype=stored.properties.dtype)
-        self.reader.read_data(LoadPlan(items), _RegionPlanner(target)).wait()
+        try:
+            self.reader.read_data(LoadPlan(items), _RegionPlanner(target)).wait()
+        except Exception as error:
+            # Bytes at the wrong place raise whatever they happen to lead to.
+            raise ValueError(
+                f"{key} cannot be read from {self.directory} ({first_line(error)}); copy it again, "
+                "or choose another --iteration."
+            ) from error
         return target.reshape(local)
 
     def _chunks_at(self, key: str, place: Place) -> list[ChunkStorageMetadata]:
@@ -314,9 +355,9 @@ class MegatronWeights:
             self.chunks[key, depth] = by_place
         return self.chunks[key, depth].get(place, [])
 
-    def dtype(self, shape: ModelShape) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         """The dtype that the embedding, and so the model, is stored in."""
-        return self.stored[weights_of(shape)[0].megatron].properties.dtype
+        return self.stored[EMBEDDING.megatron].properties.dtype
 
 
 class _RegionPlanner(DefaultLoadPlanner):
@@ -335,6 +376,89 @@ class _RegionPlanner(DefaultLoadPlanner):
         return region
 
 
+class _ObjectPlanner(DefaultLoadPlanner):
+    """Lets ``FileSystemReader.read_data`` leave one object here."""
+
+    found: Any = None
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.found = inert_pickles.load_saved(value)
+
+
+# What reads the common state.
+_OBJECT = ReadItem(
+    type=LoadItemType.BYTE_IO,
+    dest_index=MetadataIndex(COMMON_STATE),
+    dest_offsets=torch.Size([0]),
+    storage_index=MetadataIndex(COMMON_STATE),
+    storage_offsets=torch.Size([0]),
+    lengths=torch.Size([0]),
+)
+
+
+def _read_index(directory: Path) -> Metadata:
+    """The index of a torch_dist checkpoint.
+
+    Raises:
+        ValueError: It is missing, of another format, or damaged.
+    """
+    if not (directory / "metadata.json").exists() or not (directory / ".metadata").exists():
+        raise ValueError(
+            f"{directory} is not a complete torch_dist checkpoint (metadata.json, .metadata); "
+            "train with --ckpt-format torch_dist, or choose another --iteration."
+        )
+    format_name = read_json(directory / "metadata.json").get("sharded_backend")
+    if format_name != "torch_dist":
+        raise ValueError(
+            f"{directory / 'metadata.json'} says sharded_backend={format_name!r}; only torch_dist "
+            "checkpoints are read: train with --ckpt-format torch_dist, or copy the file again."
+        )
+    try:
+        with (directory / ".metadata").open("rb") as file:
+            index = inert_pickles.load(file)
+        _check_index(index)
+    except Exception as error:
+        # A damaged pickle raises whatever the bytes happen to lead to.
+        raise ValueError(
+            f"{directory / '.metadata'} is damaged ({first_line(error)}); choose another "
+            "--iteration."
+        ) from error
+    return index
+
+
+def _check_index(index: Any) -> None:
+    """Check that an index consists of what dcp takes for granted.
+
+    Raises:
+        TypeError: A part is of another kind.
+        ValueError: A chunk is outside its tensor.
+    """
+    _expect(index, Metadata)
+    for key, stored in _expect(index.state_dict_metadata, dict).items():
+        _expect(key, str)
+        if isinstance(stored, BytesStorageMetadata):
+            continue
+        _expect(_expect(stored, TensorStorageMetadata).properties, TensorProperties)
+        size = _expect(stored.size, torch.Size)
+        for chunk in _expect(stored.chunks, list):
+            offsets = _expect(_expect(chunk, ChunkStorageMetadata).offsets, torch.Size)
+            lengths = _expect(chunk.sizes, torch.Size)
+            for offset, length, whole in zip(offsets, lengths, size, strict=True):
+                if not 0 <= offset <= offset + length <= whole:
+                    raise ValueError(f"a chunk of {key} is outside of it")
+    for place, piece in _expect(index.storage_data, dict).items():
+        _expect(_expect(place, MetadataIndex).fqn, str)
+        _expect(_expect(piece, _StorageInfo).relative_path, str)
+        if min(_expect(piece.offset, int), _expect(piece.length, int)) < 0:
+            raise ValueError(f"{place.fqn} is before its file")
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{type(value).__name__} for {kind.__name__}")
+    return value
+
+
 def iteration_directory(source: Path, iteration: int | None) -> Path:
     """Directory of one saved iteration; None stands for the one that Megatron would load.
 
@@ -348,19 +472,21 @@ def iteration_directory(source: Path, iteration: int | None) -> Path:
             raise ValueError(f"--iteration {iteration} is not in {source}; found: {saved or None}.")
         return directory
     try:
-        word = (source / TRACKER).read_text().strip()
+        word = (source / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError as error:
         raise ValueError(f"{source} is not a Megatron checkpoint: {TRACKER} is missing.") from error
-    if word != "release" and not word.isdecimal():
-        raise ValueError(f"{source / TRACKER} holds {word!r} instead of an iteration.")
+    except OSError as error:
+        raise ValueError(f"{source / TRACKER} cannot be read ({error.strerror}).") from error
+    if word != "release" and not re.fullmatch("[0-9]{1,12}", word):
+        held = repr(word[:40]) if word else "nothing"
+        raise ValueError(
+            f"{source / TRACKER} holds {held} instead of an iteration; write one of those saved "
+            f"into it ({saved or None}), or choose it with --iteration."
+        )
     directory = source / ("release" if word == "release" else f"iter_{int(word):07d}")
     if not directory.is_dir():
-        raise ValueError(f"{source / TRACKER} says {word}, but {directory} is missing.")
+        raise ValueError(
+            f"{source / TRACKER} says {word}, but {directory} is missing; write one of those saved "
+            f"into it ({saved or None}), or choose it with --iteration."
+        )
     return directory
-
-
-def training_arguments(directory: Path) -> Any:
-    """The arguments of the training job that saved this iteration, or None."""
-    from megatron.core.dist_checkpointing import load_common_state_dict
-
-    return load_common_state_dict(directory).get("args")

@@ -3,6 +3,7 @@
 Nothing is guessed: a setting that Megatron would not compute in the same way is refused.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,71 @@ LLAMA3_SCALING = {
 # (github.com/NVIDIA/Megatron-LM/issues/6305).
 DEFAULT_FACTOR = 8.0
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Layers times experts; the largest models have some ten thousand. Both directions walk all of them.
+MOST_PLACES = 200_000
+# Beyond it float32, in which rotary angles are computed, has no such base.
+LARGEST_BASE = 2.0**63
+# Arguments of Megatron that decide what a model computes, with the values that they have without a
+# flag. For those that ``megatron_flags`` never sets, config.json has no form for another value.
+PLAIN_ARGUMENTS: Mapping[str, Any] = {
+    "num_layers": None,
+    "hidden_size": None,
+    "ffn_hidden_size": None,
+    "num_attention_heads": None,
+    "group_query_attention": False,
+    "num_query_groups": 1,
+    "kv_channels": None,
+    "max_position_embeddings": None,
+    "vocab_size": None,
+    "position_embedding_type": "learned_absolute",
+    "rotary_base": 10000,
+    "rope_scaling_factor": 8.0,
+    "normalization": "LayerNorm",
+    "layernorm_epsilon": 1e-5,
+    "swiglu": False,
+    "add_bias_linear": True,
+    "moe_ffn_hidden_size": None,
+    "moe_router_topk": 2,
+    "untie_embeddings_and_output_weights": False,
+    "use_rope_scaling": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "num_experts": None,
+    "moe_router_pre_softmax": False,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "no_rope_freq": None,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "qk_l2_norm": False,
+    "attention_output_gate": False,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "multi_latent_attention": False,
+    "experimental_attention_variant": None,
+    "hybrid_layer_pattern": None,
+    "heterogeneous_layers_config_path": None,
+    "mtp_num_layers": None,
+    "use_mup": False,
+    "moe_layer_freq": 1,
+    "moe_latent_size": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_apply_probs_on_input": False,
+}
+# Flags that do not decide what a model computes, or say so twice.
+WITHOUT_MEANING = ("--padded-vocab-size", "--attention-dropout", "--hidden-dropout")
+# What the names of arguments begin with that mean nothing without experts.
+OF_EXPERTS = "moe_"
 
 
 def read_config(config: Mapping[str, Any]) -> ModelShape:
@@ -26,8 +92,8 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
     Raises:
         ValueError: The family, or a setting, has no Megatron form here, or makes no sense.
     """
-    family = config.get("model_type")
     _check_switches(config)
+    family = config["model_type"]
     config = {**FAMILIES[family].defaults, **config}
     rotary_base, rotary_scaling = _rotary(config)
     heads = _size(config, "num_attention_heads")
@@ -42,13 +108,19 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
         groups=_size(config, "num_key_value_heads", heads),
         head=_size(config, "head_dim", hidden // heads),
         vocabulary=vocabulary,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=_switch(config, "tie_word_embeddings"),
         maximum_positions=_maximum_positions(config),
-        norm_epsilon=_positive(config, "rms_norm_eps"),
+        norm_epsilon=_positive(config, "rms_norm_eps", most=1),
         rotary_base=rotary_base,
         rotary_scaling=rotary_scaling,
         **_experts(config),
     )
+    if shape.layers * max(1, shape.experts) > MOST_PLACES:
+        experts = f" of {shape.experts} experts each" if shape.experts else ""
+        raise ValueError(
+            f"config.json sets num_hidden_layers={shape.layers}{experts}; no more than "
+            f"{MOST_PLACES} are converted: correct the number."
+        )
     if shape.heads % shape.groups:
         raise ValueError(
             f"config.json sets num_attention_heads={heads} and num_key_value_heads="
@@ -69,8 +141,9 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
 
 def _check_switches(config: Mapping[str, Any]) -> None:
     family = config.get("model_type")
-    if family not in FAMILIES:
-        reason = f" ({WITHOUT_TABLE[family]})" if family in WITHOUT_TABLE else ""
+    name = family if isinstance(family, str) else ""
+    if name not in FAMILIES:
+        reason = f" ({WITHOUT_TABLE[name]})" if name in WITHOUT_TABLE else ""
         raise ValueError(
             f"model_type {family!r} of config.json is not supported{reason}; supported families: "
             f"{', '.join(sorted(FAMILIES))}; --backend megatron-bridge may know others."
@@ -102,23 +175,35 @@ def _check_switches(config: Mapping[str, Any]) -> None:
         )
 
 
-def _positive(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A positive number; ``default`` where it is absent or null."""
+def _positive(
+    config: Mapping[str, Any], key: str, default: float | None = None, most: float = math.inf
+) -> float:
+    """A positive number, finite and no more than ``most``; ``default`` where absent or null."""
     value = config.get(key)
     value = default if value is None else value
     if value is None:
         raise ValueError(f"config.json lacks {key!r}; is it complete?")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"config.json sets {key}={value!r}; it must be a positive number.")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= most or value == math.inf:
+        bound = f" of at most {most:g}" if most < math.inf else ""
+        raise ValueError(f"config.json sets {key}={value!r}; it must be a positive number{bound}.")
     return value
 
 
 def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A positive whole number; ``default`` where it is absent or null."""
-    value = _positive(config, key, default)
+    value = _positive(config, key, default, most=2**63)
     if not isinstance(value, int):
         raise ValueError(f"config.json sets {key}={value!r}; it must be a whole number.")
     return value
+
+
+def _switch(config: Mapping[str, Any], key: str) -> bool:
+    """True or false; false where it is absent or null."""
+    value = config.get(key)
+    if value not in (None, True, False):
+        raise ValueError(f"config.json sets {key}={value!r}; it must be true or false.")
+    return bool(value)
 
 
 def _maximum_positions(config: Mapping[str, Any]) -> int:
@@ -128,7 +213,7 @@ def _maximum_positions(config: Mapping[str, Any]) -> int:
     """
     positions = _size(config, "max_position_embeddings")
     switch = FAMILIES[config["model_type"]].window_switch
-    windowed = config.get(switch, False) if switch else True
+    windowed = _switch(config, switch) if switch else True
     return min(positions, _size(config, "sliding_window", positions)) if windowed else positions
 
 
@@ -143,7 +228,7 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
         "experts": _size(config, count),
         "expert_ffn": _size(config, "intermediate_size" if is_mixtral else "moe_intermediate_size"),
         "experts_per_token": _size(config, "num_experts_per_tok"),
-        "normalised_routing": is_mixtral or bool(config.get("norm_topk_prob", False)),
+        "normalised_routing": is_mixtral or _switch(config, "norm_topk_prob"),
     }
     if experts["experts_per_token"] > experts["experts"]:
         raise ValueError(
@@ -155,10 +240,14 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rotary(config: Mapping[str, Any]) -> tuple[int, float | None]:
     """Rotary base, and the factor of Llama 3's scaling; transformers 4 and 5 differ here."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key), dict | None):
+            raise ValueError(
+                f"config.json sets {key}={config[key]!r}; it must be an object or null."
+            )
     rope = {"rope_theta": config.get("rope_theta", 10000.0)}
-    rope |= config.get("rope_scaling") or {}
-    rope |= config.get("rope_parameters") or {}
-    base = _positive(rope, "rope_theta")
+    rope |= config.get("rope_scaling") or config.get("rope_parameters") or {}
+    base = _positive(rope, "rope_theta", most=LARGEST_BASE)
     if base != int(base):
         raise ValueError(f"config.json sets rope_theta={base!r}; Megatron needs a whole number.")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
@@ -167,7 +256,8 @@ def _rotary(config: Mapping[str, Any]) -> tuple[int, float | None]:
             f"config.json sets partial_rotary_factor={partial!r}; only 1.0 is supported."
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    by_layer = any(isinstance(value, dict) for value in rope.values())
+    if kind == "default" and not by_layer:
         return int(base), None
     if kind == "llama3" and all(rope.get(key) == value for key, value in LLAMA3_SCALING.items()):
         return int(base), float(_positive(rope, "factor"))
@@ -182,6 +272,24 @@ def megatron_flags(shape: ModelShape) -> list[str]:
 
     Precision, parallel layout and the tokenizer are not part of it.
     """
+    flags = _flags(shape)
+    return [str(word) for flag in flags.items() for word in flag if word is not None]
+
+
+def megatron_arguments(shape: ModelShape) -> dict[str, Any]:
+    """What the arguments that decide what a model computes are for this one."""
+    arguments = dict(PLAIN_ARGUMENTS)
+    for flag, value in _flags(shape).items():
+        if flag not in WITHOUT_MEANING:
+            name = flag.removeprefix("--").replace("-", "_")
+            arguments[name] = True if value is None else value
+    arguments["layernorm_epsilon"] = arguments.pop("norm_epsilon")
+    arguments["add_bias_linear"] = not arguments.pop("disable_bias_linear")
+    return arguments
+
+
+def _flags(shape: ModelShape) -> dict[str, Any]:
+    """The value of each flag, None where it takes none."""
     flags: dict[str, Any] = {
         "--num-layers": shape.layers,
         "--hidden-size": shape.hidden,
@@ -213,8 +321,7 @@ def megatron_flags(shape: ModelShape) -> list[str]:
         flags["--moe-router-topk"] = shape.experts_per_token
         if not shape.normalised_routing:
             flags["--moe-router-pre-softmax"] = None
-    words = [str(word) for flag in flags.items() for word in flag if word is not None]
-    return [*words, *FAMILIES[shape.family].flags]
+    return flags | dict.fromkeys(FAMILIES[shape.family].flags)
 
 
 def caution(shape: ModelShape) -> str | None:

@@ -10,10 +10,32 @@ from pathlib import Path
 
 import torch
 
+from conversion.huggingface_weights import HuggingFaceWeights
+from conversion.megatron_weights import MegatronWeights, iteration_directory
+
 VERIFY_TEXT = (
     "The area of a circle of radius r is pi times r squared. If the radius is doubled, the area "
     "grows by a factor of four: 4 - 1 = 3 times as much was added."
 )
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far apart two forms of one model may be.
+
+    Attributes:
+        difference: Largest difference of two logits, as a share of the largest logit.
+        agreement: Least share of positions with the same most probable token.
+    """
+
+    difference: float
+    agreement: float
+
+
+# Both forms compute in float32: thirty layers differ by some 2e-5 of the largest logit.
+SAME_WEIGHTS = Bound(difference=1e-3, agreement=0.99)
+# One form's weights are rounded to bfloat16 or float16, and the other's are not.
+ROUNDED_WEIGHTS = Bound(difference=0.05, agreement=0.9)
 
 
 @dataclass(frozen=True)
@@ -26,6 +48,7 @@ class Parity:
         scale: Largest logit.
         agreement: Share of positions with the same most probable token.
         perplexities: Of transformers and of Megatron.
+        bound: What is expected of them.
     """
 
     tokens: int
@@ -33,6 +56,7 @@ class Parity:
     scale: float
     agreement: float
     perplexities: tuple[float, float]
+    bound: Bound = SAME_WEIGHTS
 
     def __str__(self) -> str:
         ours, theirs = self.perplexities
@@ -41,6 +65,21 @@ class Parity:
             f"largest logit {self.scale:.3g}, same argmax {self.agreement:.1%}, "
             f"perplexity {ours:.6g} in transformers and {theirs:.6g} in Megatron"
         )
+
+    def check(self) -> None:
+        """Check that the models are within the bound.
+
+        Raises:
+            ValueError: They are not, or a logit is not finite.
+        """
+        largest = self.bound.difference * self.scale
+        if not (self.difference <= largest and self.agreement >= self.bound.agreement):
+            raise ValueError(
+                f"--verify: the two forms compute different things; a difference of at most "
+                f"{largest:.3g} ({self.bound.difference:.1%} of the largest logit) and the same "
+                f"argmax at {self.bound.agreement:.0%} of the tokens were expected. Do not use "
+                "what was written."
+            )
 
 
 def verify(
@@ -71,7 +110,7 @@ def verify(
             command = [sys.executable, script, side, model, "--text-file", words]
             command += ["--output", output, "--ids-output", ids, "--companions", companions]
             if iteration is not None and side == "megatron":
-                command += ["--ckpt-step", iteration]
+                command += ["--iteration", iteration]
             environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
             process = subprocess.run(
                 list(map(str, command)), stdout=subprocess.DEVNULL, env=environment
@@ -79,10 +118,20 @@ def verify(
             if process.returncode != 0:
                 raise ValueError(f"--verify could not run {model} in {side}, see above.")
             found.append(torch.load(output, weights_only=True))
-        return compare(*found, torch.load(ids, weights_only=True))
+        bound = SAME_WEIGHTS if _same_dtypes(huggingface, megatron, iteration) else ROUNDED_WEIGHTS
+        return compare(*found, torch.load(ids, weights_only=True), bound)
 
 
-def compare(ours: torch.Tensor, theirs: torch.Tensor, ids: torch.Tensor) -> Parity:
+def _same_dtypes(huggingface: Path, megatron: Path, iteration: int | None) -> bool:
+    """Whether both forms store their weights alike, so that none of them was rounded."""
+    weights = MegatronWeights(iteration_directory(megatron, iteration))
+    stored = {str(weights.dtype()).removeprefix("torch.")}
+    return stored == set(HuggingFaceWeights(huggingface).dtypes.values())
+
+
+def compare(
+    ours: torch.Tensor, theirs: torch.Tensor, ids: torch.Tensor, bound: Bound = SAME_WEIGHTS
+) -> Parity:
     """Parity of two sets of logits ``[1, tokens, vocabulary]`` for token ids ``[1, tokens]``."""
     return Parity(
         tokens=ids.shape[1],
@@ -90,6 +139,7 @@ def compare(ours: torch.Tensor, theirs: torch.Tensor, ids: torch.Tensor) -> Pari
         scale=ours.abs().max().item(),
         agreement=(ours.argmax(-1) == theirs.argmax(-1)).double().mean().item(),
         perplexities=(perplexity(ours, ids), perplexity(theirs, ids)),
+        bound=bound,
     )
 
 

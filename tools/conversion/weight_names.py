@@ -158,10 +158,15 @@ class Weight:
         Args:
             read: Gives a Hugging Face part by its name; only one is held at a time.
             dtype: Of the result.
+
+        Raises:
+            ValueError: A part is not finite.
         """
         whole = torch.empty(self.megatron_shape(shape), dtype=dtype)
         for name, part in zip(self.names(place), self._parts_in(whole, shape), strict=True):
-            part.copy_(read(name).reshape(part.shape))
+            stored = read(name)
+            check_finite(name, stored, dtype)
+            part.copy_(stored.reshape(part.shape))
         return whole
 
     def unpack(self, whole: torch.Tensor, shape: ModelShape) -> list[torch.Tensor]:
@@ -323,7 +328,12 @@ FAMILIES: Mapping[str, Family] = {
             FINAL_NORM,
         ),
         stateful=EXPERT_MODULES,
-        defaults={"num_key_value_heads": 8, "rope_theta": 1e6},
+        defaults={
+            "num_key_value_heads": 8,
+            "rope_theta": 1e6,
+            "num_experts_per_tok": 2,
+            "num_local_experts": 8,
+        },
     ),
     # Qwen2.5 and R1-Distill-Qwen are of this model_type.
     "qwen2": Family(
@@ -331,6 +341,7 @@ FAMILIES: Mapping[str, Family] = {
         flags=("--add-qkv-bias",),
         stateful=LINEARS,
         window_switch="use_sliding_window",
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096},
     ),
     "qwen3": Family(
         weights=(EMBEDDING, *ATTENTION, *QUERY_KEY_NORMS, *GATED_MLP, FINAL_NORM),
@@ -338,6 +349,7 @@ FAMILIES: Mapping[str, Family] = {
         stateful=(*LINEARS, *STATEFUL_NORMS),
         refused=("attention_bias",),
         window_switch="use_sliding_window",
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
     ),
     "qwen3_moe": Family(
         weights=(
@@ -351,6 +363,13 @@ FAMILIES: Mapping[str, Family] = {
         stateful=(*EXPERT_MODULES, *STATEFUL_NORMS),
         refused=("attention_bias", "mlp_only_layers"),
         window_switch="use_sliding_window",
+        defaults={
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "num_experts_per_tok": 8,
+            "num_local_experts": 128,
+            "moe_intermediate_size": 768,
+        },
     ),
 }
 
@@ -378,8 +397,21 @@ def rows_of(shape: ModelShape) -> Iterator[tuple[Weight, Place]]:
                 yield weight, ()
 
 
-def summary(problems: Sequence[str], limit: int = 6) -> str:
-    """The first problems in one line, and how many more there are."""
-    problems = list(dict.fromkeys(problems))
-    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
-    return "; ".join(problems[:limit]) + more
+def check_finite(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Check that all values of a weight are finite, also once it is stored as ``dtype``.
+
+    Raises:
+        ValueError: One is not.
+    """
+    least, most = (value.item() for value in torch.aminmax(tensor))
+    largest = torch.finfo(dtype).max
+    if -largest <= least and most <= largest:
+        return
+    worst = most if abs(most) > abs(least) or math.isnan(most) else least
+    if math.isfinite(worst):
+        word = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name} holds {worst:.4g}, beyond {word}; choose another --dtype.")
+    raise ValueError(
+        f"{name} holds {'NaN' if math.isnan(worst) else 'Infinity'}; choose a checkpoint from "
+        "before its training diverged, or copy it again."
+    )
