@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from document_tokens import SPECIAL_TOKENS, DocumentTokenizer
 from evaluation import NOT_COUNTED, Measured, Record, compare, read_output, summary, write_output
 from evaluation_documents import Document, documents_of, read_texts, tokenize
 from model_on_hand import loading_flags, model_flags, quiet_unless_it_fails, start_mid_training
@@ -111,6 +112,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=1234, help="of positions, responses and bootstrap (1234)")
     add("--json-key", default="text", help="where a line holds its text (default text)")
+    add(
+        "--special-tokens",
+        choices=SPECIAL_TOKENS,
+        default="plain",
+        help="what a special token is that a text spells out, as in preprocess_data.py (default "
+        "plain: text)",
+    )
     return parser
 
 
@@ -182,7 +190,7 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
     texts = read_texts(flags.data, flags.json_key, flags.solution_only, flags.documents)
     if earlier is not None:
         lines = {record.line for record in earlier.records}
-        texts = [text for text in texts if text[0] in lines]
+        texts = [text for text in texts if text.line in lines]
 
     with quiet_unless_it_fails():
         run = start_mid_training(words)
@@ -191,7 +199,11 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
 
     from evaluation_passes import Reasoning, measure
 
-    documents = tokenize(texts, get_tokenizer().tokenize, run.prompt.bytes_of)
+    leads = dist.get_rank() == 0
+    tokenizer = DocumentTokenizer(get_tokenizer(), flags.special_tokens)
+    documents = tokenize(texts, tokenizer, run.prompt.bytes_of)
+    if leads and tokenizer.written:
+        print(tokenizer.report(), file=sys.stderr)
     work: list[tuple[Document, Record | None]] = [(document, None) for document in documents]
     if earlier is not None:
         work = list(documents_of(earlier, flags.positions_from, documents))
@@ -203,7 +215,6 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
         at_once=flags.rollouts_at_once,
         seed=flags.seed,
     )
-    leads = dist.get_rank() == 0
     records = measure(run, work, how, show_progress=leads)
     if leads:
         settings = settings_of(flags, run, how, earlier)
@@ -231,6 +242,7 @@ def settings_of(
         "iteration": str(run.args.ckpt_step or tracker.read_text().strip()),
         "data": str(flags.data),
         "json_key": flags.json_key,
+        "special_tokens": flags.special_tokens,
         "seq_length": how.length,
         "solution_only": flags.solution_only,
         "positions_per_document": how.positions,
