@@ -76,7 +76,7 @@ def words() -> PreTrainedTokenizerFast:
 
 def with_strips() -> PreTrainedTokenizerFast:
     tokenizer = byte_level_bpe()
-    tokenizer.add_tokens([tokenizers.AddedToken("42", rstrip=True, lstrip=True)])
+    tokenizer.add_tokens([tokenizers.AddedToken("42", rstrip=True)])
     return tokenizer
 
 
@@ -104,14 +104,14 @@ def random_text(seed: int, length: int) -> str:
     generator = random.Random(seed)
     parts = [
         lambda: generator.choice(LINES),
-        lambda: " ".join(
-            generator.choices(["Anna", "buys", "3", "apples", ";", "each", "costs", "42", "euros", "."], k=40)
-        ),
+        lambda: " ".join(generator.choices([*"AB3;.", "buys", "apples", "each", "42"], k=60)),
         lambda: "".join(generator.choices("abcdefXYZ0123456789+/", k=400)),
         lambda: "".join(generator.choices("0123456789", k=500)),
         lambda: "".join(generator.choices("数学是有趣的。我们学习é\u0301🙂", k=300)),
         lambda: generator.choice([" ", "\n", "a", "=", "\t"]) * 300,
-        lambda: generator.choice(["</think>", "é ß", "\n\n", ".\n\n  ", "’s", "\u00a0", "½"]) * 9,
+        lambda: (
+            generator.choice(["</think>", "é ß", "\n\n", ".\n\n  ", "\u2019s", "\u00a0", "½"]) * 9
+        ),
     ]
     text = ""
     while len(text) < length:
@@ -170,6 +170,20 @@ def test_a_text_that_cannot_be_cut_is_whole_up_to_a_bound(
     monkeypatch.setattr(document_tokens, "LONGEST_UNCUT", 2000)
     with pytest.raises(ValueError, match=r"data:1: a text of \d+ characters.*split the document\."):
         pieces(tokenizer, text)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_token_that_swallows_the_blanks_of_many_pieces_before_it_is_refused(
+    tmp_path: Path,
+) -> None:
+    def build() -> PreTrainedTokenizerFast:
+        tokenizer = byte_level_bpe()
+        tokenizer.add_tokens([tokenizers.AddedToken("42", lstrip=True)])
+        return tokenizer
+
+    tokenizer = DocumentTokenizer(_megatron(tmp_path, build))
+    with pytest.raises(ValueError, match=r"data:1: a text of 909 characters, a part of which"):
+        pieces(tokenizer, "x" * 300 + " " * 600 + "42 eggs =")
 
 
 @pytest.mark.usefixtures("small_pieces")

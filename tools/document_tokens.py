@@ -101,7 +101,7 @@ class DocumentTokenizer:
         if len(text) <= LONGEST_WHOLE:
             yield list(self.tokenizer.tokenize(text)) if text else []
             return
-        before, after = self._frame(text[:CONTEXT])
+        before, after = self._frame()
         yield before
         piece = _Piece([], 0, [])
         while piece.end < len(text):
@@ -110,44 +110,63 @@ class DocumentTokenizer:
         yield after
 
     def _next_piece(self, text: str, last: "_Piece", place: str) -> "_Piece":
-        origin = max(0, last.end - CONTEXT)
         length = LONGEST_WHOLE if self._cuts_at else LONGEST_UNCUT
         while last.end + length < len(text) and length <= LONGEST_UNCUT and self._cuts_at:
             for cut in _places(text, last.end + length, between_tokens=self._cuts_at == "tokens"):
-                left, right = text[cut - CONTEXT : cut], text[cut : cut + CONTEXT]
-                tail = self._bare(left)
-                if tail and self._is_seam(left, right, tail):
-                    ids = self._bare(text[origin:cut])
-                    if _joins(last.tail, ids, tail):
-                        return _Piece(ids[len(last.tail) :], cut, tail)
+                piece = self._piece_to(cut, text, last)
+                if piece is not None:
+                    return piece
             length *= 2
         if last.end + length < len(text):
             raise ValueError(
                 f"{place}: a text of {len(text)} characters, {LONGEST_UNCUT} of them in a row "
                 "without a place where this tokenizer is sure to split; split the document."
             )
-        ids = self._bare(text[origin:])
+        ids = self._bare(text[last.context :])
         if ids[: len(last.tail)] != last.tail:
             raise ValueError(
-                f"{place}: a text of {len(text)} characters, of which this tokenizer reads an "
-                f"earlier part by what follows far behind it; split the document."
+                f"{place}: a text of {len(text)} characters, a part of which this tokenizer reads "
+                "by what follows far behind it; split the document."
             )
         return _Piece(ids[len(last.tail) :], len(text), [])
 
-    def _is_seam(self, left: str, right: str, left_ids: list[int]) -> bool:
-        """Whether ``left`` keeps its ids before ``right``, which then has ids of its own."""
-        if self._bare(left + right)[: len(left_ids)] != left_ids:
-            return False
-        if self._cuts_at == "tokens":
-            return True
+    def _piece_to(self, cut: int, text: str, last: "_Piece") -> "_Piece | None":
+        """The piece that ends at ``cut``, if both sides of the cut keep their tokens."""
+        before, around = text[cut - CONTEXT : cut], text[cut - CONTEXT : cut + CONTEXT]
+        tail = self._bare(before)
+        if not tail or self._bare(around)[: len(tail)] != tail:
+            return None
+        if self._cuts_at == "words" and not self._splits_after(before, around):
+            return None
+        whole = text[last.context : cut]
+        ids = self._bare(whole)
+        # The first half may differ, as it begins anywhere in a word.
+        kept = max(1, len(tail) // 2)
+        if ids[: len(last.tail)] != last.tail or ids[-kept:] != tail[-kept:]:
+            return None
+        # Where digits go in threes, equal ids do not say that the threes begin at the same digits.
+        if not _BETWEEN_WORDS.match(text, cut) and self._splits(whole) != self._splits(before):
+            return None
+        return _Piece(ids[len(last.tail) :], cut, tail)
+
+    def _splits(self, text: str) -> set[int]:
+        """Where the pre-tokenizer splits the last characters of ``text``, counted from its end."""
+        if self._backend is None or self._backend.pre_tokenizer is None:
+            return set()
+        if self._backend.normalizer is not None:
+            text = self._backend.normalizer.normalize_str(text)
+        words = self._backend.pre_tokenizer.pre_tokenize_str(text)
+        return {len(text) - begin for _, (begin, _) in words if len(text) - begin < CONTEXT // 2}
+
+    def _splits_after(self, before: str, around: str) -> bool:
+        """Whether no pre-token of ``around`` has characters both in ``before`` and behind it."""
         normalizer = self._backend.normalizer
         if normalizer is not None:
-            left, right = normalizer.normalize_str(left), normalizer.normalize_str(left + right)
-            if not right.startswith(left):
-                return False
-            right = right.removeprefix(left)
-        words = self._backend.pre_tokenizer.pre_tokenize_str(left + right)
-        return all(not begin < len(left) < end for _, (begin, end) in words)
+            before, around = normalizer.normalize_str(before), normalizer.normalize_str(around)
+        words = self._backend.pre_tokenizer.pre_tokenize_str(around)
+        return around.startswith(before) and not any(
+            begin < len(before) < end for _, (begin, end) in words
+        )
 
     def _bare(self, text: str) -> list[int]:
         """Token ids without the special tokens that the tokenizer adds."""
@@ -155,10 +174,11 @@ class DocumentTokenizer:
             return list(self.tokenizer.tokenize(text))
         return self._inner(text, add_special_tokens=False).input_ids
 
-    def _frame(self, text: str) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer adds before and after a text, here ``text``."""
-        whole, bare = list(self.tokenizer.tokenize(text)), self._bare(text)
-        first = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer adds before and after any text."""
+        whole, bare = list(self.tokenizer.tokenize("a")), self._bare("a")
+        starts = range(len(whole) - len(bare) + 1)
+        first = next(i for i in starts if whole[i : i + len(bare)] == bare)
         return whole[:first], whole[first + len(bare) :]
 
 
@@ -174,14 +194,10 @@ class _Piece:
     end: int
     tail: list[int]
 
-
-def _joins(head: list[int], ids: list[int], tail: list[int]) -> bool:
-    """Whether ``ids`` go on from ``head`` and end as ``tail`` does.
-
-    The first half of ``tail`` may differ, as it begins anywhere in a word.
-    """
-    kept = max(1, len(tail) // 2)
-    return ids[: len(head)] == head and ids[-kept:] == tail[-kept:]
+    @property
+    def context(self) -> int:
+        """The character where ``tail`` begins."""
+        return max(0, self.end - CONTEXT)
 
 
 def _places(text: str, limit: int, between_tokens: bool) -> Iterator[int]:
