@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.plot_curves import moving_average, plot_curves, read_metrics
-
 SCRIPT = Path(__file__).parents[1] / "tools" / "plot_curves.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+from plot_curves import moving_average, plot_curves, read_metrics  # noqa: E402
 
 
 def _write(path: Path, records: list[dict]) -> Path:
@@ -79,8 +80,9 @@ def test_the_script_writes_a_picture(tmp_path):
     ("text", "message"),
     [
         ("", "holds no iteration yet"),
-        ('{"iteration": 1}\n{"iteration": \n', "line 2 is not JSON"),
-        ('{"reward": 1}\n', 'line 1 is not an object with an integer "iteration"'),
+        ('{"iteration": 1}\n{"iteration": \n', "metrics.jsonl:2: not valid JSON"),
+        ('{"reward": 1}\n', 'metrics.jsonl:1: not an object with an integer "iteration"'),
+        ('{"iteration": 1}\n' + '{"a": ' * 100_000, "metrics.jsonl:2: brackets are nested"),
         ('{"iteration": 1, "other": 2}\n', "has none of match rate"),
     ],
 )

@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from document_tokens import SPECIAL_TOKENS, DocumentTokenizer
 from evaluation import (
     NOT_COUNTED,
     Measured,
@@ -122,6 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=1234, help="of positions, responses and bootstrap (1234)")
     add("--json-key", default="text", help="where a line holds its text (default text)")
+    add(
+        "--special-tokens",
+        choices=SPECIAL_TOKENS,
+        default="plain",
+        help="what a special token is that a text spells out, as in preprocess_data.py (default "
+        "plain: text)",
+    )
     return parser
 
 
@@ -193,7 +201,7 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
     texts = read_texts(flags.data, flags.json_key, flags.solution_only, flags.documents)
     if earlier is not None:
         lines = {record.line for record in earlier.records}
-        texts = [text for text in texts if text[0] in lines]
+        texts = [text for text in texts if text.line in lines]
 
     with quiet_unless_it_fails():
         run = start_mid_training(words)
@@ -207,7 +215,12 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
     if earlier is not None:
         theirs = earlier.settings["prompt"]
         check_same_prompt(flags.positions_from, theirs, "this evaluation", asked_with(run))
-    documents = tokenize(texts, get_tokenizer().tokenize, run.prompt.bytes_of)
+    leads = dist.get_rank() == 0
+    # Reads special tokens in texts as it is told from now on, so it comes after the check.
+    tokenizer = DocumentTokenizer(get_tokenizer(), flags.special_tokens)
+    documents = tokenize(texts, tokenizer, run.prompt.bytes_of)
+    if leads and tokenizer.written:
+        print(tokenizer.report(), file=sys.stderr)
     work: list[tuple[Document, Record | None]] = [(document, None) for document in documents]
     if earlier is not None:
         work = list(documents_of(earlier, flags.positions_from, documents))
@@ -219,7 +232,6 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
         at_once=flags.rollouts_at_once,
         seed=flags.seed,
     )
-    leads = dist.get_rank() == 0
     records = measure(run, work, how, show_progress=leads)
     if leads:
         settings = settings_of(flags, run, how, earlier)
@@ -252,6 +264,7 @@ def settings_of(
         "iteration": str(run.args.ckpt_step or tracker.read_text().strip()),
         "data": str(flags.data),
         "json_key": flags.json_key,
+        "special_tokens": flags.special_tokens,
         "seq_length": how.length,
         "solution_only": flags.solution_only,
         "positions_per_document": how.positions,

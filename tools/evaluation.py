@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from json_lines import read_object
+
 SPLITS = ("easy", "medium", "hard")
 COLUMNS = (*SPLITS, "average")
 RESAMPLES = 2000
@@ -306,16 +308,14 @@ def read_output(path: Path) -> Measured:
     Raises:
         ValueError: it is missing or no output of this tool.
     """
+    content = read_object(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']}, not {FORMAT}; evaluate again")
         prompt = content["settings"]["prompt"]
         if not all(isinstance(prompt[piece], str) for piece in ("head", "stem", "close", "digest")):
             raise ValueError("its prompt is no text")
         return Measured(content["settings"], [Record(**record) for record in content["documents"]])
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is not an output of evaluate.py ({error!r}).") from None
 

@@ -1,14 +1,30 @@
 """Held-out documents of an evaluation: read, tokenized, and the positions in them drawn."""
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from document_tokens import DocumentTokenizer
 from evaluation import NOT_COUNTED, Measured, Record
+from json_lines import Row, read_rows
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document as the data has it.
+
+    line: from 1. place: ``file:line``, for messages. problem: its first characters that do not
+    count (--solution-only).
+    """
+
+    line: int
+    place: str
+    text: str
+    problem: int
 
 
 @dataclass(frozen=True)
@@ -28,59 +44,48 @@ class Document:
         return hashlib.sha256(np.array(self.ids, dtype=np.int64).tobytes()).hexdigest()[:16]
 
 
-def read_texts(
-    path: Path, json_key: str, solution_only: bool, limit: int | None
-) -> list[tuple[int, str, int]]:
-    """(line from 1, text, characters that do not count) of the first ``limit`` documents.
+def read_texts(path: Path, json_key: str, solution_only: bool, limit: int | None) -> list[Text]:
+    """The first ``limit`` documents.
 
     Raises:
-        ValueError: the file is missing, a line is no such object, or there is no document.
+        ValueError: the file cannot be read, a line is no such object, or there is no document.
     """
-    texts: list[tuple[int, str, int]] = []
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if limit is not None and len(texts) == limit:
-                    break
-                if line.strip():
-                    texts.append((number, *_text(line, json_key, solution_only)))
-    except OSError as error:
-        raise ValueError(f"--data {path} cannot be read: {error.strerror}.") from None
+        rows = itertools.islice(read_rows(path), limit)
+        texts = [_text(row, json_key, solution_only) for row in rows]
     except ValueError as error:
-        raise ValueError(f"--data {path}, line {number}: {error}.") from None
+        raise ValueError(f"--data {error}") from None
     if not texts:
         raise ValueError(f"--data {path} holds no document; name a JSONL file with one per line.")
     return texts
 
 
-def _text(line: str, json_key: str, solution_only: bool) -> tuple[str, int]:
-    content = json.loads(line)
-    if not isinstance(content, dict) or not isinstance(content.get(json_key), str):
-        raise ValueError(f"it is not a JSON object with a string {json_key!r}; see --json-key")
-    problem = content.get("problem_chars", 0)
-    if solution_only and not ("problem_chars" in content and isinstance(problem, int)):
-        raise ValueError("it has no number problem_chars, which --solution-only needs")
-    return content[json_key], problem if solution_only else 0
+def _text(row: Row, json_key: str, solution_only: bool) -> Text:
+    text = row.text(json_key)
+    problem = row.values.get("problem_chars")
+    if solution_only and not isinstance(problem, int):
+        raise ValueError(f"{row.place}: no number problem_chars, which --solution-only needs.")
+    return Text(row.number, row.place, text, problem if solution_only else 0)
 
 
 def tokenize(
-    texts: Sequence[tuple[int, str, int]],
-    encode: Callable[[str], Sequence[int]],
-    bytes_of: Sequence[bytes],
+    texts: Sequence[Text], tokenizer: DocumentTokenizer, bytes_of: Sequence[bytes]
 ) -> list[Document]:
-    """Documents as training would tokenize them, without the end-of-document token.
+    """Documents as preprocessing tokenizes them, without the end-of-document token.
 
     Raises:
-        ValueError: not one of them has two tokens.
+        ValueError: a text spells out special tokens that ``tokenizer`` refuses, or not one of the
+            texts has two tokens.
     """
     documents = []
-    for line, text, problem_chars in texts:
-        ids = list(encode(text))
+    for text in texts:
+        tokenizer.note_special_tokens(text.text, text.place)
+        ids = [*itertools.chain.from_iterable(tokenizer.encode(text.text, text.place))]
         # In bytes, because a token may be part of a character.
         starts = np.cumsum([0, *(len(bytes_of[token]) for token in ids)])[:-1]
-        first = int(np.searchsorted(starts, len(text[:problem_chars].encode())))
+        first = int(np.searchsorted(starts, len(text.text[: text.problem].encode())))
         if len(ids) > 1:
-            documents.append(Document(line, ids, first))
+            documents.append(Document(text.line, ids, first))
     if not documents:
         raise ValueError("--data holds no document of two or more tokens; pass longer texts.")
     return documents

@@ -7,7 +7,6 @@ whose values are missing from the whole file is left out.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,8 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from json_lines import read_rows
 
 
 @dataclass(frozen=True)
@@ -62,24 +63,13 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the file cannot be read, is empty, or has a line that is no metrics object.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a metrics file: {error}") from error
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+    for row in read_rows(path):
+        record = row.values
+        if not isinstance(record.get("iteration"), int):
             raise ValueError(
-                f"{path}, line {number} is not JSON ({error}): remove that line."
-            ) from error
-        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
-            raise ValueError(
-                f'{path}, line {number} is not an object with an integer "iteration": '
-                "give the file that the training wrote."
+                f'{row.place}: not an object with an integer "iteration"; give the file that the '
+                "training wrote."
             )
         while records and records[-1]["iteration"] >= record["iteration"]:
             records.pop()
@@ -91,7 +81,10 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:

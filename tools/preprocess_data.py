@@ -15,25 +15,36 @@ The two files appear under their names only when they are complete.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import itertools
-import json
 import os
+import signal
+import sys
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from document_tokens import SPECIAL_TOKENS, DocumentTokenizer, SpecialTokens
+from json_lines import read_rows
 from megatron_rmt.job import console
-from megatron_rmt.prompt.ids_of_text import DOCUMENTS, check_ids_are_text
+from megatron_rmt.prompt.ids_of_text import CHARACTERS, DOCUMENTS, check_ids_are_text
 
 DOCUMENTS_PER_BATCH = 64
+CHARACTERS_PER_BATCH = 2**20
+# Characters of a batch that goes to another process.
+LONGEST_SENT = 2**23
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Summary:
 
     ``text_bytes`` counts the UTF-8 bytes of the documents, ``tokens`` the ids in the ``.bin`` file
     (ends of documents included), ``empty`` the documents left out because they had no text.
+    ``special_tokens`` says in a line how many special tokens the texts spell out; "" for none.
     """
 
     documents: int
@@ -49,14 +61,35 @@ class Summary:
     text_bytes: int
     empty: int
     dtype: str
+    special_tokens: str = ""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it stands, ``file:line``."""
+
+    text: str
+    place: str
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some documents in a row and how many bytes of input lines they took."""
+    """Some documents in a row, their characters, and the bytes that were read for them."""
 
-    texts: list[str]
-    line_bytes: int
+    documents: list[Document]
+    characters: int
+    read: int
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch, and for each document its token ids in pieces (int32 ``[tokens]``), in order.
+
+    The pieces of a long document are made while they are taken, once.
+    """
+
+    batch: Batch
+    ids: Iterable[Iterable[np.ndarray]]
 
 
 def load_tokenizer(name: str) -> Any:
@@ -98,8 +131,9 @@ def end_of_document(tokenizer: Any, name: str) -> int:
     token_id = tokenizer.eod
     if token_id is None or token_id < 0:
         raise ValueError(
-            f"--tokenizer {name} has no end-of-sequence token to end documents with; "
-            "set its eos_token, or pass --no-append-eod."
+            f"--tokenizer {name} has no end-of-sequence token to end documents with; name one of "
+            'its tokens as "eos_token" in its tokenizer_config.json (--no-append-eod would join '
+            "the documents without any end)."
         )
     return token_id
 
@@ -110,116 +144,177 @@ def check_tokenizer(tokenizer: Any, name: str, inputs: Sequence[Path], json_key:
     Raises:
         ValueError: they are not, or see ``read_batches``.
     """
-    first = [next(read_batches([path], json_key)).texts[:DOCUMENTS] for path in inputs]
+    first = (itertools.islice(read_rows(path), DOCUMENTS) for path in inputs)
+    texts = [row.text(json_key)[:CHARACTERS] for row in itertools.chain.from_iterable(first)]
     try:
-        check_ids_are_text(tokenizer, itertools.chain(*first))
+        check_ids_are_text(tokenizer, texts)
     except ValueError as error:
         raise ValueError(f"--tokenizer {name}: {error}") from None
 
 
-def read_batches(paths: Sequence[Path], json_key: str) -> Iterator[Batch]:
-    """The documents of the files in order; blank lines are skipped.
+def check_output(prefix: str, inputs: Sequence[Path], overwrite: bool) -> dict[str, Path]:
+    """The paths of the ``.bin`` and ``.idx`` files.
 
     Raises:
-        ValueError: with file and line, for a line that is not JSON or not UTF-8, not an object, has
-            no ``json_key``, or holds something other than text there; or a file without documents.
+        ValueError: the prefix names no file that can be written, or one that is there.
+    """
+    if "://" in prefix or Path(prefix).name in ("", "..") or prefix.endswith((os.sep, "/.")):
+        raise ValueError(
+            f"--output-prefix {prefix} names no local file; add the name that .bin and .idx get."
+        )
+    final = {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx")}
+    nearest = next(path for path in final["bin"].absolute().parents if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--output-prefix {prefix}: {nearest} is a file; choose another prefix.")
+    for path in final.values():
+        if path.is_dir() or path.resolve() in [source.resolve() for source in inputs]:
+            kind = "a directory" if path.is_dir() else "an --input"
+            raise ValueError(f"--output-prefix {prefix}: {path} is {kind}; choose another prefix.")
+    if not overwrite and any(path.exists() for path in final.values()):
+        raise ValueError(
+            f"--output-prefix {prefix}: {prefix}.bin or .idx exists; choose another prefix, or "
+            "pass --overwrite."
+        )
+    return final
+
+
+def read_batches(
+    paths: Sequence[Path], json_key: str, tokenizer: DocumentTokenizer
+) -> Iterator[Batch]:
+    """The documents of the files in order, some ``CHARACTERS_PER_BATCH`` at a time.
+
+    Raises:
+        ValueError: with file and line, for a line that is no document (``json_lines``) or spells
+            out a special token that ``tokenizer`` refuses; or a file without documents.
     """
     for path in paths:
-        texts: list[str] = []
-        line_bytes = 0
+        documents: list[Document] = []
+        characters = position = before = 0
         found = False
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                line_bytes += len(line)
-                if line.strip():
-                    texts.append(_document(line, f"{path}:{number}", json_key))
-                    found = True
-                if len(texts) == DOCUMENTS_PER_BATCH:
-                    yield Batch(texts, line_bytes)
-                    texts, line_bytes = [], 0
+        for row in read_rows(path):
+            document = Document(row.text(json_key), row.place)
+            tokenizer.note_special_tokens(document.text, document.place)
+            documents.append(document)
+            characters += len(document.text)
+            position, found = row.position, True
+            # A row of a long text goes with it.
+            del row, document
+            if len(documents) == DOCUMENTS_PER_BATCH or characters >= CHARACTERS_PER_BATCH:
+                yield Batch(documents, characters, position - before)
+                documents, characters, before = [], 0, position
         if not found:
             raise ValueError(f"{path} holds no documents; remove it from --input.")
-        yield Batch(texts, line_bytes)
+        yield Batch(documents, characters, position - before)
 
 
-def _document(line: bytes, place: str, json_key: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{place}: not valid JSON ({error.msg} at column {error.colno}); "
-            "each line must be one JSON object."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not valid UTF-8 ({error.reason}); convert the file.") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: a {type(row).__name__}, but each line must be a JSON object.")
-    if json_key not in row:
-        raise ValueError(
-            f"{place}: no key {json_key!r} among {sorted(row)}; name the key of the text with "
-            "--json-key."
-        )
-    text = row[json_key]
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{place}: {json_key!r} is a {type(text).__name__}, but must be a string; "
-            "fix the line or choose another --json-key."
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{place}: {json_key!r} holds half of a surrogate pair, which is no text; fix the line."
-        ) from None
-    return text
+def encode_document(
+    tokenizer: DocumentTokenizer, document: Document, eod: int | None
+) -> Iterator[np.ndarray]:
+    """Token ids in pieces, int32 ``[tokens]`` each, ended by ``eod`` once unless it is None."""
+    last = None
+    for ids in tokenizer.encode(document.text, document.place):
+        if ids:
+            last = ids[-1]
+            yield np.asarray(ids, dtype=np.int32)
+    # Some tokenizers end every text themselves.
+    if last is not None and eod is not None and last != eod:
+        yield np.asarray([eod], dtype=np.int32)
 
 
-def encode_documents(tokenizer: Any, texts: Iterable[str], eod: int | None) -> list[np.ndarray]:
-    """Token ids of each text, ended by ``eod`` once unless it is None."""
-    encoded = []
-    for text in texts:
-        ids = tokenizer.tokenize(text) if text else []
-        # Some tokenizers end every text themselves.
-        if ids and eod is not None and ids[-1] != eod:
-            ids = [*ids, eod]
-        encoded.append(np.asarray(ids, dtype=np.int64))
-    return encoded
+_worker_state: tuple[DocumentTokenizer, int | None]
 
 
-_worker_state: tuple[Any, int | None]
-
-
-def _start_worker(name: str, eod: int | None) -> None:
+def _start_worker(name: str, special_tokens: SpecialTokens, eod: int | None) -> None:
+    # Ctrl-C reaches all processes of a terminal; the first of them ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     global _worker_state
-    _worker_state = (load_tokenizer(name), eod)
+    _worker_state = (DocumentTokenizer(load_tokenizer(name), special_tokens), eod)
 
 
-def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
+
+
+def _encode_in_worker(documents: list[Document]) -> list[list[np.ndarray]]:
     tokenizer, eod = _worker_state
-    return encode_documents(tokenizer, texts, eod)
+    return [list(encode_document(tokenizer, document, eod)) for document in documents]
 
 
-def encode_batches(
-    batches: Iterable[Batch], tokenizer: Any, name: str, eod: int | None, workers: int
-) -> Iterator[tuple[Batch, list[np.ndarray]]]:
-    """Each batch with its token ids, in order; at most a few batches are in memory at a time."""
-    if workers == 1:
-        for batch in batches:
-            yield batch, encode_documents(tokenizer, batch.texts, eod)
-        return
+@contextlib.contextmanager
+def _worker_pool(workers: int, state: tuple[str, SpecialTokens, int | None]) -> Iterator[Executor]:
+    """Processes that tokenize; on any error they are killed rather than waited for.
+
+    Raises:
+        ValueError: one of them died, or there can be no more.
+    """
     # This process may have threads, so that a fork of it could hang; the server has none, and
     # imports for all workers once.
     context = get_context("forkserver")
     context.set_forkserver_preload(["transformers", "megatron.core.tokenizers"])
-    with ProcessPoolExecutor(workers, context, _start_worker, (name, eod)) as pool:
-        pending: deque[tuple[Batch, Any]] = deque()
+    others = set(active_children())
+    pool = ProcessPoolExecutor(workers, context, _start_worker, state)
+    try:
+        yield pool
+        pool.shutdown()
+    except BaseException as error:
+        for worker in set(active_children()) - others:
+            worker.kill()
+        pool.shutdown(cancel_futures=True)
+        if isinstance(error, BrokenProcessPool | OSError):
+            raise ValueError(
+                f"--workers {workers}: one of the processes was killed or could not be started, "
+                "most often for want of memory; pass fewer."
+            ) from None
+        raise
+
+
+def encode_batches(
+    batches: Iterable[Batch],
+    tokenizer: DocumentTokenizer,
+    name: str,
+    eod: int | None,
+    workers: int,
+) -> Iterator[EncodedBatch]:
+    """Each batch with its token ids, in order; a few million characters are read ahead at most.
+
+    A check of the first documents' ids against their texts goes between this and what writes them.
+
+    Raises:
+        ValueError: a document cannot be encoded, or a worker died.
+    """
+
+    def encode_here(batch: Batch) -> Iterator[Iterator[np.ndarray]]:
+        return (encode_document(tokenizer, document, eod) for document in batch.documents)
+
+    if workers == 1:
         for batch in batches:
-            pending.append((batch, pool.submit(_encode_in_worker, batch.texts)))
-            if len(pending) > 2 * workers:
-                first, future = pending.popleft()
-                yield first, future.result()
-        for batch, future in pending:
-            yield batch, future.result()
+            yield EncodedBatch(batch, encode_here(batch))
+            del batch
+        return
+    with _worker_pool(workers, (name, tokenizer.special_tokens, eod)) as pool:
+        pending: deque[tuple[Batch, Callable[[], Iterable[Iterable[np.ndarray]]]]] = deque()
+
+        def oldest() -> EncodedBatch:
+            batch, result = pending.popleft()
+            return EncodedBatch(batch, result())
+
+        for batch in batches:
+            while pending and (
+                len(pending) > 2 * workers
+                or sum(other.characters for other, _ in pending) + batch.characters
+                > 2 * workers * CHARACTERS_PER_BATCH
+            ):
+                yield oldest()
+            if batch.characters > LONGEST_SENT:
+                # Sent to another process and back it would be in memory several times.
+                pending.append((batch, functools.partial(encode_here, batch)))
+            else:
+                future = pool.submit(_encode_in_worker, batch.documents)
+                pending.append((batch, future.result))
+        while pending:
+            yield oldest()
 
 
 def preprocess(
@@ -230,6 +325,7 @@ def preprocess(
     append_eod: bool = True,
     workers: int = 1,
     overwrite: bool = False,
+    special_tokens: SpecialTokens = "plain",
 ) -> Summary:
     """Tokenize ``inputs`` into ``output_prefix`` + ``.bin`` and ``.idx``.
 
@@ -237,72 +333,109 @@ def preprocess(
     as uint16 where the vocabulary allows it (Megatron's ``DType.optimal_dtype``), else as int32.
 
     Raises:
-        ValueError: an input, the tokenizer or an argument is not as it must be, or the output is
-            there already and ``overwrite`` is false. The output is then left as it was.
+        ValueError: an input, the tokenizer or an argument is not as it must be, the output is there
+            already and ``overwrite`` is false or cannot be written, or a worker was killed. The
+            output is then left as it was.
     """
     if workers < 1:
         raise ValueError(f"--workers is {workers}; it must be 1 or more.")
     for path in inputs:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ValueError(f"--input {path} is not a file; give an existing JSONL file.")
-    final = {kind: Path(f"{output_prefix}.{kind}") for kind in ("bin", "idx")}
-    if not overwrite and any(path.exists() for path in final.values()):
-        raise ValueError(
-            f"--output-prefix {output_prefix}: {output_prefix}.bin or .idx exists; choose another "
-            "prefix, or pass --overwrite."
-        )
-    tokenizer = load_tokenizer(tokenizer_name)
-    eod = end_of_document(tokenizer, tokenizer_name) if append_eod else None
+    with _writing(output_prefix):
+        final = check_output(output_prefix, inputs, overwrite)
+    loaded = load_tokenizer(tokenizer_name)
+    eod = end_of_document(loaded, tokenizer_name) if append_eod else None
+    check_tokenizer(loaded, tokenizer_name, inputs, json_key)
+    # Reads special tokens in texts as it is told from now on, so it comes after the check.
+    tokenizer = DocumentTokenizer(loaded, special_tokens)
 
-    final["bin"].parent.mkdir(parents=True, exist_ok=True)
     partial = {kind: Path(f"{output_prefix}.{os.getpid()}.partial.{kind}") for kind in final}
-    try:
-        check_tokenizer(tokenizer, tokenizer_name, inputs, json_key)
-        batches = read_batches(inputs, json_key)
+    with contextlib.ExitStack() as stack:
+        batches = read_batches(inputs, json_key, tokenizer)
         encoded = encode_batches(batches, tokenizer, tokenizer_name, eod, workers)
         size = sum(path.stat().st_size for path in inputs)
-        with tqdm(
-            total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None
-        ) as progress:
-            summary = _write(encoded, partial, tokenizer.vocab_size, progress)
+        with _writing(output_prefix):
+            final["bin"].parent.mkdir(parents=True, exist_ok=True)
+            for path in partial.values():
+                stack.callback(path.unlink, missing_ok=True)
+        stack.enter_context(contextlib.closing(encoded))
+        progress = stack.enter_context(
+            tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None)
+        )
+        summary = _write(encoded, partial, output_prefix, loaded.vocab_size, progress)
         if summary.documents == 0:
             raise ValueError(f"{inputs[0]}: every document is empty; nothing to train on.")
-        # An index never stands beside the tokens of another run, even if this is interrupted.
-        final["idx"].unlink(missing_ok=True)
-        partial["bin"].replace(final["bin"])
-        partial["idx"].replace(final["idx"])
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
-    return summary
+        with _writing(output_prefix):
+            # An index never stands beside the tokens of another run, even if this is interrupted.
+            final["idx"].unlink(missing_ok=True)
+            partial["bin"].replace(final["bin"])
+            partial["idx"].replace(final["idx"])
+    return dataclasses.replace(summary, special_tokens=tokenizer.report())
+
+
+@contextlib.contextmanager
+def _writing(prefix: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--output-prefix {prefix} cannot be written ({error.strerror}); make room or choose "
+            "another prefix."
+        ) from None
 
 
 def _write(
-    encoded: Iterable[tuple[Batch, list[np.ndarray]]],
+    encoded: Iterable[EncodedBatch],
     paths: dict[str, Path],
+    prefix: str,
     vocab_size: int,
     progress: Any,
 ) -> Summary:
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(vocab_size)
-    builder = IndexedDatasetBuilder(str(paths["bin"]), dtype=dtype)
+    with _writing(prefix):
+        builder = IndexedDatasetBuilder(str(paths["bin"]), dtype=dtype)
     documents = tokens = text_bytes = empty = 0
     try:
-        for batch, documents_ids in encoded:
-            for text, ids in zip(batch.texts, documents_ids, strict=True):
-                if ids.size == 0:
+        for one in encoded:
+            for document, pieces in zip(one.batch.documents, one.ids, strict=True):
+                length = _write_tokens(builder, pieces, document.place, prefix)
+                if length:
+                    documents += 1
+                    tokens += length
+                    text_bytes += len(document.text.encode())
+                else:
                     empty += 1
-                    continue
-                builder.add_document(ids, [ids.size])
-                documents += 1
-                tokens += ids.size
-                text_bytes += len(text.encode())
-            progress.update(batch.line_bytes)
+                # The next batch is read without the memory of this one.
+                del document, pieces
+            progress.update(one.batch.read)
+            del one
+        with _writing(prefix):
+            builder.finalize(str(paths["idx"]))
     finally:
-        builder.data_file.close()
-    builder.finalize(str(paths["idx"]))
+        with contextlib.suppress(OSError):
+            builder.data_file.close()
     return Summary(documents, tokens, text_bytes, empty, dtype.__name__)
+
+
+def _write_tokens(builder: Any, pieces: Iterable[np.ndarray], place: str, prefix: str) -> int:
+    """Write a document as one sequence, piece by piece, and return its tokens; 0 writes none."""
+    length = 0
+    for ids in pieces:
+        if ids.max() > np.iinfo(builder.dtype).max:
+            raise ValueError(
+                f"{place}: the tokenizer's ids, {ids.max()} here, go beyond the number of its "
+                "tokens; give one without holes in its vocabulary."
+            )
+        with _writing(prefix):
+            builder.data_file.write(ids.astype(builder.dtype).tobytes())
+        length += ids.size
+    if length:
+        # Its tokens are in the file already.
+        builder.add_document(np.empty(0), [length])
+    return length
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -328,23 +461,66 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_false",
         help="do not end each document with the end-of-document token",
     )
+    add(
+        "--special-tokens",
+        choices=SPECIAL_TOKENS,
+        default="plain",
+        help="what a special token is that a text spells out, such as <|endoftext|>: plain text, "
+        "the special token (which may end the document), or refused (default: plain)",
+    )
     add("--workers", type=int, default=1, help="processes that tokenize (default: 1)")
     add("--overwrite", action="store_true", help="replace an output that is there already")
     return parser.parse_args(argv)
 
 
+class Stopped(BaseException):
+    """A signal asked this process to end; ``args`` is its number."""
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise ``Stopped`` once, so that what is left is cleaned up."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # What the caller ignores (nohup) stays ignored.
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    """Preprocess; what goes wrong ends it with one sentence."""
     arguments = parse_arguments(argv)
     try:
-        summary = preprocess(**vars(arguments))
+        with stopped_by_signals():
+            summary = preprocess(**vars(arguments))
     except ValueError as error:
         raise SystemExit(f"preprocess_data: {error}") from None
+    except MemoryError:
+        raise SystemExit("preprocess_data: memory ran out; pass fewer --workers.") from None
+    except Stopped as stopped:
+        (number,) = stopped.args
+        name = signal.Signals(number).name
+        print(f"preprocess_data: stopped by {name}; nothing was written.", file=sys.stderr)
+        raise SystemExit(128 + number) from None
     left_out = f" ({summary.empty} empty ones left out)" if summary.empty else ""
     print(
         f"{summary.documents} documents{left_out}, {summary.tokens} tokens, "
         f"{summary.tokens / summary.text_bytes:.3f} tokens per byte, stored as {summary.dtype} in "
         f"{arguments.output_prefix}.bin and .idx"
     )
+    if summary.special_tokens:
+        print(summary.special_tokens)
     cache = Path(arguments.output_prefix, "cache")
     if arguments.overwrite and cache.is_dir():
         print(

@@ -18,7 +18,6 @@ tokens, with ``spread`` 1 to that many, evenly. Cases, interleaved:
 
 import argparse
 import inspect
-import json
 import os
 import shlex
 import subprocess
@@ -46,6 +45,7 @@ from torch import Tensor
 from benchmarks import huggingface
 from benchmarks.measurement import Report, interleaved, median
 from evaluation_passes import document_sample
+from json_lines import read_rows
 from megatron_rmt.model.pipeline import forward_through_stages
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.generate import RolloutSettings, generate
@@ -383,8 +383,7 @@ class Engine:
         Raises:
             ValueError: there are not so many tokens, or not so many positions in them.
         """
-        with open(data, encoding="utf-8") as lines:
-            text = "\n\n".join(json.loads(line)["text"] for line in lines if line.strip())
+        text = "\n\n".join(row.text("text") for row in read_rows(data))
         document = get_tokenizer().tokenize(text[: 20 * flags.document])[: flags.document]
         if len(document) < flags.document:
             raise ValueError(f"--data {data} has only {len(document)} tokens; pass a longer text.")
