@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron_rmt.algorithm.curriculum import SELECTIONS, Selection
 from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.losses import LOSSES, TokenLoss
-from megatron_rmt.algorithm.rewards import REWARDS, Reward
+from megatron_rmt.algorithm.rewards import REWARDS, Reward, needs_answer
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.rotary import check_rotary_scaling
@@ -79,13 +79,14 @@ def read_prompt(settings: Settings, tokenizer: Any) -> Prompt:
     """The prompt that the settings ask for, by Megatron's ``tokenizer``.
 
     Raises:
-        ValueError: see ``Prompt.of``.
+        ValueError: see ``Prompt.of``; --rmt-reward names nothing.
     """
+    reward = find("--rmt-reward", settings.reward, REWARDS)
     return Prompt.of(
         tokenizer,
         settings.template,
         chat=not settings.no_chat,
-        answer_tokens=settings.answer_tokens,
+        answer_tokens=settings.answer_tokens if needs_answer(reward) else 0,
         force_close=settings.force_close,
     )
 

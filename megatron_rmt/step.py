@@ -296,9 +296,7 @@ def _score(run: MidTraining, micro_batch: MicroBatch, schedule: Schedule) -> Non
     )
     evidence = gather_evidence(run.prompt, reasoned, schedule, of_truth)
     score(positions, evidence, run.reward, run.settings, warm_up=schedule.warm_up)
-    micro_batch.metrics |= response_metrics(
-        positions, evidence, run.settings, schedule, run.prompt.stop
-    )
+    micro_batch.metrics |= response_metrics(positions, evidence, run.settings, schedule, run.prompt)
     micro_batch.metrics["rmt rollout checksum"] = checksum(reasoned)
 
 

@@ -330,6 +330,24 @@ def test_a_warm_up_with_the_texts_own_thoughts_trains_alike_in_every_layout(
         assert_same_curve(start(ranks, [*flags, *flags_of_layout]).metrics, lines)
 
 
+@pytest.mark.parametrize("options", [[], ["--rmt-no-advantage-std"]])
+def test_the_information_gain_trains_alike_in_every_layout(start: Start, options: list[str]):
+    flags = [*RMT, "--rmt-reward", "information-gain", *options, "--exit-interval", "2"]
+    alone = start(1, flags).metrics
+    for line in alone:
+        # No answer is drawn, and nothing is said of any.
+        assert line["match rate"] is None
+        assert line["well-formed rate"] == 1.0
+        assert line["information gain"] != 0
+        assert line["zero-variance groups"] < 1
+    layouts = [(4, TP2 + PP2), (2, [*SHARDED_OPTIMIZER, *PACKED])]
+    for ranks, layout in layouts[: 1 if options else None]:
+        for line, expected in zip(start(ranks, [*flags, *layout]).metrics, alone, strict=True):
+            assert line["rollout checksum"] == expected["rollout checksum"]
+            for name in ("information gain", "reward", "grad norm", "ntp loss"):
+                assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+
+
 def test_rollouts_in_waves_train_alike(start: Start, reference: Run):
     """The bound holds the trunk and two positions at the longest thoughts."""
     lines = start(1, [*RMT, "--rmt-rollout-kv-gib", "5e-4", "--exit-interval", "2"])

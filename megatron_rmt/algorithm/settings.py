@@ -104,7 +104,9 @@ class Settings:
     text and to answer from the draft"""
 
     reward: str = setting("match", source="paper")
-    """What a response earns beside its length: match, or your own function as module:function; see
+    """What a response earns beside its length: match; information-gain, how much likelier the
+    thought makes the true next token, without an answer (for templates such as inline, where it
+    would follow the thought at once); or your own function as module:function, see
     docs/change.md"""
     length_reward_weight: float = setting(0.2, "[0, 1]", "parts of 1")
     """w: reward = (1-w) * match + w * length reward"""
@@ -112,6 +114,9 @@ class Settings:
     """Length reward at exactly B_t tokens"""
     no_length_reward: bool = setting(False, source="ablation of the paper")
     """Reward = match alone"""
+    no_advantage_std: bool = setting(False)
+    """Advantage = reward - mean of the group, not divided by the group's deviation: for dense
+    rewards, whose small differences then stay small (RLP, Dr. GRPO)"""
 
     entropy_thresholds: tuple[float, float, float] = setting(
         (0.5, 1.0, 1.5), "[0, inf]", "nats", source="RPT", **_TIERS

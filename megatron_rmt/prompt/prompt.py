@@ -41,7 +41,8 @@ class Prompt:
     template: with the chat markers in place. encode: token ids of a piece of text, no special
     tokens added. bytes_of: bytes of each token id, b"" for special tokens. stop: token ids that end
     a response. end_of_document: the token id between documents. answer_tokens: most tokens of an
-    answer. force_close: the end of thought is written at its bound.
+    answer, 0 where a response ends with its thought. force_close: the end of thought is written at
+    its bound.
     """
 
     template: Template

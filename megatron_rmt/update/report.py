@@ -14,6 +14,7 @@ from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.rewards import Evidence, Metric, length_reward, match
 from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.response import Response
 from megatron_rmt.rollout.responses import Rollout
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, Tree, chosen_rows
@@ -51,9 +52,9 @@ def response_metrics(
     evidence: Evidence,
     settings: Settings,
     schedule: Schedule,
-    stop: Sequence[int],
+    prompt: Prompt,
 ) -> dict[str, Metric]:
-    """Of responses that have been scored. stop: token ids that end a response."""
+    """Of responses that have been scored."""
     places = [
         (rollout, response)
         for position in positions
@@ -66,10 +67,11 @@ def response_metrics(
     # In the warm-up the answers are given, so there is nothing to report of them, nor of the
     # thoughts where they are taken from the text.
     judged = 0.0 if schedule.warm_up else float(len(places))
+    answered = judged if prompt.answer_tokens else 0.0
     thought = 0.0 if schedule.thought_from_text else float(len(places))
     flat = sum(not any(position.advantages) for position in positions)
     sums = {
-        "rmt match rate": (match(evidence).sum(), judged),
+        "rmt match rate": (match(evidence).sum(), answered),
         "rmt well-formed rate": (sum(own.well_formed for _, own in places), judged),
         "rmt closed by itself": (
             sum(own.closed and bool(rollout.drawn.all()) for rollout, own in places),
@@ -79,7 +81,7 @@ def response_metrics(
         "rmt length reward": (by_length.sum(), thought),
         "rmt reward": (rewards.sum(), judged),
         "rmt truncated": (
-            sum(is_truncated(*place, schedule.budget, stop) for place in places),
+            sum(is_truncated(*place, schedule.budget, prompt.stop) for place in places),
             judged,
         ),
         "rmt zero-variance groups": (flat, 0.0 if schedule.warm_up else float(len(positions))),
