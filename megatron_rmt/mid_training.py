@@ -20,6 +20,7 @@ from megatron_rmt.model.tree_attention import check_backend
 from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes, key_value_bytes
+from megatron_rmt.update.baseline import Baseline
 
 # The settings that may name a function of the user's own, and ours by name.
 DOORS = {"reward": REWARDS, "select": SELECTIONS, "loss": LOSSES}
@@ -27,13 +28,15 @@ DOORS = {"reward": REWARDS, "select": SELECTIONS, "loss": LOSSES}
 
 @dataclass(frozen=True)
 class MidTraining:
-    """args: Megatron's. reward, select, loss: what ``--rmt-reward``, ``--rmt-select`` and
-    ``--rmt-loss`` name. seed: of positions and rollouts."""
+    """args: Megatron's. baseline: of ``--rmt-baseline-decay``, None without it. reward, select,
+    loss: what ``--rmt-reward``, ``--rmt-select`` and ``--rmt-loss`` name. seed: of positions and
+    rollouts."""
 
     args: Namespace
     settings: Settings
     policy: Policy
     prompt: Prompt
+    baseline: Baseline | None
     reward: Reward
     select: Selection
     loss: TokenLoss
@@ -57,6 +60,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     problem = fitting_problem(args, settings, prompt)
     if problem:
         raise ValueError(problem)
+    decay = settings.baseline_decay
     run = MidTraining(
         args=args,
         settings=settings,
@@ -68,6 +72,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
             attention=settings.attention,
         ),
         prompt=prompt,
+        baseline=None if decay is None else Baseline(model, decay),
         **{name: find(f"--rmt-{name}", getattr(settings, name), DOORS[name]) for name in DOORS},
         seed=args.seed if settings.seed is None else settings.seed,
     )

@@ -53,6 +53,7 @@ def tiny_run(**changes: Any) -> MidTraining:
         settings=settings,
         policy=None,
         prompt=tiny_prompt(settings.answer_tokens),
+        baseline=None,
         reward=match,
         select=choose_by_tier,
         loss=token_losses,

@@ -108,6 +108,12 @@ class Settings:
     thought makes the true next token, without an answer (for templates such as inline, where it
     would follow the thought at once); or your own function as module:function, see
     docs/change.md"""
+    baseline_decay: float | None = setting(
+        None, "[0, 1)", "parts of the average a step", unset="the policy itself"
+    )
+    """What --rmt-reward information-gain measures a thought against: the prediction of a moving
+    average of the weights, fp32 and saved with the checkpoint, instead of the policy's own; RLP
+    takes 0.999"""
     length_reward_weight: float = setting(0.2, "[0, 1]", "parts of 1")
     """w: reward = (1-w) * match + w * length reward"""
     length_reward_maximum: float = setting(1.0, "(0, inf)", "rewards of a match")
