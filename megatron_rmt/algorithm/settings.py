@@ -86,7 +86,9 @@ class Settings:
     minimum_budget: int = setting(1, "[1, inf)", "tokens", source="paper")
     """B_min: least thought asked for"""
     budget_decay: float = setting(0.2, "(0, 1]", "parts of B_0 left at the end", source="paper")
-    """gamma: B_t = max(B_min, floor(B_0 * gamma^(t/T)))"""
+    """gamma: B_t = max(B_min, floor(B_0 * gamma^((t/T)^k)))"""
+    budget_exponent: float = setting(1.0, "(0, inf)", "power of t/T", source="paper")
+    """k: shape of the decay; above 1 the budget falls late, below 1 early"""
     no_budget_decay: bool = setting(False, source="ablation of the paper")
     """The budget stays B_0"""
     answer_tokens: int = setting(32, "[1, inf)", "tokens")
