@@ -225,11 +225,6 @@ def setting_problems(args: Namespace) -> Iterator[str]:
             f"--rmt-baseline-decay is {settings.baseline_decay}, which --rmt-reward match does not "
             "use; pass --rmt-reward information-gain, or leave it out."
         )
-    if settings.baseline_decay is not None and args.save and args.ckpt_format != "torch_dist":
-        yield (
-            f"--ckpt-format is {args.ckpt_format}; --rmt-baseline-decay saves its average as "
-            "torch_dist."
-        )
     if settings.metrics_file and Path(settings.metrics_file).is_dir():
         yield f"--rmt-metrics-file is {settings.metrics_file}, a folder; pass a file in it."
 
