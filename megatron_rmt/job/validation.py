@@ -112,7 +112,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
     decay = Settings.of(args).baseline_decay
     if decay is not None and args.save and args.ckpt_format != "torch_dist":
         yield (
-            f"--ckpt-format is {args.ckpt_format}; --rmt-baseline-decay {decay:g} saves its average "
+            f"--ckpt-format is {args.ckpt_format}; --rmt-baseline-decay {decay:g} saves an average "
             "with torch_dist."
         )
 
