@@ -16,7 +16,7 @@ from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatch
 from megatron_rmt.algorithm.curriculum import SELECTIONS, Selection
 from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.losses import LOSSES, TokenLoss
-from megatron_rmt.algorithm.rewards import REWARDS, Reward
+from megatron_rmt.algorithm.rewards import REWARDS, Reward, needs_answer
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.rotary import check_rotary_scaling
@@ -25,6 +25,7 @@ from megatron_rmt.model.tree_attention import check_backend
 from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes, key_value_bytes
+from megatron_rmt.update.baseline import Baseline
 
 # The settings that may name a function of the user's own, and ours by name.
 DOORS = {"reward": REWARDS, "select": SELECTIONS, "loss": LOSSES}
@@ -32,13 +33,15 @@ DOORS = {"reward": REWARDS, "select": SELECTIONS, "loss": LOSSES}
 
 @dataclass(frozen=True)
 class MidTraining:
-    """args: Megatron's. reward, select, loss: what ``--rmt-reward``, ``--rmt-select`` and
-    ``--rmt-loss`` name. seed: of positions and rollouts."""
+    """args: Megatron's. baseline: of ``--rmt-baseline-decay``, None without it. reward, select,
+    loss: what ``--rmt-reward``, ``--rmt-select`` and ``--rmt-loss`` name. seed: of positions and
+    rollouts."""
 
     args: Namespace
     settings: Settings
     policy: Policy
     prompt: Prompt
+    baseline: Baseline | None
     reward: Reward
     select: Selection
     loss: TokenLoss
@@ -63,6 +66,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     problem = fitting_problem(args, settings, prompt)
     if problem:
         raise ValueError(problem)
+    decay = settings.baseline_decay
     run = MidTraining(
         args=args,
         settings=settings,
@@ -74,6 +78,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
             attention=settings.attention,
         ),
         prompt=prompt,
+        baseline=None if decay is None else Baseline(model, decay),
         **{name: find(f"--rmt-{name}", getattr(settings, name), DOORS[name]) for name in DOORS},
         seed=args.seed if settings.seed is None else settings.seed,
     )
@@ -86,13 +91,14 @@ def read_prompt(settings: Settings, tokenizer: Any) -> Prompt:
     """The prompt that the settings ask for, by Megatron's ``tokenizer``.
 
     Raises:
-        ValueError: see ``Prompt.of``.
+        ValueError: see ``Prompt.of``; --rmt-reward names nothing.
     """
+    reward = find("--rmt-reward", settings.reward, REWARDS)
     return Prompt.of(
         tokenizer,
         settings.template,
         chat=not settings.no_chat,
-        answer_tokens=settings.answer_tokens,
+        answer_tokens=settings.answer_tokens if needs_answer(reward) else 0,
         force_close=settings.force_close,
     )
 

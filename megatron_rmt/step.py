@@ -330,17 +330,24 @@ def _check_ranks_agree(micro_batches: Sequence[MicroBatch]) -> None:
 def _score(run: MidTraining, micro_batch: MicroBatch, schedule: Schedule) -> None:
     """Rewards and advantages of one micro-batch's responses."""
     reasoned, positions = micro_batch.reasoned, micro_batch.positions
-    # Both log-probs come from one pass, which runs if a reward asks for one.
-    of_truth = functools.cache(
-        lambda: log_probs_of_truth(
-            run.policy, run.prompt, reasoned, schedule.budget, schedule.group
-        )
-    )
+
+    # What runs the model, if a reward asks for it.
+    @functools.cache
+    def of_truth() -> tuple[Tensor, Tensor]:
+        read = functools.partial(log_probs_of_truth, run.policy, run.prompt)
+        without, after = read(reasoned, schedule.budget, schedule.group)
+        if run.baseline is not None:
+            silent = [
+                ReasonedSample(of.sample, [ChosenPosition(own.row) for own in of.positions])
+                for of in reasoned
+            ]
+            with run.baseline.in_place_of_the_weights():
+                without, _ = read(silent, schedule.budget, group=1)
+        return without, after
+
     evidence = gather_evidence(run.prompt, reasoned, schedule, of_truth)
     score(positions, evidence, run.reward, run.settings, warm_up=schedule.warm_up)
-    micro_batch.metrics |= response_metrics(
-        positions, evidence, run.settings, schedule, run.prompt.stop
-    )
+    micro_batch.metrics |= response_metrics(positions, evidence, run.settings, schedule, run.prompt)
     micro_batch.metrics["rmt rollout checksum"] = checksum(reasoned)
 
 

@@ -72,3 +72,10 @@ def test_a_group_of_one_gives_zero():
 
 def test_no_positions_give_no_advantages():
     assert group_advantages(torch.empty(0, 8)).shape == (0, 8)
+
+
+def test_without_the_deviation_small_differences_stay_small():
+    rewards = torch.tensor([[1.0, 0.0], [0.001, 0.0], [0.5, 0.5]], dtype=torch.float64)
+    found = group_advantages(rewards, standardise=False)
+    expected = torch.tensor([[0.5, -0.5], [0.0005, -0.0005], [0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)

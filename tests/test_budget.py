@@ -32,5 +32,14 @@ def test_budget_never_rises():
     assert values == sorted(values, reverse=True)
 
 
+def test_an_exponent_above_1_lets_the_budget_fall_late():
+    # 800 * 0.2^(1/4) at half of the run, which is where a quarter is without it.
+    assert token_budget(500, 1000, 800, 1, 0.2, exponent=2.0) == 534
+    assert token_budget(250, 1000, 800, 1, 0.2, exponent=0.5) == 357
+    for exponent in (0.3, 1.0, 4.0):
+        assert token_budget(0, 1000, 800, 1, 0.2, exponent) == 800
+        assert token_budget(1000, 1000, 800, 1, 0.2, exponent) == 160
+
+
 def test_decay_of_one_keeps_the_budget():
     assert {token_budget(iteration, 10, 37, 1, 1.0) for iteration in range(11)} == {37}

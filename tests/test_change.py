@@ -17,7 +17,7 @@ PAGE = (REPOSITORY / "docs/change.md").read_text(encoding="utf-8")
 DIFFS = re.findall(r"^```diff\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 PYTHON = re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 DOORS = {
-    "reward": ["--rmt-reward", "information-gain"],
+    "reward": ["--rmt-reward", "surprising"],
     "selection": ["--rmt-select", "hardest"],
     "loss": ["--rmt-loss", "clipped"],
 }
@@ -55,8 +55,8 @@ def test_the_diffs_of_the_page_apply_and_train(inputs: TinyInputs, tmp_path: Pat
     changed = _train(checkout, inputs, flags, [checkout])
     plain = _train(REPOSITORY, inputs, [], [tmp_path, REPOSITORY])
     for line, reference in zip(changed, plain, strict=True):
-        assert line["information gain"] != 0
-        assert "information gain" not in reference
+        assert line["surprise"] > 0
+        assert "surprise" not in reference
         # The hardest positions are none of the others.
         assert line["entropy of chosen"] > reference["entropy of chosen"]
         # On policy the ratio is 1 up to rounding, and so is its clip.

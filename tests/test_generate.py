@@ -281,8 +281,9 @@ def _slow_response(
                 break
         else:
             answered += not thinking
+            closed = CLOSE.encode() in text
             complete = _answer_is_complete(text, case.answer)
-            if token == END or complete or answered == case.answer_tokens:
+            if token == END or complete or (closed and answered == case.answer_tokens):
                 break
     return tokens, drawn, log_probs
 
@@ -295,6 +296,10 @@ CASES = {
     "warm-up": Case(answer="next", warm_up=True, spelled_close=True),
     "warm-up, boxed": Case(warm_up=True, budget=8),
     "budget of one": Case(answer="next", budget=1, answer_tokens=1),
+    "no answer": Case(answer="next", answer_tokens=0),
+    "no answer, forced close": Case(
+        answer="next", answer_tokens=0, force_close=True, budget=3, spelled_close=True
+    ),
     "hot": Case(temperature=1.7, group=3),
     "greedy": Case(greedy=True, group=2),
     "greedy, forced close": Case(answer="next", greedy=True, group=2, force_close=True),

@@ -70,6 +70,12 @@ def test_next_responses_by_hand(pieces, expected):
     assert read(pieces, NEXT, answer_tokens=2) == Response(*expected)
 
 
+@pytest.mark.parametrize("template", [NEXT, BOXED])
+def test_where_no_answer_is_asked_for_a_closed_thought_is_well_formed(template: Template):
+    assert read([b"a", b"</think>the"], template, answer_tokens=0) == Response(1, True, True, b"")
+    assert read([b"a", b"the"], template, answer_tokens=0) == Response(2, False, False, b"")
+
+
 def test_a_box_must_fit_into_the_answer_tokens():
     pieces = [b"a", b"</think>", b"\\boxed{", b"x", b"}"]
     assert read(pieces, BOXED, answer_tokens=3).prediction == b"x"

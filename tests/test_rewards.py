@@ -9,10 +9,12 @@ import torch
 from megatron_rmt.algorithm.rewards import (
     REWARDS,
     Evidence,
+    information_gain,
     is_right,
     length_reward,
     match,
     matches,
+    needs_answer,
     total_reward,
 )
 from megatron_rmt.prompt.response import Response
@@ -167,6 +169,19 @@ def test_evidence_has_the_log_probs_of_the_truth_with_and_without_the_thought():
     evidence = _evidence(log_probs_of_truth=lambda: (without, after))
     assert evidence.log_prob_of_truth(after_thought=True).tolist() == after.tolist()
     assert evidence.log_prob_of_truth(after_thought=False).tolist() == [[-1.0], [-2.0]]
+
+
+def test_the_information_gain_is_what_the_thought_adds_to_the_log_prob_of_the_truth():
+    without, after = torch.tensor([-1.0, -2.0]), torch.tensor([[-3.0, -0.5], [-5.0, -2.0]])
+    evidence = _evidence(log_probs_of_truth=lambda: (without, after))
+    assert REWARDS["information-gain"](evidence).tolist() == [[-2.0, 0.5], [-3.0, 0.0]]
+    assert evidence.reports == {"rmt information gain": (-4.5, 4.0)}
+
+
+def test_only_a_reward_that_says_so_needs_no_answer():
+    assert not needs_answer(information_gain)
+    assert needs_answer(match)
+    assert needs_answer(lambda of: of.thought_lengths)
 
 
 def test_what_a_reward_reports_is_a_mean_under_its_name():

@@ -343,6 +343,52 @@ def test_a_warm_up_with_the_texts_own_thoughts_trains_alike_in_every_layout(
         assert_same_curve(start(ranks, [*flags, *flags_of_layout]).metrics, lines)
 
 
+@pytest.mark.parametrize("options", [[], ["--rmt-no-advantage-std"]])
+def test_the_information_gain_trains_alike_in_every_layout(start: Start, options: list[str]):
+    flags = [*RMT, "--rmt-reward", "information-gain", *options, "--exit-interval", "2"]
+    alone = start(1, flags).metrics
+    for line in alone:
+        # No answer is drawn, and nothing is said of any.
+        assert line["match rate"] is None
+        assert line["well-formed rate"] == 1.0
+        assert line["information gain"] != 0
+        assert line["zero-variance groups"] < 1
+    layouts = [(4, TP2 + PP2), (2, [*SHARDED_OPTIMIZER, *PACKED])]
+    for ranks, layout in layouts[: 1 if options else None]:
+        for line, expected in zip(start(ranks, [*flags, *layout]).metrics, alone, strict=True):
+            assert line["rollout checksum"] == expected["rollout checksum"]
+            for name in ("information gain", "reward", "grad norm", "ntp loss"):
+                assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+
+
+BASELINE = [*RMT, "--rmt-reward", "information-gain", "--rmt-baseline-decay", "0.5"]
+
+
+def test_a_run_with_a_moving_average_resumes_bitwise_in_its_layout(start: Start, tmp_path: Path):
+    """Also the first step, whose average is the policy, against a run without one."""
+    plain = start(1, [*BASELINE[:-2], "--exit-interval", "1"]).metrics
+    saving = ["--save", str(tmp_path / "first"), "--save-interval", "2", "--exit-interval", "4"]
+    whole = start(1, [*BASELINE, *saving])
+    gains = [lines[0]["information gain"] for lines in (whole.metrics, plain)]
+    assert gains[0] == pytest.approx(gains[1], rel=1e-6)
+    (tmp_path / "first/latest_checkpointed_iteration.txt").write_text("2")
+    resuming = ["--exit-interval", "4", "--save", str(tmp_path / "second"), "--save-interval", "4"]
+    resumed = start(1, [*BASELINE, *resuming], resume_from=tmp_path / "first")
+    assert resumed.metrics == whole.metrics[2:]
+    ours, expected = (checkpoint_tensors(tmp_path / run, 4) for run in ("second", "first"))
+    averages = [name for name in expected if name.startswith("rmt_baseline.")]
+    assert (
+        len(averages) == len([name for name in expected if name.startswith("decoder.layers")]) + 2
+    )
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
+    # Another layout goes on from the same average.
+    other = start(2, [*BASELINE, *TP2, *resuming[:2]], resume_from=tmp_path / "first")
+    for line, reference_line in zip(other.metrics, whole.metrics[2:], strict=True):
+        assert line["rollout checksum"] == reference_line["rollout checksum"]
+        for name in ("information gain", "reward", "grad norm"):
+            assert line[name] == pytest.approx(reference_line[name], rel=1e-3, abs=1e-5), name
+
+
 def test_rollouts_in_waves_train_alike(start: Start, reference: Run):
     """The bound holds the trunk and two positions at the longest thoughts."""
     lines = start(1, [*RMT, "--rmt-rollout-kv-gib", "5e-4", "--exit-interval", "2"])

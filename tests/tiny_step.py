@@ -53,6 +53,7 @@ def tiny_run(**changes: Any) -> MidTraining:
         settings=settings,
         policy=None,
         prompt=tiny_prompt(settings.answer_tokens),
+        baseline=None,
         reward=match,
         select=choose_by_tier,
         loss=token_losses,
@@ -125,8 +126,7 @@ def score(run: MidTraining, schedule: Schedule, samples: list[ReasonedSample]) -
         position.responses = [run.prompt.read(own.tokens.tolist()) for own in position.rollouts]
     evidence = scoring.gather_evidence(run.prompt, samples, schedule, _no_model)
     scoring.score(positions, evidence, run.reward, run.settings, warm_up=schedule.warm_up)
-    stop = run.prompt.stop
-    metrics = report.response_metrics(positions, evidence, run.settings, schedule, stop)
+    metrics = report.response_metrics(positions, evidence, run.settings, schedule, run.prompt)
     return Scored(run, schedule, samples, evidence, metrics)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
+def group_advantages(rewards: Tensor, *, standardise: bool = True) -> Tensor:
     """A_i = (r_i - mean(r)) / std(r) inside each group.
 
     std is the population standard deviation (`unbiased=False`): the paper writes std and the group
@@ -14,6 +14,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
     Args:
         rewards: [positions, group], float32 or float64.
+        standardise: divide by the deviation. Without it small differences stay small, as RLP (arXiv
+            2510.01265) and Dr. GRPO (arXiv 2503.20783) have it.
 
     Returns:
         [positions, group] in the dtype of `rewards`.
@@ -22,5 +24,6 @@ def group_advantages(rewards: Tensor) -> Tensor:
     spread = exact.amax(1, keepdim=True) - exact.amin(1, keepdim=True)
     flat = spread <= 8 * torch.finfo(rewards.dtype).eps * exact.abs().amax(1, keepdim=True)
     centred = exact - exact.mean(1, keepdim=True)
-    deviation = centred.square().mean(1, keepdim=True).sqrt()
-    return torch.where(flat, 0.0, centred / deviation).to(rewards.dtype)
+    if standardise:
+        centred = centred / centred.square().mean(1, keepdim=True).sqrt()
+    return torch.where(flat, 0.0, centred).to(rewards.dtype)

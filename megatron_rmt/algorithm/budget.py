@@ -3,8 +3,15 @@
 import math
 
 
-def token_budget(iteration: int, train_iters: int, initial: int, minimum: int, decay: float) -> int:
-    """Tokens that the prompt asks for: B_t = max(minimum, floor(initial * decay^(t / T))).
+def token_budget(
+    iteration: int,
+    train_iters: int,
+    initial: int,
+    minimum: int,
+    decay: float,
+    exponent: float = 1.0,
+) -> int:
+    """Tokens that the prompt asks for: B_t = max(minimum, floor(initial * decay^((t / T)^k))).
 
     Args:
         iteration: t, from 0 to `train_iters`.
@@ -12,7 +19,8 @@ def token_budget(iteration: int, train_iters: int, initial: int, minimum: int, d
         initial: B_0, the budget at t = 0.
         minimum: B_min, at least 1.
         decay: gamma, in (0, 1]: the fraction of B_0 that is left at t = T.
+        exponent: k, 1 in the paper: above 1 the budget falls late, below 1 early.
     """
-    budget = initial * decay ** (iteration / train_iters)
+    budget = initial * decay ** ((iteration / train_iters) ** exponent)
     # A power that is a whole number mathematically may come out one rounding error below it.
     return max(minimum, math.floor(budget * (1 + 1e-12)))

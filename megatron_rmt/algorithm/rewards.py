@@ -1,6 +1,8 @@
 """The reward of a response: r = (1 - w) * match + w * r_len (RMT, arXiv 2509.24375).
 
-``REWARDS`` names what may stand in the place of the match; each sees one ``Evidence``.
+``REWARDS`` names what may stand in the place of the match; each sees one ``Evidence``. A reward of
+the thought alone says so (``needs_no_answer``): then none is drawn, and all that is trained is the
+thought.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +45,7 @@ class Evidence:
     reports: dict[str, Metric] = field(default_factory=dict)
 
     def log_prob_of_truth(self, *, after_thought: bool) -> Tensor:
-        """fp32 in nats, of the true next token by the policy at temperature 1, on the CPU.
+        """Nats, of the true next token by the policy at temperature 1, on the CPU; fp32 or wider.
 
         after_thought: after the text, the thought and its end: ``[positions, group]``; else after
         the text alone: ``[positions, 1]``. One forward pass over the tree for both, the first time.
@@ -73,8 +75,31 @@ def match(of: Evidence) -> Tensor:
     ).view(of.thought_lengths.shape)
 
 
+def needs_no_answer(reward: Reward) -> Reward:
+    """Marks a reward of the thought alone, as a decorator: a response ends with its thought."""
+    reward.needs_answer = False
+    return reward
+
+
+def needs_answer(reward: Reward) -> bool:
+    """Whether an answer is drawn after the thought: always, unless ``reward`` is marked."""
+    return getattr(reward, "needs_answer", True)
+
+
+@needs_no_answer
+def information_gain(of: Evidence) -> Tensor:
+    """How much likelier the thought makes the truth, in nats: ``[positions, group]``.
+
+    RLP's reward (arXiv 2510.01265, equation 3): log p(truth | text, thought) - log p(truth | text),
+    both at temperature 1 by the policy as it stands. The tree's one pass gives both.
+    """
+    gain = of.log_prob_of_truth(after_thought=True) - of.log_prob_of_truth(after_thought=False)
+    of.report("information gain", gain)
+    return gain
+
+
 # By name of --rmt-reward.
-REWARDS: dict[str, Reward] = {"match": match}
+REWARDS: dict[str, Reward] = {"match": match, "information-gain": information_gain}
 
 
 def is_right(response: ReadResponse, truth: Sequence[bytes], *, boxed: bool) -> bool:

@@ -35,6 +35,7 @@ def schedule_of_step(settings: Settings, iteration: int, train_iters: int) -> Sc
             settings.initial_budget,
             settings.minimum_budget,
             settings.budget_decay,
+            settings.budget_exponent,
         )
     probabilities = None
     if not settings.no_curriculum:

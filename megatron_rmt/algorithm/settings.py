@@ -86,7 +86,9 @@ class Settings:
     minimum_budget: int = setting(1, "[1, inf)", "tokens", source="paper")
     """B_min: least thought asked for"""
     budget_decay: float = setting(0.2, "(0, 1]", "parts of B_0 left at the end", source="paper")
-    """gamma: B_t = max(B_min, floor(B_0 * gamma^(t/T)))"""
+    """gamma: B_t = max(B_min, floor(B_0 * gamma^((t/T)^k)))"""
+    budget_exponent: float = setting(1.0, "(0, inf)", "power of t/T", source="paper")
+    """k: shape of the decay; above 1 the budget falls late, below 1 early"""
     no_budget_decay: bool = setting(False, source="ablation of the paper")
     """The budget stays B_0"""
     answer_tokens: int = setting(32, "[1, inf)", "tokens")
@@ -104,14 +106,25 @@ class Settings:
     text and to answer from the draft"""
 
     reward: str = setting("match", source="paper")
-    """What a response earns beside its length: match, or your own function as module:function; see
+    """What a response earns beside its length: match; information-gain, how much likelier the
+    thought makes the true next token, without an answer (for templates such as inline, where it
+    would follow the thought at once); or your own function as module:function, see
     docs/change.md"""
+    baseline_decay: float | None = setting(
+        None, "[0, 1)", "parts of the average a step", unset="the policy itself"
+    )
+    """What --rmt-reward information-gain measures a thought against: the prediction of a moving
+    average of the weights, fp32 and saved with the checkpoint, instead of the policy's own; RLP
+    takes 0.999"""
     length_reward_weight: float = setting(0.2, "[0, 1]", "parts of 1")
     """w: reward = (1-w) * match + w * length reward"""
     length_reward_maximum: float = setting(1.0, "(0, inf)", "rewards of a match")
     """Length reward at exactly B_t tokens"""
     no_length_reward: bool = setting(False, source="ablation of the paper")
     """Reward = match alone"""
+    no_advantage_std: bool = setting(False)
+    """Advantage = reward - mean of the group, not divided by the group's deviation: for dense
+    rewards, whose small differences then stay small (RLP, Dr. GRPO)"""
 
     entropy_thresholds: tuple[float, float, float] = setting(
         (0.5, 1.0, 1.5), "[0, inf]", "nats", source="RPT", **_TIERS

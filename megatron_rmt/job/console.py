@@ -30,6 +30,7 @@ SHOWN = {
     "budget": "budget {:.0f}",
     "thought length": "thought {:.1f}",
     "match rate": "match {:.1%}",
+    "information gain": "gain {:+.3f}",
     "reward": "reward {:.3f}",
     "warm-up loss": "warm-up loss {:.3f}",
     "next-token accuracy": "next token {:.1%}",

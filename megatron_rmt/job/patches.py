@@ -10,9 +10,11 @@ import importlib
 import importlib.metadata
 import inspect
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ from megatron_rmt.model.gpt import generating, gpt_model
 from megatron_rmt.model.routers import counting_trees
 from megatron_rmt.rollout.memory import CacheError
 from megatron_rmt.step import collect
+from megatron_rmt.update.baseline import Baseline
 from megatron_rmt.update.forward_step import Update, make_forward_step
 from megatron_rmt.update.logprob_check import check_log_probs, logprob_tolerance
 
@@ -153,6 +156,17 @@ def _build_datasets(original: Callable[..., Any], builder: Any) -> Any:
     return original(builder)
 
 
+def _generate_state_dict(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a checkpoint holds; with the baseline when it is saved, which is when it has an
+    iteration."""
+    state = original(*args, **kwargs)
+    call = inspect.signature(original).bind(*args, **kwargs).arguments
+    settings = Settings.of(call["args"])
+    if settings.trains_with_rl and settings.baseline_decay is not None and "iteration" in call:
+        state["rmt_baseline"] = _prepared(gpt_model(call["model"])).baseline.sharded_state()
+    return state
+
+
 def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # Imported here, as Megatron's globals do not exist when the patches are installed.
     from megatron.training import get_args
@@ -173,10 +187,26 @@ def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _prepared(model: GPTModel) -> MidTraining:
     from megatron.training import get_args, get_tokenizer
 
-    run = prepare(get_args(), model, get_tokenizer())
+    args = get_args()
+    run = prepare(args, model, get_tokenizer())
     # Megatron stores all arguments with each checkpoint.
-    run.args.rmt_prompt_rendering = rendering(run.prompt)
+    args.rmt_prompt_rendering = rendering(run.prompt)
+    if run.baseline is not None and args.iteration > 0:
+        _resume_baseline(run.baseline, args)
     return run
+
+
+def _resume_baseline(baseline: Baseline, args: Namespace) -> None:
+    """Go on from the baseline of the checkpoint that this run resumes from."""
+    from megatron.training.checkpointing import get_checkpoint_name
+
+    folder = Path(get_checkpoint_name(args.load, args.iteration, return_base_dir=True))
+    if not (folder.is_dir() and baseline.load(folder)) and _is_last_rank():
+        print(
+            f"RMT: --rmt-baseline-decay is {baseline.decay}, but {folder} holds no moving average; "
+            "it begins again with the weights at hand.",
+            flush=True,
+        )
 
 
 def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTraining) -> Any:
@@ -193,6 +223,8 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     if should_disable_forward_pre_hook(options):
         # Overlapped parameter gathering: rollouts need the whole weights now.
         force_param_sync(chunks)
+    if run.baseline is not None:
+        run.baseline.follow()
     try:
         batches = take_batches(
             call["forward_step_func"],
@@ -305,6 +337,13 @@ PATCHES: tuple[Symbol, ...] = (
     # One job at a time writes to --save; another model than a GPTModel is refused before its
     # checkpoint and the data are read.
     Symbol("megatron.training.training", "get_model", "", _get_model),
+    # Saves the moving average of --rmt-baseline-decay with the rest.
+    Symbol(
+        "megatron.training.checkpointing",
+        "generate_state_dict",
+        "args model iteration",
+        _generate_state_dict,
+    ),
     # Rollouts before the step, trees instead of the batch in it.
     Symbol(
         "megatron.training.training",
@@ -326,6 +365,8 @@ RELIED_ON: tuple[Symbol, ...] = (
     # Whole weights for rollouts, where their gathering is overlapped.
     Symbol("megatron.training.training", "should_disable_forward_pre_hook"),
     Symbol("megatron.training.training", "force_param_sync"),
+    # Where the checkpoint lies whose moving average a resumed run goes on with.
+    Symbol("megatron.training.checkpointing", "get_checkpoint_name", "iteration return_base_dir"),
     # How many micro-batches of the user's a step takes.
     Symbol("megatron.core.num_microbatches_calculator", "get_num_microbatches"),
     # The updates as Megatron's schedules expect them.

@@ -220,6 +220,11 @@ def setting_problems(args: Namespace) -> Iterator[str]:
         )
     if args.train_iters is None:
         yield "--train-iters is not set; RMT's schedules need it (not --train-samples alone)."
+    if settings.baseline_decay is not None and settings.reward == "match":
+        yield (
+            f"--rmt-baseline-decay is {settings.baseline_decay}, which --rmt-reward match does not "
+            "use; pass --rmt-reward information-gain, or leave it out."
+        )
     if settings.metrics_file and Path(settings.metrics_file).is_dir():
         yield f"--rmt-metrics-file is {settings.metrics_file}, a folder; pass a file in it."
 

@@ -128,6 +128,12 @@ def unsupported(args: Namespace) -> Iterator[str]:
             f"--transformer-impl is {args.transformer_impl}; RMT supports transformer_engine and "
             "local."
         )
+    decay = Settings.of(args).baseline_decay
+    if decay is not None and args.save and args.ckpt_format != "torch_dist":
+        yield (
+            f"--ckpt-format is {args.ckpt_format}; --rmt-baseline-decay {decay:g} saves an average "
+            "with torch_dist."
+        )
 
 
 def _missing(args: Namespace) -> Iterator[str]:

@@ -49,9 +49,10 @@ class Prompt:
     (``PieceEncoder.inside``). bytes_of: bytes of each token id, b"" for special tokens other than
     the template's markers. stop: token ids that end a response. end_of_document: the token id
     between documents, ``NO_END_OF_DOCUMENT`` where the tokenizer has none. answer_tokens: most
-    tokens of an answer. force_close: the end of thought is written at its bound. begin: what begins
-    a text, in token ids; empty where nothing does. encode_first: token ids of the text that a
-    prompt begins with (``PieceEncoder.first``; None: as ``encode``).
+    tokens of an answer, 0 where a response ends with its thought. force_close: the end of thought
+    is written at its bound. begin: what begins a text, in token ids; empty where nothing does.
+    encode_first: token ids of the text that a prompt begins with (``PieceEncoder.first``; None: as
+    ``encode``).
     """
 
     template: Template

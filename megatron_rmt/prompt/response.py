@@ -26,7 +26,8 @@ class Response:
         thought_length: tokens that begin before the first byte of `close` (one that straddles it
             counts); all tokens before the end token if the thought was never closed.
         closed: the thought was closed.
-        well_formed: closed, and a prediction of at least one byte could be read.
+        well_formed: closed, and a prediction of at least one byte could be read where an answer is
+            asked for.
         prediction: the answer's bytes; b"" if not well formed.
     """
 
@@ -50,7 +51,8 @@ def read_response(
         template: what `close` and the answer look like.
         token_bytes: bytes of each token id.
         end_token_ids: tokens that end a response.
-        answer_tokens: tokens after the closing one that may belong to the answer, at least 1.
+        answer_tokens: tokens after the closing one that may belong to the answer; 0 if none is
+            asked for.
     """
     written = itertools.takewhile(lambda token: token not in end_token_ids, tokens)
     pieces = [token_bytes[token] for token in written]
@@ -68,6 +70,8 @@ def read_response(
         if position < answer_start:
             closing = index
         position += len(piece)
+    if answer_tokens == 0:
+        return Response(thought_length, closed=True, well_formed=True, prediction=b"")
     answer_end = sum(map(len, pieces[: closing + 1 + answer_tokens]))
     prediction = text[answer_start:answer_end]
     if template.answer == "boxed":

@@ -86,7 +86,9 @@ class LiveRollouts:
         self.alive = torch.ones(count, dtype=torch.bool, device=device)
         start = self.grammar.start if how.thinks else self.grammar.after_thought
         self._state = torch.full((count,), start, dtype=torch.int64, device=device)
-        self._answered = torch.zeros(count, dtype=torch.int64, device=device)
+        self._thinking = self.grammar.thinking[self._state]
+        # Tokens from the end of thought on: its last one, if it is not in the prompt, and answers.
+        self._from_close = (~self._thinking).long()
         # Index of the next token to write by force, -1 while the policy draws.
         self._force_next = torch.full((count,), -1, dtype=torch.int64, device=device)
 
@@ -100,7 +102,7 @@ class LiveRollouts:
         rows, grammar, bound = self.rows, self.grammar, self.bound
         writes_truth = self.how.writes_truth
         # Which thoughts end here, though the policy did not close them.
-        was_thinking = grammar.thinking[self._state]
+        was_thinking = self._thinking
         drawing = self._force_next < 0
         open_at_bound = was_thinking & drawing
         if self.step < bound.thought:
@@ -127,14 +129,15 @@ class LiveRollouts:
 
         # Where each row stands after this token, and whether it goes on.
         self._state = grammar.next_state[self._state, token].long()
-        self._answered = self._answered + ~was_thinking
+        self._thinking = grammar.thinking[self._state]
+        self._from_close = self._from_close + ~self._thinking
         self._force_next = torch.where(forcing, self._force_next + 1, self._force_next)
         if writes_truth:
-            closed_itself = was_thinking & ~grammar.thinking[self._state] & (self._force_next < 0)
+            closed_itself = was_thinking & ~self._thinking & (self._force_next < 0)
             self._force_next = torch.where(closed_itself, self._close_tokens, self._force_next)
             self.alive = self.alive & (self._force_next < forced_length)
         else:
-            complete = grammar.done[self._state] | (self._answered >= self.answer_tokens)
+            complete = grammar.done[self._state] | (self._from_close > self.answer_tokens)
             self.alive = self.alive & ~complete
         self.step += 1
         if self.step == bound.tokens:
@@ -155,7 +158,8 @@ class LiveRollouts:
         self.rows_here = [self.rows_here[row] for row in left]
         staying = torch.tensor(left, dtype=torch.int64).to(self.rows.device, non_blocking=True)
         self.rows, self.alive = self.rows[staying], self.alive[staying]
-        self._state, self._answered = self._state[staying], self._answered[staying]
+        self._state, self._thinking = self._state[staying], self._thinking[staying]
+        self._from_close = self._from_close[staying]
         self._force_next, self.newest = self._force_next[staying], self.newest[staying]
         return left
 

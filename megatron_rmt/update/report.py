@@ -62,9 +62,9 @@ def response_metrics(
     evidence: Evidence,
     settings: Settings,
     schedule: Schedule,
-    stop: Sequence[int],
+    prompt: Prompt,
 ) -> dict[str, Metric]:
-    """Of responses that have been scored. stop: token ids that end a response."""
+    """Of responses that have been scored."""
     places = [
         (rollout, response)
         for position in positions
@@ -77,10 +77,11 @@ def response_metrics(
     # In the warm-up the answers are given, so there is nothing to report of them, nor of the
     # thoughts where they are taken from the text.
     judged = 0.0 if schedule.warm_up else float(len(places))
+    answered = judged if prompt.answer_tokens else 0.0
     thought = 0.0 if schedule.thought_from_text else float(len(places))
     flat = sum(not any(position.advantages) for position in positions)
     sums = {
-        "rmt match rate": (match(evidence).sum(), judged),
+        "rmt match rate": (match(evidence).sum(), answered),
         "rmt well-formed rate": (sum(own.well_formed for _, own in places), judged),
         "rmt closed by itself": (
             sum(own.closed and bool(rollout.drawn.all()) for rollout, own in places),
@@ -90,7 +91,7 @@ def response_metrics(
         "rmt length reward": (by_length.sum(), thought),
         "rmt reward": (rewards.sum(), judged),
         "rmt truncated": (
-            sum(is_truncated(*place, schedule.budget, stop) for place in places),
+            sum(is_truncated(*place, schedule.budget, prompt.stop) for place in places),
             judged,
         ),
         "rmt zero-variance groups": (flat, 0.0 if schedule.warm_up else float(len(positions))),

@@ -93,7 +93,7 @@ def score(
         )
     weight = 0.0 if settings.no_length_reward else settings.length_reward_weight
     rewards = total_reward(earned, by_length, weight)
-    advantages = group_advantages(rewards)
+    advantages = group_advantages(rewards, standardise=not settings.no_advantage_std)
     for position, own, compared in zip(
         positions, rewards.tolist(), advantages.tolist(), strict=True
     ):

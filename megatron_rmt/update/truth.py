@@ -1,4 +1,4 @@
-"""How likely the true next token is, with and without the thought: one pass over a tree."""
+"""How likely the true next tokens are, with and without the thought: one pass over a tree."""
 
 from collections.abc import Sequence
 
@@ -12,21 +12,30 @@ from megatron_rmt.model.head import token_loss_sum
 from megatron_rmt.model.pipeline import forward_through_stages, from_last_stage
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.responses import written
-from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, chosen_rows, grow_tree
+from megatron_rmt.rollout.trunk import first_rows
+from megatron_rmt.update.scoring import continuation
+from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree
 
 
 @torch.no_grad()
 def log_probs_of_truth(
-    policy: Policy, prompt: Prompt, reasoned: Sequence[ReasonedSample], budget: int, group: int
+    policy: Policy,
+    prompt: Prompt,
+    reasoned: Sequence[ReasonedSample],
+    budget: int,
+    group: int,
+    tokens: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs fp32 in nats at temperature 1 of the true tokens at the chosen positions.
+    """Mean log-probs of the next ``tokens`` true tokens, to the end of the document, at the chosen
+    positions: in nats a token at temperature 1, in fp32 or the dtype of the weights if it is wider.
 
     Returns, on every rank and on the CPU, ``[positions]`` after the text alone and
-    ``[positions, group]`` after the text, the thought and its end, written if need be. Collective
+    ``[positions, group]`` after the text, the thought and its end, written if need be. Equal
+    thoughts of a group are read once, so what they are worth is equal to the last digit. Collective
     over the tensor- and pipeline-parallel ranks, and those that share experts.
 
     Raises:
-        DoorError: answers are boxed, so that the token does not stand right after the thought.
+        DoorError: answers are boxed, so that the tokens do not stand right after the thought.
     """
     if prompt.template.answer == "boxed":
         raise DoorError(
@@ -34,22 +43,40 @@ def log_probs_of_truth(
             "asks for the log-prob of the true token right after the thought; pass --rmt-template "
             "inline."
         )
+    # The tree of the thoughts, closed and followed by the truth as if all were written.
+    samples, alone, targets, lengths, which = [], [], [], [], []
+    for of, start in zip(reasoned, first_rows([of.sample for of in reasoned]), strict=True):
+        positions = []
+        for position in of.positions:
+            truth = continuation(prompt, of.sample, position.row, tokens)
+            thoughts = [
+                tuple(rollout.tokens[: response.thought_length].tolist())
+                for rollout, response in zip(position.rollouts, position.responses, strict=True)
+            ]
+            once = list(dict.fromkeys(thoughts))
+            closed = [written([*thought, *prompt.close, *truth]) for thought in once]
+            positions.append(ChosenPosition(position.row, closed))
+            which += [len(lengths) + once.index(thought) for thought in thoughts]
+            lengths += [len(truth)] * len(once)
+            alone.append(start + position.row + torch.arange(len(truth)))
+            targets.append(torch.tensor(truth, dtype=torch.int64))
+        samples.append(ReasonedSample(of.sample, positions))
     device = policy.device
-    closed = [_closed_with_truth(prompt, of) for of in reasoned]
     tree = grow_tree(
-        closed,
+        samples,
         prompt.stem(budget),
         longest_position=policy.longest_position,
         device=device,
         attention=policy.attention,
     )
-    # The true token is the last prediction of its rollout.
-    rollouts = torch.arange(sum(len(of.rollouts) for of in closed), device=device)
-    last = tree.trunk_predictions - 1 + torch.searchsorted(tree.rollouts, rollouts, right=True)
-    chosen = torch.tensor(chosen_rows(reasoned), dtype=torch.int64)
-    labels = torch.cat([of.sample.labels for of in reasoned])[chosen].to(device)
-    predicting = torch.cat([chosen.to(device), tree.predicting[last]])
-    targets = torch.cat([labels, tree.targets[last]])
+    # Who predicts the truth: rows of the trunk, and the last predictions of each thought.
+    ends = torch.bincount(tree.rollouts.cpu(), minlength=len(lengths)).cumsum(0).tolist()
+    after = [torch.arange(end - own, end) for end, own in zip(ends, lengths, strict=True)]
+    after = tree.trunk_predictions + _joined(after).to(device)
+    alone_lengths, alone = [len(rows) for rows in alone], _joined(alone).to(device)
+    dtype = torch.promote_types(next(policy.model.parameters()).dtype, torch.float32)
+    predicting = torch.cat([alone, tree.predicting[after]])
+    targets = torch.cat([_joined(targets).to(device), tree.targets[after]])
 
     def read(hidden: Tensor, weight: Tensor) -> Tensor:
         _, log_probs = token_loss_sum(
@@ -61,24 +88,24 @@ def log_probs_of_truth(
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             chunk_size=policy.head_chunk_size,
         )
-        return log_probs.float()
+        return log_probs.to(dtype)
 
     found = forward_through_stages(policy.model, tree.tokens, tree.visibility, read)
     if found is None:
-        found = torch.empty(len(predicting), device=device)
+        found = torch.empty(len(predicting), dtype=dtype, device=device)
     found = from_last_stage(found.contiguous()).cpu()
-    without, after_thought = found.split([len(chosen), len(rollouts)])
-    return without, after_thought.view(-1, group)
+    without, after_thought = found.split([len(alone), len(after)])
+    return (
+        _means(without, alone_lengths),
+        _means(after_thought, lengths)[torch.tensor(which, dtype=torch.int64)].view(-1, group),
+    )
 
 
-def _closed_with_truth(prompt: Prompt, of: ReasonedSample) -> ReasonedSample:
-    """Each response's thought, its end, and the true next token, as if all were written."""
-    positions = []
-    for position in of.positions:
-        end = [*prompt.close, int(of.sample.labels[position.row])]
-        rollouts = [
-            written([*rollout.tokens[: response.thought_length].tolist(), *end])
-            for rollout, response in zip(position.rollouts, position.responses, strict=True)
-        ]
-        positions.append(ChosenPosition(position.row, rollouts))
-    return ReasonedSample(of.sample, positions)
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.int64), *rows])
+
+
+def _means(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Of consecutive pieces of these lengths, none of them 0."""
+    means = [float(piece.mean()) for piece in values.split(list(lengths))]
+    return torch.tensor(means, dtype=values.dtype)
