@@ -14,8 +14,8 @@ def group_advantages(rewards: Tensor, *, standardise: bool = True) -> Tensor:
 
     Args:
         rewards: [positions, group], float32 or float64.
-        standardise: divide by the deviation. Without it small differences stay small, as RLP (arXiv
-            2510.01265) and Dr. GRPO (arXiv 2503.20783) have it.
+        standardise: divide by the deviation. Without it small differences stay small (Dr. GRPO,
+            arXiv 2503.20783).
 
     Returns:
         [positions, group] in the dtype of `rewards`.

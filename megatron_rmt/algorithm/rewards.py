@@ -90,7 +90,7 @@ def needs_answer(reward: Reward) -> bool:
 def information_gain(of: Evidence) -> Tensor:
     """How much likelier the thought makes the truth, in nats: ``[positions, group]``.
 
-    RLP's reward (arXiv 2510.01265, equation 3): log p(truth | text, thought) - log p(truth | text),
+    RLP's reward (arXiv 2510.01265): log p(truth | text, thought) - log p(truth | text),
     both at temperature 1 by the policy as it stands. The tree's one pass gives both.
     """
     gain = of.log_prob_of_truth(after_thought=True) - of.log_prob_of_truth(after_thought=False)

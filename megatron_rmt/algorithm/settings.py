@@ -114,8 +114,8 @@ class Settings:
         None, "[0, 1)", "parts of the average a step", unset="the policy itself"
     )
     """What --rmt-reward information-gain measures a thought against: the prediction of a moving
-    average of the weights, fp32 and saved with the checkpoint, instead of the policy's own; RLP
-    takes 0.999"""
+    average of the weights, fp32 and saved with the checkpoint, instead of the policy's own
+    (RLP)"""
     length_reward_weight: float = setting(0.2, "[0, 1]", "parts of 1")
     """w: reward = (1-w) * match + w * length reward"""
     length_reward_maximum: float = setting(1.0, "(0, inf)", "rewards of a match")
@@ -124,7 +124,7 @@ class Settings:
     """Reward = match alone"""
     no_advantage_std: bool = setting(False)
     """Advantage = reward - mean of the group, not divided by the group's deviation: for dense
-    rewards, whose small differences then stay small (RLP, Dr. GRPO)"""
+    rewards, whose small differences then stay small (Dr. GRPO)"""
 
     entropy_thresholds: tuple[float, float, float] = setting(
         (0.5, 1.0, 1.5), "[0, inf]", "nats", source="RPT", **_TIERS
