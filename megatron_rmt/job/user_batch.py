@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_rmt.rollout.trunk import UserBatch, document_starts
+from megatron_rmt.rollout.trunk import UserBatch
 
 FIRST_STAGE = ("input_ids", "position_ids")
 LAST_STAGE = ("labels", "loss_mask")
@@ -160,6 +160,13 @@ def _complete(arguments: Arguments) -> UserBatch:
     )
 
 
+def _document_starts(tokens: Tensor, end_of_document: int) -> list[int]:
+    """Columns of a sample ``[sequence]`` at which documents start for Megatron's
+    ``--reset-attention-mask``: the first, and those behind an end."""
+    ends = (tokens == end_of_document).nonzero()[:, 0] + 1
+    return [0, *(end for end in ends.tolist() if end < len(tokens))]
+
+
 def _rotated(batch: UserBatch, end_of_document: int, separate_documents: bool) -> UserBatch:
     """``batch`` with the positions that Megatron's rotary embedding has: it counts the rows of a
     sequence, whatever ``position_ids`` say. Only distances within a document matter, so that ids
@@ -168,7 +175,7 @@ def _rotated(batch: UserBatch, end_of_document: int, separate_documents: bool) -
     for tokens, own in zip(batch.tokens, position_ids, strict=True):
         counts = own.diff() == 1
         if separate_documents:
-            counts[[start - 1 for start in document_starts(tokens, end_of_document)[1:]]] = True
+            counts[[start - 1 for start in _document_starts(tokens, end_of_document)[1:]]] = True
         if not counts.all():
             own.copy_(torch.arange(len(own)))
     return replace(batch, position_ids=position_ids)
@@ -196,7 +203,7 @@ def _mask_problem(
         trained = loss_mask.nonzero()
         rows = int(trained[-1]) + 1 if len(trained) else 0
         begins = torch.zeros(length, dtype=torch.int64)
-        begins[document_starts(tokens, end_of_document) if separate_documents else [0]] = 1
+        begins[_document_starts(tokens, end_of_document) if separate_documents else [0]] = 1
         document = begins.cumsum(0)[:rows].to(mask.device)
         hidden = (document[:, None] != document).logical_or_(
             torch.ones(rows, rows, dtype=torch.bool, device=mask.device).triu_(1)

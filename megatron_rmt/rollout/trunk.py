@@ -79,7 +79,10 @@ def build_trunk(
     for index, tokens, position_ids, labels, loss_mask in zip(
         indices, batch.tokens, batch.position_ids, batch.labels, batch.loss_mask, strict=True
     ):
-        starts = document_starts(tokens, end_of_document) if separate_documents else [0]
+        starts = [0]
+        if separate_documents:
+            ends = (tokens == end_of_document).nonzero()[:, 0] + 1
+            starts += [end for end in ends.tolist() if end < length]
         columns, positions, documents, rows = [], [], [], 0
         for start, limit in itertools.pairwise([*starts, length]):
             columns += [torch.full_like(before, -1), torch.arange(start, limit)]
@@ -101,12 +104,6 @@ def build_trunk(
             )
         )
     return trunk
-
-
-def document_starts(tokens: Tensor, end_of_document: int) -> list[int]:
-    """Columns of a sample ``[sequence]`` at which a document starts: behind each end of one."""
-    ends = (tokens == end_of_document).nonzero()[:, 0] + 1
-    return [0, *(end for end in ends.tolist() if end < len(tokens))]
 
 
 def first_rows(trunk: Sequence[Sample]) -> list[int]:
