@@ -47,6 +47,6 @@ def check_log_probs(updates: Sequence[Update], tolerance: float) -> None:
             "not taken. Either the weights are not finite, or something acts on training alone or "
             "on generation alone: look at dropout, at code of the job that depends on "
             "model.training or on position ids, at quantized weights that are not refreshed, and "
-            "at experts that drop tokens (--moe-expert-capacity-factor); raise the tolerance only "
+            "at routers of the job's own that drop tokens or draw noise; raise the tolerance only "
             "if the difference is rounding ('rmt logprob difference' in the log, small and steady)."
         )
