@@ -110,7 +110,7 @@ def test_a_tracker_that_names_no_iteration_is_refused(
     assert said in problem
     assert problem.endswith(
         f"; write the number of a whole checkpoint into {TRACKER} (saved: iter_0000002, "
-        "iter_0000004), or leave it out to begin anew."
+        "iter_0000004), or leave the flag out to begin anew."
     )
     assert "\n" not in problem
     assert stored_arguments(_args(load)) is None
@@ -134,7 +134,10 @@ def test_the_tracker_of_checkpoints_that_are_not_kept_is_read_too(tmp_path: Path
 def test_a_tracker_that_is_a_folder_is_refused(tmp_path: Path):
     (tmp_path / TRACKER).mkdir()
     (problem,) = checkpoint_problems(_args(tmp_path))
-    assert "cannot be read (Is a directory); leave it out to begin anew, as nothing is" in problem
+    assert (
+        "cannot be read (Is a directory); leave the flag out to begin anew, as nothing is"
+        in problem
+    )
 
 
 def test_a_deleted_or_empty_iteration_is_refused(tmp_path: Path):

@@ -111,10 +111,10 @@ def _reason(step: int | None, folder: Path) -> str:
 def _choices(load: Path) -> str:
     saved = sorted(path.name for path in load.glob("iter_*") if path.is_dir())
     if not saved:
-        return "leave it out to begin anew, as nothing is saved there"
+        return "leave the flag out to begin anew, as nothing is saved there"
     return (
         f"write the number of a whole checkpoint into {TRACKER} (saved: {', '.join(saved[-5:])}), "
-        "or leave it out to begin anew"
+        "or leave the flag out to begin anew"
     )
 
 
