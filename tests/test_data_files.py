@@ -1,6 +1,7 @@
 """Damaged files, files of another vocabulary and splits without a document, by every data flag."""
 
 import json
+import re
 import struct
 from argparse import Namespace
 from collections.abc import Callable
@@ -198,22 +199,38 @@ def test_tokens_of_every_integer_type_are_compared_with_the_vocabulary(tmp_path:
         assert [*data_problems(_args(data_path=[prefix]), 2**40)] == []
 
 
-def test_a_token_behind_the_sample_is_found_when_a_batch_holds_it(
+def test_tokens_are_sampled_in_all_parts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As of corpora that were joined, one of them of another tokenizer."""
+    monkeypatch.setattr(data_files, "SAMPLED_TOKENS", 160)
+    for part in range(20):
+        documents = [[1] * 100 if number // 20 != part else [300] * 100 for number in range(400)]
+        prefix = _write(tmp_path / str(part), documents)
+        problem = _problem(prefix)
+        number = int(re.search(r"document (\d+) \(from 0\)", problem)[1])
+        assert 20 * part <= number < 20 * part + 20
+        assert "holds token 300 but" in problem
+
+
+def test_a_token_outside_the_sample_is_found_when_a_batch_holds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(data_files, "SAMPLED_TOKENS", 5)
-    prefix = _write(tmp_path / "train", [[1] * 4, [2] * 4, [3, 300]])
-    args = _args(train_data_path=[prefix])
+    monkeypatch.setattr(data_files, "SAMPLED_TOKENS", 160)
+    first = _write(tmp_path / "first", [[1] * 1000])
+    prefix = _write(tmp_path / "train", [[1] * 9990, [2] * 15, [3, 300], [4] * 9000])
+    args = _args(train_data_path=[first, prefix])
     assert [*data_problems(args, VOCABULARY)] == []
     assert foreign_token_of_a_batch(args, 300, VOCABULARY) == (
         f"--train-data-path {prefix}, document 2 (from 0), holds token 300 but --tokenizer-model "
         "has 258 tokens; tokenize the corpus with the model's tokenizer."
     )
-    # A job with data of its own.
-    assert foreign_token_of_a_batch(_args(), -100, VOCABULARY) == (
-        "a sample holds token -100 but --tokenizer-model has 258 tokens; make the samples with the "
+    # A job with data of its own, or a token that is too far behind to be looked for.
+    bare = (
+        "a sample holds token 300 but --tokenizer-model has 258 tokens; make the samples with the "
         "model's tokenizer."
     )
+    assert foreign_token_of_a_batch(_args(), 300, VOCABULARY) == bare
+    monkeypatch.setattr(data_files, "SEARCHED_TOKENS", 1000 + 9000)
+    assert foreign_token_of_a_batch(args, 300, VOCABULARY) == bare
 
 
 def _builder(args: Namespace, kind: type = GPTDataset) -> BlendedMegatronDatasetBuilder:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import megatron_rmt
-from megatron_rmt.job import patches
+from megatron_rmt.job import patches, resume
 from megatron_rmt.job.settings import GROUP_TITLE
 
 
@@ -153,3 +153,26 @@ def test_a_missing_module_is_named_and_nothing_is_patched(monkeypatch):
     with pytest.raises(RuntimeError, match=r"expected megatron.training.no_such_module.step but"):
         megatron_rmt.patch()
     monkeypatch.undo()
+
+
+def test_settings_that_could_not_be_read_early_are_compared_when_megatron_loads(monkeypatch):
+    args = argparse.Namespace(load="run", rmt=True, train_iters=12, seed=7, rank=0)
+    stored = argparse.Namespace(rmt=True, train_iters=6, seed=7)
+    early: list[Any] = [None]
+    monkeypatch.setattr("megatron.training.get_args", lambda: args)
+    monkeypatch.setattr("megatron.training.get_tokenizer", lambda: None)
+    monkeypatch.setattr(patches, "read_prompt", lambda settings, tokenizer: None)
+    monkeypatch.setattr(patches, "stored_arguments", lambda given: early[0])
+    monkeypatch.setattr(resume, "rendering", lambda prompt: {})
+    seen = []
+
+    def load() -> None:
+        patches._check_checkpoint_args(lambda given, **named: seen.append(given), stored)
+
+    with pytest.raises(SystemExit, match=r"^--load run was trained .* 12 and was 6; pass what"):
+        load()
+    early[0] = stored
+    load()
+    early[0], args.rmt = None, False
+    load()
+    assert seen == [stored] * 3

@@ -39,6 +39,7 @@ def _args(load: Path | str | None = None, **changes: Any) -> Namespace:
         "load": load and str(load),
         "pretrained_checkpoint": None,
         "non_persistent_ckpt_type": None,
+        "non_persistent_global_ckpt_dir": None,
         "exit_on_missing_checkpoint": False,
         "ckpt_step": None,
         "finetune": False,
@@ -63,8 +64,8 @@ def _saved(folder: Path, tracker: str | bytes | None, *iterations: int) -> Path:
 @pytest.mark.parametrize("tracker", ["4", "4\n", " 0004 "])
 def test_what_the_tracker_names_is_loaded(tracker: str, tmp_path: Path):
     load = _saved(tmp_path, tracker, 2, 4)
-    assert checkpoint_folder(_args(load), load) == load / "iter_0000004"
-    assert checkpoint_folder(_args(load, ckpt_step=2), load) == load / "iter_0000002"
+    assert checkpoint_folder(load, None) == load / "iter_0000004"
+    assert checkpoint_folder(load, 2) == load / "iter_0000002"
     assert [*checkpoint_problems(_args(load))] == []
     assert [*checkpoint_problems(_args(load, ckpt_step=2))] == []
 
@@ -75,7 +76,7 @@ def test_nothing_saved_yet_is_a_first_start_unless_a_checkpoint_is_asked_for(tmp
     for place in (load, tmp_path / "nowhere", "msc://bucket/run", None):
         assert [*checkpoint_problems(_args(place))] == []
         assert stored_arguments(_args(place)) is None
-    assert checkpoint_folder(_args(load), load) is None
+    assert checkpoint_folder(load, None) is None
     (problem,) = checkpoint_problems(_args(load, exit_on_missing_checkpoint=True))
     assert problem == (
         f"--load is {load} and --exit-on-missing-checkpoint is set, but there is no {TRACKER} in "
@@ -109,16 +110,34 @@ def test_a_tracker_that_names_no_iteration_is_refused(
     assert said in problem
     assert problem.endswith(
         f"; write the number of a whole checkpoint into {TRACKER} (saved: iter_0000002, "
-        "iter_0000004), or leave it out to begin anew."
+        "iter_0000004), or leave the flag out to begin anew."
     )
     assert "\n" not in problem
     assert stored_arguments(_args(load)) is None
 
 
+def test_the_tracker_of_checkpoints_that_are_not_kept_is_read_too(tmp_path: Path):
+    load = _saved(tmp_path, "2", 2)
+    args = _args(load, non_persistent_ckpt_type="global")
+    assert [*checkpoint_problems(args)] == []
+    often = _saved(tmp_path / "non_persistent", "", 3)
+    (problem,) = checkpoint_problems(args)
+    flag = "--non-persistent-global-ckpt-dir"
+    assert problem.startswith(f"{flag} is {often}, but {often / TRACKER} holds ''")
+    (often / TRACKER).write_text("3")
+    args.ckpt_step = 2
+    assert [*checkpoint_problems(args)] == []
+    args.non_persistent_global_ckpt_dir = str(tmp_path / "elsewhere")
+    assert [*checkpoint_problems(args)] == []
+
+
 def test_a_tracker_that_is_a_folder_is_refused(tmp_path: Path):
     (tmp_path / TRACKER).mkdir()
     (problem,) = checkpoint_problems(_args(tmp_path))
-    assert "cannot be read (Is a directory); leave it out to begin anew, as nothing is" in problem
+    assert (
+        "cannot be read (Is a directory); leave the flag out to begin anew, as nothing is"
+        in problem
+    )
 
 
 def test_a_deleted_or_empty_iteration_is_refused(tmp_path: Path):

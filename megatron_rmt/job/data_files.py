@@ -19,9 +19,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 from megatron.core.datasets.utils import Split
 
-# Tokens at the head of each file that are compared with the vocabulary before the run, and the most
-# that are searched for a token which a batch turned out to hold.
+# Tokens of each file that are compared with the vocabulary before the run, in so many places, and
+# the most of all files that are searched for a token which a batch turned out to hold.
 SAMPLED_TOKENS = 1_000_000
+PLACES = 16
 SEARCHED_TOKENS = 1_000_000_000
 _HEADER = struct.Struct(f"<{len(_INDEX_HEADER)}sQBQQ")
 _SPLITS = ("train", "valid", "test")
@@ -117,7 +118,7 @@ def data_problems(args: Namespace, vocabulary: int) -> Iterator[str]:
         if file.index.is_file() and file.tokens.is_file():
             problem = _damage(file)
             if problem is None:
-                problem = foreign_token(file, vocabulary, SAMPLED_TOKENS)
+                problem = foreign_token(file, vocabulary, SAMPLED_TOKENS, places=PLACES)
             if problem is not None:
                 yield problem
         elif file.index.is_file() or file.tokens.is_file():
@@ -214,30 +215,36 @@ class Index:
         return int(np.searchsorted(self.documents, sequence, side="right")) - 1
 
 
-def foreign_token(file: TokenFile, vocabulary: int, most: int) -> str | None:
-    """One sentence if one of the first ``most`` tokens is none of the vocabulary."""
+def foreign_token(file: TokenFile, vocabulary: int, most: int, *, places: int = 1) -> str | None:
+    """One sentence if one of ``most`` tokens, evenly from ``places`` of the file, is none of the
+    vocabulary."""
     index = Index.of(file)
-    content = np.memmap(file.tokens, mode="r", dtype=index.dtype)[:most]
-    for first in range(0, len(content), SAMPLED_TOKENS):
-        part = content[first : first + SAMPLED_TOKENS]
-        foreign = np.flatnonzero((part < 0) | (part >= vocabulary))
-        if len(foreign):
-            document = index.document_of(first + int(foreign[0]))
-            return (
-                f"{file}, document {document} (from 0), holds token {part[foreign[0]]} but "
-                f"--tokenizer-model has {vocabulary} tokens; tokenize the corpus with the model's "
-                "tokenizer."
-            )
+    content = np.memmap(file.tokens, mode="r", dtype=index.dtype)
+    size = -(-min(most, len(content)) // places)
+    for place in range(places):
+        start = (len(content) - size) * place // max(1, places - 1)
+        for first in range(start, start + size, SAMPLED_TOKENS):
+            part = content[first : min(first + SAMPLED_TOKENS, start + size)]
+            foreign = np.flatnonzero((part < 0) | (part >= vocabulary))
+            if len(foreign):
+                document = index.document_of(first + int(foreign[0]))
+                return (
+                    f"{file}, document {document} (from 0), holds token {part[foreign[0]]} but "
+                    f"--tokenizer-model has {vocabulary} tokens; tokenize the corpus with the "
+                    "model's tokenizer."
+                )
     return None
 
 
 def foreign_token_of_a_batch(args: Namespace, token: int, vocabulary: int) -> str:
     """One sentence on a ``token`` that a batch holds, with file and document if they are found."""
+    left = SEARCHED_TOKENS
     for file in token_files(args):
-        if file.index.is_file() and file.tokens.is_file():
-            found = foreign_token(file, vocabulary, SEARCHED_TOKENS)
+        if left > 0 and file.index.is_file() and file.tokens.is_file():
+            found = foreign_token(file, vocabulary, left)
             if found is not None:
                 return found
+            left -= file.tokens.stat().st_size // Index.of(file).dtype.itemsize
     return (
         f"a sample holds token {token} but --tokenizer-model has {vocabulary} tokens; make the "
         "samples with the model's tokenizer."

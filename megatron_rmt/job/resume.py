@@ -42,6 +42,8 @@ MAY_CHANGE = frozenset(
 # Settings of which the rendered prompt says more, where both runs have it.
 _RENDERED = frozenset(map(flag_name, ("template", "no_chat")))
 _SHOWN = 40
+# Where, in --load, Megatron looks for checkpoints that are saved often and not kept.
+_OFTEN = "non_persistent"
 
 
 def checkpoint_problems(args: Namespace) -> Iterator[str]:
@@ -49,19 +51,24 @@ def checkpoint_problems(args: Namespace) -> Iterator[str]:
 
     Megatron ends on some of these with exit code 0, as if the training were over.
     """
-    for flag in ("--load", "--pretrained-checkpoint"):
-        place = getattr(args, flag[2:].replace("-", "_"), None)
+    places = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint}
+    if args.non_persistent_ckpt_type == "global":
+        own = args.non_persistent_global_ckpt_dir
+        places["--non-persistent-global-ckpt-dir"] = own or (args.load and f"{args.load}/{_OFTEN}")
+    for flag, place in places.items():
         if not place or "://" in place:
             continue
+        # Those that are not kept are loaded if they are the newest.
+        step = None if flag.startswith("--non-persistent") else args.ckpt_step
         try:
-            folder = checkpoint_folder(args, Path(place))
+            folder = checkpoint_folder(Path(place), step)
         except ValueError as error:
             yield f"{flag} is {place}, but {error}."
             continue
         if folder is not None and not (folder.is_dir() and any(folder.iterdir())):
             yield (
                 f"{flag} is {place}, but there is no {folder.name} in it, which "
-                f"{_reason(args, folder)} says to load; {_choices(Path(place))}."
+                f"{_reason(step, folder)} says to load; {_choices(Path(place))}."
             )
         alone = not (args.pretrained_checkpoint or args.non_persistent_ckpt_type)
         if folder is None and flag == "--load" and args.exit_on_missing_checkpoint and alone:
@@ -71,8 +78,10 @@ def checkpoint_problems(args: Namespace) -> Iterator[str]:
             )
 
 
-def checkpoint_folder(args: Namespace, load: Path) -> Path | None:
+def checkpoint_folder(load: Path, step: int | None) -> Path | None:
     """The folder in ``load`` that Megatron would load; None if nothing was saved yet.
+
+    step: the iteration that ``--ckpt-step`` asks for, if any.
 
     Raises:
         ValueError: the file that names it cannot be read.
@@ -91,22 +100,21 @@ def checkpoint_folder(args: Namespace, load: Path) -> Path | None:
         raise ValueError(
             f"{tracker} holds {word[:_SHOWN]!r} instead of an iteration; {_choices(load)}"
         )
-    step = getattr(args, "ckpt_step", None) or word
-    return None if step is None else load / f"iter_{int(step):07d}"
+    chosen = step or word
+    return None if chosen is None else load / f"iter_{int(chosen):07d}"
 
 
-def _reason(args: Namespace, folder: Path) -> str:
-    step = getattr(args, "ckpt_step", None)
+def _reason(step: int | None, folder: Path) -> str:
     return f"--ckpt-step {step}" if step and folder.name != "release" else TRACKER
 
 
 def _choices(load: Path) -> str:
     saved = sorted(path.name for path in load.glob("iter_*") if path.is_dir())
     if not saved:
-        return "leave it out to begin anew, as nothing is saved there"
+        return "leave the flag out to begin anew, as nothing is saved there"
     return (
         f"write the number of a whole checkpoint into {TRACKER} (saved: {', '.join(saved[-5:])}), "
-        "or leave it out to begin anew"
+        "or leave the flag out to begin anew"
     )
 
 
@@ -141,7 +149,7 @@ def stored_arguments(args: Namespace) -> Any:
     if not args.load or args.finetune or "://" in args.load:
         return None
     try:
-        folder = checkpoint_folder(args, Path(args.load))
+        folder = checkpoint_folder(Path(args.load), args.ckpt_step)
         return folder and dist_checkpointing.load_common_state_dict(folder).get("args")
     except Exception:  # another format, or damaged: Megatron reads it again, and says what it finds
         return None
