@@ -1,0 +1,284 @@
+"""A training run that is killed again and again, and started again each time, until it is done.
+
+What it leaves, weights, optimizer and metrics, must be bit for bit that of a run nobody disturbed.
+``python -m tests.killed_run --picture PNG`` plots both loss curves with the kills marked.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.distributed import REPOSITORY
+from tests.tiny_run import PRETRAIN, RMT, TinyInputs, build_inputs
+
+STEPS, SAVE_INTERVAL = 30, 3
+# Where a kill may fall. late save: the data of a checkpoint are written, its name is not.
+PHASES = ("start", "trunk", "rollout", "update", "save", "late save")
+VICTIMS = ("rank", "agent")
+PATIENCE = 300.0  # seconds for one life, on a machine with much else to do
+_MARK = "RMT_KILLED_RUN"
+
+# The example, which kills itself (or its agent) a moment after it has come to a phase of a step.
+PROGRAM = f"""
+import json, os, runpy, signal, threading, time
+from pathlib import Path
+
+kill = json.loads(os.environ.get("KILL", "null"))
+if kill and int(os.environ["RANK"]) != kill["rank"]:
+    kill = None
+
+def strike():
+    time.sleep(kill["delay"])
+    victim = os.getpid() if kill["victim"] == "rank" else os.getppid()
+    os.kill(victim, signal.SIGKILL)
+
+def strike_when_written(folder):
+    while not (folder / "metadata.json").exists():
+        time.sleep(0.0005)
+    strike()
+
+def arm(target=strike, *args):
+    threading.Thread(target=target, args=args, daemon=True).start()
+
+if kill and kill["phase"] == "start":
+    arm()
+
+import megatron_rmt
+
+if __name__ == "__main__":
+    megatron_rmt.patch()
+    import torch
+    from megatron.training import training
+    from megatron_rmt import step
+    from megatron_rmt.job import patches
+
+    torch.set_num_threads(1)
+    now = [None]
+
+    def watched(module, name, phase):
+        function = getattr(module, name)
+
+        def wrapper(*args, **kwargs):
+            if kill and [phase, now[0]] == [kill["phase"], kill["step"]]:
+                now[0] = None
+                arm()
+            return function(*args, **kwargs)
+
+        setattr(module, name, wrapper)
+
+    run_step, save_checkpoint = patches.run_step, training.save_checkpoint
+
+    def counted(original, call, run):
+        now[0] = call["iteration"] + 1
+        return run_step(original, call, run)
+
+    def saved(iteration, *args, **kwargs):
+        if kill and iteration == kill["step"]:
+            folder = Path(os.environ["SAVE"], f"iter_{{iteration:07d}}")
+            if kill["phase"] == "save":
+                arm()
+            elif kill["phase"] == "late save":
+                arm(strike_when_written, folder)
+        return save_checkpoint(iteration, *args, **kwargs)
+
+    patches.run_step, training.save_checkpoint = counted, saved
+    watched(step, "_lay_out", "trunk")
+    watched(step, "_respond", "rollout")
+    watched(patches, "make_forward_step", "update")
+    runpy.run_path({str(PRETRAIN)!r}, run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One SIGKILL: ``delay`` seconds after ``phase`` of step ``step`` began on rank ``rank``, to
+    that rank or to its torchrun agent. struck: the life ended by it, not by its own end."""
+
+    phase: str
+    step: int
+    delay: float
+    victim: str
+    rank: int
+    struck: bool = True
+
+
+def planned_kills(seed: int, count: int, ranks: int) -> Iterator[tuple[str, int, float, str, int]]:
+    """(phase, steps behind the last checkpoint, delay, victim, rank) of ``count`` kills."""
+    draw = random.Random(seed)
+    for index in range(count):
+        phase = PHASES[index % len(PHASES)]
+        behind = SAVE_INTERVAL if "save" in phase else draw.randint(1, SAVE_INTERVAL + 1)
+        longest = {"start": 8.0, "late save": 0.02}.get(phase, 0.25)
+        yield phase, behind, draw.uniform(0, longest), draw.choice(VICTIMS), draw.randrange(ranks)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Starts the same run again and again, in ``folder``."""
+
+    folder: Path
+    inputs: TinyInputs
+    ranks: int
+    flags: Sequence[str] = ()
+
+    @property
+    def saved(self) -> Path:
+        """The run's --save."""
+        return self.folder / "saved"
+
+    def latest(self) -> int:
+        """Iteration of the last whole checkpoint, 0 if there is none."""
+        tracker = self.saved / "latest_checkpointed_iteration.txt"
+        return int(tracker.read_text()) if tracker.exists() else 0
+
+    def live(self, kill: Kill | None = None) -> int:
+        """One life of the run, to its end or to ``kill``; the exit code of its agent.
+
+        Raises:
+            AssertionError: a process of it outlives it, or it does not end.
+        """
+        self.folder.mkdir(exist_ok=True)
+        program = self.folder / "program.py"
+        program.write_text(PROGRAM)
+        start = ["--load", str(self.saved), "--pretrained-checkpoint", str(self.inputs.checkpoint)]
+        flags = [flag for flag in self.inputs.flags() if flag != "--finetune"]
+        flags[flags.index("--load") : flags.index("--load") + 2] = start
+        flags[flags.index("--train-iters") + 1] = str(STEPS)
+        flags += [*RMT, "--save", str(self.saved), "--save-interval", str(SAVE_INTERVAL)]
+        flags += ["--tensor-model-parallel-size", str(self.ranks), *self.flags]
+        mark = f"{_MARK}={self.folder}"
+        launched = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        environment = {k: v for k, v in os.environ.items() if k not in launched} | {
+            "SAVE": str(self.saved),
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "RECIPE": str(self.folder / "recipe.args"),
+            "ENTRY_POINT": str(program),
+            "KILL": json.dumps(vars(kill) if kill else None),
+            _MARK: str(self.folder),
+        }
+        (self.folder / "recipe.args").write_text("")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+        command += [str(self.ranks), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        command += [str(REPOSITORY / "examples/recipe.py"), *flags]
+        with open(self.folder / "log", "ab") as log:
+            agent = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, cwd=self.folder
+            )
+            try:
+                code = agent.wait(PATIENCE)
+                self._wait_until_gone(mark)
+                return code
+            finally:
+                _kill_all(mark, agent)
+
+    def _wait_until_gone(self, mark: str) -> None:
+        deadline = time.monotonic() + 30
+        while left := _marked(mark):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{len(left)} processes outlive their run: {left}")
+            time.sleep(0.05)
+
+
+def _marked(mark: str) -> dict[int, str]:
+    """(process id: command) of the living processes whose environment holds ``mark``."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            running = re.search(r"^State:\s+[^ZX]", (folder / "status").read_text(), re.MULTILINE)
+            if running and mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(folder.name)] = command.decode(errors="replace")[:200]
+    return found
+
+
+def _kill_all(mark: str, agent: "subprocess.Popen[bytes]") -> None:
+    for process in _marked(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    agent.wait()
+
+
+def run_killed(launcher: Launcher, seed: int, count: int) -> list[Kill]:
+    """Run to the end through ``count`` kills; the kills that were sent.
+
+    Raises:
+        AssertionError: the last life, which nobody disturbs, does not end with exit code 0.
+    """
+    kills = []
+    for phase, behind, delay, victim, rank in planned_kills(seed, count, launcher.ranks):
+        step = min(launcher.latest() + behind, STEPS)
+        kill = Kill(phase, step, delay, victim, rank)
+        code = launcher.live(kill)
+        kills.append(Kill(phase, step, delay, victim, rank, struck=code != 0))
+    code = launcher.live()
+    if code != 0:
+        raise AssertionError((launcher.folder / "log").read_text(errors="replace")[-3000:])
+    return kills
+
+
+def metrics_lines(launcher: Launcher) -> list[str]:
+    """The lines of the run's metrics file without the timings, those written twice included."""
+    lines = (launcher.saved / "rmt_metrics.jsonl").read_text().splitlines()
+    return [
+        json.dumps({k: v for k, v in json.loads(line).items() if not k.endswith("seconds")})
+        for line in lines
+    ]
+
+
+def main() -> None:
+    """Kill a run of two ranks, and plot its loss over the undisturbed run's."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--picture", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = build_inputs(Path(folder))
+        quiet = Launcher(Path(folder, "quiet"), inputs, ranks=2)
+        killed = Launcher(Path(folder, "killed"), inputs, ranks=2)
+        quiet.live()
+        kills = run_killed(killed, seed=1, count=options.kills)
+        curves = {
+            name: [json.loads(line) for line in metrics_lines(launcher)]
+            for name, launcher in (("undisturbed", quiet), ("killed", killed))
+        }
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for name, style in (("undisturbed", {"lw": 5, "alpha": 0.3}), ("killed", {"lw": 1.2})):
+        last = {line["iteration"]: line["ntp loss"] for line in curves[name]}
+        axes.plot(list(last), list(last.values()), label=f"{name} run", **style)
+    heights = {line["iteration"]: line["ntp loss"] for line in curves["undisturbed"]}
+    for index, phase in enumerate(PHASES):
+        own = [kill.step for kill in kills if kill.phase == phase and kill.struck]
+        axes.plot(
+            own,
+            [heights[step] * (1.01 + 0.006 * index) for step in own],
+            ls="",
+            marker="v",
+            label=f"SIGKILL: {phase} ({len(own)})",
+        )
+    axes.set(xlabel="step", ylabel="NTP loss (nats)")
+    axes.legend(fontsize=8)
+    figure.savefig(options.picture, dpi=110)
+    print(f"{sum(kill.struck for kill in kills)} kills, {len(curves['killed'])} steps taken")
+
+
+if __name__ == "__main__":
+    main()
