@@ -14,7 +14,8 @@ specification::
     DIR/model_flags.txt                     Megatron's model flags, one line
 
 ``to-huggingface`` reads such a directory, or any iteration that a training job saved from it, with
-whatever layout and optimizer state.
+whatever layout and optimizer state. Where the job's arguments say something else than
+``config.json``, such as a larger rotary base, what was trained is written.
 
 No model is built: tensors pass through memory one at a time, so that a conversion takes at most
 twice the largest of Megatron's (one layer's, or the embedding), whatever the size of the model. The
@@ -244,7 +245,8 @@ def _add_shared_arguments(command: argparse.ArgumentParser) -> None:
     add(
         "--verify",
         action="store_true",
-        help="run both forms on a text afterwards, compare logits and perplexity",
+        help="run both forms on a text afterwards, compare logits and perplexity; exit code 1 if "
+        "they compute different things",
     )
     add(
         "--verify-text",
@@ -296,7 +298,10 @@ def report(parity: Parity) -> None:
 
 def read_text(file: Path | None) -> str:
     """The text of ``--verify``."""
-    return VERIFY_TEXT if file is None else file.read_text(encoding="utf-8")
+    try:
+        return VERIFY_TEXT if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--verify-text {file} is not UTF-8 ({error}).") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

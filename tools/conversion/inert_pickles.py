@@ -53,11 +53,11 @@ OLD_BUILTINS = "__builtin__"
 class StandIn:
     """An object whose class was not imported: its attributes, and what its class was called with.
 
-    A class of its own, with a ``name``, stands in for each class; ``vars`` gives the attributes.
+    A class of its own stands in for each class, which it names; ``vars`` gives the attributes.
     """
 
     __slots__ = ("__dict__", "called_with")
-    name = ""
+    stands_for = ""
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "StandIn":
         self = super().__new__(cls)
@@ -73,7 +73,7 @@ class StandIn:
                 self.__dict__.update(part)
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(map(repr, self.called_with))})"
+        return f"{self.stands_for}({', '.join(map(repr, self.called_with))})"
 
     def __call__(self, *arguments: Any, **keywords: Any) -> "StandIn":
         """What a function that stands in gives."""
@@ -97,7 +97,7 @@ class Unpickler(pickle.Unpickler):
             return KNOWN[module, name]
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
-        return type(name, (StandIn,), {"name": f"{module}.{name}"})
+        return type(name, (StandIn,), {"stands_for": f"{module}.{name}"})
 
 
 def load(file: IO[bytes], **keywords: Any) -> Any:

@@ -44,7 +44,7 @@ def _meaning(arguments: Mapping[str, Any]) -> dict[str, Any]:
         found["group_query_attention"] = True
         found["num_query_groups"] = found.get("num_attention_heads")
     frequency = found.get("moe_layer_freq")
-    if isinstance(frequency, list) and set(frequency) == {1}:
+    if isinstance(frequency, list) and all(step == 1 for step in frequency):
         found["moe_layer_freq"] = 1
     if found.get("vocab_size") is None:
         found.pop("vocab_size", None)
