@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from megatron_rmt.prompt.prompt import Prompt
-from megatron_rmt.prompt.template import Template
+from megatron_rmt.prompt.response import can_answer
+from megatron_rmt.prompt.template import TEMPLATES, Template
+from megatron_rmt.prompt.token_bytes import token_bytes
 from tests.distributed import REPOSITORY, run_distributed
 from tests.test_evaluation import record, settings
 from tests.test_token_bytes import byte_level_bpe
@@ -169,6 +171,42 @@ def before(root: Path) -> tuple[dict[str, Any], str]:
 def _evaluate(words: list[str]) -> None:
     flags, others = evaluate.build_parser().parse_known_args(words)
     evaluate.evaluate(flags, others)
+
+
+@pytest.mark.multiprocess
+def test_positions_whose_truth_no_box_can_hold_are_not_drawn(root: Path):
+    text = "int f() { return {1, 2}; } naïve 数学 {{}} " * 2
+    write_data(root / "code.jsonl", [text])
+    words = [sys.executable, str(TOOLS / "evaluate.py"), "--rmt-template", "raw"]
+    words += ["--budget", "1", "--rmt-answer-tokens", "1", "--seq-length", "64"]
+    words += ["--positions-per-document", "64", "--data", str(root / "code.jsonl")]
+    words += ["--load", str(root / "before-megatron"), "--output", str(root / "code.json")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    (document,) = content(root / "code.json")["documents"]
+    tokenizer = byte_level_bpe()
+    truth = [token_bytes(tokenizer)[token] for token in tokenizer.encode(text)][:64]
+    uncertain = [at for at, digit in enumerate(document["difficulty"]) if digit in "123"]
+    drawn = [at for at in uncertain if can_answer(truth[at], TEMPLATES["raw"])]
+    assert document["positions"] == drawn
+    assert 0 < len(drawn) < len(uncertain)
+
+
+@pytest.mark.multiprocess
+def test_a_document_whose_text_the_tokenizer_loses_is_refused(root: Path):
+    """A special token written out in it takes the blank behind it along."""
+    load = Path(shutil.copytree(root / "before-megatron", root / "stripping"))
+    description = json.loads((load / "huggingface/tokenizer.json").read_text())
+    (token,) = (own for own in description["added_tokens"] if own["content"] == "<|im_start|>")
+    token["rstrip"] = True
+    (load / "huggingface/tokenizer.json").write_text(json.dumps(description))
+    data = write_data(root / "special.jsonl", ["no such token", "a <|im_start|> b"])
+    words = [sys.executable, str(TOOLS / "evaluate.py"), "--load", str(load), "--data", str(data)]
+    words += ["--output", str(root / "special.json"), *REASONING]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY)
+    assert "'<|im_start|> b' becomes '<|im_start|>b'; use a" in done.stderr
+    assert done.returncode == 1
+    assert not (root / "special.json").exists()
 
 
 @pytest.mark.multiprocess
