@@ -1,5 +1,7 @@
 """Evaluation: against transformers on a tiny model, and its intervals against closed forms."""
 
+import codecs
+import gzip
 import json
 import shutil
 import subprocess
@@ -27,6 +29,8 @@ import convert_checkpoint  # noqa: E402
 import evaluate  # noqa: E402
 import evaluation  # noqa: E402
 import evaluation_documents  # noqa: E402
+from document_tokens import DocumentTokenizer  # noqa: E402
+from preprocess_data import load_tokenizer  # noqa: E402
 
 TEXTS = [
     "Anna buys three apples for 6 euros; each apple costs 2 euros. Half of 84 is 42.",
@@ -412,14 +416,21 @@ def test_positions_are_above_the_lowest_threshold_and_uniform():
     assert evaluation_documents.draw_positions("-00", 3, 7, 1) == []
 
 
+class _Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
 @pytest.mark.parametrize("problem", ["Was ist 1 + 1?", "Größe?", ""])
 def test_solution_only_begins_with_the_first_byte_of_the_solution(tmp_path: Path, problem: str):
     path = write_data(tmp_path / "x.jsonl", [problem + "\n\n2"], problem_chars=len(problem))
     texts = evaluation_documents.read_texts(path, "text", True, None)
     table = [bytes([byte]) for byte in range(256)]
-    (document,) = evaluation_documents.tokenize(texts, str.encode, table)
+    (document,) = evaluation_documents.tokenize(texts, DocumentTokenizer(_Bytes()), table)
     assert bytes(document.ids[document.first :]) == b"\n\n2"
-    assert evaluation_documents.read_texts(path, "text", False, None)[0][2] == 0
+    assert evaluation_documents.read_texts(path, "text", False, None)[0].problem == 0
 
 
 @pytest.fixture
@@ -448,8 +459,11 @@ def usable(tmp_path: Path) -> list[str]:
         (["--positions-from", "x.json", "--documents", "3"], "--documents is fixed by"),
         (["--positions-from", "nowhere.json"], "nowhere.json cannot be read"),
         (["--output", "/"], "--output / is a directory"),
-        (["--json-key", "body"], "line 1: it is not a JSON object with a string 'body'"),
-        (["--solution-only"], "line 1: it has no number problem_chars"),
+        (
+            ["--json-key", "body"],
+            r"--data .*heldout.jsonl:1: no key 'body' among \['text'\]; .*--json-key",
+        ),
+        (["--solution-only"], "--data .*heldout.jsonl:1: no number problem_chars"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_the_model_is_loaded(
@@ -471,9 +485,12 @@ def test_a_missing_flag_file_asks_for_model_flags(usable: list[str], tmp_path: P
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ('{"text": "a"}\n{"text": \n', "line 2: Expecting value"),
-        ('{"text": 3}\n', "line 1: it is not a JSON object with a string 'text'"),
-        ("[]\n", "line 1: it is not a JSON object"),
+        ('{"text": "a"}\n{"text": \n', "bad.jsonl:2: not valid JSON .Expecting value"),
+        ('{"text": 3}\n', "bad.jsonl:1: 'text' is a int, but must be a string"),
+        ("[]\n", "bad.jsonl:1: a list, but each line must be a JSON object"),
+        ('{"text": "half \\ud83d"}\n', "bad.jsonl:1: 'text' holds half of a surrogate pair"),
+        ('{"text": "a"}\n' + "[" * 100_000, "bad.jsonl:2: brackets are nested too deeply"),
+        ('{"text": "a"}\r{"text": 1}\r', "bad.jsonl:2: 'text' is a int"),
         (" \n", "holds no document"),
     ],
 )
@@ -482,6 +499,22 @@ def test_data_that_cannot_be_read_is_named_by_line(tmp_path: Path, lines: str, s
     path.write_text(lines)
     with pytest.raises(ValueError, match=sentence):
         evaluation_documents.read_texts(path, "text", False, None)
+
+
+def test_documents_are_read_as_preprocessing_reads_them(tmp_path: Path):
+    """Special tokens that a text spells out are text, and a mark or gzip is no matter."""
+    byte_level_bpe().save_pretrained(tmp_path / "tokenizer")
+    path = tmp_path / "heldout.jsonl"
+    path.write_bytes(
+        gzip.compress(codecs.BOM_UTF8 + b'{"text": "x <|endoftext|> y"}\n\n{"text": "two"}\n')
+    )
+    texts = evaluation_documents.read_texts(path, "text", False, None)
+    assert [text.line for text in texts] == [1, 3]
+    tokenizer = DocumentTokenizer(load_tokenizer(str(tmp_path / "tokenizer")))
+    documents = evaluation_documents.tokenize(texts, tokenizer, [b"?"] * 500)
+    assert byte_level_bpe().decode(documents[0].ids) == "x <|endoftext|> y"
+    assert 0 not in documents[0].ids
+    assert f"{path}:1: they are plain text here" in tokenizer.report()
 
 
 def test_another_document_on_the_line_is_refused():

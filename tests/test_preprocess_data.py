@@ -1,8 +1,18 @@
 """From JSONL to Megatron's dataset, with real tokenizers and Megatron's own readers."""
 
+import contextlib
 import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +20,7 @@ import tokenizers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tests.test_ids_of_text import of_bytes
@@ -81,10 +91,49 @@ def test_tokenizer_that_ends_each_text_itself_gets_no_second_end(
     tmp_path: Path, tokenizer_directory: str
 ) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", ["x<|endoftext|>", "x"])
-    preprocess_data.preprocess([corpus], str(tmp_path / "out"), tokenizer_directory)
+    preprocess_data.preprocess(
+        [corpus], str(tmp_path / "out"), tokenizer_directory, special_tokens="special"
+    )
     first, second = stored(tmp_path / "out")
     assert first == second
     assert first.count(byte_level_bpe().eos_token_id) == 1
+
+    ending = byte_level_bpe()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|endoftext|>",
+        special_tokens=[("<|im_start|>", 1), ("<|endoftext|>", 0)],
+    )
+    ending.save_pretrained(tmp_path / "ending")
+    texts = ["x", "Half of 84 is 42. " * 40_000]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts)
+    preprocess_data.preprocess([corpus], str(tmp_path / "end"), str(tmp_path / "ending"))
+    assert stored(tmp_path / "end") == [[1, *byte_level_bpe()(text).input_ids, 0] for text in texts]
+
+
+def test_special_tokens_in_texts_end_no_document_and_the_first_is_reported(
+    tmp_path: Path, tokenizer_directory: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["x", "a page on <|endoftext|> goes on, <|im_start|> too", "y <|endoftext|>"]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts)
+    arguments = ["--input", str(corpus), "--tokenizer", tokenizer_directory]
+    tokenizer = byte_level_bpe()
+
+    preprocess_data.main([*arguments, "--output-prefix", str(tmp_path / "plain")])
+    printed = capsys.readouterr().out
+    assert "3 special tokens are written in the texts, the first, '<|endoftext|>', at" in printed
+    assert f"{corpus}:2: they are plain text here" in printed
+    for text, ids in zip(texts, stored(tmp_path / "plain"), strict=True):
+        assert ids.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.decode(ids[:-1]) == text
+
+    arguments += ["--special-tokens"]
+    preprocess_data.main([*arguments, "special", "--output-prefix", str(tmp_path / "special")])
+    assert f"{corpus}:2: they are tokens here" in capsys.readouterr().out
+    assert [ids.count(tokenizer.eos_token_id) for ids in stored(tmp_path / "special")] == [1, 2, 1]
+
+    with pytest.raises(SystemExit, match=r"corpus.jsonl:2: the special token '<\|endoftext\|>' is"):
+        preprocess_data.main([*arguments, "refuse", "--output-prefix", str(tmp_path / "refuse")])
+    assert not list(tmp_path.glob("refuse*"))
 
 
 def test_sentencepiece_model_is_read_and_ended_with_its_eos(tmp_path: Path, corpus: Path) -> None:
@@ -177,7 +226,10 @@ def test_two_workers_write_the_same_bytes_as_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Progress is shown on a terminal, which stderr is for two workers only."""
-    documents = [f"{DOCUMENTS[number % 4]} {number}" for number in range(300)]
+    documents = [f"{DOCUMENTS[number % 4]} {number}" for number in range(298)]
+    # One is cut by a worker, the other by this process.
+    documents[70:70] = ["Half of 84 is 42. " * 16_000, "3 apples for 6 euros. " * 20_000]
+    monkeypatch.setattr(preprocess_data, "LONGEST_SENT", 400_000)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", documents)
     for workers in ("1", "2"):
         monkeypatch.setattr(sys.stderr, "isatty", lambda on=workers == "2": on)
@@ -261,10 +313,213 @@ def test_tokenizer_without_end_of_sequence_needs_no_append_eod(
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "endless")
     endless = str(tmp_path / "endless")
-    with pytest.raises(ValueError, match=r"no end-of-sequence token.*--no-append-eod"):
+    with pytest.raises(ValueError, match=r"no end-of-sequence token.*--no-append-eod") as caught:
         preprocess_data.preprocess([corpus], str(tmp_path / "out"), endless)
+    assert 'name one of its tokens as "eos_token" in its tokenizer_config.json' in str(caught.value)
     summary = preprocess_data.preprocess([corpus], str(tmp_path / "out"), endless, append_eod=False)
     assert summary.documents == 4
+
+    # What the refusal asks for is enough.
+    path = tmp_path / "endless" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|im_start|>"}))
+    preprocess_data.preprocess([corpus], str(tmp_path / "ended"), endless)
+    assert [ids[-1] for ids in stored(tmp_path / "ended")] == [1, 1, 1, 1]
+
+
+def test_ids_beyond_the_number_of_tokens_are_refused_rather_than_wrapped(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"x": 70_000, "</s>": 1}, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(
+        tmp_path / "holes"
+    )
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["x"])
+    with pytest.raises(ValueError, match=r"corpus.jsonl:1: the tokenizer's ids, 70000 here"):
+        preprocess_data.preprocess([corpus], str(tmp_path / "out"), str(tmp_path / "holes"))
+
+
+def test_targets_that_cannot_be_meant_are_refused_at_once(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken.idx").mkdir()
+    (tmp_path / "input.bin").write_bytes(corpus.read_bytes())
+    for prefix, said in {
+        "": "names no local file",
+        ".": "names no local file",
+        "..": "names no local file",
+        "new/": "names no local file",
+        "new/.": "names no local file",
+        "s3://bucket/data": "names no local file",
+        "file/data": "file is a file; choose another prefix",
+        "file/deeper/data": "file is a file; choose another prefix",
+        "taken": "taken.idx is a directory; choose another prefix",
+        "input": "input.bin is an --input; choose another prefix",
+        "x" * 300: "cannot be written (File name too long)",
+    }.items():
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(ValueError, match="--output-prefix") as caught:
+            preprocess_data.preprocess(
+                [corpus, tmp_path / "input.bin"], prefix, "hub/name", overwrite=True
+            )
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_unwritable_folder_and_a_full_disk_are_one_sentence_and_leave_nothing(
+    tmp_path: Path, corpus: Path, tokenizer_directory: str
+) -> None:
+    """A limit on the size of files stands for the disk; the last bytes are written on closing."""
+    # Nobody can make a folder there.
+    with pytest.raises(ValueError, match="--output-prefix /proc/no/p cannot be written"):
+        preprocess_data.preprocess([corpus], "/proc/no/p", tokenizer_directory)
+    prefix = str(tmp_path / "out" / "p")
+    for texts in (["Half of 84 is 42. " * 20_000], ["Half of 84"] * 2000):
+        write_jsonl(corpus, texts)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            with pytest.raises(ValueError, match="cannot be written") as caught:
+                preprocess_data.preprocess([corpus], prefix, tokenizer_directory)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert f"--output-prefix {prefix} cannot be written (File too large)" in str(caught.value)
+        assert not list((tmp_path / "out").iterdir())
+
+
+@contextlib.contextmanager
+def _encode_inline(
+    workers: int, name: str, special_tokens: str, eod: int
+) -> Iterator[Callable[[list[preprocess_data.Document]], Future]]:
+    """Encodes where it is called, with the tokenizer that workers would load."""
+    tokenizer = preprocess_data.DocumentTokenizer(
+        preprocess_data.load_tokenizer(name), special_tokens
+    )
+
+    def start(documents: list[preprocess_data.Document]) -> Future:
+        future: Future = Future()
+        future.set_result(
+            [list(preprocess_data.encode_document(tokenizer, one, eod)) for one in documents]
+        )
+        return future
+
+    yield start
+
+
+def test_what_is_read_ahead_for_the_workers_is_bounded(
+    tmp_path: Path, tokenizer_directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess_data, "_worker_pool", _encode_inline)
+    monkeypatch.setattr(preprocess_data, "CHARACTERS_PER_BATCH", 1000)
+    monkeypatch.setattr(preprocess_data, "LONGEST_SENT", 5000)
+    texts = ["x" * size for size in (10, 400, 900, 30_000, 10, 10, 6000, 4000, 20) * 9]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts)
+    tokenizer = preprocess_data.DocumentTokenizer(
+        preprocess_data.load_tokenizer(tokenizer_directory)
+    )
+    ahead = 0
+    largest = 0
+
+    def counted() -> Iterator[preprocess_data.Batch]:
+        nonlocal ahead, largest
+        for batch in preprocess_data.read_batches([corpus], "text", tokenizer):
+            ahead += batch.characters
+            largest = max(largest, ahead - batch.characters)
+            yield batch
+
+    found = []
+    for encoded in preprocess_data.encode_batches(counted(), tokenizer, tokenizer_directory, 0, 2):
+        found += [sum(ids.size for ids in pieces) for pieces in encoded.ids]
+        ahead -= encoded.batch.characters
+    expected = [len(byte_level_bpe()(text).input_ids) + 1 for text in texts]
+    assert found == expected
+    # Four batches, or one that is larger, and what was read last.
+    assert largest <= 30_000 + 4 * 1000
+
+
+@pytest.mark.multiprocess
+def test_a_killed_worker_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, tokenizer_directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS * 400)
+    read = preprocess_data.read_batches
+
+    def kill_one(*arguments: Any) -> Iterator[preprocess_data.Batch]:
+        for number, batch in enumerate(read(*arguments)):
+            if number == 5:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            yield batch
+
+    monkeypatch.setattr(preprocess_data, "read_batches", kill_one)
+    with pytest.raises(ValueError, match=r"--workers 2: one of the processes was killed"):
+        preprocess_data.preprocess(
+            [corpus], str(tmp_path / "out" / "p"), tokenizer_directory, workers=2
+        )
+    assert not list((tmp_path / "out").iterdir())
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_ends_all_processes_with_one_sentence_and_leaves_nothing(
+    tmp_path: Path, tokenizer_directory: str, number: signal.Signals, workers: str
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps({"text": "Half of 84 is 42. " * 500}) + "\n")
+    corpus.write_bytes(corpus.read_bytes() * 5000)
+    out = tmp_path / "out"
+    words = ["--input", str(corpus), "--output-prefix", str(out / "p"), "--workers", workers]
+    process = subprocess.Popen(
+        [sys.executable, TOOLS / "preprocess_data.py", *words, "--tokenizer", tokenizer_directory],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    _wait_until(lambda: any(path.stat().st_size for path in out.glob("*.partial.bin")))
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number
+        assert said.count(f"preprocess_data: stopped by {number.name}; nothing was written.") == 1
+        assert "Traceback" not in said
+        assert not list(out.iterdir())
+
+    def all_gone() -> bool:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    _wait_until(all_gone)
+
+
+def _wait_until(happens: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if happens():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen within two minutes")
+
+
+@pytest.mark.multiprocess
+def test_memory_does_not_grow_with_a_document(tmp_path: Path, tokenizer_directory: str) -> None:
+    """As a whole 8 MB of text took 1.9 GB."""
+    program = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import preprocess_data as p\n"
+        "p.load_tokenizer(sys.argv[3]); peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "p.preprocess([p.Path(sys.argv[2])], sys.argv[4], sys.argv[3])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)"
+    )
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["Half of 84 is 42, not 43. " * 310_000])
+    words = [program, str(TOOLS), str(corpus), tokenizer_directory, str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) / 1024 < 250
 
 
 def test_bad_arguments_are_named(tmp_path: Path, corpus: Path, tokenizer_directory: str) -> None:

@@ -22,14 +22,15 @@ import itertools
 import os
 import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -221,53 +222,75 @@ def encode_document(
         yield np.asarray([eod], dtype=np.int32)
 
 
-_worker_state: tuple[DocumentTokenizer, int | None]
-
-
-def _start_worker(name: str, special_tokens: SpecialTokens, eod: int | None) -> None:
+def _work(
+    connection: Connection, name: str, special_tokens: SpecialTokens, eod: int | None
+) -> None:
+    """Encode the documents that come, until the process at the other end has ended."""
     # Ctrl-C reaches all processes of a terminal; the first of them ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    global _worker_state
-    _worker_state = (DocumentTokenizer(load_tokenizer(name), special_tokens), eod)
-
-
-def _end_with_parent() -> None:
-    parent_process().join()
-    os._exit(1)
-
-
-def _encode_in_worker(documents: list[Document]) -> list[list[np.ndarray]]:
-    tokenizer, eod = _worker_state
-    return [list(encode_document(tokenizer, document, eod)) for document in documents]
+    with contextlib.suppress(EOFError, ConnectionError):
+        tokenizer = DocumentTokenizer(load_tokenizer(name), special_tokens)
+        while True:
+            documents = connection.recv()
+            try:
+                ids = [list(encode_document(tokenizer, document, eod)) for document in documents]
+            except Exception as error:
+                connection.send(ValueError(str(error)))
+            else:
+                connection.send(ids)
 
 
 @contextlib.contextmanager
-def _worker_pool(workers: int, state: tuple[str, SpecialTokens, int | None]) -> Iterator[Executor]:
-    """Processes that tokenize; on any error they are killed rather than waited for.
+def _worker_pool(
+    workers: int, name: str, special_tokens: SpecialTokens, eod: int | None
+) -> Iterator[Callable[[list[Document]], Future[list[list[np.ndarray]]]]]:
+    """Processes that tokenize, each behind a thread, and the function that gives them documents.
+
+    In the end they are killed, whatever they do. (A ``ProcessPoolExecutor`` waits for ever for the
+    rest of a result whose sender was killed.)
 
     Raises:
-        ValueError: one of them died, or there can be no more.
+        ValueError: one of them was killed, or could not be started.
     """
     # This process may have threads, so that a fork of it could hang; the server has none, and
     # imports for all workers once.
     context = get_context("forkserver")
     context.set_forkserver_preload(["transformers", "megatron.core.tokenizers"])
-    others = set(active_children())
-    pool = ProcessPoolExecutor(workers, context, _start_worker, state)
+    processes: list[BaseProcess] = []
+    idle: SimpleQueue[Connection] = SimpleQueue()
+
+    def encode(documents: list[Document]) -> list[list[np.ndarray]]:
+        connection = idle.get()
+        try:
+            connection.send(documents)
+            result = connection.recv()
+        finally:
+            idle.put(connection)
+        if isinstance(result, ValueError):
+            raise result
+        return result
+
+    threads = ThreadPoolExecutor(workers)
     try:
-        yield pool
-        pool.shutdown()
-    except BaseException as error:
-        for worker in set(active_children()) - others:
-            worker.kill()
-        pool.shutdown(cancel_futures=True)
-        if isinstance(error, BrokenProcessPool | OSError):
-            raise ValueError(
-                f"--workers {workers}: one of the processes was killed or could not be started, "
-                "most often for want of memory; pass fewer."
-            ) from None
-        raise
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            with theirs:
+                arguments = (theirs, name, special_tokens, eod)
+                processes.append(context.Process(target=_work, args=arguments, daemon=True))
+                processes[-1].start()
+            idle.put(ours)
+        yield functools.partial(threads.submit, encode)
+    except (EOFError, OSError):
+        raise ValueError(
+            f"--workers {workers}: one of the processes was killed or could not be started, most "
+            "often for want of memory; pass fewer."
+        ) from None
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+        threads.shutdown(cancel_futures=True)
 
 
 def encode_batches(
@@ -293,7 +316,7 @@ def encode_batches(
             yield EncodedBatch(batch, encode_here(batch))
             del batch
         return
-    with _worker_pool(workers, (name, tokenizer.special_tokens, eod)) as pool:
+    with _worker_pool(workers, name, tokenizer.special_tokens, eod) as start:
         pending: deque[tuple[Batch, Callable[[], Iterable[Iterable[np.ndarray]]]]] = deque()
 
         def oldest() -> EncodedBatch:
@@ -311,8 +334,7 @@ def encode_batches(
                 # Sent to another process and back it would be in memory several times.
                 pending.append((batch, functools.partial(encode_here, batch)))
             else:
-                future = pool.submit(_encode_in_worker, batch.documents)
-                pending.append((batch, future.result))
+                pending.append((batch, start(batch.documents).result))
         while pending:
             yield oldest()
 
