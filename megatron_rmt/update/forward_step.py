@@ -8,7 +8,7 @@ equal. Sequence parallel is the exception: Megatron cannot tell its routers of p
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from megatron_rmt.algorithm.losses import Predictions, TokenLoss, token_losses
 from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.model.head import token_loss_sum
 from megatron_rmt.model.pipeline import full_hidden
-from megatron_rmt.update.tree import Tree
+from megatron_rmt.update.tree import ReasonedSample, Tree
 
 
 @dataclass
@@ -30,7 +30,8 @@ class Update:
 
     metrics: [sum, count] of what is known before the update; every micro-batch of every rank has
     the same keys. largest_difference, difference: 0-d and ``[sum, tokens]``, filled by the loss:
-    |log-prob now - when drawn|, zeros on stages without a loss.
+    |log-prob now - when drawn|, zeros on stages without a loss. output: ``[1 + predictions]`` fp32,
+    the loss and the targets' log-probs, once there are any. reasoned: the tree's samples.
     """
 
     tree: Tree
@@ -38,6 +39,8 @@ class Update:
     metrics: dict[str, Metric]
     largest_difference: Tensor = field(default_factory=lambda: torch.zeros(()))
     difference: Tensor = field(default_factory=lambda: torch.zeros(2))
+    output: Tensor | None = None
+    reasoned: Sequence[ReasonedSample] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ def _loss(
     """
     tree = update.tree
     total, log_probs = output[0], output[1:].detach()
+    update.output = output.detach()
     on_trunk, on_responses = slice(tree.trunk_predictions), slice(tree.trunk_predictions, None)
 
     def sums_of(rows: slice) -> Tensor:
