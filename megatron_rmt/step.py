@@ -112,12 +112,13 @@ def collect(
         problems += _read_and_choose(run, micro_batch, store, schedule)
     percentiles = entropy_percentiles(torch.cat([_labelled(own) for own in micro_batches]))
     copies += [_of_run(run, schedule), *_of_model("chosen positions", micro_batches, _chosen)]
-    _agree(run, copies, problems, stop is not None and stop())
+    told = stop or (lambda: False)
+    _agree(run, copies, problems, told())
     times.append(time.perf_counter())
     # Rollouts of all micro-batches together.
     stopped = _respond(run, micro_batches, store, schedule, stop)
     copies = _of_model("drawn tokens", micro_batches, _drawn)
-    _agree(run, copies, _problems(micro_batches, _of_draws), stopped)
+    _agree(run, copies, _problems(micro_batches, _of_draws), stopped or told())
     times.append(time.perf_counter())
     # Rewards and advantages.
     problems = []
@@ -125,7 +126,7 @@ def collect(
         problems += _score(run, micro_batch, schedule)
         micro_batch.metrics |= {f"rmt entropy p{p}": (of, 1.0) for p, of in percentiles.items()}
     problems += _problems(micro_batches, _of_rewards)
-    _agree(run, _of_model("rewards", micro_batches, _rewarded), problems)
+    _agree(run, _of_model("rewards", micro_batches, _rewarded), problems, told())
     reasoned = [of for micro_batch in micro_batches for of in micro_batch.reasoned]
     # Trees, with the weights of the loss of the global batch.
     if run.settings.max_tokens is not None:
@@ -407,9 +408,7 @@ def _problems(
     ]
 
 
-def _agree(
-    run: MidTraining, copies: list[Copy], problems: Sequence[Exception], stop: bool = False
-) -> None:
+def _agree(run: MidTraining, copies: list[Copy], problems: Sequence[Exception], stop: bool) -> None:
     """See ``update.agreement.agree``."""
     agree(copies, run.policy.device, error=problems[0] if problems else None, stop=stop)
 

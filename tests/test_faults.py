@@ -13,14 +13,14 @@ pytestmark = pytest.mark.multiprocess
 
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
-OVERLAPPED = ["--use-distributed-optimizer", "--overlap-param-gather", "--overlap-grad-reduce"]
 SAVING = ["--save-interval", "2", "--exit-interval", "4"]
 
 # The example, with a fault in step ``STEP`` (1 for the first), whose lines see the model, its
 # parameters by name, the rank and ``after`` (a list of what is called after the step).
 PROGRAM = """
-import runpy
+import os, runpy
 
+os.environ["WANDB_MODE"] = "offline"
 if __name__ == "__main__":
     import megatron_rmt
 
@@ -174,7 +174,7 @@ APART = {
     ),
     "norm of a data-parallel rank, sharded optimizer": (
         2,
-        [*OVERLAPPED, "--no-save-optim"],
+        ["--use-distributed-optimizer", "--no-save-optim"],
         "if rank == 1:\n    parameters['decoder.final_layernorm.weight'].mul_(1.01)",
         r"data-parallel ranks hold alike \(decoder\.final_layernorm\.weight\): 0 against 1;",
     ),
@@ -224,3 +224,87 @@ APART = {
 def test_ranks_that_have_come_apart_end_the_run_in_that_step(start, tmp_path, case):
     ranks, flags, fault, sentence = case
     assert_ended(start, tmp_path, 2, f"iteration 3: .*{sentence}", ranks, flags, fault)
+
+
+LOGS = """
+import os
+from pathlib import Path
+from megatron.training import global_vars, get_args
+def gone(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+metrics = Path(get_args().rmt_metrics_file)
+kept = metrics.rename(metrics.with_name("kept"))
+metrics.mkdir()
+after.append(lambda: (metrics.rmdir(), kept.rename(metrics)))
+global_vars._GLOBAL_WANDB_WRITER._writer.log = gone
+writer = global_vars._GLOBAL_TENSORBOARD_WRITER._writer
+writer.file_writer.event_writer._async_writer._writer.write = gone
+"""
+
+
+def test_logs_that_cannot_be_written_do_not_end_the_run(start: Start, tmp_path: Path):
+    flags = ["--wandb-project", "rmt", "--wandb-exp-name", "tiny", "--wandb-save-dir", "w"]
+    flags[-1] = str(tmp_path / "wandb")
+    flags += ["--tensorboard-dir", str(tmp_path / "board"), "--rmt-log-samples-interval", "1"]
+    ended = start(1, flags, LOGS)
+    assert [line["iteration"] for line in ended.metrics] == [1, 2, 4]
+    for what in (tmp_path / "logs/metrics.jsonl", "wandb", "TensorBoard"):
+        assert ended.log.count(f"RMT: {what} cannot be written (") == 1
+    rows = (tmp_path / "logs/rmt_samples.jsonl").read_text().splitlines()
+    assert {json.loads(row)["iteration"] for row in rows} == {1, 2, 3, 4}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model(start: Start, tmp_path: Path):
+    (tmp_path / "saved").write_text("a file")
+    sentence = r"SystemExit: --save is .*saved, where nothing can be written: File exists; pass"
+    with pytest.raises(AssertionError, match=sentence) as failure:
+        start(1, [], "pass")
+    assert "building GPT model" not in str(failure.value)
+
+
+# The signal comes with the second token, and each of the many that would follow takes a while.
+STOP = """
+import os, signal, time
+from megatron_rmt.rollout.live_rollouts import LiveRollouts
+write, tokens = LiveRollouts.write, []
+def slowly(self, *drawn):
+    tokens.append(1)
+    if len(tokens) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert len(tokens) < 30, "generation goes on"
+    time.sleep(0.05)
+    write(self, *drawn)
+LiveRollouts.write = slowly
+after.append(lambda: setattr(LiveRollouts, "write", write))
+"""
+LONG = ["--rmt-initial-budget", "40", "--rmt-rollout-kv-gib", "5e-4", "--save-interval", "100"]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, []), (4, [*TP2, *PP2])], ids=["alone", "TP PP"])
+def test_a_signal_in_a_long_rollout_saves_the_step_before_and_the_rest_is_as_ever(
+    start: Start, inputs: TinyInputs, tmp_path: Path, ranks: int, layout: list[str]
+):
+    flags = [*LONG, *layout, "--exit-signal-handler"]
+    stopped = start(ranks, flags, STOP)
+    assert [line["iteration"] for line in stopped.metrics] == [1, 2]
+    assert "RMT: told to stop in step 3, which is left to the run that resumes." in stopped.log
+    assert (tmp_path / "saved/latest_checkpointed_iteration.txt").read_text() == "2"
+    flags = [*RMT, *LONG, *layout, "--exit-interval", "3"]
+    resumed = run(tmp_path / "on", ranks, [*inputs.flags(tmp_path / "saved"), *flags])
+    whole = run(tmp_path / "whole", ranks, [*inputs.flags(), *flags])
+    assert [*stopped.metrics, *resumed.metrics] == whole.metrics
+
+
+def test_a_step_that_disk_holds_is_not_saved_again_for_a_signal(start: Start, tmp_path: Path):
+    fault = """
+import os, signal
+os.kill(os.getpid(), signal.SIGTERM)
+from megatron.training import get_args
+from pathlib import Path
+mark = Path(get_args().save) / "iter_0000002/mark"
+mark.touch()
+"""
+    stopped = start(2, ["--exit-signal-handler"], fault)
+    assert [line["iteration"] for line in stopped.metrics] == [1, 2]
+    assert (tmp_path / "saved/iter_0000002/mark").exists()
+    assert stopped.log.count("successfully saved checkpoint") == 1

@@ -1,12 +1,26 @@
-"""Checkpoints hold finite numbers: no path that saves gets past this check."""
+"""Where checkpoints go, and what goes in: finite numbers only, whichever path saves."""
 
 import itertools
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def folder_problem(folder: str) -> str | None:
+    """One sentence if nothing can be saved into ``folder``, which is made if it is not there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return None
+        reason = "it is not writable"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    return f"--save is {folder}, where nothing can be written: {reason}; pass a folder of your own."
 
 
 @torch.no_grad()

@@ -22,11 +22,13 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.schedules import schedule_of_step
 from megatron_rmt.algorithm.settings import Settings
-from megatron_rmt.job.checkpoints import refuse_what_is_not_finite
+from megatron_rmt.job.checkpoints import folder_problem, refuse_what_is_not_finite
 from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.not_taken import Progress, left_to_the_next_run, skipped
+from megatron_rmt.job.processes import end_with_torchrun
 from megatron_rmt.job.samples import is_shown, read_samples, write_samples
 from megatron_rmt.job.settings import add_rmt_arguments, readable_help, versions
+from megatron_rmt.job.tracking import continue_wandb_run, forgive_writer, never_ending_training
 from megatron_rmt.job.user_batch import take_batches
 from megatron_rmt.job.validation import check_rmt_arguments
 from megatron_rmt.mid_training import MidTraining, prepare
@@ -80,6 +82,13 @@ def _validate_args(original: Callable[..., Any], args: Any, *others: Any, **name
     except ValueError as error:
         # Each rank ends here by itself, before any of them waits for another.
         raise SystemExit(str(error)) from None
+    if not Settings.of(args).rmt:
+        return result
+    problem = folder_problem(args.save) if args.save else None
+    if problem:
+        raise SystemExit(problem)
+    end_with_torchrun()
+    continue_wandb_run(args)
     if Settings.of(args).trains_with_rl:
         # Megatron hands all arguments to wandb as the configuration of the run.
         args.rmt_versions = versions()
@@ -91,6 +100,18 @@ def _compile_helpers(original: Callable[..., Any]) -> None:
         importlib.import_module("megatron.core.datasets.helpers_cpp")
     except ImportError:
         original()
+
+
+def _set_writer(
+    name: str, what: str, original: Callable[..., Any], args: Any, *others: Any
+) -> None:
+    """Open a writer of logs; it neither ends the job here nor later."""
+    if not Settings.of(args).rmt:
+        original(args, *others)
+        return
+    with never_ending_training(what):
+        original(args, *others)
+    forgive_writer(name, what)
 
 
 def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -279,6 +300,19 @@ PATCHES: tuple[Symbol, ...] = (
         "forward_step_func data_iterator model forward_backward_func iteration",
         _train_step,
     ),
+    # Logs that cannot be written end nothing.
+    Symbol(
+        "megatron.training.global_vars",
+        "_set_tensorboard_writer",
+        "args",
+        functools.partial(_set_writer, "_GLOBAL_TENSORBOARD_WRITER", "TensorBoard"),
+    ),
+    Symbol(
+        "megatron.training.global_vars",
+        "_set_wandb_writer",
+        "args",
+        functools.partial(_set_writer, "_GLOBAL_WANDB_WRITER", "wandb"),
+    ),
     # Nothing that is not finite gets into a checkpoint, whichever module saves it.
     *(
         Symbol(
@@ -311,6 +345,11 @@ RELIED_ON: tuple[Symbol, ...] = (
     Symbol("megatron.core.rerun_state_machine", "get_rerun_state_machine"),
     # Whether a rank has been told to stop.
     Symbol("megatron.training.global_vars", "get_signal_handler"),
+    # What writes checkpoints in a process of its own.
+    Symbol(
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "PersistentAsyncCaller.async_loop",
+    ),
 )
 
 
