@@ -52,7 +52,7 @@ def digest(*values: object) -> int:
     """A whole number of 56 bits; ``bytes`` count as they are, all else by ``repr``."""
     found = hashlib.sha256()
     for value in values:
-        found.update(value if isinstance(value, bytes) else repr(value).encode())
+        found.update(value if isinstance(value, bytes) else f"{value!r};".encode())
     return int.from_bytes(found.digest()[:7], "little")
 
 
