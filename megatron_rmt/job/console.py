@@ -88,11 +88,12 @@ def a_line_for_each_step() -> None:
         return  # refused later, in one sentence
     path = Path(folder) / LOG
     log = Forgiving(path.open("a", encoding="utf-8", buffering=1), str(path))
-    screen, sys.stdout = sys.stdout, log
+    stdout, sys.stdout = sys.stdout, log
     for handler in logging.root.handlers:
         # Megatron's logging took its stdout when it was imported.
-        if getattr(handler, "stream", None) is screen:
+        if getattr(handler, "stream", None) is stdout:
             handler.setStream(sys.stdout)
+    screen = Forgiving(stdout, "the line of each step")
     training_log, print_rank_last = training.training_log, training.print_rank_last
 
     def show(line: str) -> None:

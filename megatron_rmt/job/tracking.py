@@ -30,12 +30,12 @@ def never_ending_training(what: str) -> Iterator[None]:
         if what not in _told:
             _told.add(what)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print(
+            sentence = (
                 f"RMT: {what} cannot be written ({reason}); training goes on, and lines of it may "
-                "be missing: look at the disk, its rights or the network.",
-                file=sys.stderr,
-                flush=True,
+                "be missing: look at the disk, its rights or the network."
             )
+            with contextlib.suppress(OSError):  # stderr may lie on the same disk
+                print(sentence, file=sys.stderr, flush=True)
 
 
 class Forgiving:
