@@ -90,11 +90,15 @@ def _quarantine(
     in_a_row: int,
 ) -> None:
     """Append the step's samples, as text, and a line to the metrics. The last rank writes."""
+
+    def known(tokens: list[int]) -> str:
+        return prompt.text([token for token in tokens if 0 <= token < len(prompt.bytes_of)])
+
     indices = global_sample_indices(args, len(batches))
     own = [
-        {"iteration": iteration + 1, "not finite": problem, "sample": index, "text": text}
+        {"iteration": iteration + 1, "not finite": problem, "sample": index, "text": known(tokens)}
         for batch, numbers in zip(batches, indices, strict=True)
-        for index, text in zip(numbers, map(prompt.text, batch.tokens.tolist()), strict=True)
+        for index, tokens in zip(numbers, batch.tokens.tolist(), strict=True)
     ]
     group = parallel_state.get_data_parallel_group()
     rows = [own] * dist.get_world_size(group)

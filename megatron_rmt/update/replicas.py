@@ -5,6 +5,7 @@ computed on each rank by itself, so rounding may part them a little. Data-parall
 everything, bit for bit, as do the first and last pipeline stage a tied embedding.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -33,21 +34,7 @@ def copies_of_parameters(model: GPTModel, iteration: int) -> list[Copy]:
     """
     if dist.get_world_size() == 1:
         return []
-    plain = {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.element_size() in _BITS and type(parameter.data) is Tensor
-    }
-    split = {
-        name
-        for name, parameter in model.named_parameters()
-        if getattr(parameter, "tensor_model_parallel", False) or ".experts." in name
-    }
-    experts = {
-        name for name, own in model.named_parameters() if not getattr(own, "allreduce", True)
-    }
-    whole = {name: own for name, own in plain.items() if name not in split}
-    replicated = {name: own for name, own in plain.items() if name not in experts}
+    whole, replicated, experts = _shared(model)
     tensor_parallel = parallel_state.get_tensor_model_parallel_group()
     copies = [
         _bits(
@@ -61,14 +48,14 @@ def copies_of_parameters(model: GPTModel, iteration: int) -> list[Copy]:
             _own_number_if_apart(whole.values(), tensor_parallel),
             first_rank(tensor_parallel),
             lambda: {
-                name: float(f"{float(own.float().norm()):.3g}") for name, own in whole.items()
+                name: float(f"{float(own.detach().float().norm()):.3g}")
+                for name, own in whole.items()
             },
         ),
     ]
     if model.config.num_moe_experts:
-        own = {name: plain[name] for name in plain if name in experts}
         group = parallel_state.get_expert_data_parallel_group()
-        copies.append(_bits("experts that ranks hold alike", own, iteration, first_rank(group)))
+        copies.append(_bits("experts that ranks hold alike", experts, iteration, first_rank(group)))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         shared, group = {}, dist.get_rank()
         if (
@@ -82,6 +69,23 @@ def copies_of_parameters(model: GPTModel, iteration: int) -> list[Copy]:
     return copies
 
 
+@functools.lru_cache(maxsize=1)
+def _shared(model: GPTModel) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters by name: those that tensor-parallel ranks hold whole; all but experts; experts.
+
+    Quantized ones are left out: their bits are not a tensor's.
+    """
+    whole, replicated, experts = {}, {}, {}
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is not Tensor or parameter.element_size() not in _BITS:
+            continue
+        of_data_parallel = replicated if getattr(parameter, "allreduce", True) else experts
+        of_data_parallel[name] = parameter
+        if not getattr(parameter, "tensor_model_parallel", False) and ".experts." not in name:
+            whole[name] = parameter
+    return whole, replicated, experts
+
+
 def _bits(what: str, parameters: Mapping[str, Tensor], iteration: int, group: int) -> Copy:
     """A sample of each of ``parameters``, which must be equal bit for bit."""
 
@@ -91,6 +95,7 @@ def _bits(what: str, parameters: Mapping[str, Tensor], iteration: int, group: in
     return Copy(what, _sum_of_bits(parameters.values(), iteration), group, parts)
 
 
+@torch.no_grad()
 def _sum_of_bits(parameters: Iterable[Tensor], iteration: int) -> Tensor:
     """0-d int64: the samples' bit patterns, weighted by their places."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
