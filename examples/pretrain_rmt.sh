@@ -36,6 +36,9 @@ if [[ -n ${LOCAL_RANK:-} ]]; then
     exec "$python" -u "$here/recipe.py" "$@"
 fi
 
+# With --exit-signal-handler a rank that is told to stop saves first; torchrun would wait for 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
+
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || gpus=0
 launcher=("$python" -m torch.distributed.run
     --nproc-per-node "${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}")

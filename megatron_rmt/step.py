@@ -10,12 +10,13 @@ then consume. Nothing is kept from one step to the next: everything random is a 
 """
 
 import functools
-import hashlib
+import math
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -26,14 +27,23 @@ from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.mid_training import MidTraining
-from megatron_rmt.rollout.generate import RolloutSettings, generate
+from megatron_rmt.rollout.generate import RolloutSettings, StoppedError, generate
 from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.memory import CacheSize, in_bytes, key_value_bytes
 from megatron_rmt.rollout.prefill import entropy_percentiles, read_trunk
-from megatron_rmt.rollout.trunk import UserBatch, build_trunk, first_rows
+from megatron_rmt.rollout.trunk import Sample, UserBatch, build_trunk, first_rows
+from megatron_rmt.update.agreement import (
+    Copy,
+    NotFiniteError,
+    RanksDifferError,
+    agree,
+    digest,
+    first_rank,
+)
 from megatron_rmt.update.forward_step import LossSettings, Update
 from megatron_rmt.update.packing import repack, tree_cost
+from megatron_rmt.update.replicas import copies_of_parameters
 from megatron_rmt.update.report import (
     answer_metrics,
     checksum,
@@ -82,32 +92,50 @@ class Collected:
     idle: str | None
 
 
-def collect(run: MidTraining, batches: Sequence[UserBatch], schedule: Schedule) -> Collected:
+def collect(
+    run: MidTraining,
+    batches: Sequence[UserBatch],
+    schedule: Schedule,
+    stop: Callable[[], bool] | None = None,
+) -> Collected:
     """Everything before the update of one step, for this data-parallel rank's micro-batches.
 
-    Collective over all ranks: the ranks of one model work in lockstep, and the loss's global means
-    are summed over the data-parallel ranks.
+    stop: whether this rank has been told to stop. Collective over all ranks: the ranks of one model
+    work in lockstep, and the loss's global means are summed over the data-parallel ranks.
 
     Raises:
-        DoorError: a function of the user's own returned what cannot be trained on.
         CacheError: see ``_check_trunk_fits``.
+        DoorError: a function of the user's own returned what it must not.
+        NotFiniteError: an entropy, a log-prob, a reward or an advantage; names the sample.
+        RanksDifferError: in the parameters, the choice of positions, what was drawn or rewarded.
+        StoppedError: a rank has been told to stop.
+        Each on all ranks.
     """
     times = [time.perf_counter()]
+    copies = copies_of_parameters(run.policy.model, schedule.iteration)
     # The trunk pass, and the positions that its entropies let the curriculum choose.
     micro_batches, store = _lay_out(run, batches)
     _check_trunk_fits(run, store.trunk_tokens, schedule)
+    problems = []
     for micro_batch in micro_batches:
-        _read_and_choose(run, micro_batch, store, schedule)
+        problems += _read_and_choose(run, micro_batch, store, schedule)
     percentiles = entropy_percentiles(torch.cat([_labelled(own) for own in micro_batches]))
+    copies += [_of_run(run, schedule), *_of_model("chosen positions", micro_batches, _chosen)]
+    told = stop or (lambda: False)
+    _agree(run, copies, problems, told())
     times.append(time.perf_counter())
     # Rollouts of all micro-batches together.
-    _respond(run, micro_batches, store, schedule)
-    _check_ranks_agree(micro_batches)
+    stopped = _respond(run, micro_batches, store, schedule, stop)
+    copies = _of_model("drawn tokens", micro_batches, _drawn)
+    _agree(run, copies, _problems(micro_batches, _of_draws), stopped or told())
     times.append(time.perf_counter())
     # Rewards and advantages.
+    problems = []
     for micro_batch in micro_batches:
-        _score(run, micro_batch, schedule)
+        problems += _score(run, micro_batch, schedule)
         micro_batch.metrics |= {f"rmt entropy p{p}": (of, 1.0) for p, of in percentiles.items()}
+    problems += _problems(micro_batches, _of_rewards)
+    _agree(run, _of_model("rewards", micro_batches, _rewarded), problems, told())
     reasoned = [of for micro_batch in micro_batches for of in micro_batch.reasoned]
     # Trees, with the weights of the loss of the global batch.
     if run.settings.max_tokens is not None:
@@ -185,19 +213,30 @@ def _check_trunk_fits(run: MidTraining, trunk_tokens: int, schedule: Schedule) -
 
 def _read_and_choose(
     run: MidTraining, micro_batch: MicroBatch, store: KeyValueStore, schedule: Schedule
-) -> None:
-    """Read one trunk, and choose its positions by the entropies."""
+) -> list[Exception]:
+    """Read one trunk, and choose its positions by the entropies. Returns what is wrong with them,
+    as the other ranks must hear of it before one of them leaves."""
     trunk = [of.sample for of in micro_batch.reasoned]
     top_k = run.settings.entropy_top_k
     entropies, predictions = read_trunk(
         run.policy, trunk, store, micro_batch.first_row, top_k=top_k
     )
-    tier = choose(run, micro_batch.reasoned, entropies, schedule)
     micro_batch.entropies, micro_batch.predictions = entropies, predictions
+    broken = (~entropies.isfinite() & torch.cat([sample.labelled for sample in trunk])).nonzero()
+    if len(broken):
+        row = int(broken[0])
+        starts = zip(trunk, first_rows(trunk), strict=True)
+        place = next(of.place(row - start) for of, start in starts if row < start + len(of))
+        return [NotFiniteError(f"{len(broken)} entropies are not finite, the first of {place}")]
+    try:
+        tier = choose(run, micro_batch.reasoned, entropies, schedule)
+    except DoorError as error:
+        return [error]
     micro_batch.metrics |= trunk_metrics(
         micro_batch.reasoned, entropies, predictions, tier, schedule
     )
     micro_batch.metrics |= answer_metrics(micro_batch.reasoned, run.prompt)
+    return []
 
 
 def choose(
@@ -247,8 +286,12 @@ def _respond(
     micro_batches: Sequence[MicroBatch],
     store: KeyValueStore,
     schedule: Schedule,
-) -> None:
-    """Draw the responses to all chosen positions, or take them from the text, and read them."""
+    stop: Callable[[], bool] | None,
+) -> bool:
+    """Draw the responses to all chosen positions, or take them from the text, and read them.
+
+    Returns whether this rank's model has been told to stop, and holds no responses.
+    """
     if schedule.thought_from_text:
         for of in (of for own in micro_batches for of in own.reasoned):
             for position in of.positions:
@@ -256,30 +299,30 @@ def _respond(
                     run.prompt, of.sample, position.row, schedule.budget
                 )
                 position.rollouts, position.responses = [rollout], [response]
-        return
+        return False
     settings = run.settings
-    groups = generate(
-        run.policy,
-        run.prompt,
-        store,
-        _rollout_positions(run, micro_batches, schedule),
-        RolloutSettings(
-            group=schedule.group,
-            budget=schedule.budget,
-            seed=run.seed,
-            iteration=schedule.iteration,
-            temperature=settings.temperature,
-            greedy=settings.greedy,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            kv_bytes=in_bytes(settings.rollout_kv_gib),
-            writes_truth=schedule.warm_up,
-        ),
+    how = RolloutSettings(
+        group=schedule.group,
+        budget=schedule.budget,
+        seed=run.seed,
+        iteration=schedule.iteration,
+        temperature=settings.temperature,
+        greedy=settings.greedy,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        kv_bytes=in_bytes(settings.rollout_kv_gib),
+        writes_truth=schedule.warm_up,
     )
+    places = _rollout_positions(run, micro_batches, schedule)
+    try:
+        groups = generate(run.policy, run.prompt, store, places, how, stop)
+    except StoppedError:
+        return True
     positions = [position for own in micro_batches for position in own.positions]
     for position, group in zip(positions, groups, strict=True):
         position.rollouts = group
         position.responses = [run.prompt.read(own.tokens.tolist()) for own in group]
+    return False
 
 
 def _rollout_positions(
@@ -306,29 +349,44 @@ def _rollout_positions(
     return found
 
 
-def _check_ranks_agree(micro_batches: Sequence[MicroBatch]) -> None:
-    """All ranks of one model must have drawn the same; they do by construction, this proves it."""
+def _of_run(run: MidTraining, schedule: Schedule) -> Copy:
+    """Where the run is, which is the same on all ranks."""
+    where = digest(schedule, run.seed, run.args.consumed_train_samples)
+    return Copy("iteration, schedule, seed or samples consumed", where, first_rank=0)
+
+
+def _of_model(
+    what: str,
+    micro_batches: Sequence[MicroBatch],
+    values: Callable[[ChosenPosition], Iterator[object]],
+) -> list[Copy]:
+    """What the ranks of one model must have found alike for each position; they do by construction,
+    this proves it. Nothing where a model is one rank's."""
     group = parallel_state.get_model_parallel_group()
     if dist.get_world_size(group) == 1:
-        return
-    digest = hashlib.sha256()
-    for position in (position for own in micro_batches for position in own.positions):
-        digest.update(repr((position.row, [len(own) for own in position.rollouts])).encode())
-        for rollout in position.rollouts:
-            digest.update(rollout.tokens.tobytes())
-    own = torch.tensor([int.from_bytes(digest.digest()[:7], "little")])
-    own = own.to(torch.cuda.current_device())
-    ends = torch.cat([own, -own])
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
-    if int(ends[0]) != -int(ends[1]):
-        raise RuntimeError(
-            "RMT: tensor- or pipeline-parallel ranks chose different positions or drew different "
-            "tokens; their weights or inputs differ (check that all load the same checkpoint)."
-        )
+        return []
+    positions = [position for own in micro_batches for position in own.positions]
+    found = digest(*(value for position in positions for value in values(position)))
+    return [Copy(f"{what}, over tensor and pipeline parallel", found, first_rank(group))]
 
 
-def _score(run: MidTraining, micro_batch: MicroBatch, schedule: Schedule) -> None:
-    """Rewards and advantages of one micro-batch's responses."""
+def _chosen(position: ChosenPosition) -> Iterator[object]:
+    yield position.row
+
+
+def _drawn(position: ChosenPosition) -> Iterator[object]:
+    for rollout in position.rollouts:
+        yield len(rollout)
+        yield rollout.tokens.tobytes()
+
+
+def _rewarded(position: ChosenPosition) -> Iterator[object]:
+    yield position.rewards
+
+
+def _score(run: MidTraining, micro_batch: MicroBatch, schedule: Schedule) -> list[Exception]:
+    """Rewards and advantages of one micro-batch's responses. Returns what is wrong with them, as
+    the other ranks must hear of it before one of them leaves."""
     reasoned, positions = micro_batch.reasoned, micro_batch.positions
 
     # What runs the model, if a reward asks for it.
@@ -346,9 +404,61 @@ def _score(run: MidTraining, micro_batch: MicroBatch, schedule: Schedule) -> Non
         return without, after
 
     evidence = gather_evidence(run.prompt, reasoned, schedule, of_truth)
-    score(positions, evidence, run.reward, run.settings, warm_up=schedule.warm_up)
-    micro_batch.metrics |= response_metrics(positions, evidence, run.settings, schedule, run.prompt)
+    places = [(of.sample, position) for of in reasoned for position in of.positions]
+    try:
+        score(positions, evidence, run.reward, run.settings, warm_up=schedule.warm_up)
+        micro_batch.metrics |= response_metrics(
+            positions, evidence, run.settings, schedule, run.prompt
+        )
+    except NotFiniteError as error:
+        sample, position = places[error.position]
+        return [NotFiniteError(f"{error} It was for {sample.place(position.row)}")]
+    except DoorError as error:
+        return [error]
     micro_batch.metrics["rmt rollout checksum"] = checksum(reasoned)
+    return []
+
+
+def _of_draws(sample: Sample, position: ChosenPosition) -> Iterator[Exception]:
+    """Log-probs of what was drawn that are not finite; +inf says that ranks do not draw alike."""
+    for rollout in position.rollouts:
+        log_probs = rollout.log_probs[rollout.drawn]
+        if (log_probs == math.inf).any():
+            ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
+            yield RanksDifferError(
+                f"tensor-parallel ranks {', '.join(map(str, ranks))} draw different tokens at "
+                f"{sample.place(position.row)}; no step was taken: pass all of them one --seed and "
+                "--rmt-seed, and restart from the last checkpoint."
+            )
+        elif not np.isfinite(log_probs).all():
+            place = sample.place(position.row)
+            yield NotFiniteError(f"the log-prob of a token drawn at {place} is not finite")
+
+
+def _of_rewards(sample: Sample, position: ChosenPosition) -> Iterator[Exception]:
+    """Rewards and advantages that are not finite."""
+    for name, values in (("reward", position.rewards), ("advantage", position.advantages)):
+        if not all(map(math.isfinite, values)):
+            place = sample.place(position.row)
+            yield NotFiniteError(f"the {name} of a response at {place} is not finite")
+
+
+def _problems(
+    micro_batches: Sequence[MicroBatch],
+    find: Callable[[Sample, ChosenPosition], Iterator[Exception]],
+) -> list[Exception]:
+    reasoned = [of for own in micro_batches for of in own.reasoned]
+    return [
+        problem
+        for of in reasoned
+        for position in of.positions
+        for problem in find(of.sample, position)
+    ]
+
+
+def _agree(run: MidTraining, copies: list[Copy], problems: Sequence[Exception], stop: bool) -> None:
+    """See ``update.agreement.agree``."""
+    agree(copies, run.policy.device, error=problems[0] if problems else None, stop=stop)
 
 
 def _repack(run: MidTraining, micro_batches: Sequence[MicroBatch], schedule: Schedule) -> None:
@@ -396,7 +506,7 @@ def _grow(
     for own, tree in zip(micro_batches, trees, strict=True):
         weights = loss_weights(own.positions, tree, positions, ntp_tokens, schedule)
         own.metrics |= size_metrics(own.reasoned, tree, len(stem), settings.max_tokens, slots)
-        updates.append(Update(tree, weights, own.metrics))
+        updates.append(Update(tree, weights, own.metrics, reasoned=own.reasoned))
     loss = LossSettings(
         ntp_coefficient=0.0 if settings.no_ntp else settings.ntp_coefficient,
         temperature=settings.temperature,

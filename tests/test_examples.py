@@ -154,8 +154,7 @@ def test_a_slurm_job_runs_on_its_nodes_and_is_done(slurm):
 
 
 def test_a_slurm_job_is_put_back_while_it_makes_progress(slurm):
-    # The ranks are of no interest here, only how the step ends.
-    (Path(slurm["PATH"].split(":")[0]) / "srun").write_text("#!/usr/bin/env bash\nexit 5\n")
+    _that_fails(slurm)
     saved = Path(slurm["SAVE"])
     for attempt in range(1, 4):
         assert _submit(slurm).returncode == 0
@@ -166,6 +165,68 @@ def test_a_slurm_job_is_put_back_while_it_makes_progress(slurm):
     (saved / "latest_checkpointed_iteration.txt").write_text("100\n")
     assert _submit(slurm).returncode == 0
     assert _requeues(slurm) == ["requeue 7"] * 4
+
+
+def _that_fails(slurm):
+    """The ranks are of no interest, only how the step ends."""
+    (Path(slurm["PATH"].split(":")[0]) / "srun").write_text("#!/usr/bin/env bash\nexit 5\n")
+
+
+FOREIGN = ("", "\n", "release", "last[$(touch executed)]", "a b c d", "0 last[$(touch executed)]")
+FOREIGN += ("-1 1", "08 2", "1" * 40, "\x00\xff\n", "0 99")
+
+
+@pytest.mark.parametrize("name", ["latest_checkpointed_iteration.txt", "requeued.txt"])
+@pytest.mark.parametrize("content", FOREIGN)
+def test_what_files_of_a_slurm_job_hold_is_never_counted_with(slurm, name, content):
+    _that_fails(slurm)
+    saved = Path(slurm["SAVE"])
+    saved.mkdir()
+    (saved / name).write_text(content, encoding="latin-1")
+    for attempt in range(1, 4):
+        ended = _submit(slurm)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stderr.count("\n") == ended.stderr.count("null byte")
+        assert _requeues(slurm) == ["requeue 7"] * attempt
+    assert _submit(slurm).returncode == 1
+    assert not (EXAMPLES.parent / "executed").exists()
+
+
+def test_bookkeeping_without_a_newline_counts(slurm):
+    _that_fails(slurm)
+    saved = Path(slurm["SAVE"])
+    saved.mkdir()
+    (saved / "latest_checkpointed_iteration.txt").write_text("100")
+    (saved / "requeued.txt").write_text("100 3")
+    given_up = _submit(slurm)
+    assert given_up.returncode == 1
+    assert "No progress since step 100 in 3 attempts" in given_up.stderr
+
+
+def test_a_folder_where_nobody_can_count_is_not_put_back(slurm):
+    _that_fails(slurm)
+    Path(slurm["SAVE"]).write_text("a file")
+    ended = _submit(slurm)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("not put back in the queue, as nobody counts.\n")
+    assert not (Path(slurm["RECORDS"]).parent / "scontrol.log").read_text().count("requeue")
+
+
+@pytest.mark.parametrize(("given", "seconds"), [({}, "110"), ({"TIMEOUT": "9"}, "9")])
+def test_ranks_that_are_told_to_stop_have_nearly_two_minutes(slurm, given, seconds):
+    variable = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    (Path(slurm["PATH"].split(":")[0]) / "srun").write_text(
+        f"#!/usr/bin/env bash\necho ${variable}"
+    )
+    job = slurm | {f"TORCH_ELASTIC_SHUTDOWN_{name}": value for name, value in given.items()}
+    assert f"\n{seconds}\n" in _submit(job).stdout
+    python = Path(slurm["RECORDS"]).parent / "python"
+    python.write_text(f"#!/usr/bin/env bash\n[[ $1 == -c ]] || echo ${variable}")
+    python.chmod(0o755)
+    ended = subprocess.run(
+        ["bash", SCRIPT], env=job | {"PYTHON": str(python)}, capture_output=True, text=True
+    )
+    assert ended.stdout.endswith(f"\n{seconds}\n")
 
 
 def test_a_slurm_job_out_of_time_stops_its_ranks_and_is_put_back(slurm, tmp_path):

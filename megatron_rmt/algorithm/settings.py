@@ -77,6 +77,9 @@ class Settings:
     )
     """Stop before the optimizer's step if the mean |log-prob in the update - log-prob when drawn|
     of a step's tokens is larger"""
+    max_bad_steps: int = setting(0, "[0, inf)", "steps")
+    """Skip a step whose numbers are not finite instead of stopping, and write its samples to
+    rmt_quarantine.jsonl beside the metrics; N of them in a row stop"""
     rollout_kv_gib: float | None = setting(None, "(0, inf)", "GiB", unset="no bound")
     """Bound on the keys and values that the rollouts of a rank hold at a time; positions are
     decoded in waves that fit"""

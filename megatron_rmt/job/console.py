@@ -21,7 +21,9 @@ from types import FrameType
 from typing import Any
 
 import megatron_rmt
+from megatron_rmt.job.checkpoints import folder_problem
 from megatron_rmt.job.metrics import PREFIX
+from megatron_rmt.job.tracking import Forgiving
 
 LOG = "megatron.log"
 
@@ -83,13 +85,16 @@ def a_line_for_each_step() -> None:
         return
     from megatron.training import get_args, training
 
+    if folder_problem(folder):
+        return  # refused later, in one sentence
     path = Path(folder) / LOG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    screen, sys.stdout = sys.stdout, path.open("a", encoding="utf-8", buffering=1)
+    log = Forgiving(path.open("a", encoding="utf-8", buffering=1), str(path))
+    stdout, sys.stdout = sys.stdout, log
     for handler in logging.root.handlers:
         # Megatron's logging took its stdout when it was imported.
-        if getattr(handler, "stream", None) is screen:
+        if getattr(handler, "stream", None) is stdout:
             handler.setStream(sys.stdout)
+    screen = Forgiving(stdout, "the line of each step")
     training_log, print_rank_last = training.training_log, training.print_rank_last
 
     def show(line: str) -> None:

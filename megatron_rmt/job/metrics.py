@@ -5,12 +5,18 @@ A resumed run writes its iterations again; whoever reads the file takes the last
 
 import json
 import math
+import os
+import stat
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rmt.job.tracking import never_ending_training
+
 PREFIX = "rmt "
+# In bytes; the end of a file in which the start of its last line is looked for.
+LONGEST_LINE = 2**20
 
 
 def metrics_path(args: Namespace) -> Path | None:
@@ -30,10 +36,41 @@ def write_metrics(path: Path, iteration: int, values: dict[str, Any]) -> None:
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
-    """Append whole lines to a file, made with its folder if it is not there.
+    """Append JSON lines to a file, made with its folder if it is not there; all of them or none.
 
-    One write, so that a crash leaves no half line behind a whole one.
+    What cannot be written is said once, see ``tracking``. Half a line that a full disk or a crash
+    left behind is taken back.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
+    content = "".join(f"{line}\n" for line in lines).encode()
+    with never_ending_training(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            if regular:
+                content = _end_last_line(path) + content
+            end = os.fstat(file.fileno()).st_size
+            try:
+                while content:
+                    # A disk that is nearly full takes a part.
+                    content = content[file.write(content) :]
+            except OSError:
+                if regular:
+                    file.truncate(end)
+                raise
+
+
+def _end_last_line(path: Path) -> bytes:
+    """What the last line of the file lacks; a line of which only a part is there is cut off."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - LONGEST_LINE))
+        _, newline, last = file.read().rpartition(b"\n")
+        if not last:
+            return b""
+        try:
+            json.loads(last)
+        except ValueError:
+            if last.startswith(b"{") and (newline or size <= LONGEST_LINE):
+                file.truncate(size - len(last))
+                return b""
+        return b"\n"

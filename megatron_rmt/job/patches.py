@@ -12,7 +12,7 @@ import inspect
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,26 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.schedules import schedule_of_step
 from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.job.checkpoints import refuse_what_is_not_finite
 from megatron_rmt.job.data_files import empty_split
 from megatron_rmt.job.idle_steps import note_idle_step
 from megatron_rmt.job.metrics import metrics_path, write_metrics
+from megatron_rmt.job.not_taken import Progress, left_to_the_next_run, skipped
+from megatron_rmt.job.processes import end_with_torchrun
 from megatron_rmt.job.resume import check_same_settings, rendering, stored_arguments
 from megatron_rmt.job.run_lock import lock_problem
 from megatron_rmt.job.samples import is_shown, read_samples, write_samples
 from megatron_rmt.job.settings import add_rmt_arguments, readable_help, versions
+from megatron_rmt.job.tracking import continue_wandb_run, forgive_writer, never_ending_training
 from megatron_rmt.job.user_batch import BatchError, check_tokens, take_batches
 from megatron_rmt.job.validation import check_rmt_arguments
 from megatron_rmt.mid_training import MidTraining, prepare, read_prompt
 from megatron_rmt.model.gpt import generating, gpt_model
 from megatron_rmt.model.routers import counting_trees
+from megatron_rmt.rollout.generate import StoppedError
 from megatron_rmt.rollout.memory import CacheError
 from megatron_rmt.step import collect
+from megatron_rmt.update.agreement import NotFiniteError, RanksDifferError
 from megatron_rmt.update.baseline import Baseline
 from megatron_rmt.update.forward_step import Update, make_forward_step
 from megatron_rmt.update.logprob_check import check_log_probs, logprob_tolerance
@@ -93,6 +99,10 @@ def _validate_args(original: Callable[..., Any], args: Any, *others: Any, **name
     except ValueError as error:
         # Each rank ends here by itself, before any of them waits for another.
         raise SystemExit(str(error)) from None
+    if not Settings.of(args).rmt:
+        return result
+    end_with_torchrun()
+    continue_wandb_run(args)
     if Settings.of(args).trains_with_rl:
         # Megatron hands all arguments to wandb as the configuration of the run.
         args.rmt_versions = versions()
@@ -167,6 +177,18 @@ def _generate_state_dict(original: Callable[..., Any], *args: Any, **kwargs: Any
     return state
 
 
+def _set_writer(
+    name: str, what: str, original: Callable[..., Any], args: Any, *others: Any
+) -> None:
+    """Open a writer of logs; it neither ends the job here nor later."""
+    if not Settings.of(args).rmt:
+        original(args, *others)
+        return
+    with never_ending_training(what):
+        original(args, *others)
+    forgive_writer(name, what)
+
+
 def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # Imported here, as Megatron's globals do not exist when the patches are installed.
     from megatron.training import get_args
@@ -181,6 +203,25 @@ def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # What only the built model tells; all ranks find the same.
         raise SystemExit(str(error)) from None
     return run_step(original, call, run)
+
+
+# Of this process.
+_progress = Progress()
+
+
+def _save_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from megatron.training import get_args
+
+    if not Settings.of(get_args()).rmt:
+        return original(*args, **kwargs)
+    call = inspect.signature(original).bind(*args, **kwargs)
+    call.apply_defaults()
+    values = call.arguments
+    refuse_what_is_not_finite(values["model"], values["optimizer"], values["iteration"])
+    result = original(*args, **kwargs)
+    if not values["non_persistent_ckpt"]:
+        _progress.held = values["iteration"]
+    return result
 
 
 @functools.lru_cache(maxsize=1)
@@ -220,6 +261,12 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
 
     options, chunks, iteration = run.args, call["model"], call["iteration"]
     started = time.perf_counter()
+    if _progress.held is None:
+        # The state is still the one that was loaded.
+        _progress.held = iteration
+    for chunk in chunks:
+        # Every rank looks before the optimizer's step, so none may leave in the backward pass.
+        chunk.ddp_config.check_for_nan_in_grad = False
     if should_disable_forward_pre_hook(options):
         # Overlapped parameter gathering: rollouts need the whole weights now.
         force_param_sync(chunks)
@@ -246,20 +293,29 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     try:
         check_tokens(batches, options, run.policy.vocab_size)
         with generating(run.policy.model):
-            collected = collect(run, batches, schedule)
-    except (BatchError, DoorError, CacheError) as error:
-        # What only the step's own data tells; no weight has moved yet.
+            collected = collect(run, batches, schedule, _told_to_stop(options))
+        note_idle_step(_IDLE_STEPS, collected.idle, iteration)
+        updates = collected.updates
+        began_update = time.perf_counter()
+        call["forward_step_func"] = make_forward_step(collected.settings)
+        call["data_iterator"] = RerunDataIterator(iter(updates))
+        call["forward_backward_func"] = _for_trees(
+            call["forward_backward_func"],
+            run.policy.model,
+            updates,
+            logprob_tolerance(options),
+            # Of fp16, an infinite gradient is Megatron's to skip, with its loss scale.
+            {} if options.fp16 else _gradients(chunks),
+        )
+        result = original(**call)
+    except NotFiniteError as error:
+        return skipped(options, iteration, error, batches, run.prompt, _progress)
+    except StoppedError:
+        return left_to_the_next_run(options, iteration, _progress)
+    except (BatchError, DoorError, CacheError, RanksDifferError) as error:
+        # Every rank ends here; no weight has moved yet.
         raise SystemExit(f"RMT, iteration {iteration + 1}: {error}") from None
-    note_idle_step(_IDLE_STEPS, collected.idle, iteration)
-    updates = collected.updates
-    began_update = time.perf_counter()
-
-    call["forward_step_func"] = make_forward_step(collected.settings)
-    call["data_iterator"] = RerunDataIterator(iter(updates))
-    call["forward_backward_func"] = _for_trees(
-        call["forward_backward_func"], run.policy.model, updates, logprob_tolerance(options)
-    )
-    result = original(**call)
+    _progress.bad_in_a_row = 0
     if parallel_state.is_pipeline_last_stage() and result[0]:
         report, device = result[0], updates[0].tree.tokens.device
         report["rmt largest logprob difference"] = _largest_difference(updates, device)
@@ -278,17 +334,42 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     return result
 
 
+def _told_to_stop(args: Any) -> Callable[[], bool] | None:
+    """Whether this rank has had the signal that ``--exit-signal-handler`` waits for."""
+    if not args.exit_signal_handler:
+        return None
+    from megatron.training.global_vars import get_signal_handler
+
+    handler = get_signal_handler()
+    return lambda: handler._signal_received
+
+
+def _gradients(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Where the gradients of this rank are summed up, by parameter."""
+    return {
+        name.removeprefix("module."): parameter.main_grad
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if getattr(parameter, "main_grad", None) is not None
+    }
+
+
 def _is_last_rank() -> bool:
     """Whether this is the rank that Megatron lets log."""
     return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
 
 
 def _for_trees(
-    schedule: Callable[..., Any], model: GPTModel, updates: list[Update], tolerance: float
+    schedule: Callable[..., Any],
+    model: GPTModel,
+    updates: list[Update],
+    tolerance: float,
+    gradients: Mapping[str, torch.Tensor],
 ) -> Callable[..., Any]:
     """The schedule, told how long the packed trees are (pipeline stages exchange that size).
 
-    After it, so before the optimizer's step, the log-probs are compared with those of the rollouts.
+    After it, so before the optimizer's step, the log-probs are compared with those of the rollouts,
+    and all numbers must be finite.
     """
     length = updates[0].tree.tokens.shape[0]
 
@@ -297,7 +378,7 @@ def _for_trees(
         arguments |= {"seq_length": length, "decoder_seq_length": length, "micro_batch_size": 1}
         with counting_trees(model):
             result = schedule(**arguments)
-        check_log_probs(updates, tolerance)
+        check_log_probs(updates, tolerance, gradients)
         return result
 
     return forward_backward
@@ -351,6 +432,29 @@ PATCHES: tuple[Symbol, ...] = (
         "forward_step_func data_iterator model forward_backward_func iteration",
         _train_step,
     ),
+    # Logs that cannot be written end nothing.
+    Symbol(
+        "megatron.training.global_vars",
+        "_set_tensorboard_writer",
+        "args",
+        functools.partial(_set_writer, "_GLOBAL_TENSORBOARD_WRITER", "TensorBoard"),
+    ),
+    Symbol(
+        "megatron.training.global_vars",
+        "_set_wandb_writer",
+        "args",
+        functools.partial(_set_writer, "_GLOBAL_WANDB_WRITER", "wandb"),
+    ),
+    # Nothing that is not finite gets into a checkpoint, whichever module saves it.
+    *(
+        Symbol(
+            f"megatron.training.{module}",
+            "save_checkpoint",
+            "iteration model optimizer non_persistent_ckpt",
+            _save_checkpoint,
+        )
+        for module in ("training", "checkpointing")
+    ),
 )
 
 # Called or handed over to, not replaced.
@@ -371,6 +475,15 @@ RELIED_ON: tuple[Symbol, ...] = (
     Symbol("megatron.core.num_microbatches_calculator", "get_num_microbatches"),
     # The updates as Megatron's schedules expect them.
     Symbol("megatron.core.rerun_state_machine", "RerunDataIterator.__init__", "iterable"),
+    # Back to where it was before a step that is skipped.
+    Symbol("megatron.core.rerun_state_machine", "get_rerun_state_machine"),
+    # Whether a rank has been told to stop.
+    Symbol("megatron.training.global_vars", "get_signal_handler"),
+    # What writes checkpoints in a process of its own.
+    Symbol(
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "PersistentAsyncCaller.async_loop",
+    ),
 )
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.metrics import append_lines, metrics_path
+from megatron_rmt.job.tracking import never_ending_training
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.update.scoring import continuation, text_before
 from megatron_rmt.update.tree import ReasonedSample
@@ -93,5 +94,6 @@ def write_samples(args: Namespace, shown: Sequence[ShownRollout]) -> None:
         append_lines(path, [json.dumps(row, ensure_ascii=False) for row in rows])
     wandb = get_wandb_writer()
     if wandb:
-        table = wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
-        wandb.log({TABLE: table}, shown[0].iteration)
+        with never_ending_training("the table of samples in wandb"):
+            table = wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
+            wandb.log({TABLE: table}, shown[0].iteration)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rmt.model.gpt import Policy
+from megatron_rmt.model.head import reduce_over_ranks
 from megatron_rmt.model.pipeline import (
     Sends,
     begin_from_last_stage,
@@ -51,6 +52,13 @@ from megatron_rmt.rollout.memory import CacheSize, key_value_bytes, rollout_wave
 from megatron_rmt.rollout.responses import Rollout
 from megatron_rmt.rollout.sampling import DecodeHead, RolloutSettings
 
+# Tensor-parallel ranks ask each other with each so many tokens whether one was told to stop.
+STEPS_TO_ASK = 8
+
+
+class StoppedError(Exception):
+    """A rank has been told to stop; the step is left to the run that resumes."""
+
 
 @torch.no_grad()
 def generate(
@@ -59,10 +67,12 @@ def generate(
     store: KeyValueStore,
     positions: Sequence[RolloutPosition],
     how: RolloutSettings,
+    stop: Callable[[], bool] | None = None,
 ) -> list[list[Rollout]]:
     """Draw ``how.group`` responses for each position, whose trunk is in ``store`` already.
 
-    positions: rollouts of one sample must stand together.
+    positions: rollouts of one sample must stand together. stop: whether this rank has been told to
+    stop, asked for with each token on the last pipeline stage.
 
     Each draw is a pure function of (seed, iteration, sample, column, rollout, token), so it does
     not depend on the layout, the batch, or which rollouts have ended.
@@ -72,6 +82,8 @@ def generate(
 
     Raises:
         ValueError: not even one position fits into ``how.kv_bytes``.
+        StoppedError: a rank of the last pipeline stage has been told to stop; raised on all ranks
+            of its model.
     """
     model = policy.model
     experts = expert_sharing_group(model)
@@ -100,20 +112,25 @@ def generate(
     if model.post_process:
         tp_group = parallel_state.get_tensor_model_parallel_group()
         head = DecodeHead(output_weight(model), policy.vocab_size, tp_group, how)
-    decoder = _Decoder(policy, store, stem, head, experts)
+    decoder = _Decoder(policy, store, stem, head, experts, stop)
     # Each wave to its end; with pipeline stages as many at a time as there are stages.
     done: list[list[Rollout]] = []
+    stopped = False
     for first in range(0, len(waves), in_flight):
         batches = [
             _Batch(
-                LiveRollouts(positions[own], prompt, how, bound, policy.device),
+                # Ranks that share experts may go on: they need this one, even if it has stopped.
+                LiveRollouts([] if stopped else positions[own], prompt, how, bound, policy.device),
                 TailCache(tail_tokens),
             )
             for own in waves[first : first + in_flight]
         ]
         with captured_layers(model):
             decoder.run(batches)
+        stopped = stopped or any(batch.stopped for batch in batches)
         done += [group for batch in batches for group in batch.live.responses()]
+    if stopped:
+        raise StoppedError
     return done
 
 
@@ -131,28 +148,32 @@ def expert_sharing_group(model: GPTModel) -> ProcessGroup | None:
 class _Batch:
     """Rollouts that are decoded together.
 
-    drawn: tokens and log-probs ``[2, rows]`` fp64 of the newest step, of the last stage; arriving:
-    their way to this stage. trunks, after: which trunk rows each row sees and the rotary position
-    after its stem; None when rows have left.
+    drawn: tokens and log-probs ``[2, rows]`` fp64 of the newest step, of the last stage, and, where
+    ranks may be told to stop, a third row, above 0 if one was; arriving: their way to this stage.
+    stopped: all rollouts have been cut short for that. trunks, after: which trunk rows each row
+    sees and the rotary position after its stem; None when rows have left.
     """
 
     live: LiveRollouts
     tails: TailCache
     drawn: Tensor | None = None
     arriving: dist.Work | None = None
+    stopped: bool = False
     trunks: list[SharedTrunk] | None = None
     after: Tensor | None = None
 
 
 @dataclass
 class _Decoder:
-    """The passes of batches of rollouts; head is None on all stages but the last."""
+    """The passes of batches of rollouts; head is None on all stages but the last, stop where no
+    rank can be told to."""
 
     policy: Policy
     store: KeyValueStore
     stem: Sequence[int]
     head: DecodeHead | None
     experts: ProcessGroup | None
+    stop: Callable[[], bool] | None
 
     def run(self, batches: Sequence[_Batch]) -> None:
         """Decode ``batches`` to their ends, in turn, so that each pipeline stage has work."""
@@ -221,7 +242,20 @@ class _Decoder:
     def _draw(self, live: LiveRollouts, scores: Tensor) -> Tensor:
         token, log_prob = self.head.draw(scores, live.draws())
         # Both in one message; ids are whole numbers far below 2^53.
-        return torch.stack([token.double(), log_prob.double()])
+        message = [token.double(), log_prob.double()]
+        if self.stop is not None:
+            message.append(self._told_to_stop(live.step, message[0]))
+        return torch.stack(message)
+
+    def _told_to_stop(self, step: int, like: Tensor) -> Tensor:
+        """A row of 1 if a tensor-parallel rank of the last stage has been told to stop, else 0."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        told = torch.full_like(like, float(self.stop()))
+        if group.size() == 1:
+            return told
+        if step % STEPS_TO_ASK:
+            return torch.zeros_like(like)
+        return reduce_over_ranks(told, dist.ReduceOp.MAX, group)
 
     def _pass(
         self,
@@ -234,8 +268,8 @@ class _Decoder:
         """Forward ``tokens``; the last stage draws and starts to tell the others."""
         drawn = forward_through_stages(self.policy.model, tokens, visibility, draw, sends)
         if drawn is None:
-            rows = len(batch.live.rows_here)
-            drawn = torch.empty(2, rows, dtype=torch.float64, device=tokens.device)
+            shape = (2 if self.stop is None else 3, len(batch.live.rows_here))
+            drawn = torch.empty(shape, dtype=torch.float64, device=tokens.device)
             batch.arriving = None
         else:
             batch.arriving = begin_from_last_stage(drawn)
@@ -251,14 +285,18 @@ class _Decoder:
             if batch.arriving is not None:
                 batch.arriving.wait()
             live.write(batch.drawn[0].long(), batch.drawn[1].float())
-        alive = live.alive
+        told = anywhere = live.alive[:0]
+        if self.stop is not None and live.rows_here:
+            told = batch.drawn[2, :1] > 0
+            live.alive = live.alive & ~told
         if self.experts is not None:
-            anywhere = alive.any()[None].int()
+            anywhere = live.alive.any()[None].int()
             dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.experts)
-            alive = torch.cat([alive, anywhere.bool()])
         # The one wait for the device of this token.
-        alive = alive.tolist()
-        goes_on = alive.pop() if self.experts is not None else any(alive)
+        flags = torch.cat([told, anywhere.bool(), live.alive]).tolist()
+        alive = flags[len(told) + len(anywhere) :]
+        goes_on = any(flags[len(told) :])
+        batch.stopped = batch.stopped or any(flags[: len(told)])
         if live.rows_here:
             staying = live.settle(alive)
             if staying is not None:

@@ -101,6 +101,8 @@ class LiveRollouts:
         """Append what the policy drew, ``[rows]`` each, or what is written by force instead."""
         rows, grammar, bound = self.rows, self.grammar, self.bound
         writes_truth = self.how.writes_truth
+        # Ranks that do not draw alike may sum up to any id; the log-prob then says so.
+        token = token.clamp(0, grammar.next_state.shape[1] - 1)
         # Which thoughts end here, though the policy did not close them.
         was_thinking = self._thinking
         drawing = self._force_next < 0

@@ -214,9 +214,10 @@ def sample_tokens(
     The cumulative sum is taken over sums of blocks of 256 columns, then inside the one block that
     the uniform number falls into. The vocabulary is never gathered: tensor parallelism takes one
     all-reduce of the maxima [rows], one all-gather of the shards' sums [tp, rows] and one
-    all-reduce of ids and scores [2, rows]. All sums are exact (weights are multiples of 2^-34), so
-    the token does not depend on how the vocabulary is split. A token whose probability is below
-    2^-34 (6e-11) of the most probable one's is never drawn.
+    all-reduce of ids and scores, and of what proves that the ranks draw alike, [4, rows]. All sums
+    are exact (weights are multiples of 2^-34), so the token does not depend on how the vocabulary
+    is split. A token whose probability is below 2^-34 (6e-11) of the most probable one's is never
+    drawn.
 
     Args:
         logits: float32 [rows, vocab/tp], without padded columns; not modified.
@@ -231,8 +232,10 @@ def sample_tokens(
     Returns:
         (int64 [rows] global token ids, float32 [rows] their log-probs), equal on all ranks. The
         log-probs are those of softmax(logits / temperature) before `top_k` and `top_p`, to within
-        vocab * 2^-34. A row with NaN or +inf, or with nothing finite, gives an arbitrary id without
-        an error (no synchronisation with the device).
+        vocab * 2^-34. A row with NaN or +inf, or with nothing finite, gives an arbitrary id and a
+        log-prob that is not finite, without an error (no synchronisation with the device). A
+        log-prob of +inf says that the ranks do not draw alike: another uniform number on the rank
+        that drew, or not one rank that did.
 
     Raises:
         ValueError: vocabulary above 2^19.
@@ -279,8 +282,14 @@ def sample_tokens(
     # The shard that holds the token tells the others.
     # Ids are below 2^19, so one float64 sum carries them and the scores.
     drawn = torch.stack([column + vocab_start, logits.gather(1, column[:, None])[:, 0]]).double()
+    several = tp_group is not None and tp_group.size() > 1
+    if several:
+        drawn = torch.cat([drawn, uniforms[None], torch.ones_like(uniforms)[None]])
     drawn = reduce_over_ranks(torch.where(owned, drawn, 0.0), ReduceOp.SUM, tp_group)
     log_probs = (drawn[1] - maxima) / temperature - (whole / _WEIGHT_SCALE).log()
+    if several:
+        alike = (drawn[2] == uniforms) & (drawn[3] == 1)
+        log_probs = torch.where(alike | ~log_probs.isfinite(), log_probs, torch.inf)
     return drawn[0].long(), log_probs.float()
 
 

@@ -71,6 +71,11 @@ class Sample:
         """(first, limit) rows of the document that ``row`` is in."""
         return next((first, limit) for first, limit in self.documents if first <= row < limit)
 
+    def place(self, row: int) -> str:
+        """Where ``row`` is, for people: sample, document in it, token of the sample; from 0."""
+        document = self.documents.index(self.document_of(row))
+        return f"sample {self.index}, document {document} in it, token {int(self.columns[row])}"
+
 
 def _counts(labels: Tensor, loss_mask: Tensor) -> Tensor:
     """Bool: the label is known and the job weighs its prediction."""

@@ -10,7 +10,7 @@ is equal.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.model.head import token_loss_sum
 from megatron_rmt.model.pipeline import full_hidden
 from megatron_rmt.model.routers import padding_mask
-from megatron_rmt.update.tree import Tree
+from megatron_rmt.update.tree import ReasonedSample, Tree
 
 
 @dataclass
@@ -33,7 +33,8 @@ class Update:
 
     metrics: [sum, count] of what is known before the update; every micro-batch of every rank has
     the same keys. largest_difference, difference: 0-d and ``[sum, tokens]``, filled by the loss:
-    |log-prob now - when drawn|, zeros on stages without a loss.
+    |log-prob now - when drawn|, zeros on stages without a loss. output: ``[1 + predictions]`` fp32,
+    the loss and the targets' log-probs, once there are any. reasoned: the tree's samples.
     """
 
     tree: Tree
@@ -41,6 +42,8 @@ class Update:
     metrics: dict[str, Metric]
     largest_difference: Tensor = field(default_factory=lambda: torch.zeros(()))
     difference: Tensor = field(default_factory=lambda: torch.zeros(2))
+    output: Tensor | None = None
+    reasoned: Sequence[ReasonedSample] = ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def _loss(
     """
     tree = update.tree
     total, log_probs = output[0], output[1:].detach()
+    update.output = output.detach()
     on_trunk, on_responses = slice(tree.trunk_predictions), slice(tree.trunk_predictions, None)
 
     def sums_of(rows: slice) -> Tensor:

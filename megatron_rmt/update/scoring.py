@@ -18,6 +18,7 @@ from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.trunk import Sample
+from megatron_rmt.update.agreement import NotFiniteError
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample
 
 # Tokens of the true continuation that a prediction is compared with.
@@ -77,7 +78,8 @@ def score(
     """Give ``positions`` their rewards and advantages.
 
     Raises:
-        DoorError: the reward is no finite tensor ``[positions, group]``.
+        DoorError: the reward is no tensor ``[positions, group]``.
+        NotFiniteError: it is not finite; names the position.
     """
     by_length = length_reward(
         evidence.thought_lengths, evidence.budget, settings.length_reward_maximum
@@ -86,11 +88,14 @@ def score(
     # budget. Else models soon close every thought at once, as closing is all that they are shown.
     earned = torch.zeros_like(by_length) if warm_up else reward(evidence)
     shape = list(earned.shape) if isinstance(earned, Tensor) else type(earned).__name__
-    if shape != list(by_length.shape) or not bool(earned.isfinite().all()):
-        raise DoorError(
-            f"--rmt-reward {settings.reward} returned {shape}, or values that are not finite; "
-            f"return a finite float tensor [positions, group], here {list(by_length.shape)}."
-        )
+    wanted = f"return a finite float tensor [positions, group], here {list(by_length.shape)}."
+    if shape != list(by_length.shape):
+        raise DoorError(f"--rmt-reward {settings.reward} returned {shape}; {wanted}")
+    broken = (~earned.isfinite()).nonzero()
+    if len(broken):
+        position, response = broken[0].tolist()
+        value = float(earned[position, response])
+        raise NotFiniteError(f"--rmt-reward {settings.reward} returned {value}; {wanted}", position)
     weight = 0.0 if settings.no_length_reward else settings.length_reward_weight
     rewards = total_reward(earned, by_length, weight)
     advantages = group_advantages(rewards, standardise=not settings.no_advantage_std)

@@ -80,6 +80,24 @@ class Tree:
     drawn_log_probs: Tensor
 
 
+def place_of_prediction(tree: Tree, reasoned: Sequence[ReasonedSample], prediction: int) -> str:
+    """Where a prediction of a tree over ``reasoned`` is, for people."""
+    if prediction < tree.trunk_predictions:
+        row = int(tree.predicting[prediction])
+        for of, start in zip(reasoned, first_rows([of.sample for of in reasoned]), strict=True):
+            if start <= row < start + len(of.sample):
+                return of.sample.place(row - start)
+    rollout = int(tree.rollouts[prediction - tree.trunk_predictions])
+    places = [
+        (of.sample, position)
+        for of in reasoned
+        for position in of.positions
+        for _ in position.rollouts
+    ]
+    sample, position = places[rollout]
+    return f"a response to {sample.place(position.row)}"
+
+
 # A row that predicts nothing, for a micro-batch without samples: Megatron wants one token at least.
 _NO_SAMPLE = Sample(
     index=-1,

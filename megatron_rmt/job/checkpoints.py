@@ -1,0 +1,69 @@
+"""Where checkpoints go, and what goes in: finite numbers only, whichever path saves."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def folder_problem(folder: str) -> str | None:
+    """One sentence if nothing can be saved into ``folder``, which is made if it is not there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return None
+        reason = "it is not writable"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    return f"--save is {folder}, where nothing can be written: {reason}; pass a folder of your own."
+
+
+@torch.no_grad()
+def refuse_what_is_not_finite(model: list[torch.nn.Module], optimizer: Any, iteration: int) -> None:
+    """Collective over all ranks; waits for the device once, after a pass over the weights and the
+    optimizer's state of this rank.
+
+    Raises:
+        SystemExit: a number is not finite; on every rank, before anything is written.
+    """
+    tensors = dict(_saved(model, optimizer))
+    # The largest magnitude is not finite where one number is not, and cannot overflow.
+    largest = [torch.linalg.vector_norm(own, torch.inf) for own in tensors.values()]
+    broken = torch.zeros(1, device=torch.cuda.current_device())
+    for own in largest:
+        broken += (~own.isfinite()).to(broken.device)
+    dist.all_reduce(broken)
+    if not broken.item():
+        return
+    names = [name for name, own in zip(tensors, largest, strict=True) if not own.isfinite()]
+    found = [names] * dist.get_world_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, names)
+    rank, first = next((rank, names[0]) for rank, names in enumerate(found) if names)
+    raise SystemExit(
+        f"RMT: the checkpoint of iteration {iteration} is not written: {first} of rank {rank} "
+        f"holds numbers that are not finite, as do {sum(map(len, found)) - 1} other tensors; "
+        "restart from the last checkpoint, which is as it was."
+    )
+
+
+def _saved(model: list[torch.nn.Module], optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors of a rank that a checkpoint would hold, by name."""
+    for chunk in model:
+        for name, own in chunk.named_parameters():
+            if own.numel():
+                yield name.removeprefix("module."), own.detach()
+    for number, single in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
+        inner = getattr(single, "optimizer", None)
+        groups = [group["params"] for group in getattr(inner, "param_groups", ())]
+        for index, own in enumerate(itertools.chain.from_iterable(groups)):
+            # In half precision the optimizer trains a copy in fp32.
+            held = {"main weight": own.detach(), **inner.state.get(own, {})}
+            for name, value in held.items():
+                if torch.is_tensor(value) and value.is_floating_point() and value.numel():
+                    yield f"the optimizer's {name} {number}.{index}", value

@@ -1,0 +1,98 @@
+"""Processes that are gone with their parent, however it went."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import REPOSITORY
+
+pytestmark = pytest.mark.multiprocess
+
+# A rank, and the worker that writes its checkpoints as Megatron starts it, but idle.
+RANK = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+def idle(folder):
+    (Path(folder) / "worker").write_text(str(os.getpid()))
+    time.sleep(60)
+
+PersistentAsyncCaller.async_loop = staticmethod(idle)
+if __name__ == "__main__":
+    from megatron_rmt.job.processes import end_with_torchrun
+
+    end_with_torchrun()
+    loop, folder = PersistentAsyncCaller.async_loop, sys.argv[1]
+    multiprocessing.get_context("spawn").Process(target=loop, args=(folder,), daemon=True).start()
+    (Path(folder) / "rank").write_text(str(os.getpid()))
+    time.sleep(60)
+"""
+AGENT = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+
+
+@pytest.fixture
+def job(tmp_path):
+    """``job(**environment)``: an agent with a rank with a worker, and the latter two's numbers."""
+    (tmp_path / "rank.py").write_text(RANK)
+    started = []
+
+    def start(**environment: str) -> tuple[subprocess.Popen, int, int]:
+        inherited = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
+        command = [sys.executable, "-c", AGENT, str(tmp_path / "rank.py"), str(tmp_path)]
+        inherited |= {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+        agent = subprocess.Popen(command, env=inherited | environment)
+        started.append(agent.pid)
+        for name in ("rank", "worker"):
+            path = tmp_path / name
+            assert _wait_until(functools.partial(_has_text, path), 90)
+            started.append(int(path.read_text()))
+        return agent, *started[1:]
+
+    yield start
+    for process in started:
+        if _runs(process):
+            os.kill(process, signal.SIGKILL)
+
+
+def _has_text(path: Path) -> bool:
+    return path.exists() and path.read_text() != ""
+
+
+def _wait_until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_rank_and_worker_are_gone_when_their_agent_is_killed(job):
+    agent, rank, worker = job(TORCHELASTIC_RUN_ID="some")
+    agent.kill()
+    agent.wait()
+    assert _wait_until(lambda: not _runs(rank), 10)
+    assert _wait_until(lambda: not _runs(worker), 10)
+
+
+def test_a_rank_without_torchrun_outlives_its_shell_but_not_its_worker(job):
+    agent, rank, worker = job()
+    agent.kill()
+    agent.wait()
+    time.sleep(0.5)
+    assert _runs(rank)
+    os.kill(rank, signal.SIGKILL)
+    assert _wait_until(lambda: not _runs(worker), 10)
