@@ -2,7 +2,7 @@
 
 ``main`` runs it; a program for ``tests.tiny_run.run`` is two lines that call it. The file that it
 writes holds one JSON object, of the last step: ``documents``, the token ids of each document of the
-trunk with what stands before it; ``stem`` and ``close``; ``stop``, the ids that end a response;
+trunk with what stands before it; ``stem`` and ``close``, and their ``texts``; ``stop``, the ids that end a response;
 ``budget``; ``responses``, the ids of each; ``positions``, for each chosen one its document and how
 many of the document's tokens its prompt has.
 """
@@ -52,6 +52,7 @@ def _record(run: Any, reasoned: Any, budget: int) -> dict[str, Any]:
         "documents": documents,
         "stem": list(prompt.stem(budget)),
         "close": list(prompt.close),
+        "texts": {"stem": prompt.text(prompt.stem(budget)), "close": prompt.text(prompt.close)},
         "stop": list(prompt.stop),
         "positions": positions,
         "responses": responses,

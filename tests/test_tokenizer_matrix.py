@@ -44,8 +44,9 @@ RMT = shlex.split(
 TRAINING = shlex.split(
     f"--finetune --train-iters 1 --seq-length {LENGTH} --micro-batch-size 1 --global-batch-size 2 "
     "--seed 7 --split 100,0,0 --lr 1e-3 --eval-iters 0 --eval-interval 1000 --log-interval 1 "
-    "--ckpt-format torch_dist --reset-attention-mask --reset-position-ids --rmt"
+    "--ckpt-format torch_dist --rmt"
 )
+DOCUMENTS_APART = ["--reset-attention-mask", "--reset-position-ids"]
 
 
 def of_family(names: Any) -> list[Any]:
@@ -85,7 +86,14 @@ class Journey:
     def preprocess(self, *others: str) -> None:
         words = ["--input", str(self.corpus), "--output-prefix", str(self.data)]
         words += ["--tokenizer", str(self.megatron / "huggingface"), *others]
+        words += ["--no-append-eod"] if self.member.without_end else []
         preprocess_data.main(words)
+
+    def ids_of(self, text: str) -> list[int]:
+        """A text's ids in the token files, behind another text's."""
+        self.write_corpus([TEXTS[0], text])
+        self.preprocess("--overwrite")
+        return self.documents()[1]
 
     def documents(self) -> list[list[int]]:
         """What stands in the token files."""
@@ -101,6 +109,7 @@ class Journey:
         model = (self.megatron / "model_flags.txt").read_text(encoding="utf-8")
         flags = [*shlex.split(model), "--load", str(self.megatron), "--data-path", str(self.data)]
         flags += [*TRAINING, *RMT, *self.template]
+        flags += [] if self.member.without_end else DOCUMENTS_APART
         run = tiny_run.run(self.root / "run", 1, flags, program=program)
         return run, json.loads(recorded.read_text())
 
@@ -141,7 +150,7 @@ def test_ids_prompts_rates_and_weights_are_right_from_the_first_command_to_the_l
     ends = [own.id_of(token) for token in member.ends]
     journey.convert()
 
-    journey.preprocess(*(["--no-append-eod"] if member.without_end else []))
+    journey.preprocess()
     table = table_of(journey.megatron / "huggingface")
     documents = journey.documents()
     assert len(table) == own.size
@@ -157,7 +166,8 @@ def test_ids_prompts_rates_and_weights_are_right_from_the_first_command_to_the_l
     assert len(recorded["positions"]) == 2 * POSITIONS
     assert recorded["stop"] == sorted(ends)
     assert_prompts_are_whole_texts(member, own, table, recorded)
-    assert all(table[token] for response in recorded["responses"] for token in response)
+    never = {*own.without_text(), *range(own.size, own.size + 8)} - {*recorded["close"]}
+    assert not never & {token for response in recorded["responses"] for token in response}
 
     evaluation = journey.evaluate()
     assert evaluation["counts"]["documents"] == 5
@@ -178,11 +188,11 @@ def assert_prompts_are_whole_texts(
 ) -> None:
     """The begin token once and first, no blank that nobody wrote, and the ids of the text as one.
 
-    The text is cut in front of a word: inside of one, the whole text has other tokens there.
+    The text is cut in front of a word: inside of one, the whole text has other tokens there. Behind
+    a head, a document keeps the dummy space that its data has.
     """
     stem_text = STEM.format(budget=recorded["budget"])
-    assert joined(table, recorded["stem"]) == stem_text
-    assert joined(table, recorded["close"]) == CLOSE
+    assert recorded["texts"] == {"stem": stem_text, "close": CLOSE}
     begin = None if member.begins is None else own.id_of(member.begins)
     whole = 0
     for ids in recorded["documents"]:
@@ -192,10 +202,11 @@ def assert_prompts_are_whole_texts(
         for cut in range(1, len(ids)):
             before, behind = (b"".join(table[t] for t in part) for part in (ids[:cut], ids[cut:]))
             text = before.decode(errors="replace").removeprefix(member.space)
-            in_document = text.startswith(HEAD) and text != HEAD
+            document = text.removeprefix(HEAD).removeprefix(member.space)
+            in_document = text.startswith(HEAD) and document
             if not in_document or not (behind.startswith(b" ") and behind[1:2].isalpha()):
                 continue
-            if any(one.startswith(text.removeprefix(HEAD)) for one in TEXTS):
+            if any(one.startswith(document) for one in TEXTS):
                 assert ids[:cut] + recorded["stem"] == own.ids(text + stem_text)
                 whole += 1
     assert whole >= 2
@@ -246,18 +257,18 @@ def test_the_ids_of_a_text_of_any_kind_are_those_of_the_files_or_the_text_is_ref
     table = table_of(journey.megatron / "huggingface")
     ends = [own.id_of(token) for token in member.ends]
     for kind, text in TEXTS_OF_ALL_KINDS.items():
-        journey.write_corpus([TEXTS[0], text])
         try:
-            journey.preprocess("--overwrite", *(["--no-append-eod"] if member.without_end else []))
+            ids = journey.ids_of(text)
         except SystemExit as ended:
             sentence = str(ended)
             assert "\n" not in sentence, kind
-            assert f"{journey.corpus}:2" in sentence, (kind, sentence)
+            assert str(journey.corpus) in sentence, (kind, sentence)
             continue
-        ids = journey.documents()[1]
+        # Before a text that begins with a blank, transformers may leave out the dummy space.
+        if text.startswith(" ") and joined(table, ids) == text:
+            ids, text = journey.ids_of(text.lstrip()), text.lstrip()
         assert ids == own.ids(text) + ends[:1], kind
-        blank = "" if text.startswith(" ") else member.space
-        assert joined(table, ids) in (blank + text, member.space + text), kind
+        assert joined(table, ids) in (text, member.space + text), kind
 
 
 @pytest.mark.parametrize("name", REFUSED)
