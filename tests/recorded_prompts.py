@@ -2,9 +2,9 @@
 
 ``main`` runs it; a program for ``tests.tiny_run.run`` is two lines that call it. The file that it
 writes holds one JSON object, of the last step: ``documents``, the token ids of each document of the
-trunk with what stands before it; ``stem`` and ``close``, and their ``texts``; ``stop``, the ids that end a response;
-``budget``; ``responses``, the ids of each; ``positions``, for each chosen one its document and how
-many of the document's tokens its prompt has.
+trunk with what stands before it; ``stem`` and ``close``, and their ``texts``; ``stop``, the ids
+that end a response; ``budget``; ``responses``, the ids of each; ``positions``, for each chosen one
+its document and how many of the document's tokens its prompt has.
 """
 
 import json
