@@ -44,9 +44,8 @@ RMT = shlex.split(
 TRAINING = shlex.split(
     f"--finetune --train-iters 1 --seq-length {LENGTH} --micro-batch-size 1 --global-batch-size 2 "
     "--seed 7 --split 100,0,0 --lr 1e-3 --eval-iters 0 --eval-interval 1000 --log-interval 1 "
-    "--ckpt-format torch_dist --rmt"
+    "--ckpt-format torch_dist --reset-attention-mask --reset-position-ids --rmt"
 )
-DOCUMENTS_APART = ["--reset-attention-mask", "--reset-position-ids"]
 
 
 def of_family(names: Any) -> list[Any]:
@@ -86,7 +85,6 @@ class Journey:
     def preprocess(self, *others: str) -> None:
         words = ["--input", str(self.corpus), "--output-prefix", str(self.data)]
         words += ["--tokenizer", str(self.megatron / "huggingface"), *others]
-        words += ["--no-append-eod"] if self.member.without_end else []
         preprocess_data.main(words)
 
     def ids_of(self, text: str) -> list[int]:
@@ -109,7 +107,6 @@ class Journey:
         model = (self.megatron / "model_flags.txt").read_text(encoding="utf-8")
         flags = [*shlex.split(model), "--load", str(self.megatron), "--data-path", str(self.data)]
         flags += [*TRAINING, *RMT, *self.template]
-        flags += [] if self.member.without_end else DOCUMENTS_APART
         run = tiny_run.run(self.root / "run", 1, flags, program=program)
         return run, json.loads(recorded.read_text())
 
@@ -285,6 +282,17 @@ def test_a_tokenizer_whose_ids_are_not_the_text_or_not_the_models_is_refused(
     sentence = str(ended.value)
     assert re.search(pattern, sentence), sentence
     assert "\n" not in sentence
-    assert transformers.__version__ in sentence
+    assert (transformers.__version__ in sentence) == (command == "convert")
     assert not journey.data.with_suffix(".bin").exists()
     assert journey.megatron.exists() == (command == "preprocess")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_without_an_end_of_text_a_model_is_evaluated_and_its_training_refused(tmp_path: Path):
+    journey = Journey("begin only", tmp_path)
+    journey.convert()
+    assert journey.evaluate()["results"]["well_formed"]["value"] == 1.0
+    journey.preprocess("--no-append-eod")
+    with pytest.raises(AssertionError, match=r"SystemExit: .*no token that ends a text"):
+        journey.train()

@@ -67,8 +67,7 @@ class Member:
     files: its files by name. config: of config.json, beside the sizes. begins, ends: the tokens
     that are put before a text, and that end a response. space: what the tokenizer itself puts
     before a text. refused: a command (``convert``, ``preprocess``) and a pattern of the sentence
-    with which it refuses this tokenizer; None if it is to be right. without_end: documents are not
-    ended by a token.
+    with which it refuses this tokenizer; None if it is to be right.
     """
 
     files: Callable[[], Mapping[str, bytes]]
@@ -77,7 +76,6 @@ class Member:
     ends: tuple[str, ...] = (END,)
     space: str = ""
     refused: tuple[str, str] | None = None
-    without_end: bool = False
 
 
 def _fast(tokenizer: Tokenizer, **settings: Any) -> dict[str, bytes]:
@@ -279,7 +277,9 @@ FAMILY: dict[str, Member] = {
     "byte fallback": Member(byte_fallback, begins=BEGIN, space=" "),
     "added tokens that strip": Member(markers_with_strips, refused=("convert", "</think>")),
     "special markers": Member(special_markers, begins=BEGIN),
-    "begin only": Member(byte_level_with_begin_only, begins=BEGIN, ends=(), without_end=True),
+    "begin only": Member(
+        byte_level_with_begin_only, begins=BEGIN, ends=(), refused=("preprocess", "eos_token")
+    ),
     "end only": Member(byte_level_with_end_only),
     "several ends": Member(byte_level_with_two_ends, begins=BEGIN, ends=(END, TURN)),
     "holes": Member(byte_level_with_holes),
