@@ -61,7 +61,7 @@ if __name__ == "__main__":
     import torch
     from megatron.training import training
     from megatron_rmt import step
-    from megatron_rmt.job import patches
+    from megatron_rmt.job import patches, train_step
 
     torch.set_num_threads(1)
     now = [None]
@@ -95,7 +95,7 @@ if __name__ == "__main__":
     patches.run_step, training.save_checkpoint = counted, saved
     watched(step, "_lay_out", "trunk")
     watched(step, "_respond", "rollout")
-    watched(patches, "make_forward_step", "update")
+    watched(train_step, "make_forward_step", "update")
     runpy.run_path({str(PRETRAIN)!r}, run_name="__main__")
 """
 

@@ -23,16 +23,16 @@ def main(target: Path) -> None:
 
     cpu_platform.install_if_no_cuda()
     megatron_rmt.patch()
-    from megatron_rmt.job import patches
+    from megatron_rmt.job import train_step
 
-    collect = patches.collect
+    collect = train_step.collect
 
-    def watched(run: Any, batches: Any, schedule: Any) -> Any:
-        collected = collect(run, batches, schedule)
+    def watched(run: Any, batches: Any, schedule: Any, *others: Any) -> Any:
+        collected = collect(run, batches, schedule, *others)
         target.write_text(json.dumps(_record(run, collected.reasoned, schedule.budget)))
         return collected
 
-    patches.collect = watched
+    train_step.collect = watched
     sys.argv[0] = str(PRETRAIN)
     runpy.run_path(str(PRETRAIN), run_name="__main__")
 

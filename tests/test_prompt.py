@@ -21,7 +21,6 @@ from megatron_rmt.rollout.responses import written
 from megatron_rmt.rollout.sampling import RolloutSettings
 from megatron_rmt.rollout.trunk import UserBatch, build_trunk
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree
-from megatron_rmt.update.truth import _closed_with_truth
 from tests.tiny_tokenizer import build_tokenizer
 
 CHAT = (
@@ -465,10 +464,10 @@ def test_positions_hold_the_longest_thought_with_its_end_written_for_a_reward(
     text = torch.full((1, length), OTHER)
     batch = UserBatch(text, torch.arange(length)[None], text, torch.ones(1, length))
     (sample,) = build_trunk(batch, [0], preamble=[], end_of_document=0, separate_documents=False)
-    thought = written([OTHER] * 2 * budget)
-    last = ChosenPosition(length - 1, [thought], [prompt.read(thought.tokens.tolist())])
+    thought = [OTHER] * 2 * budget
+    last = ChosenPosition(length - 1, [written([*thought, *prompt.close, OTHER])])
     tree = grow_tree(
-        [_closed_with_truth(prompt, ReasonedSample(sample, [last]))],
+        [ReasonedSample(sample, [last])],
         prompt.stem(budget),
         longest_position=longest_position(length, settings, prompt),
         device=torch.device("cpu"),

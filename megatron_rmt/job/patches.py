@@ -9,50 +9,27 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
-import time
-from argparse import Namespace
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.rerun_state_machine import RerunDataIterator
 
-from megatron_rmt.algorithm.doors import DoorError
-from megatron_rmt.algorithm.schedules import schedule_of_step
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.checkpoints import refuse_what_is_not_finite
 from megatron_rmt.job.data_files import empty_split
-from megatron_rmt.job.idle_steps import note_idle_step
-from megatron_rmt.job.metrics import metrics_path, write_metrics
-from megatron_rmt.job.not_taken import Progress, left_to_the_next_run, skipped
 from megatron_rmt.job.processes import end_with_torchrun
-from megatron_rmt.job.resume import check_same_settings, rendering, stored_arguments
+from megatron_rmt.job.resume import check_same_settings, stored_arguments
 from megatron_rmt.job.run_lock import lock_problem
-from megatron_rmt.job.samples import is_shown, read_samples, write_samples
 from megatron_rmt.job.settings import add_rmt_arguments, readable_help, versions
 from megatron_rmt.job.tracking import continue_wandb_run, forgive_writer, never_ending_training
-from megatron_rmt.job.user_batch import BatchError, check_tokens, take_batches
+from megatron_rmt.job.train_step import PROGRESS, prepared, run_step
 from megatron_rmt.job.validation import check_rmt_arguments
-from megatron_rmt.mid_training import MidTraining, prepare, read_prompt
-from megatron_rmt.model.gpt import generating, gpt_model
-from megatron_rmt.model.routers import counting_trees
-from megatron_rmt.rollout.generate import StoppedError
-from megatron_rmt.rollout.memory import CacheError
-from megatron_rmt.step import collect
-from megatron_rmt.update.agreement import NotFiniteError, RanksDifferError
-from megatron_rmt.update.baseline import Baseline
-from megatron_rmt.update.forward_step import Update, make_forward_step
-from megatron_rmt.update.logprob_check import check_log_probs, logprob_tolerance
+from megatron_rmt.mid_training import read_prompt
+from megatron_rmt.model.gpt import gpt_model
 
 SUPPORTED = ">=0.19,<0.20"
-
-# By reason, since this process started.
-_IDLE_STEPS: Counter[str] = Counter()
 
 
 @dataclass(frozen=True)
@@ -173,7 +150,7 @@ def _generate_state_dict(original: Callable[..., Any], *args: Any, **kwargs: Any
     call = inspect.signature(original).bind(*args, **kwargs).arguments
     settings = Settings.of(call["args"])
     if settings.trains_with_rl and settings.baseline_decay is not None and "iteration" in call:
-        state["rmt_baseline"] = _prepared(gpt_model(call["model"])).baseline.sharded_state()
+        state["rmt_baseline"] = prepared(gpt_model(call["model"])).baseline.sharded_state()
     return state
 
 
@@ -198,15 +175,11 @@ def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     call = inspect.signature(original).bind(*args, **kwargs).arguments
     model = _inside(call["model"])
     try:
-        run = _prepared(model)
+        run = prepared(model)
     except ValueError as error:
         # What only the built model tells; all ranks find the same.
         raise SystemExit(str(error)) from None
     return run_step(original, call, run)
-
-
-# Of this process.
-_progress = Progress()
 
 
 def _save_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -220,178 +193,8 @@ def _save_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     refuse_what_is_not_finite(values["model"], values["optimizer"], values["iteration"])
     result = original(*args, **kwargs)
     if not values["non_persistent_ckpt"]:
-        _progress.held = values["iteration"]
+        PROGRESS.held = values["iteration"]
     return result
-
-
-@functools.lru_cache(maxsize=1)
-def _prepared(model: GPTModel) -> MidTraining:
-    from megatron.training import get_args, get_tokenizer
-
-    args = get_args()
-    run = prepare(args, model, get_tokenizer())
-    # Megatron stores all arguments with each checkpoint.
-    args.rmt_prompt_rendering = rendering(run.prompt)
-    if run.baseline is not None and args.iteration > 0:
-        _resume_baseline(run.baseline, args)
-    return run
-
-
-def _resume_baseline(baseline: Baseline, args: Namespace) -> None:
-    """Go on from the baseline of the checkpoint that this run resumes from."""
-    from megatron.training.checkpointing import get_checkpoint_name
-
-    folder = Path(get_checkpoint_name(args.load, args.iteration, return_base_dir=True))
-    if not (folder.is_dir() and baseline.load(folder)) and _is_last_rank():
-        print(
-            f"RMT: --rmt-baseline-decay is {baseline.decay}, but {folder} holds no moving average; "
-            "it begins again with the weights at hand.",
-            flush=True,
-        )
-
-
-def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTraining) -> Any:
-    """Roll out, then let Megatron's ``train_step`` (``call``: its arguments) train on the trees.
-
-    The rollouts come first, because inside ``train_step`` Megatron's rerun state machine may run
-    the forward and backward passes again.
-    """
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.training.training import force_param_sync, should_disable_forward_pre_hook
-
-    options, chunks, iteration = run.args, call["model"], call["iteration"]
-    started = time.perf_counter()
-    if _progress.held is None:
-        # The state is still the one that was loaded.
-        _progress.held = iteration
-    for chunk in chunks:
-        # Every rank looks before the optimizer's step, so none may leave in the backward pass.
-        chunk.ddp_config.check_for_nan_in_grad = False
-    if should_disable_forward_pre_hook(options):
-        # Overlapped parameter gathering: rollouts need the whole weights now.
-        force_param_sync(chunks)
-    if run.baseline is not None:
-        run.baseline.follow()
-    try:
-        batches = take_batches(
-            call["forward_step_func"],
-            call["data_iterator"],
-            chunks[0],
-            run.policy.model,
-            get_num_microbatches(),
-            end_of_document=run.prompt.end_of_document,
-            separate_documents=options.reset_attention_mask,
-        )
-    except BatchError as error:
-        # All ranks raise the same; no weight has moved yet.
-        raise SystemExit(str(error)) from None
-    if isinstance(call["data_iterator"], RerunDataIterator):
-        # Megatron advances the iterator that it is given, which will be another one.
-        call["data_iterator"].advance()
-    schedule = schedule_of_step(run.settings, iteration, options.train_iters)
-    began_collecting = time.perf_counter()
-    try:
-        check_tokens(batches, options, run.policy.vocab_size)
-        with generating(run.policy.model):
-            collected = collect(run, batches, schedule, _told_to_stop(options))
-        note_idle_step(_IDLE_STEPS, collected.idle, iteration)
-        updates = collected.updates
-        began_update = time.perf_counter()
-        call["forward_step_func"] = make_forward_step(collected.settings)
-        call["data_iterator"] = RerunDataIterator(iter(updates))
-        call["forward_backward_func"] = _for_trees(
-            call["forward_backward_func"],
-            run.policy.model,
-            updates,
-            logprob_tolerance(options),
-            # Of fp16, an infinite gradient is Megatron's to skip, with its loss scale.
-            {} if options.fp16 else _gradients(chunks),
-        )
-        result = original(**call)
-    except NotFiniteError as error:
-        return skipped(options, iteration, error, batches, run.prompt, _progress)
-    except StoppedError:
-        return left_to_the_next_run(options, iteration, _progress)
-    except (BatchError, DoorError, CacheError, RanksDifferError) as error:
-        # Every rank ends here; no weight has moved yet.
-        raise SystemExit(f"RMT, iteration {iteration + 1}: {error}") from None
-    _progress.bad_in_a_row = 0
-    if parallel_state.is_pipeline_last_stage() and result[0]:
-        report, device = result[0], updates[0].tree.tokens.device
-        report["rmt largest logprob difference"] = _largest_difference(updates, device)
-        seconds = {"batch": began_collecting - started, **collected.seconds}
-        seconds["update"] = time.perf_counter() - began_update
-        for phase, value in seconds.items():
-            report[f"rmt {phase} seconds"] = torch.tensor(value, device=device)
-        path = metrics_path(options)
-        if path is not None and _is_last_rank():
-            values = dict(report)
-            values["ntp loss"] = values.pop("lm loss")
-            values["grad norm"] = float("nan") if result[5] is None else result[5]
-            write_metrics(path, iteration + 1, values)
-    if _is_last_rank() and is_shown(run.settings, iteration):
-        write_samples(options, read_samples(run.prompt, collected.reasoned, iteration))
-    return result
-
-
-def _told_to_stop(args: Any) -> Callable[[], bool] | None:
-    """Whether this rank has had the signal that ``--exit-signal-handler`` waits for."""
-    if not args.exit_signal_handler:
-        return None
-    from megatron.training.global_vars import get_signal_handler
-
-    handler = get_signal_handler()
-    return lambda: handler._signal_received
-
-
-def _gradients(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
-    """Where the gradients of this rank are summed up, by parameter."""
-    return {
-        name.removeprefix("module."): parameter.main_grad
-        for chunk in chunks
-        for name, parameter in chunk.named_parameters()
-        if getattr(parameter, "main_grad", None) is not None
-    }
-
-
-def _is_last_rank() -> bool:
-    """Whether this is the rank that Megatron lets log."""
-    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-
-
-def _for_trees(
-    schedule: Callable[..., Any],
-    model: GPTModel,
-    updates: list[Update],
-    tolerance: float,
-    gradients: Mapping[str, torch.Tensor],
-) -> Callable[..., Any]:
-    """The schedule, told how long the packed trees are (pipeline stages exchange that size).
-
-    After it, so before the optimizer's step, the log-probs are compared with those of the rollouts,
-    and all numbers must be finite.
-    """
-    length = updates[0].tree.tokens.shape[0]
-
-    @functools.wraps(schedule)
-    def forward_backward(**arguments: Any) -> Any:
-        arguments |= {"seq_length": length, "decoder_seq_length": length, "micro_batch_size": 1}
-        with counting_trees(model):
-            result = schedule(**arguments)
-        check_log_probs(updates, tolerance, gradients)
-        return result
-
-    return forward_backward
-
-
-def _largest_difference(updates: list[Update], device: torch.device) -> torch.Tensor:
-    largest = torch.stack([update.largest_difference.to(device) for update in updates]).max()
-    torch.distributed.all_reduce(
-        largest,
-        op=torch.distributed.ReduceOp.MAX,
-        group=parallel_state.get_data_parallel_group(),
-    )
-    return largest
 
 
 PATCHES: tuple[Symbol, ...] = (
