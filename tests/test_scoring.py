@@ -66,7 +66,7 @@ def test_the_truth_and_a_thought_from_the_text_end_before_padding(tokens, loss_m
         [5],
         [],
     ]
-    response = response_from_text(tiny_run().prompt, sample, 1, 6)
+    response, _ = response_from_text(tiny_run().prompt, sample, 1, 6)
     assert response.tokens.tolist() == [4, 5, 10, 4]
 
 
