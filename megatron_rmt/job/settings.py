@@ -20,10 +20,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from megatron.training.argument_utils import ArgumentGroupFactory
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from megatron_rmt.algorithm.settings import Settings, argument_name
 
@@ -138,8 +136,10 @@ def read_config(path: str) -> dict[str, Any]:
     remedy = "pass UTF-8 lines like 'group-size: 8', each key once"
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except Exception as error:
+        # YAML's constructors raise whatever Python's conversions of a value raise.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = reason or type(error).__name__
         raise ValueError(f"--rmt-config is {path}; cannot read it: {reason}; {remedy}.") from None
     if not isinstance(content, dict):
         raise ValueError(f"--rmt-config is {path}; {remedy}.")

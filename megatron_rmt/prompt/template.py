@@ -13,6 +13,9 @@ from typing import Any
 BUDGET = "{budget}"
 BOX = b"\\boxed{"
 MAXIMUM_BOX_DEPTH = 8
+# The automaton that follows responses has a state for each byte of `close`, and each state a column
+# for each token of the vocabulary.
+LONGEST_CLOSE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Template:
             )
         if not self.close:
             raise ValueError(f"template {self.name!r} has an empty close; pass the end marker")
+        if len(self.close.encode()) > LONGEST_CLOSE:
+            raise ValueError(
+                f"template {self.name!r} has a close of {len(self.close.encode())} bytes; pass an "
+                f"end marker of at most {LONGEST_CLOSE}"
+            )
         if self.answer not in ("boxed", "next"):
             raise ValueError(
                 f"template {self.name!r} has answer {self.answer!r}; pass 'boxed' or 'next'"
@@ -151,7 +159,10 @@ def load_template(name_or_path: str) -> Template:
             f"template file {name_or_path} must be one object with exactly the fields "
             f"{', '.join(expected)}"
         )
-    return Template(**fields)
+    try:
+        return Template(**fields)
+    except ValueError as error:
+        raise ValueError(f"template file {name_or_path}: {error}") from None
 
 
 def rendered_turn(tokenizer: Any | None, content: str) -> str:

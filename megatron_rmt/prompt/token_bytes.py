@@ -97,7 +97,8 @@ def _transformers_token_bytes(tokenizer: Any) -> list[bytes]:
         token_id: None if token.special else token.content.encode()
         for token_id, token in added.items()
     }
-    entries.update(dict.fromkeys(getattr(tokenizer, "all_special_ids", ())))
+    # A special token that the vocabulary lacks has no id.
+    entries |= dict.fromkeys({*getattr(tokenizer, "all_special_ids", ())} - {None})
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
