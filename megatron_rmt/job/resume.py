@@ -31,6 +31,7 @@ MAY_CHANGE = frozenset(
         "config",
         "allow_changed_settings",
         "logprob_tolerance",
+        "max_bad_steps",
         "rollout_kv_gib",
         "max_tokens",
         "attention",
