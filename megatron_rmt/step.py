@@ -10,13 +10,11 @@ then consume. Nothing is kept from one step to the next: everything random is a 
 """
 
 import functools
-import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -32,14 +30,20 @@ from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.memory import CacheSize, in_bytes, key_value_bytes
 from megatron_rmt.rollout.prefill import entropy_percentiles, read_trunk
-from megatron_rmt.rollout.trunk import Sample, UserBatch, build_trunk, first_rows
+from megatron_rmt.rollout.trunk import UserBatch, build_trunk, first_rows
 from megatron_rmt.update.agreement import (
     Copy,
     NotFiniteError,
-    RanksDifferError,
     agree,
     digest,
-    first_rank,
+)
+from megatron_rmt.update.before_the_step import (
+    chosen_alike,
+    draw_problems,
+    drawn_alike,
+    entropy_problems,
+    reward_problems,
+    rewarded_alike,
 )
 from megatron_rmt.update.forward_step import LossSettings, Update
 from megatron_rmt.update.packing import repack, tree_cost
@@ -115,28 +119,27 @@ def collect(
     copies = copies_of_parameters(run.policy.model, schedule.iteration)
     # The trunk pass, and the positions that its entropies let the curriculum choose.
     micro_batches, store = _lay_out(run, batches)
+    reasoned = [of for micro_batch in micro_batches for of in micro_batch.reasoned]
     _check_trunk_fits(run, store.trunk_tokens, schedule)
     problems = []
     for micro_batch in micro_batches:
         problems += _read_and_choose(run, micro_batch, store, schedule)
     percentiles = entropy_percentiles(torch.cat([_labelled(own) for own in micro_batches]))
-    copies += [_of_run(run, schedule), *_of_model("chosen positions", micro_batches, _chosen)]
     told = stop or (lambda: False)
-    _agree(run, copies, problems, told())
+    where = digest(schedule, run.seed, run.args.consumed_train_samples)
+    copies.append(Copy("iteration, schedule, seed or samples consumed", where, first_rank=0))
+    _agree(run, [*copies, *chosen_alike(reasoned)], problems, told())
     times.append(time.perf_counter())
     # Rollouts of all micro-batches together.
     stopped = _respond(run, micro_batches, store, schedule, stop)
-    copies = _of_model("drawn tokens", micro_batches, _drawn)
-    _agree(run, copies, _problems(micro_batches, _of_draws), stopped or told())
+    _agree(run, drawn_alike(reasoned), draw_problems(reasoned), stopped or told())
     times.append(time.perf_counter())
     # Rewards and advantages.
     problems = []
     for micro_batch in micro_batches:
         problems += _score(run, micro_batch, schedule)
         micro_batch.metrics |= {f"rmt entropy p{p}": (of, 1.0) for p, of in percentiles.items()}
-    problems += _problems(micro_batches, _of_rewards)
-    _agree(run, _of_model("rewards", micro_batches, _rewarded), problems, told())
-    reasoned = [of for micro_batch in micro_batches for of in micro_batch.reasoned]
+    _agree(run, rewarded_alike(reasoned), problems + reward_problems(reasoned), told())
     # Trees, with the weights of the loss of the global batch.
     if run.settings.max_tokens is not None:
         _repack(run, micro_batches, schedule)
@@ -222,12 +225,9 @@ def _read_and_choose(
         run.policy, trunk, store, micro_batch.first_row, top_k=top_k
     )
     micro_batch.entropies, micro_batch.predictions = entropies, predictions
-    broken = (~entropies.isfinite() & torch.cat([sample.labelled for sample in trunk])).nonzero()
-    if len(broken):
-        row = int(broken[0])
-        starts = zip(trunk, first_rows(trunk), strict=True)
-        place = next(of.place(row - start) for of, start in starts if row < start + len(of))
-        return [NotFiniteError(f"{len(broken)} entropies are not finite, the first of {place}")]
+    problems = entropy_problems(trunk, entropies)
+    if problems:
+        return problems
     try:
         tier = choose(run, micro_batch.reasoned, entropies, schedule)
     except DoorError as error:
@@ -349,41 +349,6 @@ def _rollout_positions(
     return found
 
 
-def _of_run(run: MidTraining, schedule: Schedule) -> Copy:
-    """Where the run is, which is the same on all ranks."""
-    where = digest(schedule, run.seed, run.args.consumed_train_samples)
-    return Copy("iteration, schedule, seed or samples consumed", where, first_rank=0)
-
-
-def _of_model(
-    what: str,
-    micro_batches: Sequence[MicroBatch],
-    values: Callable[[ChosenPosition], Iterator[object]],
-) -> list[Copy]:
-    """What the ranks of one model must have found alike for each position; they do by construction,
-    this proves it. Nothing where a model is one rank's."""
-    group = parallel_state.get_model_parallel_group()
-    if dist.get_world_size(group) == 1:
-        return []
-    positions = [position for own in micro_batches for position in own.positions]
-    found = digest(*(value for position in positions for value in values(position)))
-    return [Copy(f"{what}, over tensor and pipeline parallel", found, first_rank(group))]
-
-
-def _chosen(position: ChosenPosition) -> Iterator[object]:
-    yield position.row
-
-
-def _drawn(position: ChosenPosition) -> Iterator[object]:
-    for rollout in position.rollouts:
-        yield len(rollout)
-        yield rollout.tokens.tobytes()
-
-
-def _rewarded(position: ChosenPosition) -> Iterator[object]:
-    yield position.rewards
-
-
 def _score(run: MidTraining, micro_batch: MicroBatch, schedule: Schedule) -> list[Exception]:
     """Rewards and advantages of one micro-batch's responses. Returns what is wrong with them, as
     the other ranks must hear of it before one of them leaves."""
@@ -417,43 +382,6 @@ def _score(run: MidTraining, micro_batch: MicroBatch, schedule: Schedule) -> lis
         return [error]
     micro_batch.metrics["rmt rollout checksum"] = checksum(reasoned)
     return []
-
-
-def _of_draws(sample: Sample, position: ChosenPosition) -> Iterator[Exception]:
-    """Log-probs of what was drawn that are not finite; +inf says that ranks do not draw alike."""
-    for rollout in position.rollouts:
-        log_probs = rollout.log_probs[rollout.drawn]
-        if (log_probs == math.inf).any():
-            ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
-            yield RanksDifferError(
-                f"tensor-parallel ranks {', '.join(map(str, ranks))} draw different tokens at "
-                f"{sample.place(position.row)}; no step was taken: pass all of them one --seed and "
-                "--rmt-seed, and restart from the last checkpoint."
-            )
-        elif not np.isfinite(log_probs).all():
-            place = sample.place(position.row)
-            yield NotFiniteError(f"the log-prob of a token drawn at {place} is not finite")
-
-
-def _of_rewards(sample: Sample, position: ChosenPosition) -> Iterator[Exception]:
-    """Rewards and advantages that are not finite."""
-    for name, values in (("reward", position.rewards), ("advantage", position.advantages)):
-        if not all(map(math.isfinite, values)):
-            place = sample.place(position.row)
-            yield NotFiniteError(f"the {name} of a response at {place} is not finite")
-
-
-def _problems(
-    micro_batches: Sequence[MicroBatch],
-    find: Callable[[Sample, ChosenPosition], Iterator[Exception]],
-) -> list[Exception]:
-    reasoned = [of for own in micro_batches for of in own.reasoned]
-    return [
-        problem
-        for of in reasoned
-        for position in of.positions
-        for problem in find(of.sample, position)
-    ]
 
 
 def _agree(run: MidTraining, copies: list[Copy], problems: Sequence[Exception], stop: bool) -> None:
