@@ -194,7 +194,7 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
     length = flags.seq_length or 512
     per_document = 16 if flags.positions_per_document is None else flags.positions_per_document
     if earlier is not None:
-        length = earlier.settings["seq_length"]
+        length = kept_settings(earlier, flags.positions_from)["seq_length"]
         per_document = 0
     words = megatron_flags(flags, length, others)
     # All lines are read before the model is loaded, so that a mistake in them shows at once.
@@ -253,6 +253,30 @@ def asked_with(run: "MidTraining") -> dict[str, str]:
     return run.prompt.rendering() | {"digest": run.prompt.digest}
 
 
+def kept_settings(earlier: Measured, path: Path) -> dict[str, Any]:
+    """The settings that --positions-from takes from the ``earlier`` output in ``path``.
+
+    Raises:
+        ValueError: one is missing, or is none that evaluate.py writes.
+    """
+    kinds = {
+        "seq_length": int,
+        "solution_only": bool,
+        "positions_per_document": int,
+        "entropy_thresholds": list,
+        "entropy_top_k": int | None,
+    }
+    found = {name: earlier.settings.get(name, ...) for name in kinds}
+    longest = max(record.tokens for record in earlier.records)
+    for name, kind in kinds.items():
+        if not isinstance(found[name], kind) or (name == "seq_length" and found[name] < longest):
+            raise ValueError(
+                f"--positions-from {path} is not an output of evaluate.py: its {name} is "
+                f"{found[name]!r}."
+            )
+    return found
+
+
 def settings_of(
     flags: argparse.Namespace, run: "MidTraining", how: "Reasoning", earlier: Measured | None
 ) -> dict[str, Any]:
@@ -284,8 +308,7 @@ def settings_of(
         "seed": flags.seed,
     }
     if earlier is not None:
-        kept = ("solution_only", "positions_per_document", "entropy_thresholds", "entropy_top_k")
-        settings |= {name: earlier.settings[name] for name in kept}
+        settings |= kept_settings(earlier, flags.positions_from)
         settings["positions_from"] = str(flags.positions_from)
     return settings
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -315,9 +315,53 @@ def read_output(path: Path) -> Measured:
         prompt = content["settings"]["prompt"]
         if not all(isinstance(prompt[piece], str) for piece in ("head", "stem", "close", "digest")):
             raise ValueError("its prompt is no text")
-        return Measured(content["settings"], [Record(**record) for record in content["documents"]])
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        _check_settings(content["settings"])
+        records = [_record(values) for values in content["documents"]]
+        if not records:
+            raise ValueError("it holds no document")
+        return Measured(content["settings"], records)
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise ValueError(f"{path} is not an output of evaluate.py ({error!r}).") from None
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """What results are computed with.
+
+    Raises:
+        ValueError: a setting is none that evaluate.py writes.
+    """
+    for name, least in {"samples": 1, "seed": 0}.items():
+        if type(settings[name]) is not int or settings[name] < least:
+            raise ValueError(f"its {name} is no whole number from {least}")
+    thresholds = settings["entropy_thresholds"]
+    if len(thresholds) != len(SPLITS) or not all(map(_is_number, thresholds)):
+        raise ValueError(f"its entropy_thresholds are not {len(SPLITS)} numbers")
+
+
+def _record(values: dict[str, Any]) -> Record:
+    """One document of an output.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    record = Record(**values)
+    for one in fields(Record):
+        value = getattr(record, one.name)
+        if one.type == list[int]:
+            fits = isinstance(value, list) and all(type(part) is int for part in value)
+        else:
+            fits = _is_number(value) if one.type is float else type(value) is one.type
+        if not fits:
+            raise ValueError(f"{one.name} of a document is no {one.type}")
+    if not len(record.difficulty) == len(record.next_token) == record.tokens:
+        raise ValueError("difficulty, next_token and tokens of a document differ in length")
+    if any(not 0 < position < record.tokens for position in record.positions):
+        raise ValueError("a position lies outside its document")
+    return record
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def check_same_positions(paths: Sequence[Path], measured: Sequence[Measured]) -> None:
