@@ -66,12 +66,13 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     records: list[dict[str, Any]] = []
     for row in read_rows(path):
         record = row.values
-        if not isinstance(record.get("iteration"), int):
+        iteration = record.get("iteration")
+        if not isinstance(iteration, int) or not 0 <= iteration < 2**53:
             raise ValueError(
                 f'{row.place}: not an object with an integer "iteration"; give the file that the '
                 "training wrote."
             )
-        while records and records[-1]["iteration"] >= record["iteration"]:
+        while records and records[-1]["iteration"] >= iteration:
             records.pop()
         records.append(record)
     if not records:
