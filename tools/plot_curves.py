@@ -52,6 +52,7 @@ PANELS = (
         is_share=True,
     ),
 )
+LARGEST_SHOWN = 1e100
 COLORS = ("#1f5fa8", "#c8501e", "#3c8f4a")
 
 
@@ -82,10 +83,9 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
 
 
 def _number(value: Any) -> float:
-    try:
-        return float(value) if isinstance(value, int | float) else math.nan
-    except OverflowError:
-        return math.nan
+    """``value`` if it is a number that an axis can show, else NaN."""
+    shown = isinstance(value, int | float) and abs(value) < LARGEST_SHOWN
+    return float(value) if shown else math.nan
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
