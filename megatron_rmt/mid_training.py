@@ -100,6 +100,7 @@ def read_prompt(settings: Settings, tokenizer: Any) -> Prompt:
         chat=not settings.no_chat,
         answer_tokens=settings.answer_tokens if needs_answer(reward) else 0,
         force_close=settings.force_close,
+        target_tokens=settings.target_tokens,
     )
 
 
@@ -117,7 +118,7 @@ def longest_position(seq_length: int, settings: Settings, prompt: Prompt) -> int
     asked = len(prompt.preamble) + len(prompt.stem(budget))
     response = prompt.longest_response(budget, settings.warmup_iters > 0)
     # A reward may ask for the truth behind the longest thought, whose end is then written.
-    closed_thought = 2 * budget + len(prompt.close)
+    closed_thought = 2 * budget + len(prompt.close) + prompt.target_tokens - 1
     return seq_length + asked + max(response, closed_thought)
 
 

@@ -58,7 +58,7 @@ from megatron_rmt.update.report import (
 from megatron_rmt.update.scoring import gather_evidence, score
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, Tree, grow_tree, pad_tree
 from megatron_rmt.update.truth import log_probs_of_truth
-from megatron_rmt.update.warm_up import response_from_text
+from megatron_rmt.update.warm_up import response_from_text, true_target
 from megatron_rmt.update.weights import loss_weights
 
 
@@ -335,7 +335,7 @@ def _rollout_positions(
         for of, start in zip(own.reasoned, starts, strict=True):
             for position in of.positions:
                 sample, row, first = of.sample, position.row, own.first_row + start
-                truth = run.prompt.true_answer(int(sample.labels[row])) if schedule.warm_up else ()
+                truth = true_target(run.prompt, sample, row) if schedule.warm_up else []
                 found.append(
                     RolloutPosition(
                         sample=sample.index,
@@ -343,7 +343,7 @@ def _rollout_positions(
                         first=first + sample.document_of(row)[0],
                         limit=first + row + 1,
                         next_position=int(sample.position_ids[row]) + 1,
-                        truth=tuple(truth),
+                        truth=tuple(run.prompt.true_answer(truth)) if truth else (),
                     )
                 )
     return found

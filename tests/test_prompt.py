@@ -215,7 +215,7 @@ def test_special_tokens_that_are_markers_stand_for_their_text(name, with_markers
     assert [prompt.bytes_of[token] for token in (0, 1, 2)] == [b""] * 3
     # Whoever follows or reads a response sees its thought end.
     the = prompt.bytes_of.index(b" the")
-    written = [*prompt.encode("so it is"), opening, *prompt.close, *prompt.true_answer(the)]
+    written = [*prompt.encode("so it is"), opening, *prompt.close, *prompt.true_answer([the])]
     assert prompt.read(written) == Response(len(prompt.encode("so it is")) + 1, True, True, b" the")
     grammar, state = prompt.grammar(torch.device("cpu")), 0
     for token in written:
@@ -261,7 +261,7 @@ def test_every_answer_that_a_position_may_ask_for_is_read_as_the_truth(inner, wi
             prompt = _prompt(tokenizer, name)
             for token in prompt.answerable.nonzero()[:, 0].tolist():
                 read = prompt.read(
-                    [*prompt.encode("so"), *prompt.close, *prompt.true_answer(token)]
+                    [*prompt.encode("so"), *prompt.close, *prompt.true_answer([token])]
                 )
                 assert read.prediction == prompt.bytes_of[token]
 
@@ -276,16 +276,16 @@ def test_the_supervised_answer_has_the_bytes_of_the_truth_whatever_the_tokenizer
     """A half character in a box, text that a normalizer changes, text of many tokens."""
     prompt = _prompt(inner, "raw")
     half = prompt.bytes_of.index(b"\xc3")
-    assert prompt._bytes(prompt.true_answer(half)) == b"\n\\boxed{\xc3}"
+    assert prompt._bytes(prompt.true_answer([half])) == b"\n\\boxed{\xc3}"
     normalising = build_tokenizer()
     normalising.backend_tokenizer.normalizer = normalizers.Replace("the", "a")
     prompt = _prompt(normalising, "raw")
     the = prompt.bytes_of.index(b" the")
-    assert prompt._bytes(prompt.true_answer(the)) == b"\n\\boxed{ the}"
+    assert prompt._bytes(prompt.true_answer([the])) == b"\n\\boxed{ the}"
     letters = Template("test", "", "{budget}", "</t>", "boxed")
     prompt = _of_letters(template=letters, bytes_of=[*LETTERS, b"x" * 16, b"x" * 17])
     for token, tokens in ((len(LETTERS), 8 + 16 + 1), (len(LETTERS) + 1, 8 + 1 + 1)):
-        answer = prompt.true_answer(token)
+        answer = prompt.true_answer([token])
         assert len(answer) == tokens
         assert prompt._bytes(answer) == b"\n\\boxed{" + prompt.bytes_of[token] + b"}"
 
@@ -296,12 +296,22 @@ def test_text_leaves_special_tokens_out_and_replaces_what_is_no_utf_8(inner):
     assert prompt.text([0, *prompt.encode(" the"), half, 2]) == " the\ufffd"
 
 
+def test_a_target_of_several_tokens_ends_before_one_that_no_answer_can_say(inner):
+    the, end = _prompt(inner).bytes_of.index(b" the"), 2
+    for template, spelled in (("inline", " the the"), ("raw", "\n\\boxed{ the the}")):
+        prompt = dataclasses.replace(_prompt(inner, template), target_tokens=2)
+        assert prompt.target([the, the, the]) == [the, the]
+        assert prompt.target([the, end, the]) == [the]
+        assert prompt.text(prompt.true_answer([the, the])) == spelled
+    assert _prompt(inner, "inline").target([the, the]) == [the]
+
+
 def test_the_true_answer_is_the_token_or_its_text_in_a_box(inner):
     token = _prompt(inner).bytes_of.index(b" the")
-    assert _prompt(inner, "inline").true_answer(token) == [token]
+    assert _prompt(inner, "inline").true_answer([token]) == [token]
     for name in ("rpt", "raw"):
         prompt = _prompt(inner, name)
-        assert prompt.text(prompt.true_answer(token)) == "\n\\boxed{ the}"
+        assert prompt.text(prompt.true_answer([token])) == "\n\\boxed{ the}"
 
 
 @pytest.mark.parametrize("name", ["rpt", "inline"])
@@ -309,7 +319,7 @@ def test_it_reads_the_answers_that_it_writes(name, inner):
     prompt = _prompt(inner, name)
     token = prompt.bytes_of.index(b" the")
     thought = prompt.encode("so it goes on")
-    written = [*thought, *prompt.close, *prompt.true_answer(token)]
+    written = [*thought, *prompt.close, *prompt.true_answer([token])]
     expected = Response(len(thought), closed=True, well_formed=True, prediction=b" the")
     assert prompt.read([*written, 2]) == expected
 
@@ -440,7 +450,7 @@ def test_no_step_of_a_run_has_a_larger_bound_than_the_longest_response(
     name, answer_tokens, force_close, warm_up, inner
 ):
     prompt = _prompt(inner, name, answer_tokens=answer_tokens, force_close=force_close)
-    truth = max(len(prompt.true_answer(token)) for token in range(len(inner)) if token > 2)
+    truth = max(len(prompt.true_answer([token])) for token in range(len(inner)) if token > 2)
     for largest in (1, 2, 3, 40):
         longest = prompt.longest_response(largest, warm_up)
         bounds = [prompt.bound(budget) for budget in range(1, largest + 1)]

@@ -11,6 +11,7 @@ from megatron_rmt.algorithm.rewards import (
     Evidence,
     information_gain,
     is_right,
+    leading_tokens,
     length_reward,
     match,
     matches,
@@ -156,6 +157,33 @@ def test_the_match_is_of_each_well_formed_response_at_its_own_position():
     assert match(_evidence(boxed=False)).tolist() == [[0.0, 0.0], [0.0, 1.0]]
     none = _evidence(truth=[], responses=[], thought_lengths=torch.zeros(0, 2))
     assert match(none).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "boxed", "found"),
+    [
+        (b" the cat sat", False, 3),
+        (b" the cat sat down", False, 3),
+        (b" the cat ", False, 2),
+        (b" the dog", False, 1),
+        (b" th", False, 0),
+        (b"", False, 0),
+        (b"the cat", False, 0),
+        (b"the cat", True, 2),
+        (b"\n the cat", True, 2),
+    ],
+)
+def test_of_several_tokens_those_count_that_a_prediction_begins_with(prediction, boxed, found):
+    truth = [b" the", b" cat", b" sat"]
+    assert leading_tokens(prediction, truth, boxed=boxed) == found
+    responses = [[Response(1, True, True, prediction), Response(1, True, False, prediction)]]
+    evidence = {"truth": [[*truth, b" down"]], "responses": responses, "boxed": boxed}
+    evidence["thought_lengths"] = torch.ones(1, 2)
+    earned = match(_evidence(**evidence, target_tokens=3))
+    torch.testing.assert_close(earned, torch.tensor([[found / 3, 0.0]]))
+    # At the end of a text there are fewer to be had.
+    short = evidence | {"truth": [truth[:1]]}
+    assert match(_evidence(**short, target_tokens=3)).tolist() == [[float(found > 0), 0.0]]
 
 
 def test_a_response_that_is_not_well_formed_is_not_right():

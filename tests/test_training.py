@@ -361,6 +361,16 @@ def test_the_information_gain_trains_alike_in_every_layout(start: Start, options
                 assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
 
 
+def test_segments_of_several_tokens_train_alike_in_every_layout(start: Start):
+    flags = [*RMT, "--rmt-target-tokens", "3", "--rmt-answer-tokens", "4", "--rmt-warmup-iters"]
+    flags += ["1", "--rmt-warmup-thought", "text", "--exit-interval", "3"]
+    lines = start(1, flags).metrics
+    # Shares of three tokens, some of them neither nothing nor all.
+    assert all(0 < line["match rate"] < 1 for line in lines[1:])
+    assert any(abs(3 * 48 * line["match rate"] % 3) > 0.5 for line in lines[1:])
+    assert_same_curve(start(4, [*flags, *TP2, *PP2]).metrics, lines)
+
+
 BASELINE = [*RMT, "--rmt-reward", "information-gain", "--rmt-baseline-decay", "0.5"]
 
 

@@ -29,6 +29,7 @@ def test_both_are_the_means_of_the_stock_model_on_whole_sequences(tokens: int, t
     model, trunk = build_model(torch.float64), tiny_trunk([])
     encode = {"4": STEM, "</t>": [CLOSE]}.__getitem__
     prompt = dataclasses.replace(tiny_prompt(), bytes_of=BYTES_OF, encode=encode)
+    prompt = dataclasses.replace(prompt, target_tokens=tokens)
     samples = reasoned(trunk, ROWS, _responses())
     for position in (position for of in samples for position in of.positions):
         position.responses = [prompt.read(own.tokens.tolist()) for own in position.rollouts]
@@ -43,7 +44,7 @@ def test_both_are_the_means_of_the_stock_model_on_whole_sequences(tokens: int, t
             expected[position, rollout] = _mean_log_prob(model, text, truth)
     attach_tree_attention(model)
     policy = Policy(model, VOCAB, LONGEST_POSITION, head_chunk_size=7)
-    without, after_thought = log_probs_of_truth(policy, prompt, samples, 4, 3, tokens)
+    without, after_thought = log_probs_of_truth(policy, prompt, samples, 4, 3)
     found = torch.cat([after_thought, without[:, None]], 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     # Equal thoughts are worth the same to the last digit.

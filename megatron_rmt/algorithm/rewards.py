@@ -5,6 +5,7 @@ the thought alone says so (``needs_no_answer``): then none is drawn, and all tha
 thought.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -32,7 +33,8 @@ class Evidence:
     trunk: the text before a position, by its index. truth: how it really goes on, the bytes of each
     token, up to 64 tokens and to the end of the document. responses: ``[positions][group]``.
     thought_lengths: fp32 ``[positions, group]`` in tokens. budget: B_t. boxed: answers are written
-    in a box. log_probs_of_truth: see ``log_prob_of_truth``; it runs the model.
+    in a box. target_tokens: how many of the true tokens are to be predicted. log_probs_of_truth:
+    see ``log_prob_of_truth``; it runs the model.
     """
 
     trunk: Callable[[int], bytes]
@@ -42,10 +44,12 @@ class Evidence:
     budget: int
     boxed: bool
     log_probs_of_truth: Callable[[], tuple[Tensor, Tensor]]
+    target_tokens: int = 1
     reports: dict[str, Metric] = field(default_factory=dict)
 
     def log_prob_of_truth(self, *, after_thought: bool) -> Tensor:
-        """Nats, of the true next token by the policy at temperature 1, on the CPU; fp32 or wider.
+        """Nats a token, mean over the true tokens to be predicted, by the policy at temperature 1;
+        on the CPU, fp32 or wider.
 
         after_thought: after the text, the thought and its end: ``[positions, group]``; else after
         the text alone: ``[positions, 1]``. One forward pass over the tree for both, the first time.
@@ -66,10 +70,21 @@ Reward = Callable[[Evidence], Tensor]
 
 
 def match(of: Evidence) -> Tensor:
-    """1.0 where a response predicts how the text goes on, else 0.0: ``[positions, group]``."""
+    """1.0 where a response predicts how the text goes on, else 0.0: ``[positions, group]``.
+
+    Where several tokens are to be predicted, the share of them that its prediction begins with.
+    """
+
+    def worth(response: ReadResponse, truth: Sequence[bytes]) -> float:
+        if of.target_tokens == 1:
+            return float(is_right(response, truth, boxed=of.boxed))
+        wanted = truth[: of.target_tokens]
+        found = leading_tokens(response.prediction, wanted, boxed=of.boxed)
+        return response.well_formed * found / max(1, len(wanted))
+
     return torch.tensor(
         [
-            [float(is_right(response, truth, boxed=of.boxed)) for response in group]
+            [worth(response, truth) for response in group]
             for truth, group in zip(of.truth, of.responses, strict=True)
         ]
     ).view(of.thought_lengths.shape)
@@ -128,6 +143,22 @@ def matches(prediction: bytes, truth: Sequence[bytes], *, boxed: bool) -> bool:
     if not boxed or not truth or not truth[0].strip():
         return False
     return _is_prefix(prediction.strip(), [truth[0].lstrip(), *truth[1:]])
+
+
+def leading_tokens(prediction: bytes, truth: Sequence[bytes], *, boxed: bool) -> int:
+    """How many of the true tokens, from the first on, a prediction begins with.
+
+    What follows them does not matter. boxed: white space as in ``matches``.
+    """
+    found = _leading(prediction, truth)
+    if boxed and truth and truth[0].strip():
+        found = max(found, _leading(prediction.strip(), [truth[0].lstrip(), *truth[1:]]))
+    return found
+
+
+def _leading(prediction: bytes, truth: Sequence[bytes]) -> int:
+    ends = itertools.accumulate(truth)
+    return sum(1 for _ in itertools.takewhile(prediction.startswith, ends))
 
 
 def _is_prefix(prediction: bytes, truth: Sequence[bytes]) -> bool:

@@ -113,6 +113,9 @@ class Settings:
     thought makes the true next token, without an answer (for templates such as inline, where it
     would follow the thought at once); or your own function as module:function, see
     docs/change.md"""
+    target_tokens: int = setting(1, "[1, 64]", "tokens", source="paper")
+    """How many of the next tokens are to be predicted: match then earns the share of them that the
+    answer begins with, information-gain the mean over them (RLPT's segments, arXiv 2509.19249)"""
     baseline_decay: float | None = setting(
         None, "[0, 1)", "parts of the average a step", unset="the policy itself"
     )

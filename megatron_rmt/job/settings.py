@@ -220,6 +220,11 @@ def setting_problems(args: Namespace) -> Iterator[str]:
         )
     if args.train_iters is None:
         yield "--train-iters is not set; RMT's schedules need it (not --train-samples alone)."
+    if settings.reward == "match" and settings.target_tokens > settings.answer_tokens:
+        yield (
+            f"--rmt-target-tokens is {settings.target_tokens}; pass at most --rmt-answer-tokens "
+            f"({settings.answer_tokens}), in which an answer has to say them."
+        )
     if settings.baseline_decay is not None and settings.reward == "match":
         yield (
             f"--rmt-baseline-decay is {settings.baseline_decay}, which --rmt-reward match does not "

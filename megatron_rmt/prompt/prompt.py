@@ -1,6 +1,7 @@
 """What a run asks the model and how it reads the answers, with the tokenizer's own token ids."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,9 +51,9 @@ class Prompt:
     the template's markers. stop: token ids that end a response. end_of_document: the token id
     between documents, ``NO_END_OF_DOCUMENT`` where the tokenizer has none. answer_tokens: most
     tokens of an answer, 0 where a response ends with its thought. force_close: the end of thought
-    is written at its bound. begin: what begins a text, in token ids; empty where nothing does.
-    encode_first: token ids of the text that a prompt begins with (``PieceEncoder.first``; None: as
-    ``encode``).
+    is written at its bound. target_tokens: how many true tokens an answer is to say. begin: what
+    begins a text, in token ids; empty where nothing does. encode_first: token ids of the text that
+    a prompt begins with (``PieceEncoder.first``; None: as ``encode``).
     """
 
     template: Template
@@ -62,13 +63,21 @@ class Prompt:
     end_of_document: int
     answer_tokens: int
     force_close: bool = False
+    target_tokens: int = 1
     begin: tuple[int, ...] = ()
     encode_first: Callable[[str], list[int]] | None = None
     _grammars: dict[torch.device, ResponseGrammar] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(
-        cls, tokenizer: Any, template: str, *, chat: bool, answer_tokens: int, force_close: bool
+        cls,
+        tokenizer: Any,
+        template: str,
+        *,
+        chat: bool,
+        answer_tokens: int,
+        force_close: bool,
+        target_tokens: int = 1,
     ) -> Self:
         """The prompt of ``template`` (a name or a file) by Megatron's ``tokenizer``.
 
@@ -92,6 +101,7 @@ class Prompt:
             end_of_document=tokenizer.eod if tokenizer.eod in stop else NO_END_OF_DOCUMENT,
             answer_tokens=answer_tokens,
             force_close=force_close,
+            target_tokens=target_tokens,
             begin=pieces.begin,
             encode_first=pieces.first,
         )
@@ -154,16 +164,21 @@ class Prompt:
         """Token ids of the stem that asks for ``budget`` tokens."""
         return self.encode(self.template.stem_text(budget))
 
-    def true_answer(self, token: int) -> list[int]:
-        """The answer that the format warm-up writes: the true next token, boxed if asked for.
+    def target(self, following: Sequence[int]) -> list[int]:
+        """Of the true tokens that follow a position, those that a right answer says."""
+        wanted = following[: self.target_tokens]
+        return [*itertools.takewhile(lambda token: bool(self.answerable[token]), wanted)]
 
-        Its bytes are exact: a token whose text the tokenizer would write otherwise (part of a
-        character, not normalised) stands in the box itself.
+    def true_answer(self, target: Sequence[int]) -> list[int]:
+        """The answer that the format warm-up writes: the true next tokens, boxed if asked for.
+
+        Its bytes are exact: tokens whose text the tokenizer would write otherwise (part of a
+        character, not normalised) stand in the box themselves.
         """
         if self.template.answer == "next":
-            return [token]
-        spelled = [*self._box_opening, token, self._box_closing]
-        encoded = self.encode(f"{_BOX_OPENING}{self.text([token])}{_BOX_CLOSING}")
+            return [*target]
+        spelled = [*self._box_opening, *target, self._box_closing]
+        encoded = self.encode(f"{_BOX_OPENING}{self.text(target)}{_BOX_CLOSING}")
         exact = self._bytes(encoded) == self._bytes(spelled)
         return encoded if exact and len(encoded) <= self._longest_truth else spelled
 
@@ -180,8 +195,8 @@ class Prompt:
     def _longest_truth(self) -> int:
         """Most tokens of a true answer."""
         if self.template.answer == "next":
-            return 1
-        return len(self._box_opening) + 1 + _TOKENS_OF_A_BOXED_TOKEN
+            return self.target_tokens
+        return len(self._box_opening) + 1 + _TOKENS_OF_A_BOXED_TOKEN * self.target_tokens
 
     def read(self, tokens: Sequence[int]) -> Response:
         """What the response ``tokens`` says."""

@@ -64,6 +64,7 @@ def gather_evidence(
         budget=schedule.budget,
         boxed=prompt.template.answer == "boxed",
         log_probs_of_truth=log_probs_of_truth,
+        target_tokens=prompt.target_tokens,
     )
 
 

@@ -24,10 +24,10 @@ def log_probs_of_truth(
     reasoned: Sequence[ReasonedSample],
     budget: int,
     group: int,
-    tokens: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Mean log-probs of the next ``tokens`` true tokens, to the end of the document, at the chosen
-    positions: in nats a token at temperature 1, in fp32 or the dtype of the weights if it is wider.
+    """Mean log-probs of the next ``prompt.target_tokens`` true tokens, as far as the text goes, at
+    the chosen positions: in nats a token at temperature 1, in fp32 or the dtype of the weights if
+    it is wider.
 
     Returns, on every rank and on the CPU, ``[positions]`` after the text alone and
     ``[positions, group]`` after the text, the thought and its end, written if need be. Equal
@@ -48,7 +48,7 @@ def log_probs_of_truth(
     for of, start in zip(reasoned, first_rows([of.sample for of in reasoned]), strict=True):
         positions = []
         for position in of.positions:
-            truth = continuation(prompt, of.sample, position.row, tokens)
+            truth = continuation(prompt, of.sample, position.row, prompt.target_tokens)
             thoughts = [
                 tuple(rollout.tokens[: response.thought_length].tolist())
                 for rollout, response in zip(position.rollouts, position.responses, strict=True)

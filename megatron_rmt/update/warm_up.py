@@ -7,6 +7,11 @@ from megatron_rmt.rollout.trunk import Sample
 from megatron_rmt.update.scoring import continuation
 
 
+def true_target(prompt: Prompt, sample: Sample, row: int) -> list[int]:
+    """The tokens behind ``row`` that a right answer says."""
+    return prompt.target(continuation(prompt, sample, row, prompt.target_tokens))
+
+
 def response_from_text(
     prompt: Prompt, sample: Sample, row: int, budget: int
 ) -> tuple[Rollout, Response]:
@@ -15,8 +20,10 @@ def response_from_text(
 
     What it says is known and not read: the text may hold an end of thought of its own.
     """
-    thought, truth = continuation(prompt, sample, row, budget), int(sample.labels[row])
+    thought = continuation(prompt, sample, row, budget)
+    truth = true_target(prompt, sample, row)
+    prediction = b"".join(prompt.bytes_of[token] for token in truth)
     return (
         written([*thought, *prompt.close, *prompt.true_answer(truth)]),
-        Response(len(thought), closed=True, well_formed=True, prediction=prompt.bytes_of[truth]),
+        Response(len(thought), closed=True, well_formed=True, prediction=prediction),
     )
