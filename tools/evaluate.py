@@ -211,7 +211,7 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
     from evaluation_passes import Reasoning, measure
     from megatron_rmt.prompt.ids_of_text import DOCUMENTS, check_ids_are_text
 
-    check_ids_are_text(get_tokenizer(), [text for _, text, _ in texts[:DOCUMENTS]])
+    check_ids_are_text(get_tokenizer(), [own.text for own in texts[:DOCUMENTS]])
     if earlier is not None:
         theirs = earlier.settings["prompt"]
         check_same_prompt(flags.positions_from, theirs, "this evaluation", asked_with(run))
