@@ -478,11 +478,11 @@ def model_provider("""
 JOBS = {
     "no labels": (
         {"        labels=labels,\n": ""},
-        "RMT: forward_step_func gives GPTModel.forward no labels; pass labels= on the last",
+        "RMT, iteration 1: forward_step_func gives GPTModel.forward no labels; pass labels= on",
     ),
     "prefix mask": (
         {"attention_mask=None": f"attention_mask={PREFIX_MASK}"},
-        "RMT: forward_step_func gives GPTModel.forward an attention_mask that is not causal over",
+        "RMT, iteration 1: forward_step_func gives GPTModel.forward an attention_mask that is not",
     ),
     "model in a model": (
         {"def model_provider(": WRAPPED, "    return GPTModel(": "    return Outer("},

@@ -188,7 +188,7 @@ def _twice(iterator: Iterator[Batch], model: GPTModel) -> tuple[Tensor, Any]:
 )
 def test_a_forward_step_that_rmt_cannot_see_through_is_refused(forward_step, message):
     model = build_model()
-    with pytest.raises(BatchError, match=rf"^RMT: forward_step_func {message}") as error:
+    with pytest.raises(BatchError, match=rf"^forward_step_func {message}") as error:
         take_batches(forward_step, iter(_batches(2)), model, model, 2)
     assert "\n" not in str(error.value)
     assert "forward" not in vars(model)
@@ -311,7 +311,7 @@ def test_an_attention_mask_is_what_trees_do_or_refused(case: str):
         return
     kind = "within each document" if separate else "over the whole sample"
     sentence = (
-        rf"^RMT: forward_step_func gives GPTModel.forward an attention_mask that is not causal "
+        r"^forward_step_func gives GPTModel.forward an attention_mask that is not causal "
         rf"{kind} \(sample {wrong[0]} of a micro-batch, row {wrong[1]}\), as RMT's rollouts"
     )
     with pytest.raises(BatchError, match=sentence):

@@ -226,7 +226,7 @@ def _raise_together(problems: Iterable[str | None]) -> None:
         return
     of_ranks: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, own)
-    raise BatchError(f"RMT: {next(filter(None, of_ranks))}")
+    raise BatchError(next(filter(None, of_ranks)))
 
 
 def _from_stage(value: dict[str, Tensor], stage: int) -> dict[str, Tensor]:
