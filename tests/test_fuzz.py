@@ -45,6 +45,8 @@ import evaluation_documents
 import plot_curves
 import preprocess_data
 
+pytestmark = pytest.mark.faults
+
 SECONDS = 30
 
 # What JSON's own writer does not write, as it stands in a file.
