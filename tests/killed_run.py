@@ -1,7 +1,8 @@
 """A training run that is killed again and again, and started again each time, until it is done.
 
 What it leaves, weights, optimizer and metrics, must be bit for bit that of a run nobody disturbed.
-``python -m tests.killed_run --picture PNG`` plots both loss curves with the kills marked.
+``python -m tests.killed_run --folder FOLDER --picture PNG`` plots both loss curves with the kills
+marked, where FOLDER is what the test left under pytest's ``--basetemp``.
 """
 
 import argparse
@@ -13,14 +14,13 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.distributed import REPOSITORY
-from tests.tiny_run import PRETRAIN, RMT, TinyInputs, build_inputs
+from tests.tiny_run import PRETRAIN, RMT, TinyInputs
 
 STEPS, SAVE_INTERVAL = 30, 3
 # Where a kill may fall. late save: the data of a checkpoint are written, its name is not.
@@ -31,7 +31,7 @@ _MARK = "RMT_KILLED_RUN"
 
 # The example, which kills itself (or its agent) a moment after it has come to a phase of a step.
 PROGRAM = f"""
-import json, os, runpy, signal, threading, time
+import functools, json, os, runpy, signal, threading, time
 from pathlib import Path
 
 kill = json.loads(os.environ.get("KILL", "null"))
@@ -41,6 +41,7 @@ if kill and int(os.environ["RANK"]) != kill["rank"]:
 def strike():
     time.sleep(kill["delay"])
     victim = os.getpid() if kill["victim"] == "rank" else os.getppid()
+    Path(os.environ["SAVE"]).with_name("struck").touch()
     os.kill(victim, signal.SIGKILL)
 
 def strike_when_written(folder):
@@ -83,6 +84,8 @@ if __name__ == "__main__":
         now[0] = call["iteration"] + 1
         return run_step(original, call, run)
 
+    # The example patches again, and knows by its attributes what is patched already.
+    @functools.wraps(save_checkpoint)
     def saved(iteration, *args, **kwargs):
         if kill and iteration == kill["step"]:
             folder = Path(os.environ["SAVE"], f"iter_{{iteration:07d}}")
@@ -102,8 +105,11 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Kill:
-    """One SIGKILL: ``delay`` seconds after ``phase`` of step ``step`` began on rank ``rank``, to
-    that rank or to its torchrun agent. struck: the life ended by it, not by its own end."""
+    """One SIGKILL: ``delay`` seconds after ``phase`` of step ``step`` (of a start: the one that it
+    goes on from) began on rank ``rank``, to that rank or to its torchrun agent.
+
+    struck: it was sent, before the life came to its end.
+    """
 
     phase: str
     step: int
@@ -118,7 +124,8 @@ def planned_kills(seed: int, count: int, ranks: int) -> Iterator[tuple[str, int,
     draw = random.Random(seed)
     for index in range(count):
         phase = PHASES[index % len(PHASES)]
-        behind = SAVE_INTERVAL if "save" in phase else draw.randint(1, SAVE_INTERVAL + 1)
+        fixed = {"start": 0, "save": SAVE_INTERVAL, "late save": SAVE_INTERVAL}
+        behind = fixed.get(phase, draw.randint(SAVE_INTERVAL - 1, 2 * SAVE_INTERVAL))
         longest = {"start": 8.0, "late save": 0.02}.get(phase, 0.25)
         yield phase, behind, draw.uniform(0, longest), draw.choice(VICTIMS), draw.randrange(ranks)
 
@@ -213,17 +220,22 @@ def _kill_all(mark: str, agent: "subprocess.Popen[bytes]") -> None:
 
 
 def run_killed(launcher: Launcher, seed: int, count: int) -> list[Kill]:
-    """Run to the end through ``count`` kills; the kills that were sent.
+    """Run to the end through ``count`` kills; the kills that were sent, kept in kills.json too.
 
     Raises:
-        AssertionError: the last life, which nobody disturbs, does not end with exit code 0.
+        AssertionError: a life that nobody killed does not end with exit code 0.
     """
     kills = []
     for phase, behind, delay, victim, rank in planned_kills(seed, count, launcher.ranks):
         step = min(launcher.latest() + behind, STEPS)
         kill = Kill(phase, step, delay, victim, rank)
+        sent = launcher.folder / "struck"
+        sent.unlink(missing_ok=True)
         code = launcher.live(kill)
-        kills.append(Kill(phase, step, delay, victim, rank, struck=code != 0))
+        if code != 0 and not sent.exists():
+            raise AssertionError((launcher.folder / "log").read_text(errors="replace")[-3000:])
+        kills.append(replace(kill, struck=code != 0))
+        (launcher.folder / "kills.json").write_text(json.dumps([vars(kill) for kill in kills]))
     code = launcher.live()
     if code != 0:
         raise AssertionError((launcher.folder / "log").read_text(errors="replace")[-3000:])
@@ -240,44 +252,47 @@ def metrics_lines(launcher: Launcher) -> list[str]:
 
 
 def main() -> None:
-    """Kill a run of two ranks, and plot its loss over the undisturbed run's."""
+    """Plot the loss of a killed run over the undisturbed run's, as the test left them."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="holds quiet and killed")
     parser.add_argument("--picture", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = build_inputs(Path(folder))
-        quiet = Launcher(Path(folder, "quiet"), inputs, ranks=2)
-        killed = Launcher(Path(folder, "killed"), inputs, ranks=2)
-        quiet.live()
-        kills = run_killed(killed, seed=1, count=options.kills)
-        curves = {
-            name: [json.loads(line) for line in metrics_lines(launcher)]
-            for name, launcher in (("undisturbed", quiet), ("killed", killed))
-        }
+    losses = {}
+    for name in ("quiet", "killed"):
+        path = options.folder / name / "saved/rmt_metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        losses[name] = {line["iteration"]: line["ntp loss"] for line in lines}
+    kills = [
+        Kill(**kill) for kill in json.loads((options.folder / "killed/kills.json").read_text())
+    ]
+    struck = [kill for kill in kills if kill.struck]
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    for name, style in (("undisturbed", {"lw": 5, "alpha": 0.3}), ("killed", {"lw": 1.2})):
-        last = {line["iteration"]: line["ntp loss"] for line in curves[name]}
-        axes.plot(list(last), list(last.values()), label=f"{name} run", **style)
-    heights = {line["iteration"]: line["ntp loss"] for line in curves["undisturbed"]}
-    for index, phase in enumerate(PHASES):
-        own = [kill.step for kill in kills if kill.phase == phase and kill.struck]
+    axes.plot(*_points(losses["quiet"]), lw=6, alpha=0.3, label="undisturbed run")
+    axes.plot(*_points(losses["killed"]), lw=1.2, c="black", label="killed run")
+    # A row of its own for each phase, below the curves.
+    lowest = min(losses["quiet"].values())
+    height = 0.05 * (max(losses["quiet"].values()) - lowest)
+    for row, phase in enumerate(PHASES, start=1):
+        own = [kill for kill in struck if kill.phase == phase]
         axes.plot(
-            own,
-            [heights[step] * (1.01 + 0.006 * index) for step in own],
-            ls="",
-            marker="v",
-            label=f"SIGKILL: {phase} ({len(own)})",
+            [kill.step for kill in own],
+            [lowest - row * height] * len(own),
+            "x",
+            label=f"SIGKILL, {phase} ({len(own)})",
         )
     axes.set(xlabel="step", ylabel="NTP loss (nats)")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(options.picture, dpi=110)
-    print(f"{sum(kill.struck for kill in kills)} kills, {len(curves['killed'])} steps taken")
+    print(f"{len(struck)} kills, {len(lines)} steps taken for {len(losses['quiet'])}")
+
+
+def _points(curve: dict[int, float]) -> tuple[list[int], list[float]]:
+    return [*curve], [*curve.values()]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from megatron_rmt.update import agreement
 from megatron_rmt.update.agreement import Copy, NotFiniteError, RanksDifferError, agree, digest
 from tests.distributed import run_distributed
 
+pytestmark = pytest.mark.faults
+
 CPU = torch.device("cpu")
 
 

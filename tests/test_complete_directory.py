@@ -24,6 +24,8 @@ from conversion.model_config import read_config
 from conversion.safetensors_stream import write_safetensors
 from conversion.weight_names import rows_of
 
+pytestmark = pytest.mark.faults
+
 MIB = 2**20
 LARGEST = 40 * MIB
 # Buffers, the index, the progress bar; not a tensor more.

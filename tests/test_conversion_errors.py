@@ -25,6 +25,8 @@ sys.path.insert(0, str(TOOLS))
 import convert_checkpoint
 from conversion import complete_directory
 
+pytestmark = pytest.mark.faults
+
 Spoil = Callable[[Path], object]
 
 

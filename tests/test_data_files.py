@@ -25,6 +25,8 @@ from megatron_rmt.job.data_files import (
     token_files,
 )
 
+pytestmark = pytest.mark.faults
+
 VOCABULARY = 258
 FLAGS = (
     "--data-path",

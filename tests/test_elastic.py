@@ -18,6 +18,8 @@ from megatron_rmt.job.console import LOG
 from tests.distributed import REPOSITORY
 from tests.tiny_run import PRETRAIN, RMT, TRAINING, TinyInputs, read_metrics, run
 
+pytestmark = pytest.mark.faults
+
 # Saved after steps 2 and 4, which is the last; the node is lost in it.
 STEPS, INTERVAL = 4, 2
 PATIENCE = 240.0  # seconds, on a machine with much else to do

@@ -176,6 +176,7 @@ FOREIGN = ("", "\n", "release", "last[$(touch executed)]", "a b c d", "0 last[$(
 FOREIGN += ("-1 1", "08 2", "1" * 40, "\x00\xff\n", "0 99")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["latest_checkpointed_iteration.txt", "requeued.txt"])
 @pytest.mark.parametrize("content", FOREIGN)
 def test_what_files_of_a_slurm_job_hold_is_never_counted_with(slurm, name, content):

@@ -9,7 +9,7 @@ import torch
 
 from tests.tiny_run import PRETRAIN, RMT, Run, TinyInputs, checkpoint_tensors, run
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.faults, pytest.mark.multiprocess]
 
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]

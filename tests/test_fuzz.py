@@ -46,6 +46,8 @@ import plot_curves
 import preprocess_data
 from document_tokens import DocumentTokenizer
 
+pytestmark = pytest.mark.faults
+
 SECONDS = 30
 
 # What JSON's own writer does not write, as it stands in a file.

@@ -8,6 +8,8 @@ import pytest
 
 from tests.tiny_run import PRETRAIN, RMT, TinyInputs, run
 
+pytestmark = pytest.mark.faults
+
 STEPS, SETTLED = 300, 100
 
 # The example, which notes its resident bytes and its open files after each step.

@@ -8,6 +8,8 @@ import pytest
 from megatron_rmt.job.idle_steps import note_idle_step
 from megatron_rmt.step import idle_reason
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.mark.usefixtures("single_process_megatron")
 def test_an_idle_step_is_told_of_at_first_and_counted_from_then_on():

@@ -22,6 +22,8 @@ sys.path.insert(0, str(TOOLS))
 
 from conversion import inert_pickles
 
+pytestmark = pytest.mark.faults
+
 ABSENT = """
 import enum
 class Mode(enum.Enum):

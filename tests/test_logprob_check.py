@@ -12,6 +12,8 @@ from megatron_rmt.update.tree import grow_tree
 from tests.distributed import run_distributed
 from tests.tiny_step import scored
 
+pytestmark = pytest.mark.faults
+
 
 class _Tree:
     tokens = torch.zeros(3)

@@ -367,6 +367,7 @@ def test_targets_that_cannot_be_meant_are_refused_at_once(
         assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.faults
 def test_an_unwritable_folder_and_a_full_disk_are_one_sentence_and_leave_nothing(
     tmp_path: Path, corpus: Path, tokenizer_directory: str
 ) -> None:
@@ -438,6 +439,7 @@ def test_what_is_read_ahead_for_the_workers_is_bounded(
     assert largest <= 30_000 + 4 * 1000
 
 
+@pytest.mark.faults
 @pytest.mark.multiprocess
 def test_a_killed_worker_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, tokenizer_directory: str, monkeypatch: pytest.MonkeyPatch
@@ -460,6 +462,7 @@ def test_a_killed_worker_is_one_sentence_and_leaves_nothing(
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.faults
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -12,7 +12,7 @@ import pytest
 
 from tests.distributed import REPOSITORY
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.faults, pytest.mark.multiprocess]
 
 # A rank, and the worker that writes its checkpoints as Megatron starts it, but idle.
 RANK = """

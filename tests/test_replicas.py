@@ -8,6 +8,8 @@ from torch import Tensor
 from megatron_rmt.update import replicas
 from tests.distributed import run_distributed
 
+pytestmark = pytest.mark.faults
+
 
 def _bits(*parameters: Tensor, iteration: int = 0) -> int:
     return int(replicas._sum_of_bits(parameters, iteration))

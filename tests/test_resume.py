@@ -23,6 +23,8 @@ from megatron_rmt.job.resume import (
 )
 from tests.tiny_run import PRETRAIN, RMT, TinyInputs, run
 
+pytestmark = pytest.mark.faults
+
 PROMPT = SimpleNamespace(
     preamble=[1, 2],
     stem=lambda budget: [3, budget],

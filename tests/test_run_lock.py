@@ -16,6 +16,8 @@ from megatron_rmt.job.run_lock import NAME, lock_problem
 from tests.distributed import REPOSITORY
 from tests.tiny_run import RMT, TinyInputs, run
 
+pytestmark = pytest.mark.faults
+
 HOLDER = """
 import os, sys, time
 from megatron_rmt.job.run_lock import lock_problem

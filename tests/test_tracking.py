@@ -13,6 +13,8 @@ from megatron_rmt.job import metrics, tracking
 from megatron_rmt.job.metrics import append_lines, write_metrics
 from megatron_rmt.job.tracking import WANDB_KEY, Forgiving, continue_wandb_run
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,6 +199,7 @@ def stopped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return directory, start(1, [*RMT, *flags])
 
 
+@pytest.mark.faults
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     start: Start, reference: Run, saved: Path, stopped: tuple[Path, Run], tmp_path: Path
 ):
@@ -407,6 +408,7 @@ def test_rollouts_in_waves_train_alike(start: Start, reference: Run):
     assert_same_curve(lines.metrics, reference.metrics[:2])
 
 
+@pytest.mark.faults
 def test_a_difference_above_the_tolerance_ends_every_rank_before_the_step(
     start: Start, tmp_path: Path
 ):

@@ -388,6 +388,7 @@ def _on_data_parallel_rank(batches: list[Batch]) -> str:
     return "no error"
 
 
+@pytest.mark.faults
 @pytest.mark.multiprocess
 def test_what_one_data_parallel_rank_is_given_ends_all():
     for error in run_distributed(2, _on_data_parallel_rank, _batches(2)):
@@ -409,6 +410,7 @@ def _check(*batches: UserBatch) -> str:
     return ""
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("single_process_megatron")
 @pytest.mark.parametrize("token", [-100, -1, VOCAB, 63, 64, 70_000])
 def test_a_token_outside_the_vocabulary_is_named(token: int):
@@ -433,6 +435,7 @@ def _on_rank() -> str:
     return _check(_of_tokens([1, 2, 60 if rank else 3], [1, 1, 1]))
 
 
+@pytest.mark.faults
 @pytest.mark.multiprocess
 def test_every_rank_stops_where_one_finds_a_foreign_token():
     first, second = run_distributed(2, _on_rank)
