@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.job.checkpoints import save_problem
 from megatron_rmt.job.resume import (
     MAY_CHANGE,
     TRACKER,
@@ -18,7 +19,6 @@ from megatron_rmt.job.resume import (
     checkpoint_folder,
     checkpoint_problems,
     rendering,
-    save_problem,
     stored_arguments,
 )
 from tests.tiny_run import PRETRAIN, RMT, TinyInputs, run
@@ -158,13 +158,13 @@ def test_a_deleted_or_empty_iteration_is_refused(tmp_path: Path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path):
-    assert save_problem(_args(save=None)) is None
-    assert save_problem(_args(save="msc://bucket/run")) is None
-    assert save_problem(_args(save=str(tmp_path / "new/run"))) is None
+    assert save_problem(None) is None
+    assert save_problem("msc://bucket/run") is None
+    assert save_problem(str(tmp_path / "new/run")) is None
     assert os.listdir(tmp_path / "new/run") == []
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file/run", Path("/proc/run"), Path("/dev/full/x")):
-        problem = save_problem(_args(save=str(place)))
+        problem = save_problem(str(place))
         assert problem.startswith(f"--save is {place}, which cannot be written to (")
         assert problem.endswith("pass a folder with room that this user may write to.")
 
@@ -180,9 +180,7 @@ def test_a_full_disk_is_found_before_the_run(tmp_path: Path, monkeypatch: pytest
         def write(self, content: bytes) -> None: ...
 
     monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
-    assert "(No space left on device); pass a folder with room" in save_problem(
-        _args(save=str(tmp_path))
-    )
+    assert "(No space left on device); pass a folder with room" in save_problem(str(tmp_path))
 
 
 def test_the_same_settings_are_gone_on_with():

@@ -2,8 +2,8 @@
 
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,16 +11,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def folder_problem(folder: str) -> str | None:
-    """One sentence if nothing can be saved into ``folder``, which is made if it is not there."""
+def save_problem(save: str | None) -> str | None:
+    """One sentence if checkpoints could not be written: tried now, not after the first hours."""
+    if not save or "://" in save:
+        return None
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return None
-        reason = "it is not writable"
+        os.makedirs(save, exist_ok=True)
+        with tempfile.TemporaryFile(dir=save) as file:
+            file.write(b"RMT")
     except OSError as error:
-        reason = error.strerror or str(error)
-    return f"--save is {folder}, where nothing can be written: {reason}; pass a folder of your own."
+        return (
+            f"--save is {save}, which cannot be written to ({error.strerror}); pass a folder "
+            "with room that this user may write to."
+        )
+    return None
 
 
 @torch.no_grad()

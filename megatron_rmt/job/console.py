@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 import megatron_rmt
-from megatron_rmt.job.checkpoints import folder_problem
+from megatron_rmt.job.checkpoints import save_problem
 from megatron_rmt.job.metrics import PREFIX
 from megatron_rmt.job.tracking import Forgiving
 
@@ -85,7 +85,7 @@ def a_line_for_each_step() -> None:
         return
     from megatron.training import get_args, training
 
-    if folder_problem(folder):
+    if "://" in folder or save_problem(folder):
         return  # refused later, in one sentence
     path = Path(folder) / LOG
     log = Forgiving(path.open("a", encoding="utf-8", buffering=1), str(path))

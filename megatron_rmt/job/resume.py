@@ -8,9 +8,7 @@ refused by name, unless ``--rmt-allow-changed-settings`` is given.
 
 import hashlib
 import itertools
-import os
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -117,22 +115,6 @@ def _choices(load: Path) -> str:
         f"write the number of a whole checkpoint into {TRACKER} (saved: {', '.join(saved[-5:])}), "
         "or leave the flag out to begin anew"
     )
-
-
-def save_problem(args: Namespace) -> str | None:
-    """One sentence if checkpoints could not be written: tried now, not after the first hours."""
-    if not args.save or "://" in args.save:
-        return None
-    try:
-        os.makedirs(args.save, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.save) as file:
-            file.write(b"RMT")
-    except OSError as error:
-        return (
-            f"--save is {args.save}, which cannot be written to ({error.strerror}); pass a folder "
-            "with room that this user may write to."
-        )
-    return None
 
 
 def rendering(prompt: Prompt) -> dict[str, str]:

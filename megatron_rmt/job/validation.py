@@ -13,11 +13,11 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.job.checkpoints import save_problem
 from megatron_rmt.job.data_files import data_problems
 from megatron_rmt.job.resume import (
     check_same_settings,
     checkpoint_problems,
-    save_problem,
     stored_arguments,
 )
 from megatron_rmt.job.settings import flag_name, setting_problems
@@ -57,7 +57,7 @@ def check_rmt_arguments(args: Namespace) -> None:
         return
     problems = [*setting_problems(args), *_doors(settings), *unsupported(args)]
     problems += [*_missing(args), *_precision(args), *_tracking(args)]
-    problems += [*checkpoint_problems(args), *filter(None, [save_problem(args)])]
+    problems += [*checkpoint_problems(args), *filter(None, [save_problem(args.save)])]
     if not problems:
         # These read files, and rely on what was checked above.
         problems = [*_vocabulary(args)]
