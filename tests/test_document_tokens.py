@@ -235,6 +235,15 @@ def test_special_tokens_in_a_text_are_plain_text_unless_asked_for(tmp_path: Path
         assert pieces(plain, text) == pieces(as_tokens, text) == [bpe(text).input_ids]
 
 
+def test_prompts_of_the_same_tokenizer_keep_their_chat_markers(tmp_path: Path) -> None:
+    tokenizer = _megatron(tmp_path / "tokenizer", byte_level_bpe)
+    ids = tokenizer.tokenize(SPELLED)
+    assert {0, 1} <= {*ids}
+    (documents,) = pieces(DocumentTokenizer(tokenizer, "plain"), SPELLED)
+    assert not {0, 1} & {*documents}
+    assert tokenizer.tokenize(SPELLED) == ids
+
+
 def test_special_tokens_in_texts_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     megatron = _megatron(tmp_path, byte_level_bpe)
     for mode, read in (("plain", "plain text here"), ("special", "tokens here")):

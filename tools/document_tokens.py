@@ -5,6 +5,7 @@ plain text unless asked for otherwise: as tokens they would end documents that g
 encoded piece by piece, with the ids of the whole.
 """
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ _BETWEEN_WORDS = re.compile(r"(?<=\S)[ \n](?=\S)")
 
 
 class DocumentTokenizer:
-    """Encodes documents by Megatron's ``tokenizer``.
+    """Encodes documents by Megatron's ``tokenizer``, which stays as it is: prompts of the same
+    tokenizer go on reading chat markers as the special tokens that they are.
 
     special_tokens: how special tokens that a text spells out are read: "plain": as the text that
     they are; "special": as the tokens, which end documents, mark turns, ...; "refuse": not at all.
@@ -32,15 +34,18 @@ class DocumentTokenizer:
     """
 
     def __init__(self, tokenizer: Any, special_tokens: SpecialTokens = "plain") -> None:
+        if _backend_of(tokenizer) is not None:
+            # How special tokens are read is a setting of the whole tokenizer.
+            tokenizer = copy.deepcopy(tokenizer)
         self.tokenizer = tokenizer
         self.special_tokens = special_tokens
         self.written = 0
         self.first_written: tuple[str, str] | None = None
         # A transformers tokenizer; sentencepiece and others never read text as special tokens.
-        self._inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
+        self._inner = _inner_of(tokenizer)
         if not hasattr(self._inner, "added_tokens_decoder"):
             self._inner = None
-        self._backend = getattr(self._inner, "backend_tokenizer", None)
+        self._backend = _backend_of(tokenizer)
         if self._backend is not None:
             self._inner.split_special_tokens = special_tokens == "plain"
         self._cuts_at = _where_it_cuts(tokenizer, self._backend)
@@ -198,6 +203,15 @@ class _Piece:
     def context(self) -> int:
         """The character where ``tail`` begins."""
         return max(0, self.end - CONTEXT)
+
+
+def _inner_of(tokenizer: Any) -> Any | None:
+    return getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
+
+
+def _backend_of(tokenizer: Any) -> Any | None:
+    """The ``tokenizers`` object in Megatron's ``tokenizer``, where it has one."""
+    return getattr(_inner_of(tokenizer), "backend_tokenizer", None)
 
 
 def _places(text: str, limit: int, between_tokens: bool) -> Iterator[int]:

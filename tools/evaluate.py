@@ -216,7 +216,6 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
         theirs = earlier.settings["prompt"]
         check_same_prompt(flags.positions_from, theirs, "this evaluation", asked_with(run))
     leads = dist.get_rank() == 0
-    # Reads special tokens in texts as it is told from now on, so it comes after the check.
     tokenizer = DocumentTokenizer(get_tokenizer(), flags.special_tokens)
     documents = tokenize(texts, tokenizer, run.prompt.bytes_of)
     if leads and tokenizer.written:
