@@ -1,8 +1,9 @@
 """Faults put into whole runs: each ends in one sentence, on all ranks, and costs no checkpoint."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,9 +50,26 @@ if __name__ == "__main__":
 """
 
 FIRST = "decoder.layers.0.mlp.linear_fc1.weight"
-NORM = "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"
+
+# One of each kind, for every run of the suite; the others with -m faults or -m slow.
+QUICK = {
+    "NaN in a weight of one data-parallel rank",
+    "NaN in a gradient",
+    "norm of a tensor-parallel rank",
+    "split weight of a data-parallel rank",
+    "rewards of a pipeline stage",
+    "TP2",
+}
 
 Start = Callable[..., Run]
+
+
+def cases(of: Mapping[str, Any]) -> list[Any]:
+    """``of`` as parameters of a test: those that are not ``QUICK`` marked slow."""
+    return [
+        pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, case in of.items()
+    ]
 
 
 @pytest.fixture
@@ -116,7 +134,7 @@ NOT_FINITE = {
 }
 
 
-@pytest.mark.parametrize("case", NOT_FINITE.values(), ids=NOT_FINITE)
+@pytest.mark.parametrize("case", cases(NOT_FINITE))
 def test_a_number_that_is_not_finite_ends_the_run_before_the_step(start, tmp_path, case):
     ranks, flags, fault, sentence = case
     assert_ended(start, tmp_path, 2, sentence, ranks, flags, fault)
@@ -152,6 +170,7 @@ def test_a_bad_step_is_skipped_and_its_samples_are_put_aside(start: Start, tmp_p
     assert not torch.equal(before[weight], after[weight])
 
 
+@pytest.mark.slow
 def test_as_many_bad_steps_in_a_row_as_are_allowed_end_the_run(start: Start, tmp_path: Path):
     sentence = r"iteration 4: the gradient .* bad step 2 of --rmt-max-bad-steps 2 in a row"
     assert_ended(start, tmp_path, 2, sentence, 2, ["--rmt-max-bad-steps", "2"], HOOK, ">= 3")
@@ -220,7 +239,7 @@ APART = {
 }
 
 
-@pytest.mark.parametrize("case", APART.values(), ids=APART)
+@pytest.mark.parametrize("case", cases(APART))
 def test_ranks_that_have_come_apart_end_the_run_in_that_step(start, tmp_path, case):
     ranks, flags, fault, sentence = case
     assert_ended(start, tmp_path, 2, f"iteration 3: .*{sentence}", ranks, flags, fault)
@@ -294,13 +313,14 @@ def test_a_signal_in_a_long_rollout_saves_the_step_before_and_the_rest_is_as_eve
     assert [*stopped.metrics, *resumed.metrics] == whole.metrics
 
 
-@pytest.mark.parametrize("layout", [TP2, PP2, []], ids=["TP2", "PP2", "DP2"])
+@pytest.mark.parametrize("layout", cases({"TP2": TP2, "PP2": PP2, "DP2": []}))
 def test_ranks_cut_a_long_rollout_short_together(start: Start, tmp_path: Path, layout: list[str]):
     stopped = start(2, [*LONG, *layout, "--exit-signal-handler"], STOP)
     assert TOLD in stopped.log
     assert (tmp_path / "saved/latest_checkpointed_iteration.txt").read_text() == "2"
 
 
+@pytest.mark.slow
 def test_a_step_that_disk_holds_is_not_saved_again_for_a_signal(start: Start, tmp_path: Path):
     fault = """
 import os, signal

@@ -14,11 +14,13 @@ from tests.distributed import REPOSITORY
 
 pytestmark = [pytest.mark.faults, pytest.mark.multiprocess]
 
-# A rank, and the worker that writes its checkpoints as Megatron starts it, but idle.
+# A rank, the worker that writes its checkpoints as Megatron starts it, but idle, and what holds the
+# results of a save.
 RANK = """
 import multiprocessing, os, sys, time
 from pathlib import Path
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
 def idle(folder):
@@ -32,6 +34,8 @@ if __name__ == "__main__":
     end_with_torchrun()
     loop, folder = PersistentAsyncCaller.async_loop, sys.argv[1]
     multiprocessing.get_context("spawn").Process(target=loop, args=(folder,), daemon=True).start()
+    holder = filesystem_async.get_write_results_queue()._manager._process
+    (Path(folder) / "holder").write_text(str(holder.pid))
     (Path(folder) / "rank").write_text(str(os.getpid()))
     time.sleep(60)
 """
@@ -40,17 +44,18 @@ AGENT = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])
 
 @pytest.fixture
 def job(tmp_path):
-    """``job(**environment)``: an agent with a rank with a worker, and the latter two's numbers."""
+    """``job(**environment)``: an agent with a rank that saves, and the numbers of the rank and of
+    what it started to save."""
     (tmp_path / "rank.py").write_text(RANK)
     started = []
 
-    def start(**environment: str) -> tuple[subprocess.Popen, int, int]:
+    def start(**environment: str) -> tuple[subprocess.Popen, int, int, int]:
         inherited = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
         command = [sys.executable, "-c", AGENT, str(tmp_path / "rank.py"), str(tmp_path)]
         inherited |= {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
         agent = subprocess.Popen(command, env=inherited | environment)
         started.append(agent.pid)
-        for name in ("rank", "worker"):
+        for name in ("rank", "worker", "holder"):
             path = tmp_path / name
             assert _wait_until(functools.partial(_has_text, path), 90)
             started.append(int(path.read_text()))
@@ -81,18 +86,17 @@ def _runs(process: int) -> bool:
 
 
 def test_rank_and_worker_are_gone_when_their_agent_is_killed(job):
-    agent, rank, worker = job(TORCHELASTIC_RUN_ID="some")
+    agent, *started = job(TORCHELASTIC_RUN_ID="some")
     agent.kill()
     agent.wait()
-    assert _wait_until(lambda: not _runs(rank), 10)
-    assert _wait_until(lambda: not _runs(worker), 10)
+    assert _wait_until(lambda: not any(map(_runs, started)), 10)
 
 
 def test_a_rank_without_torchrun_outlives_its_shell_but_not_its_worker(job):
-    agent, rank, worker = job()
+    agent, rank, *saving = job()
     agent.kill()
     agent.wait()
     time.sleep(0.5)
     assert _runs(rank)
     os.kill(rank, signal.SIGKILL)
-    assert _wait_until(lambda: not _runs(worker), 10)
+    assert _wait_until(lambda: not any(map(_runs, saving)), 10)

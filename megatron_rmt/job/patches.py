@@ -287,6 +287,12 @@ RELIED_ON: tuple[Symbol, ...] = (
         "megatron.core.dist_checkpointing.strategies.async_utils",
         "PersistentAsyncCaller.async_loop",
     ),
+    # What holds the results of writing in a process of its own.
+    Symbol(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "get_write_results_queue",
+        "mp_mode",
+    ),
 )
 
 

@@ -1,12 +1,15 @@
-"""Processes of a job end with the one that started them: torchrun's ranks, a rank's save worker.
+"""Processes of a job end with the one that started them: torchrun's ranks, and what a rank starts
+to save checkpoints.
 
 Else ranks of an agent that was killed go on writing to ``--save`` beside those of the next start,
-and each rank that was killed leaves its save worker, some 700 MB, behind.
+and each rank that was killed leaves processes of some 700 MB behind.
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -22,16 +25,34 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     except (OSError, AttributeError):
         return
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        # It died before the kernel was asked.
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_with_torchrun() -> None:
-    """``end_with_parent`` for a rank that torchrun started; and for the worker that writes its
-    checkpoints, which then ends with the rank."""
+    """``end_with_parent`` for a rank that torchrun started; and for the processes that it starts to
+    save checkpoints, which then end with the rank."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     PersistentAsyncCaller.async_loop = staticmethod(save_worker)
+    filesystem_async.get_write_results_queue = write_results_queue
+
+
+def write_results_queue(mp_mode: str = "spawn") -> Any:
+    """Megatron's queue for what was written, and the process that holds it, made at the first save
+    of a rank."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+        manager.start(initializer=end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
+    return filesystem_async._results_queue
 
 
 def save_worker(*args: Any) -> None:
