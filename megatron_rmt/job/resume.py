@@ -171,10 +171,10 @@ def changed_settings(args: Namespace, rendered: Mapping[str, str], stored: Any) 
         for name, value in now.items()
         if value != then[name]
     ]
-    for name, value in rendered.items():
-        if before is not None and value != before.get(name):
-            changed.append(_changed_text(name, value, before.get(name, "")))
-    return changed
+    other = [name for name, value in rendered.items() if value != (before or rendered).get(name)]
+    # Another text is other tokens, too.
+    other = [name for name in other if name != "tokens" or other == ["tokens"]]
+    return changed + [_changed_text(name, rendered[name], before.get(name, "")) for name in other]
 
 
 def _deciding(args: Any) -> dict[str, Any]:
