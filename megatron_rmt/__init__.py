@@ -8,7 +8,11 @@ Two lines add it to an existing job, before ``pretrain`` is called::
 Or none: ``python -m megatron_rmt.run their_script.py`` (``megatron_rmt.run``).
 """
 
+import os
+
 __version__ = "0.1.0"
+# The process that started this one: it may be gone when Megatron, which takes seconds, is imported.
+STARTED_BY = os.getppid()
 
 
 def patch() -> None:

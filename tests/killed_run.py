@@ -193,7 +193,8 @@ class Launcher:
                 _kill_all(mark, agent)
 
     def _wait_until_gone(self, mark: str) -> None:
-        deadline = time.monotonic() + 30
+        # A rank whose agent dies first finds that out once Megatron is imported.
+        deadline = time.monotonic() + 60
         while left := _marked(mark):
             if time.monotonic() > deadline:
                 raise AssertionError(f"{len(left)} processes outlive their run: {left}")

@@ -121,6 +121,7 @@ def _wait_for(path: Path, nodes: list[Node], log: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_lost_node_comes_back_and_training_goes_on_as_if_nothing_had_been(
     inputs: TinyInputs, environment: dict[str, str], nodes: list[Node], tmp_path: Path

@@ -39,6 +39,21 @@ if __name__ == "__main__":
     (Path(folder) / "rank").write_text(str(os.getpid()))
     time.sleep(60)
 """
+# A rank that asks to end with its agent when that is gone already.
+EARLY = """
+import os, sys, time
+from pathlib import Path
+
+import megatron_rmt
+from megatron_rmt.job.processes import end_with_torchrun
+
+folder = Path(sys.argv[1])
+(folder / "rank").write_text(str(os.getpid()))
+while not (folder / "killed").exists():
+    time.sleep(0.01)
+end_with_torchrun()
+(folder / "lives").touch()
+"""
 AGENT = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
 
 
@@ -90,6 +105,20 @@ def test_rank_and_worker_are_gone_when_their_agent_is_killed(job):
     agent.kill()
     agent.wait()
     assert _wait_until(lambda: not any(map(_runs, started)), 10)
+
+
+def test_a_rank_whose_agent_dies_while_it_comes_up_ends_too(tmp_path):
+    (tmp_path / "rank.py").write_text(EARLY)
+    command = [sys.executable, "-c", AGENT, str(tmp_path / "rank.py"), str(tmp_path)]
+    own = {"PYTHONPATH": str(REPOSITORY), "TORCHELASTIC_RUN_ID": "some"}
+    agent = subprocess.Popen(command, env=os.environ | own)
+    assert _wait_until(functools.partial(_has_text, tmp_path / "rank"), 90)
+    agent.kill()
+    agent.wait()
+    (tmp_path / "killed").touch()
+    rank = int((tmp_path / "rank").read_text())
+    assert _wait_until(lambda: not _runs(rank), 90)
+    assert not (tmp_path / "lives").exists()
 
 
 def test_a_rank_without_torchrun_outlives_its_shell_but_not_its_worker(job):

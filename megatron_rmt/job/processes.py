@@ -12,6 +12,8 @@ import signal
 from multiprocessing.managers import SyncManager
 from typing import Any
 
+from megatron_rmt import STARTED_BY
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -26,7 +28,7 @@ def end_with_parent() -> None:
     except (OSError, AttributeError):
         return
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
+    if os.getppid() != (STARTED_BY if parent is None else parent.pid):
         # It died before the kernel was asked.
         os.kill(os.getpid(), signal.SIGKILL)
 
