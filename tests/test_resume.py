@@ -246,6 +246,9 @@ def test_the_rendered_prompt_is_compared_instead_of_its_name():
     assert changed_settings(_args(), tomorrow, stored) == [
         "the prompt's head has 'It is 2 May 2025. Think' at character 0 and had 'It is 1 May 2025. "
         "Think'",
+    ]
+    other_tokens = rendering(PROMPT) | {"tokens": "0" * 16}
+    assert changed_settings(_args(), other_tokens, stored) == [
         f"the tokenizer gives other tokens ({'0' * 16} is the digest of vocabulary and prompt, and "
         f"was {digest})",
     ]
