@@ -25,8 +25,8 @@ assert lock_problem(sys.argv[1]) is None
 if os.fork() == 0:
     # As a process that writes a checkpoint, and outlives its parent.
     print(os.getpid(), flush=True)
-    time.sleep(60)
-time.sleep(60)
+    time.sleep(600)
+time.sleep(600)
 """
 
 

@@ -504,11 +504,11 @@ def _end_of_each(configurations: list[list[str]]) -> list[tuple[str, float]]:
 
 
 @pytest.mark.multiprocess
-def test_wrong_configurations_end_alike_on_two_ranks(files: dict[str, list[str]]):
+def test_wrong_configurations_end_alike_on_two_ranks(files: dict[str, list[str]], tokenizer: str):
     """Through Megatron's own parser and checks, which refuse some of them before RMT does."""
     expected = {
         **{flags: BAD[flags] for flags in BAD},
-        **{tuple(files[k]): FILES[k] for k in FILES},
+        **{tuple(files[k]): FILES[k].format(tokenizer) for k in FILES},
     }
     assert len(expected) >= 60
     first, second = run_distributed(2, _end_of_each, [list(flags) for flags in expected])

@@ -109,18 +109,24 @@ def _check_checkpoint_args(
         raise SystemExit(str(error)) from None
 
 
+def _setup_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from megatron.training import get_args
+
+    if Settings.of(get_args()).trains_with_rl:
+        # The first moment at which one rank can tell the others, and no model is built yet.
+        problem = [lock_problem(get_args().save) if torch.distributed.get_rank() == 0 else None]
+        torch.distributed.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise SystemExit(f"RMT cannot train here: {problem[0]}")
+    return original(*args, **kwargs)
+
+
 def _get_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from megatron.training import get_args
 
-    if not Settings.of(get_args()).trains_with_rl:
-        return original(*args, **kwargs)
-    # The first moment at which one rank can tell the others, and no model is built yet.
-    problem = [lock_problem(get_args().save) if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise SystemExit(f"RMT cannot train here: {problem[0]}")
     chunks = original(*args, **kwargs)
-    _inside(chunks)
+    if Settings.of(get_args()).trains_with_rl:
+        _inside(chunks)
     return chunks
 
 
@@ -218,7 +224,9 @@ PATCHES: tuple[Symbol, ...] = (
     ),
     # The wheel ships the compiled helper and no Makefile.
     Symbol("megatron.core.datasets.utils", "compile_helpers", "", _compile_helpers),
-    # One job at a time writes to --save; another model than a GPTModel is refused before its
+    # One job at a time writes to --save.
+    Symbol("megatron.training.training", "setup_model_and_optimizer", "", _setup_model),
+    # Another model than a GPTModel, where a job's own function builds it, is refused before its
     # checkpoint and the data are read.
     Symbol("megatron.training.training", "get_model", "", _get_model),
     # Saves the moving average of --rmt-baseline-decay with the rest.

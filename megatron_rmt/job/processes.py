@@ -12,7 +12,7 @@ import signal
 from multiprocessing.managers import SyncManager
 from typing import Any
 
-from megatron_rmt import STARTED_BY
+import megatron_rmt
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -28,7 +28,7 @@ def end_with_parent() -> None:
     except (OSError, AttributeError):
         return
     parent = multiprocessing.parent_process()
-    if os.getppid() != (STARTED_BY if parent is None else parent.pid):
+    if os.getppid() != (megatron_rmt.STARTED_BY if parent is None else parent.pid):
         # It died before the kernel was asked.
         os.kill(os.getpid(), signal.SIGKILL)
 
