@@ -275,7 +275,7 @@ def test_logs_that_cannot_be_written_do_not_end_the_run(start: Start, tmp_path: 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_model(start: Start, tmp_path: Path):
     (tmp_path / "saved").write_text("a file")
-    sentence = r"SystemExit: --save is .*saved, which cannot be written to \(File exists\); pass"
+    sentence = r"RMT cannot .*: --save is .*saved, which cannot be written to \(File exists\); pass"
     with pytest.raises(AssertionError, match=sentence) as failure:
         start(1, [], "pass")
     assert "building GPT model" not in str(failure.value)
