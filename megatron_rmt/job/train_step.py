@@ -90,8 +90,6 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     if should_disable_forward_pre_hook(options):
         # Overlapped parameter gathering: rollouts need the whole weights now.
         force_param_sync(chunks)
-    if run.baseline is not None:
-        run.baseline.follow()
     schedule = schedule_of_step(run.settings, iteration, options.train_iters)
     try:
         batches = take_batches(
@@ -110,6 +108,8 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
         began_collecting = time.perf_counter()
         with generating(run.policy.model):
             collected = collect(run, batches, schedule, _told_to_stop(options))
+        if run.baseline is not None:
+            run.baseline.take_in()
         note_idle_step(IDLE_STEPS, collected.idle, iteration)
         updates = collected.updates
         began_update = time.perf_counter()

@@ -6,7 +6,7 @@ a run carries from step to step, so it is saved and restored with the checkpoint
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
 
 PREFIX = "rmt_baseline."
 
@@ -22,8 +23,8 @@ PREFIX = "rmt_baseline."
 class Baseline:
     """decay * average + (1 - decay) * weights, from step to step, in fp32 or wider on the device.
 
-    It begins as the weights at hand, which ``follow`` joins in from the second step on; after
-    ``load`` from the first one on.
+    It begins as the weights at hand. Within a step it counts the step's weights already, but only
+    ``take_in`` keeps them: a step that is left to the next run leaves no trace.
     """
 
     def __init__(self, model: GPTModel, decay: float) -> None:
@@ -35,20 +36,33 @@ class Baseline:
         self._is_of_this_step = True
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """Take in the weights as they are before a step."""
+    def take_in(self) -> None:
+        """Keep the weights of this step, before they move: the step will be taken."""
         if not self._is_of_this_step:
             for average, weight in zip(self._averages, self.model.parameters(), strict=True):
-                average.lerp_(weight.to(average.dtype), 1 - self.decay)
+                average.copy_(self._with(average, weight))
         self._is_of_this_step = False
 
+    def _with(self, average: Tensor, weight: Tensor) -> Tensor:
+        return average.lerp(weight.detach().to(average.dtype), 1 - self.decay)
+
     @contextlib.contextmanager
-    def in_place_of_the_weights(self, *, rounded: bool = True) -> Iterator[None]:
-        """The model computes with the average. rounded: to the dtype of the weights."""
+    def in_place_of_the_weights(self) -> Iterator[None]:
+        """The model computes with the average of this step, rounded to the dtype of the weights."""
+        pairs = zip(self._averages, self.model.parameters(), strict=True)
+        of_step = (
+            (average if self._is_of_this_step else self._with(average, weight)).to(weight.dtype)
+            for average, weight in pairs
+        )
+        with self._holding([*of_step]):
+            yield
+
+    @contextlib.contextmanager
+    def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
         weights = list(self.model.parameters())
         own = [weight.data for weight in weights]
-        for weight, average in zip(weights, self._averages, strict=True):
-            weight.data = average.to(weight.dtype) if rounded else average
+        for weight, value in zip(weights, values, strict=True):
+            weight.data = value
         try:
             yield
         finally:
@@ -57,7 +71,7 @@ class Baseline:
 
     def sharded_state(self) -> dict[str, Any]:
         """The average as Megatron's distributed checkpoints keep a model, under ``PREFIX``."""
-        with self.in_place_of_the_weights(rounded=False):
+        with self._holding(self._averages):
             named = {
                 name: value
                 for name, value in self.model.sharded_state_dict().items()
@@ -74,7 +88,7 @@ class Baseline:
         if not any(name.startswith(PREFIX) for name in stored):
             return False
         loaded = dist_checkpointing.load(self.sharded_state(), str(checkpoint))
-        with self.in_place_of_the_weights(rounded=False):
+        with self._holding(self._averages):
             self.model.load_state_dict(loaded, strict=False)
         self._is_of_this_step = False
         return True
