@@ -300,14 +300,18 @@ LONG = ["--rmt-initial-budget", "40", "--rmt-rollout-kv-gib", "8e-4", "--save-in
 TOLD = "RMT: told to stop in step 3, which is left to the run that resumes."
 
 
+AVERAGE = ["--rmt-reward", "information-gain", "--rmt-baseline-decay", "0.5"]
+
+
+@pytest.mark.parametrize("options", [[], pytest.param(AVERAGE, marks=pytest.mark.slow)])
 def test_a_signal_in_a_long_rollout_saves_the_step_before_and_the_rest_is_as_ever(
-    start: Start, inputs: TinyInputs, tmp_path: Path
+    start: Start, inputs: TinyInputs, tmp_path: Path, options: list[str]
 ):
-    stopped = start(1, [*LONG, "--exit-signal-handler"], STOP)
+    stopped = start(1, [*LONG, *options, "--exit-signal-handler"], STOP)
     assert [line["iteration"] for line in stopped.metrics] == [1, 2]
     assert TOLD in stopped.log
     assert (tmp_path / "saved/latest_checkpointed_iteration.txt").read_text() == "2"
-    flags = [*RMT, *LONG, "--exit-interval", "3"]
+    flags = [*RMT, *LONG, *options, "--exit-interval", "3"]
     resumed = run(tmp_path / "on", 1, [*inputs.flags(tmp_path / "saved"), *flags])
     whole = run(tmp_path / "whole", 1, [*inputs.flags(), *flags])
     assert [*stopped.metrics, *resumed.metrics] == whole.metrics
