@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from megatron_rmt.prompt.template import rendered_turn
+from megatron_rmt.prompt.token_bytes import transformers_tokenizer
 
 # What a piece is encoded behind. The first is of the private use area: no vocabulary has a token
 # that joins it to a text, so it becomes bytes or the unknown token.
@@ -40,14 +41,12 @@ class PieceEncoder:
     @classmethod
     def of(cls, tokenizer: Any, bytes_of: Sequence[bytes]) -> Self:
         """That of Megatron's ``tokenizer``."""
-        wrapper = getattr(tokenizer, "_tokenizer", None)
-        # Megatron's SFT tokenizer keeps the one of transformers under another name.
-        inner = getattr(wrapper, "tokenizer", getattr(wrapper, "_tokenizer", None))
+        inner = transformers_tokenizer(tokenizer)
 
         def whole(text: str) -> list[int]:
             if not text:
                 return []
-            if hasattr(inner, "add_special_tokens"):
+            if inner is not None:
                 return list(inner.encode(text, add_special_tokens=False))
             return list(tokenizer.tokenize(text))
 
