@@ -472,7 +472,7 @@ COMMON_SETTINGS |= {"entropy_top_k": 0, "load": "x", "template": "inline", "gree
 def prepare_evaluation(directory: Path) -> dict[str, bytes]:
     records = []
     for line in (1, 2, 3):
-        digest = evaluation_documents.Document(line, [1, 2, 3, line], 0).digest
+        digest = evaluation_documents.Document(line, [1, 2, 3, line], 0, file="a").digest
         lists = {name: [1, 0] for name in ("thought", "thought_length", "well_formed")}
         lists |= {name: [0, 1] for name in ("closed_by_itself", "no_thought")}
         lists |= {"no_thought_well_formed": [1, 1], "positions": [2, 3]}
@@ -515,7 +515,9 @@ def use_positions(directory: Path) -> None:
         contextlib.redirect_stderr(io.StringIO()),
     ):
         evaluate.evaluate(flags, others)
-    documents = [evaluation_documents.Document(line, [1, 2, 3, line], 0) for line in (1, 2, 3)]
+    documents = [
+        evaluation_documents.Document(line, [1, 2, 3, line], 0, file="a") for line in (1, 2, 3)
+    ]
     evaluation_documents.documents_of(evaluation.read_output(earlier), earlier, documents)
 
 

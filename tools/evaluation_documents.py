@@ -5,11 +5,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from document_tokens import DocumentTokenizer
-from evaluation import NOT_COUNTED, Measured, Record
+from evaluation import Measured, Record
 from json_lines import Row, read_rows
 
 
@@ -18,13 +19,16 @@ class Text:
     """A document as the data has it.
 
     line: from 1. place: ``file:line``, for messages. problem: its first characters that do not
-    count (--solution-only).
+    count (--solution-only). spans: [first, limit) characters of its answers (--positions answers).
+    file: the name of the file.
     """
 
     line: int
     place: str
     text: str
     problem: int
+    spans: tuple[tuple[int, int], ...] = ()
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,14 @@ class Document:
     """One line of the data.
 
     line: from 1. ids: all its tokens. first: the first token that counts (--solution-only).
+    answers: the tokens that begin an answer, ascending. file: the name of the file.
     """
 
     line: int
     ids: list[int]
     first: int
+    answers: tuple[int, ...] = ()
+    file: str = ""
 
     @property
     def digest(self) -> str:
@@ -44,28 +51,73 @@ class Document:
         return hashlib.sha256(np.array(self.ids, dtype=np.int64).tobytes()).hexdigest()[:16]
 
 
-def read_texts(path: Path, json_key: str, solution_only: bool, limit: int | None) -> list[Text]:
-    """The first ``limit`` documents.
+def names_of(paths: Sequence[Path]) -> dict[str, Path]:
+    """The files of ``--data`` by the names of their rows in the table: what they are called without
+    the ending, or, where two are called alike, the whole path.
 
     Raises:
-        ValueError: the file cannot be read, a line is no such object, or there is no document.
+        ValueError: a file is given twice.
+    """
+    stems = [path.name.split(".")[0] or path.name for path in paths]
+    names = stems if len(set(stems)) == len(stems) else list(map(str, paths))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"--data {twice} is given twice; name each file once.")
+    return dict(zip(names, paths, strict=True))
+
+
+def read_texts(
+    path: Path,
+    json_key: str,
+    solution_only: bool,
+    limit: int | None,
+    *,
+    answers: bool = False,
+    name: str = "",
+) -> list[Text]:
+    """The first ``limit`` documents of a file called ``name``; answers: with their spans.
+
+    Raises:
+        ValueError: the file cannot be read, a line is no such object, or there is no document, or
+            no answer.
     """
     try:
         rows = itertools.islice(read_rows(path), limit)
-        texts = [_text(row, json_key, solution_only) for row in rows]
+        texts = [_text(row, json_key, solution_only, answers, name) for row in rows]
     except ValueError as error:
         raise ValueError(f"--data {error}") from None
     if not texts:
         raise ValueError(f"--data {path} holds no document; name a JSONL file with one per line.")
+    if answers and not any(text.spans for text in texts):
+        raise ValueError(
+            f"--data {path} marks no answer, which --positions answers needs; give its lines "
+            'answer_spans, such as "answer_spans": [[10, 12]] (characters of the text).'
+        )
     return texts
 
 
-def _text(row: Row, json_key: str, solution_only: bool) -> Text:
+def _text(row: Row, json_key: str, solution_only: bool, answers: bool, name: str) -> Text:
     text = row.text(json_key)
     problem = row.values.get("problem_chars")
     if solution_only and not isinstance(problem, int):
         raise ValueError(f"{row.place}: no number problem_chars, which --solution-only needs.")
-    return Text(row.number, row.place, text, problem if solution_only else 0)
+    spans = _spans(row, len(text)) if answers else ()
+    return Text(row.number, row.place, text, problem if solution_only else 0, spans, name)
+
+
+def _spans(row: Row, length: int) -> tuple[tuple[int, int], ...]:
+    spans = row.values.get("answer_spans", [])
+
+    def is_span(span: Any) -> bool:
+        whole = isinstance(span, list) and [type(end) for end in span] == [int, int]
+        return whole and 0 <= span[0] < span[1] <= length
+
+    if not isinstance(spans, list) or not all(map(is_span, spans)):
+        raise ValueError(
+            f"{row.place}: answer_spans is {str(spans)[:80]}; give a list of [first, limit] "
+            f"characters with 0 <= first < limit <= {length}, the length of the text."
+        )
+    return tuple((first, limit) for first, limit in spans)
 
 
 def tokenize(
@@ -82,13 +134,20 @@ def tokenize(
         tokenizer.note_special_tokens(text.text, text.place)
         ids = [*itertools.chain.from_iterable(tokenizer.encode(text.text, text.place))]
         # In bytes, because a token may be part of a character.
-        starts = np.cumsum([0, *(len(bytes_of[token]) for token in ids)])[:-1]
-        first = int(np.searchsorted(starts, len(text.text[: text.problem].encode())))
+        ends = np.cumsum([0, *(len(bytes_of[token]) for token in ids)])
+        first = int(np.searchsorted(ends[:-1], _bytes_before(text.text, text.problem)))
+        # The first token that holds a byte of the span.
+        opening = [_bytes_before(text.text, start) for start, _ in text.spans]
+        answers = {int(token) for token in np.searchsorted(ends[1:], opening, side="right")}
         if len(ids) > 1:
-            documents.append(Document(text.line, ids, first))
+            documents.append(Document(text.line, ids, first, tuple(sorted(answers)), text.file))
     if not documents:
         raise ValueError("--data holds no document of two or more tokens; pass longer texts.")
     return documents
+
+
+def _bytes_before(text: str, characters: int) -> int:
+    return len(text[:characters].encode())
 
 
 def documents_of(
@@ -99,23 +158,22 @@ def documents_of(
     Raises:
         ValueError: a document has changed, or the tokenizer has.
     """
-    by_line = {document.line: document for document in documents}
+    by_place = {(document.file, document.line): document for document in documents}
     for record in earlier.records:
-        document = by_line.get(record.line)
+        document = by_place.get((record.file, record.line))
         if document is None or document.digest != record.id:
             raise ValueError(
-                f"--data, line {record.line}, is not the document that {path} was measured on; "
-                "pass the same --data (and a checkpoint with the same tokenizer)."
+                f"--data {record.file}, line {record.line}, is not the document that {path} was "
+                "measured on; pass the same --data (and a checkpoint with the same tokenizer)."
             )
-    return [(by_line[record.line], record) for record in earlier.records]
+    return [(by_place[record.file, record.line], record) for record in earlier.records]
 
 
-def draw_positions(difficulty: str, count: int, seed: int, line: int) -> list[int]:
-    """Up to ``count`` tokens above the lowest threshold, uniformly drawn, ascending.
+def draw_positions(tokens: Sequence[int], count: int, seed: int, line: int) -> list[int]:
+    """Up to ``count`` of ``tokens``, uniformly drawn, ascending.
 
     A pure function of its arguments, so independent of the other documents and of the layout.
     """
-    above = [token for token, digit in enumerate(difficulty) if digit not in (NOT_COUNTED, "0")]
     generator = np.random.default_rng([seed, line])
-    drawn = generator.choice(above, size=min(count, len(above)), replace=False)
+    drawn = generator.choice(tokens, size=min(count, len(tokens)), replace=False)
     return sorted(map(int, drawn))
