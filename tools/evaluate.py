@@ -236,6 +236,12 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
         )
     ]
     if earlier is not None:
+        missing = sorted({record.file for record in earlier.records} - {*files})
+        if missing:
+            raise ValueError(
+                f"--positions-from {flags.positions_from} was measured on {', '.join(missing)} "
+                f"too, and --data holds {', '.join(files)}; pass the same files."
+            )
         lines = {(record.file, record.line) for record in earlier.records}
         texts = [text for text in texts if (text.file, text.line) in lines]
 

@@ -126,7 +126,7 @@ class Record:
     def values(self, name: str) -> tuple[Sequence[int], Sequence[float]]:
         """(the tokens at which the result ``name`` was measured, what came out)."""
         if name == EVERYWHERE:
-            return range(self.tokens), [*map(int, self.next_token)]
+            return range(self.tokens), [int(match == "1") for match in self.next_token]
         if name == "next_token_sampled":
             return self.positions, [int(self.next_token[token]) for token in self.positions]
         return self.positions, getattr(self, name)
