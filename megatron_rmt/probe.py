@@ -11,17 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_rmt.algorithm.rewards import is_right
 from megatron_rmt.mid_training import MidTraining
+from megatron_rmt.model.gpt import generating
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.response import Response
 from megatron_rmt.rollout.generate import RolloutSettings, generate
 from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
+from megatron_rmt.rollout.memory import in_bytes
 from megatron_rmt.rollout.prefill import read_trunk
 from megatron_rmt.rollout.responses import Rollout, written
 from megatron_rmt.rollout.trunk import NO_LABEL, Sample
@@ -31,6 +36,8 @@ from megatron_rmt.update.truth import AfterText, predictions_of_truth
 
 # Another draw for each way.
 OWN, NONE, SWAPPED = range(3)
+# Documents whose trunks are held at a time.
+DOCUMENTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -227,3 +234,98 @@ def truth_after(
         log_probs = log_probs._replace(alone=plain[0].alone)
         likeliest = likeliest._replace(alone=plain[1].alone)
     return log_probs, likeliest
+
+
+def draw_positions(tokens: Sequence[int], count: int, seed: int, line: int) -> list[int]:
+    """Up to ``count`` of ``tokens``, uniformly drawn, ascending.
+
+    A pure function of its arguments, so independent of the other documents and of the layout.
+    """
+    generator = np.random.default_rng([seed, line])
+    drawn = generator.choice(tokens, size=min(count, len(tokens)), replace=False)
+    return sorted(map(int, drawn))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Documents that a run is measured on, and the tokens to be predicted in each, ascending."""
+
+    texts: Sequence[Text]
+    tokens: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How well positions are predicted: sums over ``positions`` of them.
+
+    next_token, thought, no_thought: right ones, at once, after a thought and after none. Where the
+    answer stands right after the thought it is the most likely token, in a box it is drawn.
+    gain: nats that the thought makes the truth likelier than the plain text does; NaN in a box.
+    """
+
+    positions: float
+    next_token: float
+    thought: float
+    no_thought: float
+    gain: float
+
+
+def standing(run: MidTraining, held_out: HeldOut, budget: int) -> Standing:
+    """Measure ``held_out`` with thoughts of ``budget`` tokens, one at each position.
+
+    Collective over all ranks: data-parallel replicas share the documents, and sum up.
+    """
+    shared_experts = run.args.expert_model_parallel_size > 1
+    replicas = 1 if shared_experts else parallel_state.get_data_parallel_world_size()
+    own = range(parallel_state.get_data_parallel_rank() % replicas, len(held_out.texts), replicas)
+    sums = torch.zeros(5, dtype=torch.float64)
+    with generating(run.policy.model):
+        for start in range(0, len(own), DOCUMENTS_AT_ONCE):
+            part = [
+                (held_out.texts[index], held_out.tokens[index])
+                for index in own[start : start + DOCUMENTS_AT_ONCE]
+            ]
+            sums += _standing_of(run, part, budget)
+    if replicas > 1:
+        sums = sums.to(run.policy.device)
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    return Standing(*sums.tolist())
+
+
+def _standing_of(
+    run: MidTraining, part: Sequence[tuple[Text, Sequence[int]]], budget: int
+) -> Tensor:
+    """The sums of ``Standing`` over a few documents, fp64 ``[5]``."""
+    boxed = run.prompt.template.answer == "boxed"
+    lengths = [len(in_prompt(run.prompt, text.ids[: text.read])) for text, _ in part]
+    store, first_row = KeyValueStore(sum(lengths)), 0
+    places, right_at_once = [], 0
+    for (text, tokens), length in zip(part, lengths, strict=True):
+        _, predictions = read_text(run, text, store, first_row)
+        right_at_once += sum(int(predictions[token - 1]) == text.ids[token] for token in tokens)
+        places += [Place(text, token, first_row) for token in tokens]
+        first_row += length
+    how = RolloutSettings(
+        group=1,
+        budget=budget,
+        seed=run.seed,
+        iteration=OWN,
+        temperature=run.settings.temperature,
+        greedy=run.settings.greedy,
+        kv_bytes=in_bytes(run.settings.rollout_kv_gib),
+    )
+    answered = [group[0] for group in answer(run, store, places, how)]
+    if boxed:
+        none = answer(run, store, places, replace(how, iteration=NONE, thinks=False))
+        right = (sum(own.right for own in answered), sum(own.right for (own,) in none))
+        return torch.tensor([len(places), right_at_once, *right, torch.nan], dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
+    thoughts = iter([own.thought] for own in answered)
+    for text, tokens in part:
+        own = [*itertools.islice(thoughts, len(tokens))]
+        log_probs, likeliest = truth_after(run, text, tokens, own, budget)
+        gain = log_probs.after_thought[:, 0] - log_probs.alone
+        after = likeliest.after_thought.sum(0).tolist()
+        sums += torch.tensor([len(tokens), 0.0, *after, float(gain.sum())], dtype=torch.float64)
+    sums[1] = right_at_once
+    return sums

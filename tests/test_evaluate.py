@@ -473,19 +473,21 @@ def test_thoughts_begin_where_their_document_stands_in_the_prompt(
 
 
 def test_positions_are_above_the_lowest_threshold_and_uniform():
+    from megatron_rmt.probe import draw_positions
+
     difficulty = "-0" + "120-3" * 4
     allowed = [index for index, digit in enumerate(difficulty) if digit in "123"]
     counts = np.zeros(len(difficulty))
     for line in range(2000):
-        drawn = evaluation_documents.draw_positions(allowed, 3, 7, line)
+        drawn = draw_positions(allowed, 3, 7, line)
         assert len(set(drawn)) == 3
         assert drawn == sorted(drawn)
         counts[drawn] += 1
     assert counts[allowed].sum() == 6000
     # 500 expected; the standard deviation is about 19.
     assert np.abs(counts[allowed] - 500).max() < 100
-    assert evaluation_documents.draw_positions(allowed, 99, 7, 1) == allowed
-    assert evaluation_documents.draw_positions([], 3, 7, 1) == []
+    assert draw_positions(allowed, 99, 7, 1) == allowed
+    assert draw_positions([], 3, 7, 1) == []
 
 
 class _Bytes:

@@ -400,6 +400,50 @@ def test_a_run_with_a_moving_average_resumes_bitwise_in_its_layout(start: Start,
             assert line[name] == pytest.approx(reference_line[name], rel=1e-3, abs=1e-5), name
 
 
+@pytest.fixture(scope="session")
+def measuring(inputs: TinyInputs) -> list[str]:
+    """Flags with which a run measures held-out documents before it and after every third step."""
+    data = inputs.data.parents[1] / "corpus/train.jsonl"
+    return ["--rmt-eval-interval", "3", "--rmt-eval-data", str(data), "--rmt-eval-documents", "5"]
+
+
+@pytest.fixture(scope="session")
+def measured(start: Start, measuring: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    save = tmp_path_factory.mktemp("measured")
+    return start(1, [*RMT, *measuring, "--tensorboard-dir", str(save)])
+
+
+def test_measuring_held_out_documents_changes_no_digit_of_a_run(measured: Run, reference: Run):
+    lines = [
+        {name: value for name, value in line.items() if not name.startswith("held-out")}
+        for line in measured.metrics
+    ]
+    assert lines == [{"iteration": 0}, *reference.metrics]
+    probed = [line["iteration"] for line in measured.metrics if "held-out thought" in line]
+    assert probed == [0, 3, 6]
+    assert all(measured.metrics[at]["held-out positions"] == 20 for at in probed)
+    assert all(0 < measured.metrics[at]["held-out next token"] < 1 for at in probed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        pytest.param(TP2, 2),
+        pytest.param(PP2, 2, marks=pytest.mark.slow),
+        pytest.param([*SHARDED_OPTIMIZER, *OVERLAP], 2, marks=pytest.mark.slow),
+    ],
+    ids=["tensor", "pipeline", "data"],
+)
+def test_held_out_documents_are_measured_alike_in_every_layout(
+    start: Start, measuring: list[str], measured: Run, flags: list[str], ranks: int
+):
+    found = start(ranks, [*RMT, *measuring, *flags]).metrics
+    assert_same_curve(found[1:], measured.metrics[1:])
+    for line, expected in zip(found, measured.metrics, strict=True):
+        for name in (name for name in expected if name.startswith("held-out")):
+            assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
 def test_rollouts_in_waves_train_alike(start: Start, reference: Run):
     """The bound holds the trunk and two positions at the longest thoughts."""
     lines = start(1, [*RMT, "--rmt-rollout-kv-gib", "5e-4", "--exit-interval", "2"])

@@ -5,13 +5,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from document_tokens import DocumentTokenizer
 from evaluation import Measured, Record
 from json_lines import Row, read_rows
+from megatron_rmt.prompt.answer_spans import check_spans, first_tokens
 
 
 @dataclass(frozen=True)
@@ -101,23 +101,11 @@ def _text(row: Row, json_key: str, solution_only: bool, answers: bool, name: str
     problem = row.values.get("problem_chars")
     if solution_only and not isinstance(problem, int):
         raise ValueError(f"{row.place}: no number problem_chars, which --solution-only needs.")
-    spans = _spans(row, len(text)) if answers else ()
+    try:
+        spans = check_spans(row.values.get("answer_spans", []), len(text)) if answers else ()
+    except ValueError as error:
+        raise ValueError(f"{row.place}: {error}") from None
     return Text(row.number, row.place, text, problem if solution_only else 0, spans, name)
-
-
-def _spans(row: Row, length: int) -> tuple[tuple[int, int], ...]:
-    spans = row.values.get("answer_spans", [])
-
-    def is_span(span: Any) -> bool:
-        whole = isinstance(span, list) and [type(end) for end in span] == [int, int]
-        return whole and 0 <= span[0] < span[1] <= length
-
-    if not isinstance(spans, list) or not all(map(is_span, spans)):
-        raise ValueError(
-            f"{row.place}: answer_spans is {str(spans)[:80]}; give a list of [first, limit] "
-            f"characters with 0 <= first < limit <= {length}, the length of the text."
-        )
-    return tuple((first, limit) for first, limit in spans)
 
 
 def tokenize(
@@ -134,20 +122,14 @@ def tokenize(
         tokenizer.note_special_tokens(text.text, text.place)
         ids = [*itertools.chain.from_iterable(tokenizer.encode(text.text, text.place))]
         # In bytes, because a token may be part of a character.
-        ends = np.cumsum([0, *(len(bytes_of[token]) for token in ids)])
-        first = int(np.searchsorted(ends[:-1], _bytes_before(text.text, text.problem)))
-        # The first token that holds a byte of the span.
-        opening = [_bytes_before(text.text, start) for start, _ in text.spans]
-        answers = {int(token) for token in np.searchsorted(ends[1:], opening, side="right")}
+        starts = np.cumsum([0, *(len(bytes_of[token]) for token in ids)])[:-1]
+        first = int(np.searchsorted(starts, len(text.text[: text.problem].encode())))
+        answers = first_tokens(text.text, text.spans, ids, bytes_of)
         if len(ids) > 1:
-            documents.append(Document(text.line, ids, first, tuple(sorted(answers)), text.file))
+            documents.append(Document(text.line, ids, first, answers, text.file))
     if not documents:
         raise ValueError("--data holds no document of two or more tokens; pass longer texts.")
     return documents
-
-
-def _bytes_before(text: str, characters: int) -> int:
-    return len(text[:characters].encode())
 
 
 def documents_of(
@@ -167,13 +149,3 @@ def documents_of(
                 "measured on; pass the same --data (and a checkpoint with the same tokenizer)."
             )
     return [(by_place[record.file, record.line], record) for record in earlier.records]
-
-
-def draw_positions(tokens: Sequence[int], count: int, seed: int, line: int) -> list[int]:
-    """Up to ``count`` of ``tokens``, uniformly drawn, ascending.
-
-    A pure function of its arguments, so independent of the other documents and of the layout.
-    """
-    generator = np.random.default_rng([seed, line])
-    drawn = generator.choice(tokens, size=min(count, len(tokens)), replace=False)
-    return sorted(map(int, drawn))

@@ -16,11 +16,12 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from evaluation import NOT_COUNTED, Record
-from evaluation_documents import Document, draw_positions
+from evaluation_documents import Document
 from megatron_rmt.algorithm.curriculum import tiers
 from megatron_rmt.mid_training import MidTraining
 from megatron_rmt.model.gpt import generating
 from megatron_rmt.probe import (
+    DOCUMENTS_AT_ONCE,
     NONE,
     OWN,
     SWAPPED,
@@ -28,6 +29,7 @@ from megatron_rmt.probe import (
     Text,
     Thought,
     answer,
+    draw_positions,
     in_prompt,
     read_text,
     swapped,
@@ -36,8 +38,6 @@ from megatron_rmt.probe import (
 from megatron_rmt.rollout.generate import RolloutSettings
 from megatron_rmt.rollout.kv_cache import KeyValueStore
 
-# Documents whose trunks are held at a time; their rollouts are bounded by --rollouts-at-once.
-DOCUMENTS_AT_ONCE = 16
 # Of one document: a group of thoughts for each of its positions.
 ThoughtsOfDocument = Sequence[Sequence[Thought]]
 

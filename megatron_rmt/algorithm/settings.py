@@ -185,6 +185,18 @@ class Settings:
     takes the first of them that runs"""
     head_chunk_size: int = setting(384, "[1, inf)", "rows")
     """Logits held at a time by the fused head"""
+    eval_interval: int = setting(0, "[0, inf)", "steps")
+    """Measure predictions of --rmt-eval-data with a thought, with an empty one and plainly, before
+    the first step and after every N th: into the metrics, TensorBoard and wandb; 0 never"""
+    eval_data: str | None = setting(None, unset="none")
+    """JSON lines of held-out documents for --rmt-eval-interval, each with a text"""
+    eval_documents: int = setting(32, "[1, inf)", "documents")
+    """The first N documents of --rmt-eval-data"""
+    eval_positions_per_document: int = setting(4, "[1, inf)", "positions")
+    """Most positions measured in each of them, the same ones every time"""
+    eval_positions: Literal["any", "answers"] = setting("any")
+    """Which: any, drawn from the whole text, or answers, from those whose next token is the first
+    one in a span of the line's answer_spans, [[first, limit], ...] in characters"""
     metrics_file: str | None = setting(None, unset="rmt_metrics.jsonl in --save")
     """JSON lines, one per step"""
     log_samples_interval: int = setting(0, "[0, inf)", "steps")

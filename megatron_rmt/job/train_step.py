@@ -17,6 +17,7 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.schedules import schedule_of_step
+from megatron_rmt.job.held_out import is_measured, log_held_out, measure_held_out
 from megatron_rmt.job.idle_steps import note_idle_step
 from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.not_taken import Progress, left_to_the_next_run, skipped
@@ -91,6 +92,8 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
         # Overlapped parameter gathering: rollouts need the whole weights now.
         force_param_sync(chunks)
     schedule = schedule_of_step(run.settings, iteration, options.train_iters)
+    if iteration == 0:
+        _measure(run, 0, schedule.budget)
     try:
         batches = take_batches(
             call["forward_step_func"],
@@ -132,6 +135,9 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
         # Every rank ends here; no weight has moved yet.
         raise SystemExit(f"RMT, iteration {iteration + 1}: {error}") from None
     PROGRESS.bad_in_a_row = 0
+    if is_measured(run.settings, iteration + 1) and should_disable_forward_pre_hook(options):
+        force_param_sync(chunks)
+    measured = _measure(run, iteration + 1, schedule.budget)
     if parallel_state.is_pipeline_last_stage() and result[0]:
         report, device = result[0], updates[0].tree.tokens.device
         report["rmt largest logprob difference"] = _largest_difference(updates, device)
@@ -144,10 +150,23 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
             values = dict(report)
             values["ntp loss"] = values.pop("lm loss")
             values["grad norm"] = float("nan") if result[5] is None else result[5]
-            write_metrics(path, iteration + 1, values)
+            write_metrics(path, iteration + 1, values | measured)
     if _is_last_rank() and is_shown(run.settings, iteration):
         write_samples(options, read_samples(run.prompt, collected.reasoned, iteration))
     return result
+
+
+def _measure(run: MidTraining, steps: int, budget: int) -> dict[str, float | None]:
+    """What the held-out documents say after so many steps; empty where it is not asked."""
+    if not is_measured(run.settings, steps):
+        return {}
+    values = measure_held_out(run, budget)
+    if _is_last_rank():
+        log_held_out(values, steps)
+        path = metrics_path(run.args)
+        if steps == 0 and path is not None:
+            write_metrics(path, 0, values)
+    return values
 
 
 def _told_to_stop(args: Any) -> Callable[[], bool] | None:

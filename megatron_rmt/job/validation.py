@@ -15,6 +15,7 @@ from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.checkpoints import save_problem
 from megatron_rmt.job.data_files import data_problems
+from megatron_rmt.job.held_out import held_out_problems
 from megatron_rmt.job.resume import (
     check_same_settings,
     checkpoint_problems,
@@ -57,6 +58,7 @@ def check_rmt_arguments(args: Namespace) -> None:
         return
     problems = [*setting_problems(args), *_doors(settings), *unsupported(args)]
     problems += [*_missing(args), *_precision(args), *_tracking(args)]
+    problems += [*held_out_problems(settings)]
     problems += [*checkpoint_problems(args), *filter(None, [save_problem(args.save)])]
     if not problems:
         # These read files, and rely on what was checked above.
