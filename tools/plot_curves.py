@@ -151,7 +151,8 @@ def plot_curves(metrics: dict[str, np.ndarray], title: str = "") -> plt.Figure:
                 _draw(axis, *points, own, color, label, is_schedule=name == "budget")
         axis.set_title(panel.title, loc="left", fontsize=11)
         axis.set_ylabel(panel.unit)
-        axis.set_xlabel("iteration" if window == 1 else f"iteration (lines: mean over {window})")
+        averaged = window > 1 and not all(name.startswith("held-out") for name in panel.metrics)
+        axis.set_xlabel("iteration" if not averaged else f"iteration (lines: mean over {window})")
         margin = 0.5 + 0.02 * np.ptp(metrics["iteration"])
         axis.set_xlim(metrics["iteration"][0] - margin, metrics["iteration"][-1] + margin)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -166,7 +167,7 @@ def plot_curves(metrics: dict[str, np.ndarray], title: str = "") -> plt.Figure:
             axis.axvspan(metrics["iteration"][0] - margin, warm_up, color="#efe9dc", zorder=0)
             place = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "bottom"}
             middle = (metrics["iteration"][0] - margin + warm_up) / 2
-            axis.text(middle, 1.01, "warm-up", fontsize=8, color="#8a7d5e", **place)
+            axis.text(middle, 0.03, "warm-up", fontsize=8, color="#8a7d5e", **place)
         if any(panel.metrics.values()):
             axis.legend(frameon=False, fontsize=9)
     if title:
