@@ -10,6 +10,10 @@ import dataclasses
 from argparse import Namespace
 from dataclasses import dataclass
 
+import torch
+
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.mid_training import rows_at_once
 from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes
 from planning.work import SampleWork
 
@@ -294,12 +298,11 @@ def _head(args: Namespace, predictions: float, rows: float, row: _Row) -> float:
     size = args.params_bytes
     picked, weight = predictions * args.hidden_size, _table(args) * args.hidden_size
     gradients = FP32 * (picked + weight)
-    chunk = min(args.rmt_head_chunk_size, predictions) * _table(args)
+    device = torch.device("cpu" if args.on_cpu else "cuda")
+    chunk = min(rows_at_once(Settings.of(args), device), predictions) * _table(args)
     making = picked * size + gradients + FP32 * chunk
     if size != FP32:
         making += chunk * size  # the gradient of the scores, rounded for the products
-    if not args.on_cpu:
-        making += FP32 * weight  # one chunk's share of the weight's gradient
     if args.sequence_parallel:
         making += rows * row.gathered
     converted = 0 if size == FP32 else size * (picked + weight)
