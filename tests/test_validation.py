@@ -162,7 +162,8 @@ BAD = {
     ("--rmt-minimum-budget", "900"): "--rmt-minimum-budget is 900; pass at most "
     "--rmt-initial-budget (800).",
     ("--rmt-answer-tokens", "0"): "--rmt-answer-tokens is 0; pass a number in [1, inf).",
-    ("--rmt-head-chunk-size", "0"): "--rmt-head-chunk-size is 0; pass a number in [1, inf).",
+    ("--rmt-head-chunk-size", "0"): "--rmt-head-chunk-size is 0; pass a number in "
+    "[1, inf), or leave it out (4096 on a GPU, 384 on a CPU).",
     (
         "--rmt-group-size",
         "1",

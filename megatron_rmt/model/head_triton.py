@@ -67,9 +67,9 @@ def _no_targets(scores: Tensor) -> Targets:
     return columns, columns.bool()
 
 
-# Loads are masked by the stride, which is padded and so a multiple of 16 where the number of columns
-# (tokens of a vocabulary) may be odd: then they are loads of 16 bytes. What lies behind the columns
-# may be anything.
+# Loads are masked by the stride, which is padded and so a multiple of 16, where the number of
+# columns (tokens of a vocabulary) may be odd: so they read 16 bytes each. What lies behind the
+# columns may be anything.
 
 
 @triton.jit
