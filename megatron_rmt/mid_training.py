@@ -61,7 +61,8 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     check_rotary_scaling(args, model)
     check_routing(model.config)
     attach_tree_attention(model)
-    check_backend(settings.attention, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    check_backend(settings.attention, device)
     prompt = as_rank_0_rendered(read_prompt(settings, tokenizer))
     problem = fitting_problem(args, settings, prompt)
     if problem:
@@ -74,7 +75,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
             model=model,
             vocab_size=len(prompt.bytes_of),
             longest_position=longest_position(args.seq_length, settings, prompt),
-            head_chunk_size=settings.head_chunk_size,
+            head_chunk_size=rows_at_once(settings, device),
             attention=settings.attention,
         ),
         prompt=prompt,
@@ -85,6 +86,12 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     _announce_answers(prompt)
     _announce_memory(run)
     return run
+
+
+def rows_at_once(settings: Settings, device: torch.device) -> int:
+    """Rows of the head's logits held at a time on ``device``: a GPU wants few launches, and reads
+    and writes the weight's gradient, GBs of it, once for each chunk."""
+    return settings.head_chunk_size or (384 if device.type == "cpu" else 4096)
 
 
 def read_prompt(settings: Settings, tokenizer: Any) -> Prompt:

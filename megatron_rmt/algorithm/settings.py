@@ -183,7 +183,9 @@ class Settings:
     attention: Literal["auto", "sdpa", "lse", "flex"] = setting("auto")
     """Attention of the update: lse (CPU), flex (CUDA, compiled), sdpa (anywhere, slower); auto
     takes the first of them that runs"""
-    head_chunk_size: int = setting(384, "[1, inf)", "rows")
+    head_chunk_size: int | None = setting(
+        None, "[1, inf)", "rows", unset="4096 on a GPU, 384 on a CPU"
+    )
     """Logits held at a time by the fused head"""
     eval_interval: int = setting(0, "[0, inf)", "steps")
     """Measure predictions of --rmt-eval-data with a thought, with an empty one and plainly, before
