@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_rmt.algorithm.curriculum import SELECTIONS, Selection
 from megatron_rmt.algorithm.doors import find
@@ -160,8 +159,16 @@ def largest_batch_size(args: Namespace) -> int:
     """Samples of the run's largest step, to which a ``--step-batch-size-schedule`` may grow."""
     if not getattr(args, "step_batch_size_schedule", None):
         return args.global_batch_size
+    # Imported here, as it is looked for when the patches are installed.
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
     schedule = StepBatchsizeNumMicroBatchesCalculator(
-        args.micro_batch_size, 1, False, -1, args.step_batch_size_schedule, args.seq_length
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_size=1,
+        decrease_batch_size_if_needed=False,
+        rank=-1,
+        schedule=args.step_batch_size_schedule,
+        seq_length=args.seq_length,
     ).schedule
     consumed, steps, reached = 0, args.train_iters, []
     for (_, size), (following, _) in itertools.pairwise([*schedule, (math.inf, 0)]):
