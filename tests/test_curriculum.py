@@ -66,6 +66,11 @@ def test_nan_is_in_no_tier():
     assert tiers(torch.tensor([float("nan"), float("inf")]), THRESHOLDS).tolist() == [-1, 2]
 
 
+def test_above_the_ceiling_is_no_tier():
+    entropies = torch.tensor([0.6, 1.2, 1.7, 2.0, 2.0001, float("inf"), float("nan")])
+    assert tiers(entropies, THRESHOLDS, ceiling=2.0).tolist() == [0, 1, 2, 2, -1, -1, -1]
+
+
 def test_tiers_by_other_thresholds():
     assert tiers(torch.tensor([0.05, 0.15, 0.25, 0.35]), (0.1, 0.2, 0.3)).tolist() == [-1, 0, 1, 2]
 

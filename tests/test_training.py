@@ -51,6 +51,7 @@ COUNTED = (
     "branch tokens",
     "budget",
 )
+SELECTED = ("threshold easy", "threshold medium", "threshold hard", "above entropy ceiling")
 COMPUTED = ("entropy", "next-token accuracy", "entropy of chosen", "ntp loss", "grad norm")
 PACKED = ["--rmt-max-tokens", "600"]
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -280,6 +281,46 @@ def test_without_curriculum_all_tiers_are_drawn_from(start: Start):
     assert [line["chosen hard"] for line in curriculum] == [1, 1]
     uniform = start(1, [*RMT, *hard_only, "--rmt-no-curriculum"]).metrics
     assert sum(line["chosen easy"] + line["chosen medium"] for line in uniform) > 0
+
+
+SELECTING = [
+    *(*RMT, "--exit-interval", "3", "--rmt-entropy-ceiling", "3.3"),
+    *("--rmt-threshold-quantiles", "0.2", "0.5", "0.6"),
+]
+
+
+@pytest.fixture(scope="session")
+def selecting(start: Start) -> list[Line]:
+    return start(1, SELECTING).metrics
+
+
+def test_quantiles_follow_the_entropies_and_a_ceiling_leaves_some_out(selecting: list[Line]):
+    for line in selecting:
+        ends = [line[f"threshold {tier}"] for tier in ("easy", "medium", "hard")]
+        # Entropies are counted in bins of 0.01 nats, of which percentiles name the middle.
+        assert line["entropy p10"] < ends[0] < ends[1] < ends[2] < line["entropy p90"]
+        assert ends[1] == pytest.approx(line["entropy p50"] - 0.005)
+        assert 0 < line["above entropy ceiling"] < 0.4
+        assert ends[0] < line["entropy of chosen"] < 3.3
+    assert len({line["threshold hard"] for line in selecting}) > 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        pytest.param(2, [*SHARDED_OPTIMIZER, *PACKED], id="DP2, packed"),
+        pytest.param(2, TP2, id="TP2", marks=pytest.mark.slow),
+        pytest.param(2, PP2, id="PP2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_selecting_run_trains_alike_in_every_layout(
+    start: Start, selecting: list[Line], ranks: int, flags: list[str]
+):
+    lines = start(ranks, [*SELECTING, *flags]).metrics
+    assert_same_curve(lines, selecting)
+    for line, expected in zip(lines, selecting, strict=True):
+        for name in SELECTED:
+            assert line[name] == pytest.approx(expected[name], rel=1e-6), name
 
 
 def test_without_ntp_only_the_policy_loss_trains(start: Start, reference: Run):

@@ -17,19 +17,21 @@ EASY, MEDIUM, HARD = 0, 1, 2
 TierProbabilities = tuple[float, float, float]
 
 
-def tiers(entropies: Tensor, thresholds: Sequence[float]) -> Tensor:
+def tiers(entropies: Tensor, thresholds: Sequence[float], ceiling: float | None = None) -> Tensor:
     """The disjoint tier of each position.
 
     Args:
         entropies: nats, [n] (any shape).
         thresholds: lower ends of the easy, medium and hard tier, ascending.
+        ceiling: upper end of the hard tier, nats; None for none.
 
     Returns:
-        int64 of the same shape: EASY, MEDIUM or HARD, and -1 below the first threshold (never
-        chosen). NaN gives -1.
+        int64 of the same shape: EASY, MEDIUM or HARD, and -1 below the first threshold and above
+        the ceiling (never chosen). NaN gives -1.
     """
     easy, medium, hard = (entropies >= threshold for threshold in thresholds)
-    return easy.long() + medium.long() + hard.long() - 1
+    found = easy.long() + medium.long() + hard.long() - 1
+    return found if ceiling is None else found.masked_fill(entropies > ceiling, -1)
 
 
 def tier_probabilities(

@@ -136,6 +136,14 @@ class Settings:
         (0.5, 1.0, 1.5), "[0, inf]", "nats", source="RPT", **_TIERS
     )
     """Lower ends of the tiers"""
+    threshold_quantiles: tuple[float, float, float] | None = setting(
+        None, "[0, 1)", "parts of the tokens", unset="thresholds in nats", **_TIERS
+    )
+    """Lower ends of the tiers as quantiles of the entropies of each step's global batch, to 0.01
+    nats, in the place of --rmt-entropy-thresholds"""
+    entropy_ceiling: float | None = setting(None, "(0, inf)", "nats", unset="none")
+    """Positions of a greater entropy are never chosen: names and random digits are hard, and no
+    thought tells them"""
     entropy_top_k: int | None = setting(None, "[2, inf)", "tokens", unset="the whole vocabulary")
     """Entropy over the most likely tokens only; RPT takes 16"""
     curriculum_start: float = setting(0.3, "[0, 1]", "parts of --train-iters", source="paper")

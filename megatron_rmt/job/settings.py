@@ -218,6 +218,19 @@ def setting_problems(args: Namespace) -> Iterator[str]:
             f"--rmt-entropy-thresholds is {as_typed(settings.entropy_thresholds)}; pass three "
             "ascending numbers."
         )
+    quantiles, ceiling = settings.threshold_quantiles, settings.entropy_ceiling
+    if quantiles is not None and quantiles != tuple(sorted(set(quantiles))):
+        yield (f"--rmt-threshold-quantiles is {as_typed(quantiles)}; pass three ascending numbers.")
+    if quantiles is not None and settings.entropy_thresholds != Settings.entropy_thresholds:
+        yield (
+            f"--rmt-threshold-quantiles is {as_typed(quantiles)} and --rmt-entropy-thresholds is "
+            f"{as_typed(settings.entropy_thresholds)}; pass one of them."
+        )
+    if quantiles is None and ceiling is not None and ceiling <= easy:
+        yield (
+            f"--rmt-entropy-ceiling is {ceiling:g}; pass more than the first of "
+            f"--rmt-entropy-thresholds ({easy:g}), else no position is ever chosen."
+        )
     if args.train_iters is None:
         yield "--train-iters is not set; RMT's schedules need it (not --train-samples alone)."
     if settings.reward == "match" and settings.target_tokens > settings.answer_tokens:
