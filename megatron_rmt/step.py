@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_rmt.algorithm.curriculum import Candidates, tiers
+from megatron_rmt.algorithm.curriculum import Candidates, has_reserve, tiers
 from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.algorithm.schedules import Schedule
@@ -57,6 +57,7 @@ from megatron_rmt.update.report import (
     size_metrics,
     trunk_metrics,
 )
+from megatron_rmt.update.reserve import keep_differing
 from megatron_rmt.update.scoring import gather_evidence, score
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, Tree, grow_tree, pad_tree
 from megatron_rmt.update.truth import log_probs_of_truth
@@ -145,7 +146,9 @@ def collect(
         problems += _score(run, micro_batch, schedule)
         micro_batch.metrics |= batch_metrics(run.settings, found, thresholds)
     _agree(run, rewarded_alike(reasoned), problems + reward_problems(reasoned), told())
-    # Trees, with the weights of the loss of the global batch.
+    # Trees of the positions that are trained, with the weights of the loss of the global batch.
+    for own in micro_batches if has_reserve(run.select) else []:
+        own.metrics |= keep_differing(own.reasoned, schedule)
     if run.settings.max_tokens is not None:
         _repack(run, micro_batches, schedule)
     updates, settings, idle = _grow(run, micro_batches, schedule)
@@ -276,19 +279,22 @@ def choose(
                 entropies=own,
                 tiers=tier,
                 probabilities=schedule.probabilities,
-                count=schedule.positions_per_sample,
+                count=run.positions_drawn(schedule),
                 progress=schedule.progress,
                 seed=run.seed,
                 iteration=schedule.iteration,
                 sample=sample.index,
             )
         )
-        if rows != sorted(set(rows) & set(range(len(sample)))) or bool((tier[rows] < 0).any()):
+        in_any_order = has_reserve(run.select)
+        ascending = sorted(rows) if in_any_order else rows
+        if ascending != sorted(set(rows) & set(range(len(sample)))) or (tier[rows] < 0).any():
             raise DoorError(
                 f"--rmt-select {run.settings.select} returned {rows} for a sample; return a list "
-                "of positions whose tier is 0 or more, ascending, each once."
+                "of positions whose tier is 0 or more, "
+                f"{'' if in_any_order else 'ascending, '}each once."
             )
-        of.positions = [ChosenPosition(row) for row in rows]
+        of.positions = [ChosenPosition(row, place=rows.index(row)) for row in ascending]
         found.append(tier)
     return torch.cat(found)
 

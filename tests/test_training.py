@@ -51,7 +51,10 @@ COUNTED = (
     "branch tokens",
     "budget",
 )
-SELECTED = ("threshold easy", "threshold medium", "threshold hard", "above entropy ceiling")
+SELECTED = (
+    *("threshold easy", "threshold medium", "threshold hard", "above entropy ceiling"),
+    *("replaced", "kept without variance"),
+)
 COMPUTED = ("entropy", "next-token accuracy", "entropy of chosen", "ntp loss", "grad norm")
 PACKED = ["--rmt-max-tokens", "600"]
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -286,6 +289,7 @@ def test_without_curriculum_all_tiers_are_drawn_from(start: Start):
 SELECTING = [
     *(*RMT, "--exit-interval", "3", "--rmt-entropy-ceiling", "3.3"),
     *("--rmt-threshold-quantiles", "0.2", "0.5", "0.6"),
+    *("--rmt-select", "gain-variance", "--rmt-reserve-positions", "4"),
 ]
 
 
@@ -294,7 +298,9 @@ def selecting(start: Start) -> list[Line]:
     return start(1, SELECTING).metrics
 
 
-def test_quantiles_follow_the_entropies_and_a_ceiling_leaves_some_out(selecting: list[Line]):
+def test_a_selecting_run_follows_the_entropies_and_replaces_what_teaches_nothing(
+    selecting: list[Line], reference: Run
+):
     for line in selecting:
         ends = [line[f"threshold {tier}"] for tier in ("easy", "medium", "hard")]
         # Entropies are counted in bins of 0.01 nats, of which percentiles name the middle.
@@ -302,6 +308,10 @@ def test_quantiles_follow_the_entropies_and_a_ceiling_leaves_some_out(selecting:
         assert ends[1] == pytest.approx(line["entropy p50"] - 0.005)
         assert 0 < line["above entropy ceiling"] < 0.4
         assert ends[0] < line["entropy of chosen"] < 3.3
+        assert 0 < line["replaced"] < 1
+        assert 0 <= line["kept without variance"] < 1
+        # The reserve is rolled out and not trained.
+        assert line["stem tokens"] == reference.metrics[line["iteration"] - 1]["stem tokens"]
     assert len({line["threshold hard"] for line in selecting}) > 1
 
 
@@ -321,6 +331,14 @@ def test_a_selecting_run_trains_alike_in_every_layout(
     for line, expected in zip(lines, selecting, strict=True):
         for name in SELECTED:
             assert line[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_a_selecting_run_resumes_bitwise(start: Start, selecting: list[Line], tmp_path: Path):
+    saving = ["--save", str(tmp_path), "--save-interval", "1"]
+    start(1, [*SELECTING, *saving, "--exit-interval", "1"])
+    resumed = start(1, [*SELECTING, "--exit-interval", "3"], resume_from=tmp_path)
+    assert resumed.metrics == selecting[1:]
 
 
 def test_without_ntp_only_the_policy_loss_trains(start: Start, reference: Run):

@@ -159,8 +159,14 @@ class Settings:
     )
     """Share of each tier from t2 on"""
     select: str = setting("tiers", source="paper")
-    """How positions are chosen: tiers, or your own function as module:function; see
-    docs/change.md"""
+    """How positions are chosen: tiers; gain-variance, likewise, but groups that all earn the same
+    beside the length reward give way to a reserve drawn at the same time; or your own function as
+    module:function, see docs/change.md"""
+    reserve_positions: int | None = setting(
+        None, "[0, inf)", "positions", unset="as many as --rmt-positions-per-sample"
+    )
+    """The reserve of --rmt-select gain-variance in each sample: rolled out with the others, trained
+    only in the place of others"""
     no_curriculum: bool = setting(False, source="ablation of the paper")
     """Positions uniformly over all tiers"""
 

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from megatron.training.argument_utils import ArgumentGroupFactory
 from omegaconf import OmegaConf
 
+from megatron_rmt.algorithm.curriculum import SELECTIONS, has_reserve
 from megatron_rmt.algorithm.settings import Settings, argument_name
 
 GROUP_TITLE = "reinforcement mid-training (RMT)"
@@ -242,6 +243,12 @@ def setting_problems(args: Namespace) -> Iterator[str]:
         yield (
             f"--rmt-baseline-decay is {settings.baseline_decay}, which --rmt-reward match does not "
             "use; pass --rmt-reward information-gain, or leave it out."
+        )
+    reserve, select = settings.reserve_positions, settings.select
+    if reserve is not None and select in SELECTIONS and not has_reserve(SELECTIONS[select]):
+        yield (
+            f"--rmt-reserve-positions is {reserve}, which --rmt-select {select} does not use; pass "
+            "--rmt-select gain-variance, or leave it out."
         )
     if settings.metrics_file and Path(settings.metrics_file).is_dir():
         yield f"--rmt-metrics-file is {settings.metrics_file}, a folder; pass a file in it."
