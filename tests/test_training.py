@@ -51,6 +51,10 @@ COUNTED = (
     "branch tokens",
     "budget",
 )
+SELECTED = (
+    *("threshold easy", "threshold medium", "threshold hard", "above entropy ceiling"),
+    *("replaced", "kept without variance"),
+)
 COMPUTED = ("entropy", "next-token accuracy", "entropy of chosen", "ntp loss", "grad norm")
 PACKED = ["--rmt-max-tokens", "600"]
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -280,6 +284,61 @@ def test_without_curriculum_all_tiers_are_drawn_from(start: Start):
     assert [line["chosen hard"] for line in curriculum] == [1, 1]
     uniform = start(1, [*RMT, *hard_only, "--rmt-no-curriculum"]).metrics
     assert sum(line["chosen easy"] + line["chosen medium"] for line in uniform) > 0
+
+
+SELECTING = [
+    *(*RMT, "--exit-interval", "3", "--rmt-entropy-ceiling", "3.3"),
+    *("--rmt-threshold-quantiles", "0.2", "0.5", "0.6"),
+    *("--rmt-select", "gain-variance", "--rmt-reserve-positions", "4"),
+]
+
+
+@pytest.fixture(scope="session")
+def selecting(start: Start) -> list[Line]:
+    return start(1, SELECTING).metrics
+
+
+def test_a_selecting_run_follows_the_entropies_and_replaces_what_teaches_nothing(
+    selecting: list[Line], reference: Run
+):
+    for line in selecting:
+        ends = [line[f"threshold {tier}"] for tier in ("easy", "medium", "hard")]
+        # Entropies are counted in bins of 0.01 nats, of which percentiles name the middle.
+        assert line["entropy p10"] < ends[0] < ends[1] < ends[2] < line["entropy p90"]
+        assert ends[1] == pytest.approx(line["entropy p50"] - 0.005)
+        assert 0 < line["above entropy ceiling"] < 0.4
+        assert ends[0] < line["entropy of chosen"] < 3.3
+        assert 0 < line["replaced"] < 1
+        assert 0 <= line["kept without variance"] < 1
+        # The reserve is rolled out and not trained.
+        assert line["stem tokens"] == reference.metrics[line["iteration"] - 1]["stem tokens"]
+    assert len({line["threshold hard"] for line in selecting}) > 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        pytest.param(2, [*SHARDED_OPTIMIZER, *PACKED], id="DP2, packed"),
+        pytest.param(2, TP2, id="TP2", marks=pytest.mark.slow),
+        pytest.param(2, PP2, id="PP2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_selecting_run_trains_alike_in_every_layout(
+    start: Start, selecting: list[Line], ranks: int, flags: list[str]
+):
+    lines = start(ranks, [*SELECTING, *flags]).metrics
+    assert_same_curve(lines, selecting)
+    for line, expected in zip(lines, selecting, strict=True):
+        for name in SELECTED:
+            assert line[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_a_selecting_run_resumes_bitwise(start: Start, selecting: list[Line], tmp_path: Path):
+    saving = ["--save", str(tmp_path), "--save-interval", "1"]
+    start(1, [*SELECTING, *saving, "--exit-interval", "1"])
+    resumed = start(1, [*SELECTING, "--exit-interval", "3"], resume_from=tmp_path)
+    assert resumed.metrics == selecting[1:]
 
 
 def test_without_ntp_only_the_policy_loss_trains(start: Start, reference: Run):

@@ -202,6 +202,28 @@ BAD = {
     "pass three ascending numbers.",
     ("--rmt-entropy-thresholds", "-1", "1", "2"): "--rmt-entropy-thresholds is -1.0 1.0 2.0; "
     "pass numbers in [0, inf].",
+    ("--rmt-threshold-quantiles", "0.5", "0.5", "0.9"): "--rmt-threshold-quantiles is 0.5 0.5 0.9; "
+    "pass three ascending numbers.",
+    ("--rmt-threshold-quantiles", "0.5", "0.7", "1"): "--rmt-threshold-quantiles is 0.5 0.7 1.0; "
+    "pass numbers in [0, 1), or leave it out (thresholds in nats).",
+    (
+        "--rmt-threshold-quantiles",
+        *("0.5", "0.7", "0.9"),
+        "--rmt-entropy-thresholds",
+        *("1", "2", "3"),
+    ): "--rmt-threshold-quantiles is 0.5 0.7 0.9 and --rmt-entropy-thresholds is 1.0 2.0 3.0; pass "
+    "one of them.",
+    ("--rmt-reserve-positions", "4"): "--rmt-reserve-positions is 4, which --rmt-select tiers does "
+    "not use; pass --rmt-select gain-variance, or leave it out.",
+    (
+        "--rmt-reserve-positions",
+        "-1",
+    ): "--rmt-reserve-positions is -1; pass a number in [0, inf), "
+    "or leave it out (as many as --rmt-positions-per-sample).",
+    ("--rmt-entropy-ceiling", "0.5"): "--rmt-entropy-ceiling is 0.5; pass more than the first of "
+    "--rmt-entropy-thresholds (0.5), else no position is ever chosen.",
+    ("--rmt-entropy-ceiling", "0"): "--rmt-entropy-ceiling is 0.0; pass a number in (0, inf), or "
+    "leave it out (none).",
     (
         "--rmt-entropy-top-k",
         "1",

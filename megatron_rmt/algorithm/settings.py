@@ -136,6 +136,14 @@ class Settings:
         (0.5, 1.0, 1.5), "[0, inf]", "nats", source="RPT", **_TIERS
     )
     """Lower ends of the tiers"""
+    threshold_quantiles: tuple[float, float, float] | None = setting(
+        None, "[0, 1)", "parts of the tokens", unset="thresholds in nats", **_TIERS
+    )
+    """Lower ends of the tiers as quantiles of the entropies of each step's global batch, to 0.01
+    nats, in the place of --rmt-entropy-thresholds"""
+    entropy_ceiling: float | None = setting(None, "(0, inf)", "nats", unset="none")
+    """Positions of a greater entropy are never chosen: names and random digits are hard, and no
+    thought tells them"""
     entropy_top_k: int | None = setting(None, "[2, inf)", "tokens", unset="the whole vocabulary")
     """Entropy over the most likely tokens only; RPT takes 16"""
     curriculum_start: float = setting(0.3, "[0, 1]", "parts of --train-iters", source="paper")
@@ -151,8 +159,14 @@ class Settings:
     )
     """Share of each tier from t2 on"""
     select: str = setting("tiers", source="paper")
-    """How positions are chosen: tiers, or your own function as module:function; see
-    docs/change.md"""
+    """How positions are chosen: tiers; gain-variance, likewise, but groups that all earn the same
+    beside the length reward give way to a reserve drawn at the same time; or your own function as
+    module:function, see docs/change.md"""
+    reserve_positions: int | None = setting(
+        None, "[0, inf)", "positions", unset="as many as --rmt-positions-per-sample"
+    )
+    """The reserve of --rmt-select gain-variance in each sample: rolled out with the others, trained
+    only in the place of others"""
     no_curriculum: bool = setting(False, source="ablation of the paper")
     """Positions uniformly over all tiers"""
 
