@@ -27,7 +27,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rmt.model.gpt import Policy
+from megatron_rmt.model.gpt import Policy, without_sequence_parallel
 from megatron_rmt.model.head import reduce_over_ranks
 from megatron_rmt.model.pipeline import (
     Sends,
@@ -149,7 +149,7 @@ def generate(
             )
             for own in waves[first : first + in_flight]
         ]
-        with captured_layers(model):
+        with without_sequence_parallel(model), captured_layers(model):
             decoder.run(batches)
         stopped = stopped or any(batch.stopped for batch in batches)
         done += [group for batch in batches for group in batch.live.responses()]
