@@ -2,6 +2,7 @@
 trees, logs. A step that cannot be taken ends here, on all ranks alike.
 """
 
+import contextlib
 import functools
 import time
 from argparse import Namespace
@@ -25,7 +26,7 @@ from megatron_rmt.job.resume import rendering
 from megatron_rmt.job.samples import is_shown, read_samples, write_samples
 from megatron_rmt.job.user_batch import BatchError, check_tokens, take_batches
 from megatron_rmt.mid_training import MidTraining, prepare
-from megatron_rmt.model.gpt import generating
+from megatron_rmt.model.gpt import generating, whole_parameters
 from megatron_rmt.model.routers import counting_trees
 from megatron_rmt.rollout.generate import StoppedError
 from megatron_rmt.rollout.memory import CacheError
@@ -78,7 +79,7 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     the forward and backward passes again.
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.training.training import force_param_sync, should_disable_forward_pre_hook
+    from megatron.training.training import should_disable_forward_pre_hook
 
     options, chunks, iteration = run.args, call["model"], call["iteration"]
     started = time.perf_counter()
@@ -88,31 +89,32 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     for chunk in chunks:
         # Every rank looks before the optimizer's step, so none may leave in the backward pass.
         chunk.ddp_config.check_for_nan_in_grad = False
-    if should_disable_forward_pre_hook(options):
-        # Overlapped parameter gathering: rollouts need the whole weights now.
-        force_param_sync(chunks)
+    # Overlapped parameter gathering: rollouts need the whole weights now.
+    overlapped = should_disable_forward_pre_hook(options)
+    gathered = whole_parameters(chunks) if overlapped else contextlib.nullcontext()
     schedule = schedule_of_step(run.settings, iteration, options.train_iters)
     if iteration == 0:
         _measure(run, 0, schedule.budget)
     try:
-        batches = take_batches(
-            call["forward_step_func"],
-            call["data_iterator"],
-            chunks[0],
-            run.policy.model,
-            get_num_microbatches(),
-            end_of_document=run.prompt.end_of_document,
-            separate_documents=options.reset_attention_mask,
-        )
-        if isinstance(call["data_iterator"], RerunDataIterator):
-            # Megatron advances the iterator that it is given, which will be another one.
-            call["data_iterator"].advance()
-        check_tokens(batches, options, run.policy.vocab_size)
-        began_collecting = time.perf_counter()
-        with generating(run.policy.model):
-            collected = collect(run, batches, schedule, _told_to_stop(options))
-        if run.baseline is not None:
-            run.baseline.take_in()
+        with gathered:
+            batches = take_batches(
+                call["forward_step_func"],
+                call["data_iterator"],
+                chunks[0],
+                run.policy.model,
+                get_num_microbatches(),
+                end_of_document=run.prompt.end_of_document,
+                separate_documents=options.reset_attention_mask,
+            )
+            if isinstance(call["data_iterator"], RerunDataIterator):
+                # Megatron advances the iterator that it is given, which will be another one.
+                call["data_iterator"].advance()
+            check_tokens(batches, options, run.policy.vocab_size)
+            began_collecting = time.perf_counter()
+            with generating(run.policy.model):
+                collected = collect(run, batches, schedule, _told_to_stop(options))
+            if run.baseline is not None:
+                run.baseline.take_in()
         note_idle_step(IDLE_STEPS, collected.idle, iteration)
         updates = collected.updates
         began_update = time.perf_counter()
