@@ -79,7 +79,6 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     the forward and backward passes again.
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.training.training import should_disable_forward_pre_hook
 
     options, chunks, iteration = run.args, call["model"], call["iteration"]
     started = time.perf_counter()
@@ -89,14 +88,11 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     for chunk in chunks:
         # Every rank looks before the optimizer's step, so none may leave in the backward pass.
         chunk.ddp_config.check_for_nan_in_grad = False
-    # Overlapped parameter gathering: rollouts need the whole weights now.
-    overlapped = should_disable_forward_pre_hook(options)
-    gathered = whole_parameters(chunks) if overlapped else contextlib.nullcontext()
     schedule = schedule_of_step(run.settings, iteration, options.train_iters)
     if iteration == 0:
-        _measure(run, 0, schedule.budget)
+        _measure(run, chunks, 0, schedule.budget)
     try:
-        with gathered:
+        with _gathered(options, chunks):
             batches = take_batches(
                 call["forward_step_func"],
                 call["data_iterator"],
@@ -137,9 +133,7 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
         # Every rank ends here; no weight has moved yet.
         raise SystemExit(f"RMT, iteration {iteration + 1}: {error}") from None
     PROGRESS.bad_in_a_row = 0
-    if is_measured(run.settings, iteration + 1) and should_disable_forward_pre_hook(options):
-        force_param_sync(chunks)
-    measured = _measure(run, iteration + 1, schedule.budget)
+    measured = _measure(run, chunks, iteration + 1, schedule.budget)
     if parallel_state.is_pipeline_last_stage() and result[0]:
         report, device = result[0], updates[0].tree.tokens.device
         report["rmt largest logprob difference"] = _largest_difference(updates, device)
@@ -158,11 +152,24 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     return result
 
 
-def _measure(run: MidTraining, steps: int, budget: int) -> dict[str, float | None]:
+def _gathered(
+    args: Namespace, chunks: Sequence[torch.nn.Module]
+) -> contextlib.AbstractContextManager[None]:
+    """Within, the weights are whole, though their gathering is overlapped: rollouts need them."""
+    from megatron.training.training import should_disable_forward_pre_hook
+
+    overlapped = should_disable_forward_pre_hook(args)
+    return whole_parameters(chunks) if overlapped else contextlib.nullcontext()
+
+
+def _measure(
+    run: MidTraining, chunks: Sequence[torch.nn.Module], steps: int, budget: int
+) -> dict[str, float | None]:
     """What the held-out documents say after so many steps; empty where it is not asked."""
     if not is_measured(run.settings, steps):
         return {}
-    values = measure_held_out(run, budget)
+    with _gathered(run.args, chunks):
+        values = measure_held_out(run, budget)
     if _is_last_rank():
         log_held_out(values, steps)
         path = metrics_path(run.args)
