@@ -22,6 +22,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rmt.algorithm.losses import Predictions
@@ -485,6 +486,71 @@ def test_padding_of_the_vocabulary_is_never_drawn():
     again = _generate(CASES["hot"], CHOSEN, _filled_store())
     for rollout, other in zip(_flat(groups), _flat(again), strict=True):
         assert np.array_equal(rollout.tokens, other.tokens)
+
+
+@pytest.fixture
+def by_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: padded rows, tails that stay in place, and all limits on the device."""
+    monkeypatch.setattr(generate_module, "tells_limits", lambda device: True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_where_the_device_is_told_limits_the_tokens_are_the_same(name, monkeypatch):
+    expected = _generate(CASES[name], CHOSEN, _filled_store())
+    monkeypatch.setattr(generate_module, "tells_limits", lambda device: True)
+    _assert_same(_generate(CASES[name], CHOSEN, _filled_store()), expected)
+
+
+class _Calls(TorchDispatchMode):
+    """Every operation: its name, the shapes and places of its tensors, and its numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def described(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return (tuple(x.shape), x.stride(), x.dtype)
+            return tuple(map(described, x)) if isinstance(x, list | tuple) else x
+
+        kwargs = kwargs or {}
+        self.seen.append((str(function), described(args), described(tuple(kwargs.items()))))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.usefixtures("by_limits")
+def test_a_step_is_the_same_operations_as_the_one_before_also_where_a_rank_may_be_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    steps: list[tuple[int, list[Any]]] = []
+    decode = generate_module._Decoder._decode
+    write = generate_module.LiveRollouts.write
+
+    def recorded(function: Callable[..., Any], rows: Callable[[Any], Tensor]) -> Any:
+        def call(own: Any, *args: Any) -> None:
+            with _Calls() as calls:
+                function(own, *args)
+            steps.append((len(rows(own, *args)), calls.seen))
+
+        return call
+
+    monkeypatch.setattr(
+        generate_module._Decoder, "_decode", recorded(decode, lambda _, batch, __: batch.live.rows)
+    )
+    monkeypatch.setattr(
+        generate_module.LiveRollouts, "write", recorded(write, lambda live, *_: live.rows)
+    )
+    case = Case(budget=15, temperature=2.0)
+    generate(
+        _policy(), case.prompt, _filled_store(), _positions(CHOSEN), case.settings, lambda: False
+    )
+    alike = [
+        (a, b) for (n, a), (m, b) in zip(steps[1:], steps[3:], strict=False) if n == m and a and b
+    ]
+    assert len(alike) > 16
+    for before, after in alike:
+        assert before == after
 
 
 # Keys and values of a token: two layers, two key heads of width 8, fp32.

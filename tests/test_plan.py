@@ -1,5 +1,6 @@
 """The planner against what runs count and take: tokens, operations, weights, memory."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -24,7 +25,13 @@ from tests.tiny_run import RMT, TRAINING, Run, TinyInputs, run
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
 import plan
-from planning.memory import cache_of_step, micro_batch, model_parameters, parameters
+from planning.memory import (
+    RankMemory,
+    cache_of_step,
+    micro_batch,
+    model_parameters,
+    parameters,
+)
 from planning.work import Lengths, Pass, SampleWork, Tokens, documents_in_samples, sample_work
 
 RECIPES = REPOSITORY / "examples/recipes"
@@ -331,6 +338,32 @@ def test_seconds_follow_the_hardware():
 
 def words_of(text: str) -> list[str]:
     return ["--recipe", str(RECIPES / "qwen3-14b.args"), *text.split()]
+
+
+def test_where_the_host_is_slower_rollouts_take_what_their_launches_take(monkeypatch):
+    fast = dataclasses.replace(plan.HARDWARE["h100"], tflops=1e9, bandwidth=1e9)
+    monkeypatch.setitem(plan.HARDWARE, "h100", fast)
+    seconds = plan.make_plan(request(words_of("--world-size 16"))).first.seconds
+    # 40 layers, 4 samples of the rank, two all-reduces a layer over 4 ranks.
+    launches = (40 * (13 + 6 + 11 * 4) + 274) * 5e-6
+    each = launches + 40 * 6 * 65e-6 + 40 * 2 * 15e-6
+    assert seconds.rollout / seconds.passes == pytest.approx(each, rel=1e-3)
+
+
+def test_weights_that_are_not_kept_in_fp8_have_copies():
+    def memory(flags: str) -> RankMemory:
+        return plan.make_plan(request(words_of(f"--world-size 16 {flags}"))).memory
+
+    wide = memory("")
+    copied, kept = (
+        memory(f"--fp8-format e4m3 --fp8-recipe blockwise {flags}")
+        for flags in ("", "--fp8-param-gather")
+    )
+    # Of the layers: embedding and head stay in bf16.
+    linear = wide.weights / 2 - 2 * 151936 / 4 * 5120
+    assert copied.decoding - wide.decoding == pytest.approx(linear)
+    assert copied.activations - wide.activations == pytest.approx(2 * linear)
+    assert kept.decoding == wide.decoding
 
 
 def test_what_does_not_fit_comes_with_flags_that_do(

@@ -345,7 +345,7 @@ def test_each_setting_passes_inside_its_interval_and_nowhere_else(field: Field):
     cases = [*_at_the_ends(field), (math.nan, False)]
     assert [passes for _, passes in cases].count(True) >= 1
     for number, passes in cases:
-        value = [*field.default[:2], number] if "nargs" in _takes(field) else number
+        value = [*(field.default or (0.2, 0.4))[:2], number] if "nargs" in _takes(field) else number
         args = Namespace(train_iters=10, **{argument_name(field.name): value})
         refusals = [s for s in setting_problems(args) if f"in {field.metadata['interval']}" in s]
         assert len(refusals) == (not passes), number

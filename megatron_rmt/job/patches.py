@@ -292,7 +292,13 @@ RELIED_ON: tuple[Symbol, ...] = (
     ),
     # Whole weights for rollouts, where their gathering is overlapped.
     Symbol("megatron.training.training", "should_disable_forward_pre_hook"),
-    Symbol("megatron.training.training", "force_param_sync"),
+    *(
+        Symbol(
+            "megatron.core.distributed.distributed_data_parallel",
+            f"DistributedDataParallel.{name}",
+        )
+        for name in ("start_param_sync", "disable_forward_pre_hook", "enable_forward_pre_hook")
+    ),
     # Where the checkpoint lies whose moving average a resumed run goes on with.
     Symbol("megatron.training.checkpointing", "get_checkpoint_name", "iteration return_base_dir"),
     # How many micro-batches of the user's a step takes.

@@ -63,7 +63,8 @@ class RolloutSettings:
 class DecodeHead:
     """The language-model head while rollouts are generated, on the last pipeline stage.
 
-    weight: ``[padded vocab/tp, hidden]``, this rank's shard. vocab_size: the true one.
+    weight: ``[padded vocab/tp, hidden]``, this rank's shard. vocab_size: the true one. most_rows:
+    for which memory is held from the first call on, so that it keeps its place.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class DecodeHead:
         vocab_size: int,
         tp_group: ProcessGroup | None,
         how: RolloutSettings,
+        most_rows: int = 0,
     ) -> None:
+        self.most_rows = most_rows
         self.start, columns = vocab_range(len(weight), vocab_size, tp_group)
         self.weight, self.tp_group, self.how = weight[:columns], tp_group, how
         self._wide_weight = wide_copy(self.weight)
@@ -86,7 +89,8 @@ class DecodeHead:
         """
         if self._held is None or len(self._held) < len(hidden):
             dtype = score_dtype(hidden, self.weight)
-            self._held = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
+            rows = max(len(hidden), self.most_rows)
+            self._held = hidden.new_empty(rows, len(self.weight), dtype=dtype)
         scores = self._held[: len(hidden)]
         multiply_scores(hidden, self.weight, scores, self._wide_weight)
         return scores
