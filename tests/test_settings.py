@@ -291,8 +291,12 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(write: Write):
     assert len(lines) >= 8
     with pytest.raises(ValueError, match="group-siez") as error:
         read_config(write("\n".join(lines.values())))
-    for key in lines:
-        assert f" {key} is " in str(error.value)
+    said = str(error.value)
+    stray = [key for key in lines if f"{key} is no setting" in WRONG[lines[key]]]
+    assert len(stray) >= 2
+    assert f"{', '.join(stray)} are no settings of RMT; known are rmt, " in said
+    for key in lines.keys() - stray:
+        assert f" {key} is " in said
 
 
 def test_a_file_that_cannot_be_read_is_named(capsys, tmp_path):

@@ -147,9 +147,13 @@ def read_config(path: str) -> dict[str, Any]:
 
     by_key = {one.name.replace("_", "-"): one for one in fields(Settings) if one.name != "config"}
     problems, values = [], {}
+    stray = [str(key) for key in content if key not in by_key]
+    if stray:
+        are = "is no setting" if len(stray) == 1 else "are no settings"
+        known = ", ".join(by_key)
+        problems.append(f"{path}: {', '.join(stray)} {are} of RMT; known are {known}.")
     for key, value in content.items():
         if key not in by_key:
-            problems.append(f"{path}: {key} is no setting of RMT; known are {', '.join(by_key)}.")
             continue
         try:
             values[argument_name(by_key[key].name)] = _typed(value, by_key[key])

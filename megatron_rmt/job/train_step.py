@@ -24,7 +24,7 @@ from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.not_taken import Progress, left_to_the_next_run, skipped
 from megatron_rmt.job.resume import rendering
 from megatron_rmt.job.samples import is_shown, read_samples, write_samples
-from megatron_rmt.job.user_batch import BatchError, check_tokens, take_batches
+from megatron_rmt.job.user_batch import BatchError, foreign_token_problem, take_batches
 from megatron_rmt.mid_training import MidTraining, prepare
 from megatron_rmt.model.gpt import generating, whole_parameters
 from megatron_rmt.model.routers import counting_trees
@@ -101,11 +101,13 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
                 get_num_microbatches(),
                 end_of_document=run.prompt.end_of_document,
                 separate_documents=options.reset_attention_mask,
+                token_problem=functools.partial(
+                    foreign_token_problem, args=options, vocab_size=run.policy.vocab_size
+                ),
             )
             if isinstance(call["data_iterator"], RerunDataIterator):
                 # Megatron advances the iterator that it is given, which will be another one.
                 call["data_iterator"].advance()
-            check_tokens(batches, options, run.policy.vocab_size)
             began_collecting = time.perf_counter()
             with generating(run.policy.model):
                 collected = collect(run, batches, schedule, _told_to_stop(options))
