@@ -47,11 +47,12 @@ class MidTraining:
     loss: TokenLoss
     seed: int
 
-    def positions_drawn(self, schedule: Schedule) -> int:
-        """Most positions rolled out in a sample: those trained, and the reserve. In the warm-up no
-        reward decides between them, so there is none."""
-        reserve = 0 if schedule.warm_up else reserve_positions(self.settings, self.select)
-        return schedule.positions_per_sample + reserve
+
+def positions_drawn(settings: Settings, select: Selection, schedule: Schedule) -> int:
+    """Most positions rolled out in a sample: those trained, and the reserve. In the warm-up no
+    reward decides between them, so there is none."""
+    reserve = 0 if schedule.warm_up else reserve_positions(settings, select)
+    return schedule.positions_per_sample + reserve
 
 
 def reserve_positions(settings: Settings, select: Selection) -> int:

@@ -25,7 +25,7 @@ from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
-from megatron_rmt.mid_training import MidTraining
+from megatron_rmt.mid_training import MidTraining, positions_drawn
 from megatron_rmt.rollout.generate import RolloutSettings, StoppedError, generate
 from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
@@ -279,7 +279,7 @@ def choose(
                 entropies=own,
                 tiers=tier,
                 probabilities=schedule.probabilities,
-                count=run.positions_drawn(schedule),
+                count=positions_drawn(run.settings, run.select, schedule),
                 progress=schedule.progress,
                 seed=run.seed,
                 iteration=schedule.iteration,

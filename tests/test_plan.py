@@ -53,7 +53,7 @@ def test_tokens_and_pairs_are_the_mean_over_all_positions(separate: bool):
     rows = (sample.columns >= 0).nonzero()[:, 0].tolist()
     group = [written([7] * 6)] * 2
     sizes = [tree_size(ReasonedSample(sample, [ChosenPosition(row, group)]), STEM) for row in rows]
-    args = Namespace(seq_length=12, rmt_positions_per_sample=1, rmt_group_size=2)
+    args = Namespace(seq_length=12, rmt_positions_per_sample=1, rmt_group_size=2, positions_drawn=1)
     documents = documents_in_samples(DOCUMENTS if separate else [12], 12)
     work = sample_work(args, documents, Lengths(len(HEAD), STEM, 6))
 
@@ -226,6 +226,21 @@ def planned_step(flags: Sequence[str], line: dict[str, float]) -> plan.Step:
     iteration = int(line["iteration"]) - 1
     schedule = schedule_of_step(Settings.of(args), iteration, args.train_iters)
     return plan.step_at(asked, args, documents, schedule)
+
+
+def test_a_reserve_is_rolled_out_and_not_trained():
+    recipe = ["--recipe", RECIPES / "qwen3-14b.args", "--world-size", 16]
+    plain, with_reserve = (
+        plan.make_plan(request([*recipe, *more])).last
+        for more in ([], ["--rmt-select", "gain-variance"])
+    )
+    assert with_reserve.work.update == plain.work.update
+    assert with_reserve.work.tokens.tree == plain.work.tokens.tree
+    assert with_reserve.work.decode.tokens == 2 * plain.work.decode.tokens
+    # Twice the positions reach a little further into the document.
+    assert 2 < with_reserve.flops.rollout / plain.flops.rollout < 2.5
+    of_step = [cache_of_step(own.args, own.work, own.allocated) for own in (plain, with_reserve)]
+    assert of_step[1].positions == 2 * of_step[0].positions
 
 
 def test_a_warm_up_from_the_text_spreads_its_responses_and_rolls_nothing_out():

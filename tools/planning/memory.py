@@ -339,7 +339,7 @@ def _rollouts(
     if not args.on_cpu:
         # Of one sample at a time, written out; stems ask more queries than a group of rollouts.
         stem = work.tokens.stem / args.rmt_positions_per_sample
-        queries = args.rmt_positions_per_sample * max(args.rmt_group_size, stem)
+        queries = args.positions_drawn * max(args.rmt_group_size, stem)
         seen = work.span + stem + longest
         scores = queries * args.num_attention_heads / tp * seen * (2 * FP32 + 2 * size)
     # When rows leave at most half of them move, keys or values of a layer at a time.
@@ -356,7 +356,7 @@ def cache_of_step(args: Namespace, work: SampleWork, longest: float) -> CacheSiz
     return CacheSize(
         token_bytes=args.layers_per_stage * 2 * per_rank * args.kv_channels * args.params_bytes,
         trunk_tokens=round(samples * work.tokens.trunk),
-        rows=samples * args.rmt_positions_per_sample * args.rmt_group_size,
+        rows=samples * args.positions_drawn * args.rmt_group_size,
         rows_per_position=args.rmt_group_size,
         tail_tokens=round(work.tokens.stem / args.rmt_positions_per_sample + longest),
         in_flight=args.pipeline_model_parallel_size,

@@ -111,7 +111,7 @@ def _rollout(
 ) -> tuple[float, float]:
     """(seconds, passes) of decoding all waves."""
     samples = args.global_batch_size // args.data_parallel_size
-    positions = samples * args.rmt_positions_per_sample
+    positions = samples * args.positions_drawn
     stages, tp = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
     cache = cache_of_step(args, work, longest)
     fit = cache.positions_at_once(in_bytes(args.rmt_rollout_kv_gib))
@@ -124,7 +124,7 @@ def _rollout(
     # Rollouts end one after the other.
     alive = min(1.0, mean / passes) if passes else 1.0
     rows = at_once * args.rmt_group_size * alive
-    in_wave = at_once / args.rmt_positions_per_sample
+    in_wave = at_once / args.positions_drawn
     stem = work.tokens.stem / args.rmt_positions_per_sample
     tail = stem + passes / 2
 
