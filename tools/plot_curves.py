@@ -48,7 +48,7 @@ HELD_OUT = Panel(
 )
 TRAINING = Panel(
     "Next token predicted",
-    "of the rollouts",
+    "of the predictions",
     {"match rate": "thought, then answer", "next-token accuracy": "plain next token, all text"},
     is_share=True,
 )
