@@ -37,7 +37,7 @@ from megatron_rmt.model.pipeline import (
     output_weight,
 )
 from megatron_rmt.model.visibility import Visibility
-from megatron_rmt.prompt.prompt import Prompt
+from megatron_rmt.prompt.prompt import Prompt, ResponseBound
 from megatron_rmt.rollout.captured_layers import captured_layers
 from megatron_rmt.rollout.kv_cache import (
     DecodeVisibility,
@@ -85,8 +85,8 @@ def generate(
 ) -> list[list[Rollout]]:
     """Draw ``how.group`` responses for each position, whose trunk is in ``store`` already.
 
-    positions: rollouts of one sample must stand together. stop: whether this rank has been told to
-    stop, asked for with each token on the last pipeline stage.
+    positions: rollouts of one sample must stand together; all are begun, or none. stop: whether
+    this rank has been told to stop, asked for with each token on the last pipeline stage.
 
     Each draw is a pure function of (seed, iteration, sample, column, rollout, token), so it does
     not depend on the layout, the batch, or which rollouts have ended.
@@ -109,6 +109,9 @@ def generate(
         warm_up=how.writes_truth,
         truth_tokens=max((len(position.truth) for position in positions), default=0),
     )
+    begun = [len(text) for position in positions for text in position.begun]
+    if begun:
+        bound = ResponseBound(thought=max(begun), close=0, answer=prompt.answer_tokens)
     stem = [*prompt.stem(how.budget), *([] if how.thinks else prompt.close)]
     tail_tokens = len(stem) + bound.tokens
     # Positions that are decoded together, in waves that fit into the memory.

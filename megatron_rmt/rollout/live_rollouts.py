@@ -34,7 +34,8 @@ class RolloutPosition:
 
     sample, column: global sample index and index in the sample (key of the random draws). first,
     limit: rows of the stored trunk that it sees. next_position: rotary position of its stem. truth:
-    the token ids of the true answer, written only in the format warm-up.
+    the token ids of the true answer, written only in the format warm-up. begun: what each response
+    of the group begins with, in token ids, written instead of drawn; empty: the policy draws all.
     """
 
     sample: int
@@ -43,6 +44,7 @@ class RolloutPosition:
     limit: int
     next_position: int
     truth: tuple[int, ...] = ()
+    begun: tuple[tuple[int, ...], ...] = ()
 
 
 class LiveRollouts:
@@ -94,14 +96,19 @@ class LiveRollouts:
             torch.arange(bound.tokens + 1, device=device),
         )
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        # What is written by force: the end of thought, in the warm-up also the answer.
+        # What is written by force: the end of thought, in the warm-up also the answer, or what a
+        # response begins with.
         self._close_tokens = len(prompt.close)
-        forced_of = [[*prompt.close, *own.truth * how.writes_truth] for own in positions]
-        self._forced_length = of_rollouts([len(tokens) for tokens in forced_of])
-        forced = torch.zeros(len(positions), max([1, *map(len, forced_of)]), dtype=torch.int64)
+        forced_of = [
+            text
+            for own in positions
+            for text in own.begun or [(*prompt.close, *own.truth * how.writes_truth)] * group
+        ]
+        lengths = torch.tensor(list(map(len, forced_of)), dtype=torch.int64)
+        self._forced_length = F.pad(lengths, (0, slots - count)).to(device)
+        forced = torch.zeros(count, max([1, *map(len, forced_of)]), dtype=torch.int64)
         for row, tokens in enumerate(forced_of):
             forced[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        forced = forced.repeat_interleave(group, dim=0)
         self._forced = F.pad(forced, (0, 0, 0, slots - count)).to(device)
 
         shape = (slots, bound.tokens + 1)
@@ -120,7 +127,9 @@ class LiveRollouts:
         # Tokens from the end of thought on: its last one, if it is not in the prompt, and answers.
         self._from_close = (~self._thinking).long()
         # Index of the next token to write by force, -1 while the policy draws.
-        self._force_next = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        begun = torch.tensor([0 if own.begun else -1 for own in positions])
+        begun = F.pad(begun.repeat_interleave(group), (0, rows - count), value=-1)
+        self._force_next = begun.to(device)
 
     def draws(self) -> Tensor:
         """The uniform numbers ``[rows]`` of this step."""
