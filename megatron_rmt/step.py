@@ -335,6 +335,7 @@ def _respond(
         top_p=settings.top_p,
         kv_bytes=in_bytes(settings.rollout_kv_gib),
         writes_truth=schedule.warm_up,
+        graph=not settings.no_decode_graph,
     )
     places = _rollout_positions(run, micro_batches, schedule)
     try:

@@ -23,6 +23,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rmt.algorithm.losses import Predictions
@@ -551,6 +552,59 @@ def test_a_step_is_the_same_operations_as_the_one_before_also_where_a_rank_may_b
     assert len(alike) > 16
     for before, after in alike:
         assert before == after
+
+
+def _record_without_a_gpu(step: Callable[[], None]) -> Callable[[], None]:
+    """What runs the operations of ``step`` again on the very memory that they have used, as a CUDA
+    graph does; nothing of Python runs again."""
+    calls: list[tuple[Any, Any, Any, Any]] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None):
+            result = function(*args, **(kwargs or {}))
+            # Megatron lets an empty tensor be another one; to fill it would be to overwrite that.
+            if "empty" not in str(function):
+                calls.append((function, args, kwargs or {}, result))
+            return result
+
+    with Record():
+        step()
+    has_run = [True]
+
+    def replay() -> None:
+        # The first time it has been run by being recorded.
+        if has_run:
+            has_run.clear()
+            return
+        for function, args, kwargs, result in calls:
+            for old, new in zip(
+                *map(tree_leaves, (result, function(*args, **kwargs))), strict=True
+            ):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+    return replay
+
+
+@pytest.mark.usefixtures("by_limits")
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_that_is_recorded_and_run_again_draws_the_same_tokens(name, monkeypatch):
+    expected = _generate(CASES[name], CHOSEN, _filled_store())
+    recorded: list[int] = []
+
+    def record(step: Callable[[], None]) -> Callable[[], None]:
+        recorded.append(1)
+        return _record_without_a_gpu(step)
+
+    monkeypatch.setattr(generate_module, "is_recordable", lambda *_: True)
+    monkeypatch.setattr(generate_module, "record", record)
+    _assert_same(_generate(CASES[name], CHOSEN, _filled_store()), expected)
+    # Of 32, 16 and 8 rows, at most.
+    assert len(recorded) <= 3
+    assert bool(recorded) == (max(map(len, _flat(expected))) > 2)
+    count = len(recorded)
+    _assert_same(_generate(CASES[name], CHOSEN, _filled_store(), graph=False), expected)
+    assert len(recorded) == count
 
 
 # Keys and values of a token: two layers, two key heads of width 8, fp32.

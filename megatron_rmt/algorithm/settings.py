@@ -84,6 +84,10 @@ class Settings:
     """Bound on the keys and values that the rollouts of a rank hold at a time; positions are
     decoded in waves that fit"""
 
+    no_decode_graph: bool = setting(False)
+    """Do not record steps of decoding as CUDA graphs, which is done for dense models on a GPU, but
+    neither with pipeline stages nor in FP8"""
+
     initial_budget: int = setting(800, "[1, inf)", "tokens", source="paper")
     """B_0: thought asked for at first"""
     minimum_budget: int = setting(1, "[1, inf)", "tokens", source="paper")

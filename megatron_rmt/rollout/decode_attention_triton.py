@@ -280,7 +280,6 @@ def _attend_keys(
         keys_here = tl.load(key + token[:, None] * key_token + dims[None], mask=held, other=0.0)
         scores = tl.dot(own_query, tl.trans(keys_here), input_precision="ieee") * scale
         seen = (token[None] >= first[:, None]) & (token[None] < limit[:, None])
-        seen = seen & (token < stop)[None]
         scores = tl.where(seen, scores, -float("inf"))
         higher = tl.maximum(maximum, tl.max(scores, 1))
         # A lane that has seen no key yet must not take infinity from infinity.

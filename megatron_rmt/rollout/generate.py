@@ -17,7 +17,7 @@ Ranks that share experts take part in each other's passes until the last of them
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -49,11 +49,13 @@ from megatron_rmt.rollout.kv_cache import (
     TailCache,
     shared_trunks,
 )
+from megatron_rmt.rollout.late_read import LateRead
 from megatron_rmt.rollout.live_rollouts import LiveRollouts, RolloutPosition, padded_rows
 from megatron_rmt.rollout.memory import CacheSize, key_value_bytes, rollout_waves
 from megatron_rmt.rollout.responses import Rollout
 from megatron_rmt.rollout.row_limits import RowLimits
 from megatron_rmt.rollout.sampling import DecodeHead, RolloutSettings
+from megatron_rmt.rollout.step_graph import StepGraph, is_recordable, record
 
 # Tensor-parallel ranks ask each other with each so many tokens whether one was told to stop.
 STEPS_TO_ASK = 8
@@ -131,6 +133,8 @@ def generate(
             most_rows = padded_rows(max(own.stop - own.start for own in waves) * how.group)
         weight = output_weight(model)
         head = DecodeHead(weight, policy.vocab_size, tp_group, how, most_rows)
+    by_limits = tells_limits(policy.device)
+    records = by_limits and how.graph and is_recordable(model.config, policy.device)
     told = torch.zeros(1, dtype=torch.float64, device=policy.device)
     decoder = _Decoder(policy, store, stem, head, experts, stop, told)
     # Each wave to its end; with pipeline stages as many at a time as there are stages.
@@ -141,14 +145,10 @@ def generate(
             _Batch(
                 # Ranks that share experts may go on: they need this one, even if it has stopped.
                 LiveRollouts(
-                    [] if stopped else positions[own],
-                    prompt,
-                    how,
-                    bound,
-                    policy.device,
-                    pads=tells_limits(policy.device),
+                    [] if stopped else positions[own], prompt, how, bound, policy.device, by_limits
                 ),
                 TailCache(tail_tokens),
+                graph=StepGraph(record) if records else None,
             )
             for own in waves[first : first + in_flight]
         ]
@@ -180,7 +180,8 @@ class _Batch:
     stopped: all rollouts have been cut short for that. trunks, after: which trunk rows each row
     sees and the rotary position after its stem; None when rows have left. Where the device is told
     limits: spans, the first row of the trunk that each rollout sees, the row after the last, and
-    the position after its stem, int64 ``[3, rollouts + 1]``.
+    the position after its stem, int64 ``[3, rollouts + 1]``; graph, of its steps; late, how the
+    host reads flags. flags: what ``_write`` says to the host; written: that it has been called.
     """
 
     live: LiveRollouts
@@ -191,6 +192,10 @@ class _Batch:
     trunks: list[SharedTrunk] | None = None
     after: Tensor | None = None
     spans: Tensor | None = None
+    graph: StepGraph | None = None
+    late: LateRead = field(default_factory=LateRead)
+    flags: Tensor | None = None
+    written: bool = False
 
 
 @dataclass
@@ -226,6 +231,7 @@ class _Decoder:
         if not positions:
             self._idle(sends)
             return
+        self._ask_whether_to_stop(live)
         device = live.rows.device
         tokens = torch.tensor(self.stem, dtype=torch.int64, device=device)
         starts = torch.tensor([position.next_position for position in positions], device=device)
@@ -257,8 +263,9 @@ class _Decoder:
         if not live.rows_here:
             self._idle(sends)
             return
+        self._ask_whether_to_stop(live)
         if live.pads:
-            self._pass(batch, live.newest, *self._step_by_limits(batch), sends)
+            self._decode_by_limits(batch, sends)
             return
         if batch.trunks is None:
             own = [live.positions[row // live.how.group] for row in live.rows_here]
@@ -275,6 +282,20 @@ class _Decoder:
         visibility.use_position_ids(batch.after + (live.step - 1), self.policy.longest_position)
 
         self._pass(batch, live.newest, visibility, self._drawing(live), sends)
+
+    def _decode_by_limits(self, batch: _Batch, sends: Sends) -> None:
+        def decode() -> None:
+            self._pass(batch, batch.live.newest, *self._step_by_limits(batch), sends)
+
+        def decode_and_write() -> None:
+            decode()
+            self._write(batch)
+
+        if batch.graph is None:
+            decode()
+        else:
+            batch.graph.run(len(batch.live.rows), decode_and_write)
+            batch.written = True
 
     def _stems_by_limits(self, batch: _Batch) -> LimitsVisibility:
         live, length = batch.live, len(self.stem)
@@ -330,13 +351,15 @@ class _Decoder:
             message.append(self.told.expand(len(token)))
         return torch.stack(message)
 
-    def _ask_whether_to_stop(self, step: int) -> None:
+    def _ask_whether_to_stop(self, live: LiveRollouts) -> None:
         """Let ``told`` say whether a tensor-parallel rank of the last stage has been told to."""
+        if self.stop is None or self.head is None:
+            return
         group = parallel_state.get_tensor_model_parallel_group()
         if group.size() == 1:
             if self.stop():
                 self.told.fill_(1.0)
-        elif step % STEPS_TO_ASK == 0:
+        elif live.step % STEPS_TO_ASK == 0:
             self.told.fill_(float(self.stop()))
             reduce_over_ranks(self.told, dist.ReduceOp.MAX, group)
 
@@ -349,8 +372,6 @@ class _Decoder:
         sends: Sends,
     ) -> None:
         """Forward ``tokens``; the last stage draws and starts to tell the others."""
-        if self.stop is not None and self.head is not None:
-            self._ask_whether_to_stop(batch.live.step)
         drawn = forward_through_stages(self.policy.model, tokens, visibility, draw, sends)
         if drawn is None:
             shape = (2 if self.stop is None else 3, len(batch.live.rows))
@@ -360,9 +381,8 @@ class _Decoder:
             batch.arriving = begin_from_last_stage(drawn)
         batch.drawn = drawn
 
-    def _take_tokens(self, batch: _Batch) -> bool:
-        """Write the newest tokens; whether the batch goes on, here or on a rank that shares the
-        experts."""
+    def _write(self, batch: _Batch) -> None:
+        """Write the newest tokens; the flags then say what the host must know, on the device."""
         live = batch.live
         if live.rows_here:
             if self.head is None:
@@ -370,7 +390,6 @@ class _Decoder:
             if batch.arriving is not None:
                 batch.arriving.wait()
             live.write(batch.drawn[0].long(), batch.drawn[1].float())
-            live.step += 1
         told = anywhere = live.alive[:0]
         if self.stop is not None and live.rows_here:
             told = batch.drawn[2, :1] > 0
@@ -378,18 +397,35 @@ class _Decoder:
         if self.experts is not None:
             anywhere = live.alive.any()[None].int()
             dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.experts)
-        # The one wait for the device of this token.
-        flags = torch.cat([told, anywhere.bool(), live.alive]).tolist()
-        alive = flags[len(told) + len(anywhere) :]
-        goes_on = any(flags[len(told) :])
-        batch.stopped = batch.stopped or any(flags[: len(told)])
+        batch.flags = torch.cat([told, anywhere.bool(), live.alive])
+
+    def _take_tokens(self, batch: _Batch) -> bool:
+        """Have the newest tokens written; whether the batch goes on, here or on a rank that shares
+        the experts."""
+        live = batch.live
+        if not batch.written:
+            self._write(batch)
+        batch.written = False
+        live.step += bool(live.rows_here)
+        # The one wait for the device of this token; where it is late, for the one before. Ranks
+        # that share experts must all hear of the end with the same pass.
+        # At the bound all have ended, and the newest says whether for having been stopped.
+        late = live.pads and self.experts is None and live.step < live.bound.tokens
+        flags = batch.late(batch.flags) if late else batch.flags.tolist()
+        if flags is None:
+            return True
+        told = int(self.stop is not None and bool(live.rows_here))
+        anywhere = int(self.experts is not None)
+        alive = flags[told + anywhere :]
+        batch.stopped = batch.stopped or any(flags[:told])
         if live.rows_here:
             staying = live.settle(alive)
             if staying is not None:
                 batch.trunks = None
+                batch.late.forget()
                 if not live.pads:
                     batch.tails.keep(staying)
-        return goes_on
+        return any(flags[told:])
 
     def _idle(self, sends: Sends) -> None:
         """Take part in a pass of the other ranks that share the experts."""

@@ -44,7 +44,8 @@ class RolloutSettings:
     top_p: see ``sample_tokens``. kv_bytes: bound on the keys and values held at a time, None for no
     bound. writes_truth: format warm-up; every thought is closed at the budget at the latest, or
     where the text would end, and the true answer is written. thinks: False closes the thought in
-    the prompt, so that a response is an answer alone.
+    the prompt, so that a response is an answer alone. graph: a step may be recorded as a CUDA
+    graph.
     """
 
     group: int
@@ -58,6 +59,7 @@ class RolloutSettings:
     kv_bytes: int | None = None
     writes_truth: bool = False
     thinks: bool = True
+    graph: bool = True
 
 
 class DecodeHead:
