@@ -75,7 +75,7 @@ train=(
 # A training run's folder does not say what the model is; the converted checkpoint does.
 evaluate=(
     python tools/evaluate.py --model-flags "$run/smollm2" --data "$run/corpus/heldout.jsonl"
-    --budget 8 --bf16 "${reasoning[@]}"
+    --budget 8 --bf16 --no-swap "${reasoning[@]}"
 )
 
 stage "Convert SmolLM2-135M-Instruct to a Megatron checkpoint" "$run/smollm2" \

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
-from megatron_rmt.algorithm.curriculum import SELECTIONS, Selection
+from megatron_rmt.algorithm.curriculum import SELECTIONS, Selection, has_reserve
 from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.losses import LOSSES, TokenLoss
 from megatron_rmt.algorithm.rewards import REWARDS, Reward, needs_answer
+from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.rotary import check_rotary_scaling
@@ -48,6 +48,21 @@ class MidTraining:
     seed: int
 
 
+def positions_drawn(settings: Settings, select: Selection, schedule: Schedule) -> int:
+    """Most positions rolled out in a sample: those trained, and the reserve. In the warm-up no
+    reward decides between them, so there is none."""
+    reserve = 0 if schedule.warm_up else reserve_positions(settings, select)
+    return schedule.positions_per_sample + reserve
+
+
+def reserve_positions(settings: Settings, select: Selection) -> int:
+    """Positions that ``select`` draws in each sample beyond those that are trained."""
+    if not has_reserve(select):
+        return 0
+    given = settings.reserve_positions
+    return settings.positions_per_sample if given is None else given
+
+
 def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     """Attach tree attention to ``model`` and read the vocabulary and the prompt.
 
@@ -61,7 +76,8 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     check_rotary_scaling(args, model)
     check_routing(model.config)
     attach_tree_attention(model)
-    check_backend(settings.attention, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    check_backend(settings.attention, device)
     prompt = as_rank_0_rendered(read_prompt(settings, tokenizer))
     problem = fitting_problem(args, settings, prompt)
     if problem:
@@ -74,7 +90,7 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
             model=model,
             vocab_size=len(prompt.bytes_of),
             longest_position=longest_position(args.seq_length, settings, prompt),
-            head_chunk_size=settings.head_chunk_size,
+            head_chunk_size=rows_at_once(settings, device),
             attention=settings.attention,
         ),
         prompt=prompt,
@@ -85,6 +101,12 @@ def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
     _announce_answers(prompt)
     _announce_memory(run)
     return run
+
+
+def rows_at_once(settings: Settings, device: torch.device) -> int:
+    """Rows of the head's logits held at a time on ``device``: a GPU wants few launches, and reads
+    and writes the weight's gradient, GBs of it, once for each chunk."""
+    return settings.head_chunk_size or (384 if device.type == "cpu" else 4096)
 
 
 def read_prompt(settings: Settings, tokenizer: Any) -> Prompt:
@@ -153,8 +175,16 @@ def largest_batch_size(args: Namespace) -> int:
     """Samples of the run's largest step, to which a ``--step-batch-size-schedule`` may grow."""
     if not getattr(args, "step_batch_size_schedule", None):
         return args.global_batch_size
+    # Imported here, as it is looked for when the patches are installed.
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
     schedule = StepBatchsizeNumMicroBatchesCalculator(
-        args.micro_batch_size, 1, False, -1, args.step_batch_size_schedule, args.seq_length
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_size=1,
+        decrease_batch_size_if_needed=False,
+        rank=-1,
+        schedule=args.step_batch_size_schedule,
+        seq_length=args.seq_length,
     ).schedule
     consumed, steps, reached = 0, args.train_iters, []
     for (_, size), (following, _) in itertools.pairwise([*schedule, (math.inf, 0)]):
@@ -187,11 +217,13 @@ def cache_size(
     """Keys and values of the largest step's rollouts on one rank, at the longest thoughts of the
     run, with one prompt in each sample."""
     budget, samples = settings.initial_budget, largest_batch_size(args) // data_parallel_size
+    select = find("--rmt-select", settings.select, SELECTIONS)
+    positions = settings.positions_per_sample + reserve_positions(settings, select)
     draws_in_warm_up = settings.warmup_iters > 0 and settings.warmup_thought == "drawn"
     return CacheSize(
         token_bytes=token_bytes,
         trunk_tokens=samples * (args.seq_length + len(prompt.preamble)),
-        rows=samples * settings.positions_per_sample * settings.group_size,
+        rows=samples * positions * settings.group_size,
         rows_per_position=settings.group_size,
         tail_tokens=len(prompt.stem(budget)) + prompt.longest_response(budget, draws_in_warm_up),
         in_flight=in_flight,

@@ -20,16 +20,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_rmt.algorithm.curriculum import Candidates, tiers
+from megatron_rmt.algorithm.curriculum import Candidates, has_reserve, tiers
 from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.algorithm.schedules import Schedule
-from megatron_rmt.mid_training import MidTraining
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.mid_training import MidTraining, positions_drawn
 from megatron_rmt.rollout.generate import RolloutSettings, StoppedError, generate
 from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.memory import CacheSize, in_bytes, key_value_bytes
-from megatron_rmt.rollout.prefill import entropy_percentiles, read_trunk
+from megatron_rmt.rollout.prefill import EntropyHistogram, read_trunk
 from megatron_rmt.rollout.trunk import UserBatch, build_trunk, first_rows
 from megatron_rmt.update.agreement import (
     Copy,
@@ -50,11 +51,13 @@ from megatron_rmt.update.packing import repack, tree_cost
 from megatron_rmt.update.replicas import copies_of_parameters
 from megatron_rmt.update.report import (
     answer_metrics,
+    batch_metrics,
     checksum,
     response_metrics,
     size_metrics,
     trunk_metrics,
 )
+from megatron_rmt.update.reserve import keep_differing
 from megatron_rmt.update.scoring import gather_evidence, score
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, Tree, grow_tree, pad_tree
 from megatron_rmt.update.truth import log_probs_of_truth
@@ -123,8 +126,11 @@ def collect(
     _check_trunk_fits(run, store.trunk_tokens, schedule)
     problems = []
     for micro_batch in micro_batches:
-        problems += _read_and_choose(run, micro_batch, store, schedule)
-    percentiles = entropy_percentiles(torch.cat([_labelled(own) for own in micro_batches]))
+        problems += _read(run, micro_batch, store)
+    found = EntropyHistogram(torch.cat([_labelled(own) for own in micro_batches]))
+    thresholds = thresholds_of_step(run.settings, found)
+    for micro_batch in [] if problems else micro_batches:
+        problems += _choose(run, micro_batch, thresholds, schedule)
     told = stop or (lambda: False)
     where = digest(schedule, run.seed, run.args.consumed_train_samples)
     copies.append(Copy("iteration, schedule, seed or samples consumed", where, first_rank=0))
@@ -138,9 +144,11 @@ def collect(
     problems = []
     for micro_batch in micro_batches:
         problems += _score(run, micro_batch, schedule)
-        micro_batch.metrics |= {f"rmt entropy p{p}": (of, 1.0) for p, of in percentiles.items()}
+        micro_batch.metrics |= batch_metrics(run.settings, found, thresholds)
     _agree(run, rewarded_alike(reasoned), problems + reward_problems(reasoned), told())
-    # Trees, with the weights of the loss of the global batch.
+    # Trees of the positions that are trained, with the weights of the loss of the global batch.
+    for own in micro_batches if has_reserve(run.select) else []:
+        own.metrics |= keep_differing(own.reasoned, schedule)
     if run.settings.max_tokens is not None:
         _repack(run, micro_batches, schedule)
     updates, settings, idle = _grow(run, micro_batches, schedule)
@@ -214,36 +222,48 @@ def _check_trunk_fits(run: MidTraining, trunk_tokens: int, schedule: Schedule) -
     size.positions_at_once(in_bytes(settings.rollout_kv_gib))
 
 
-def _read_and_choose(
-    run: MidTraining, micro_batch: MicroBatch, store: KeyValueStore, schedule: Schedule
-) -> list[Exception]:
-    """Read one trunk, and choose its positions by the entropies. Returns what is wrong with them,
-    as the other ranks must hear of it before one of them leaves."""
+def _read(run: MidTraining, micro_batch: MicroBatch, store: KeyValueStore) -> list[Exception]:
+    """Read one trunk. Returns what is wrong with its entropies, as the other ranks must hear of it
+    before one of them leaves."""
     trunk = [of.sample for of in micro_batch.reasoned]
     top_k = run.settings.entropy_top_k
-    entropies, predictions = read_trunk(
+    micro_batch.entropies, micro_batch.predictions = read_trunk(
         run.policy, trunk, store, micro_batch.first_row, top_k=top_k
     )
-    micro_batch.entropies, micro_batch.predictions = entropies, predictions
-    problems = entropy_problems(trunk, entropies)
-    if problems:
-        return problems
+    return entropy_problems(trunk, micro_batch.entropies)
+
+
+def thresholds_of_step(settings: Settings, found: EntropyHistogram) -> tuple[float, ...]:
+    """Lower ends of the tiers, in nats, where these entropies are ``found`` in the global batch."""
+    if settings.threshold_quantiles is None:
+        return settings.entropy_thresholds
+    return found.quantiles(settings.threshold_quantiles)
+
+
+def _choose(
+    run: MidTraining, own: MicroBatch, thresholds: Sequence[float], schedule: Schedule
+) -> list[Exception]:
+    """Choose one trunk's positions by its entropies. Returns what is wrong with them, likewise."""
     try:
-        tier = choose(run, micro_batch.reasoned, entropies, schedule)
+        tier = choose(run, own.reasoned, own.entropies, thresholds, schedule)
     except DoorError as error:
         return [error]
-    micro_batch.metrics |= trunk_metrics(
-        micro_batch.reasoned, entropies, predictions, tier, schedule
+    own.metrics |= trunk_metrics(
+        own.reasoned, own.entropies, own.predictions, tier, schedule, run.settings.entropy_ceiling
     )
-    micro_batch.metrics |= answer_metrics(micro_batch.reasoned, run.prompt)
+    own.metrics |= answer_metrics(own.reasoned, run.prompt)
     return []
 
 
 def choose(
-    run: MidTraining, reasoned: Sequence[ReasonedSample], entropies: Tensor, schedule: Schedule
+    run: MidTraining,
+    reasoned: Sequence[ReasonedSample],
+    entropies: Tensor,
+    thresholds: Sequence[float],
+    schedule: Schedule,
 ) -> Tensor:
     """Choose the positions of samples whose rows have ``entropies`` ``[rows]``; returns the tier of
-    every row, -1 where it may not be chosen.
+    every row, -1 where it may not be chosen. thresholds: lower ends of the tiers, nats.
 
     Raises:
         DoorError: the selection returned something else than positions that may be chosen.
@@ -253,25 +273,28 @@ def choose(
         sample = of.sample
         eligible = sample.labelled & (sample.columns >= 0)
         eligible &= run.prompt.answerable[sample.labels.clamp(min=0)]
-        tier = torch.where(eligible, tiers(own, run.settings.entropy_thresholds), -1)
+        tier = torch.where(eligible, tiers(own, thresholds, run.settings.entropy_ceiling), -1)
         rows = run.select(
             Candidates(
                 entropies=own,
                 tiers=tier,
                 probabilities=schedule.probabilities,
-                count=schedule.positions_per_sample,
+                count=positions_drawn(run.settings, run.select, schedule),
                 progress=schedule.progress,
                 seed=run.seed,
                 iteration=schedule.iteration,
                 sample=sample.index,
             )
         )
-        if rows != sorted(set(rows) & set(range(len(sample)))) or bool((tier[rows] < 0).any()):
+        in_any_order = has_reserve(run.select)
+        ascending = sorted(rows) if in_any_order else rows
+        if ascending != sorted(set(rows) & set(range(len(sample)))) or (tier[rows] < 0).any():
             raise DoorError(
                 f"--rmt-select {run.settings.select} returned {rows} for a sample; return a list "
-                "of positions whose tier is 0 or more, ascending, each once."
+                "of positions whose tier is 0 or more, "
+                f"{'' if in_any_order else 'ascending, '}each once."
             )
-        of.positions = [ChosenPosition(row) for row in rows]
+        of.positions = [ChosenPosition(row, place=rows.index(row)) for row in ascending]
         found.append(tier)
     return torch.cat(found)
 
@@ -312,6 +335,7 @@ def _respond(
         top_p=settings.top_p,
         kv_bytes=in_bytes(settings.rollout_kv_gib),
         writes_truth=schedule.warm_up,
+        graph=not settings.no_decode_graph,
     )
     places = _rollout_positions(run, micro_batches, schedule)
     try:
@@ -457,7 +481,8 @@ def idle_reason(positions: float, ntp_tokens: float, telling: float, warm_up: bo
     if positions == 0:
         return (
             "no position could be chosen: none that counts is as uncertain as "
-            "--rmt-entropy-thresholds asks for, or --rmt-select took none"
+            "--rmt-entropy-thresholds asks for and below --rmt-entropy-ceiling, or --rmt-select "
+            "took none"
         )
     if telling == 0 and not warm_up:
         return "the rewards of no group differ: all responses to a position earn the same"

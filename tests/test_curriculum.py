@@ -12,6 +12,8 @@ from megatron_rmt.algorithm.curriculum import (
     MEDIUM,
     Candidates,
     choose_by_tier,
+    draw_by_tier,
+    first_that_differ,
     tier_probabilities,
     tiers,
 )
@@ -64,6 +66,11 @@ def test_tiers_are_closed_below_and_open_above(dtype):
 
 def test_nan_is_in_no_tier():
     assert tiers(torch.tensor([float("nan"), float("inf")]), THRESHOLDS).tolist() == [-1, 2]
+
+
+def test_above_the_ceiling_is_no_tier():
+    entropies = torch.tensor([0.6, 1.2, 1.7, 2.0, 2.0001, float("inf"), float("nan")])
+    assert tiers(entropies, THRESHOLDS, ceiling=2.0).tolist() == [0, 1, 2, 2, -1, -1, -1]
 
 
 def test_tiers_by_other_thresholds():
@@ -193,6 +200,37 @@ def test_choice_does_not_depend_on_the_device():
     tier_of_position = torch.arange(300) % 4 - 1
     chosen = choose(tier_of_position, START, 20)
     assert choose(tier_of_position.cuda(), START, 20) == chosen
+
+
+def test_the_first_draws_do_not_depend_on_how_many_there_are():
+    tier_of_position = torch.arange(60) % 4 - 1
+    entropies = torch.zeros(60)
+    draws = [
+        draw_by_tier(Candidates(entropies, tier_of_position, START, count, 0.0, **KEY))
+        for count in (5, 12, 99)
+    ]
+    assert draws[0] == draws[1][:5]
+    assert draws[1] == draws[2][:12]
+    assert sorted(draws[0]) == choose(tier_of_position, START, 5)
+    assert draws[2] != sorted(draws[2])
+
+
+@pytest.mark.parametrize(
+    ("differ", "count", "kept"),
+    [
+        ([True, True, True, True], 2, [0, 1]),
+        ([False, True, False, True, True], 2, [1, 3]),
+        ([False, True, False, False], 2, [0, 1]),
+        ([False, False, False], 2, [0, 1]),
+        ([False, True, False, False, True], 4, [0, 1, 2, 4]),
+        ([False, True], 3, [0, 1]),
+        ([], 3, []),
+    ],
+)
+def test_the_first_that_differ_are_kept_and_filled_up_with_the_first_of_the_rest(
+    differ, count, kept
+):
+    assert first_that_differ(differ, count) == kept
 
 
 def test_candidates_draw_pairs_of_the_curriculums_own_stream():

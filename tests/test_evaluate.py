@@ -40,6 +40,7 @@ TEXTS = [
     "42 + 42 = 84, and half of 84 is 42; Zürich costs 3 euros.",
 ]
 LENGTH, BUDGET = 24, 2
+LOG_PROBS = ("log_prob", "thought_log_prob", "swapped_log_prob", "no_thought_log_prob")
 BEGIN = 5
 # Both sides choose the most likely token, so that transformers can repeat every thought.
 REASONING = (
@@ -102,7 +103,7 @@ def encode(text):
 
 stem, close = encode(f"<think budget={budget}>"), encode("</think>")
 assert len(close) == 1
-found = []
+found, asked = [], []
 for text, chosen in zip(texts, positions):
     ids = tokenizer.encode(text)
     log_probs = logits(ids[:length]).log_softmax(-1)
@@ -116,6 +117,7 @@ for text, chosen in zip(texts, positions):
         ended, closed = tokenizer.eos_token_id in response, close[0] in response
         lengths.append(len(response) - ended - closed)
         closed_by_itself.append(int(closed))
+        asked.append((ids[:length], position, response[: lengths[-1]], not ended))
         response += close * (not closed)
         answer = None if ended else int(logits(prompt + response)[-1].argmax())
         thought.append(int(answer == ids[position]))
@@ -124,6 +126,28 @@ for text, chosen in zip(texts, positions):
         entropies=entropies[:-1].tolist(), thought=thought, no_thought=no_thought,
         thought_length=lengths, closed_by_itself=closed_by_itself,
         predictions=log_probs.argmax(-1)[:-1].tolist(), ids=ids))
+
+# The truth after each thought, its own and that half way round, and after none.
+likelihoods = []
+for index, (ids, position, thought, _) in enumerate(asked):
+    other, answered = asked[(index + len(asked) // 2) % len(asked)][2:]
+    one = {}
+    for name, before in {"": [], "thought_": stem + thought + close, "no_thought_": stem + close,
+                         "swapped_": stem + other + close}.items():
+        truth = ids[position : position + int(sys.argv[4])]
+        logits_ = logits(ids[:position] + before + truth[:-1])[-len(truth):]
+        of_truth = logits_.log_softmax(-1)[range(len(truth)), truth]
+        one[name + "log_prob"] = float(of_truth.mean())
+        likeliest = int(int(logits_[0].argmax()) == truth[0])
+        if name:
+            one[name + "likeliest"] = likeliest
+        if name == "swapped_":
+            one["swapped"] = likeliest * answered
+    likelihoods.append(one)
+for one, chosen in zip(found, positions):
+    for name in likelihoods[0]:
+        one[name] = [own[name] for own in likelihoods[: len(chosen)]]
+    del likelihoods[: len(chosen)]
 json.dump(found, sys.stdout)
 """
 
@@ -172,6 +196,21 @@ def before(root: Path) -> tuple[dict[str, Any], str]:
     return content(root / "before.json"), done.stdout
 
 
+def reference(
+    root: Path, documents: Sequence[dict[str, Any]], target_tokens: int
+) -> list[dict[str, Any]]:
+    """What transformers says of the first model at the positions of ``documents``."""
+    words = [str(root / "before"), *map(str, (LENGTH, BUDGET, target_tokens))]
+    done = subprocess.run(
+        [sys.executable, "-c", REFERENCE, *words],
+        input=json.dumps([TEXTS, [document["positions"] for document in documents]]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
 def _evaluate(words: list[str]) -> None:
     flags, others = evaluate.build_parser().parse_known_args(words)
     evaluate.evaluate(flags, others)
@@ -218,14 +257,7 @@ def test_predictions_entropies_and_thoughts_are_those_of_transformers(
     root: Path, before: tuple[dict[str, Any], str]
 ):
     documents = before[0]["documents"]
-    reference = subprocess.run(
-        [sys.executable, "-c", REFERENCE, str(root / "before"), str(LENGTH), str(BUDGET)],
-        input=json.dumps([TEXTS, [document["positions"] for document in documents]]),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    expected = json.loads(reference.stdout)
+    expected = reference(root, documents, target_tokens=1)
     entropies = np.concatenate([one["entropies"] for one in expected])
     assert np.abs(entropies[:, None] - [0.5, 1.0, 1.5]).min() > 1e-4, "too close to a threshold"
     right = np.zeros(3)
@@ -240,6 +272,10 @@ def test_predictions_entropies_and_thoughts_are_those_of_transformers(
         assert document["dropped"] == max(0, len(one["ids"]) - LENGTH)
         for name in ("thought", "no_thought", "thought_length", "closed_by_itself"):
             assert document[name] == one[name], name
+        for name in ("swapped", "thought_likeliest", "swapped_likeliest", "no_thought_likeliest"):
+            assert document[name] == one[name], name
+        for name in LOG_PROBS:
+            assert document[name] == pytest.approx(one[name], abs=1e-4), name
         for split in range(3):
             total[split] += (exceeded > split).sum()
             right[split] += (correct & (exceeded > split)).sum()
@@ -247,7 +283,7 @@ def test_predictions_entropies_and_thoughts_are_those_of_transformers(
     for split, name in enumerate(evaluation.SPLITS):
         assert results[name]["positions"] == total[split] > 3
         assert results[name]["value"] == right[split] / total[split]
-    for name in ("thought", "no_thought"):
+    for name in ("thought", "no_thought", "swapped", "swapped_likeliest"):
         assert {0, 1} == {match for document in documents for match in document[name]}, name
     assert len(set("".join(document["difficulty"] for document in documents))) == 5
     assert right.min() > 0
@@ -256,12 +292,43 @@ def test_predictions_entropies_and_thoughts_are_those_of_transformers(
 
 
 @pytest.mark.multiprocess
+def test_a_reward_without_answers_is_probed_by_the_likelihood_of_the_next_tokens(root: Path):
+    """Two files of the same texts, each by itself, and answers where the text marks them."""
+    spans = [{"text": text, "answer_spans": [[3, 5], [9, 10], [9, 12]]} for text in TEXTS]
+    for name in ("one.jsonl", "other.jsonl"):
+        (root / name).write_text("".join(json.dumps(line) + "\n" for line in spans))
+    words = command(root, "before", "gain.json", *REASONING, "--rmt-reward", "information-gain")
+    words += ["--data", str(root / "one.jsonl"), str(root / "other.jsonl")]
+    words += ["--positions", "answers", "--rmt-target-tokens", "2"]
+    run_distributed(1, _evaluate, words)
+    found = content(root / "gain.json")
+    one, other = found["documents"][: len(TEXTS)], found["documents"][len(TEXTS) :]
+    assert [document | {"file": "one"} for document in other] == one
+    for document, expected in zip(one, reference(root, one, target_tokens=2), strict=True):
+        text = TEXTS[document["line"] - 1]
+        ends = np.cumsum([len(token) for token in byte_level_bpe().tokenize(text)])
+        opening = {int((ends <= len(text[:at].encode())).sum()) for at in (3, 9)}
+        assert document["positions"] == sorted(opening - {0})
+        for name in ("thought_likeliest", "swapped_likeliest", "no_thought_likeliest"):
+            assert document[name] == expected[name], name
+        for name in LOG_PROBS:
+            assert document[name] == pytest.approx(expected[name], abs=1e-4), name
+        assert document["thought"] == document["swapped"] == document["no_thought"] == []
+    results = found["results_by_file"]
+    assert results["one"]["thought_log_prob"] == results["other"]["thought_log_prob"]
+    assert found["results"]["thought_log_prob"]["all"]["value"] == pytest.approx(
+        results["one"]["thought_log_prob"]["all"]["value"]
+    )
+
+
+@pytest.mark.multiprocess
 def test_table_is_all_that_stdout_gets(before: tuple[dict[str, Any], str]):
     written, printed = before
     value = 100 * written["results"]["next_token"]["hard"]["value"]
     assert f"{value:.1f} [" in next(line for line in printed.splitlines() if "all pos" in line)
     assert printed.startswith(written["settings"]["load"])
-    assert len(printed.splitlines()) < 20
+    assert len(printed.splitlines()) < 50
+    assert "thought minus swapped thought" in printed
 
 
 @pytest.mark.multiprocess
@@ -275,11 +342,12 @@ def test_two_ranks_measure_what_one_does(
     run_distributed(2, _evaluate, words)
     again = content(root / "two.json")
     for one, other in zip(before[0]["documents"], again["documents"], strict=True):
-        entropy = one.pop("entropy"), other.pop("entropy")
-        assert entropy[0] == pytest.approx(entropy[1], rel=1e-5)
-        assert one == other
-        one["entropy"] = entropy[0]
-    assert again["results"] == before[0]["results"]
+        for name in ("entropy", *LOG_PROBS):
+            assert one[name] == pytest.approx(other.pop(name), rel=1e-5), name
+        assert one == other | {name: one[name] for name in ("entropy", *LOG_PROBS)}
+    for name, result in before[0]["results"].items():
+        if "log_prob" not in name:
+            assert again["results"][name] == result
 
 
 @pytest.mark.multiprocess
@@ -369,6 +437,8 @@ def test_thoughts_begin_where_their_document_stands_in_the_prompt(
 ):
     """Documents bring a begin token, which stands once and first."""
     import evaluation_passes
+    from megatron_rmt import probe
+    from megatron_rmt.rollout.responses import written
 
     prompt = Prompt(
         template=Template("own", "head" * bool(head), "{budget}", "</t>", "next"),
@@ -381,17 +451,19 @@ def test_thoughts_begin_where_their_document_stands_in_the_prompt(
         encode_first=lambda text: head,
     )
     document = evaluation_documents.Document(3, [BEGIN, 10, 11, 12], 0)
-    assert evaluation_passes.in_prompt(prompt, document.ids) == expected
+    assert probe.in_prompt(prompt, document.ids) == expected
     asked = []
 
     def generate(policy: None, prompt: Prompt, store: None, positions: list[Any], how: Any) -> Any:
         asked.extend(positions)
-        return [[] for _ in positions]
+        return [[written([])] for _ in positions]
 
-    monkeypatch.setattr(evaluation_passes, "generate", generate)
+    monkeypatch.setattr(probe, "generate", generate)
     shared = SimpleNamespace(temperature=1.0, greedy=True)
     run = SimpleNamespace(prompt=prompt, settings=shared, policy=None)
-    how = evaluation_passes.Reasoning(length=4, positions=2, budget=1, samples=1, at_once=9, seed=0)
+    how = evaluation_passes.Reasoning(
+        length=4, positions=2, answers=False, budget=1, samples=1, swap=False, at_once=9, seed=0
+    )
     measured = record("-333", "0000", positions=[2, 3])
     evaluation_passes.reason(run, [document], [measured], [100], None, how)
     for position, token in zip(asked, [2, 3, 2, 3], strict=True):
@@ -401,19 +473,21 @@ def test_thoughts_begin_where_their_document_stands_in_the_prompt(
 
 
 def test_positions_are_above_the_lowest_threshold_and_uniform():
+    from megatron_rmt.probe import draw_positions
+
     difficulty = "-0" + "120-3" * 4
     allowed = [index for index, digit in enumerate(difficulty) if digit in "123"]
     counts = np.zeros(len(difficulty))
     for line in range(2000):
-        drawn = evaluation_documents.draw_positions(difficulty, 3, 7, line)
+        drawn = draw_positions(allowed, 3, 7, line)
         assert len(set(drawn)) == 3
         assert drawn == sorted(drawn)
         counts[drawn] += 1
     assert counts[allowed].sum() == 6000
     # 500 expected; the standard deviation is about 19.
     assert np.abs(counts[allowed] - 500).max() < 100
-    assert evaluation_documents.draw_positions(difficulty, 99, 7, 1) == allowed
-    assert evaluation_documents.draw_positions("-00", 3, 7, 1) == []
+    assert draw_positions(allowed, 99, 7, 1) == allowed
+    assert draw_positions([], 3, 7, 1) == []
 
 
 class _Bytes:
@@ -518,11 +592,11 @@ def test_documents_are_read_as_preprocessing_reads_them(tmp_path: Path):
 
 
 def test_another_document_on_the_line_is_refused():
-    documents = [evaluation_documents.Document(4, [1, 2, 3], 0)]
+    documents = [evaluation_documents.Document(4, [1, 2, 3], 0, file="a")]
     earlier = evaluation.Measured(settings(), [record("-3", "01", line=4, id=documents[0].digest)])
     assert (
         evaluation_documents.documents_of(earlier, Path("b.json"), documents)[0][0] is documents[0]
     )
-    changed = [evaluation_documents.Document(4, [1, 2, 4], 0)]
+    changed = [evaluation_documents.Document(4, [1, 2, 4], 0, file="a")]
     with pytest.raises(ValueError, match=r"line 4, is not the document that b.json was measured"):
         evaluation_documents.documents_of(earlier, Path("b.json"), changed)

@@ -16,10 +16,9 @@ import evaluation
 
 
 def record(difficulty: str, next_token: str, **others: Any) -> evaluation.Record:
-    common = {"line": 1, "id": "", "tokens": len(difficulty), "dropped": 0, "entropy": 1.0}
-    return evaluation.Record(
-        difficulty=difficulty, next_token=next_token, **common | {"positions": []} | others
-    )
+    common = {"file": "a", "line": 1, "id": "", "dropped": 0, "entropy": 1.0}
+    common |= {"tokens": len(difficulty), "positions": []}
+    return evaluation.Record(difficulty=difficulty, next_token=next_token, **common | others)
 
 
 def test_splits_are_nested_and_average_is_the_mean_of_the_three():
@@ -28,16 +27,16 @@ def test_splits_are_nested_and_average_is_the_mean_of_the_three():
         record("-3-1", "0111", positions=[1, 3], thought=[2, 0], no_thought=[0, 0]),
     ]
     right, total = evaluation.split_counts(records, "next_token", 2)
-    np.testing.assert_array_equal(total, [[3, 2, 1], [2, 1, 1]])
-    np.testing.assert_array_equal(right, [[2, 1, 1], [2, 1, 1]])
+    np.testing.assert_array_equal(total, [[3, 2, 1, 4], [2, 1, 1, 2]])
+    np.testing.assert_array_equal(right, [[2, 1, 1, 3], [2, 1, 1, 2]])
     right, total = evaluation.split_counts(records, "thought", 2)
-    np.testing.assert_array_equal(total, [[4, 2, 2], [4, 2, 2]])
-    np.testing.assert_array_equal(right, [[3, 2, 2], [2, 2, 2]])
+    np.testing.assert_array_equal(total, [[4, 2, 2, 4], [4, 2, 2, 4]])
+    np.testing.assert_array_equal(right, [[3, 2, 2, 3], [2, 2, 2, 2]])
     right, total = evaluation.split_counts(records, "next_token_sampled", 2)
-    np.testing.assert_array_equal(total, [[2, 1, 1], [2, 1, 1]])
-    np.testing.assert_array_equal(right, [[2, 1, 1], [2, 1, 1]])
-    values = evaluation.accuracies(np.ones((1, 2)), np.array([[1, 1, 1]] * 2), total)
-    np.testing.assert_allclose(values, [[0.5, 1.0, 1.0, 2.5 / 3]])
+    np.testing.assert_array_equal(total, [[2, 1, 1, 2], [2, 1, 1, 2]])
+    np.testing.assert_array_equal(right, [[2, 1, 1, 2], [2, 1, 1, 2]])
+    values = evaluation.means(np.ones((1, 2)), np.array([[1, 1, 1, 2]] * 2), total)
+    np.testing.assert_allclose(values, [[0.5, 1.0, 1.0, 2.5 / 3, 1.0]])
 
 
 PROMPT = {"head": "Today: 27 Nov\nText: ", "stem": " {budget}", "close": "</t>", "digest": "0a"}

@@ -283,6 +283,21 @@ def test_a_flag_given_again_replaces_the_one_of_an_included_recipe(tmp_path):
     assert recipe_flags(recipe, [], {}) == ["--betas", "1", "2", "--data", "x", "y", "--lr=2"]
 
 
+def test_memory_of_changing_sizes_is_one_segment_unless_asked_otherwise(environment):
+    name = "PYTORCH_CUDA_ALLOC_CONF"
+    Path(environment["ENTRY_POINT"]).write_text(f"import os; print('by', os.environ.get('{name}'))")
+    unset = {k: v for k, v in environment.items() if "ALLOC_CONF" not in k}
+    for given, value in (
+        ({}, "expandable_segments:True"),
+        ({name: "garbage_collection_threshold:0.8"}, "garbage_collection_threshold:0.8"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "None"),
+    ):
+        run = subprocess.run(
+            [sys.executable, SCRIPT], env=unset | given, capture_output=True, text=True, check=True
+        )
+        assert f"by {value}" in run.stdout
+
+
 def test_runs_stay_off_the_network_unless_asked(environment):
     Path(environment["ENTRY_POINT"]).write_text(
         "import os; print('mode', os.environ['WANDB_MODE'])"

@@ -22,9 +22,15 @@ from megatron_rmt.algorithm.losses import (
     token_losses,
 )
 from megatron_rmt.model.blocks import Block
+from megatron_rmt.model.pipeline import output_weight
 from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.rollout.trunk import NO_LABEL
-from megatron_rmt.update.forward_step import LossSettings, Update, make_forward_step
+from megatron_rmt.update.forward_step import (
+    LossSettings,
+    Update,
+    _rows_of,
+    make_forward_step,
+)
 from megatron_rmt.update.tree import Tree, pad_tree
 from tests.packed import Responses, Trunk, build_trunk, grow_tree
 from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
@@ -134,7 +140,8 @@ def _updates(batches: list[MicroBatch], dtype: torch.dtype, warm_up: bool) -> li
             response_weights(ones, tree.rollouts, ~tree.drawn, **share) * warm_up,
             tree.drawn_log_probs,
         )
-        updates.append(Update(tree, predictions, {"rmt reward": (2.5, 4.0)}))
+        metrics = {"rmt reward": (2.5, 4.0), "rmt match": (3, 4)}
+        updates.append(Update(tree, predictions, metrics))
     return updates
 
 
@@ -513,6 +520,12 @@ def test_what_is_reported():
     for name, expected in (("lm loss", parts["ntp"]), ("rmt rl loss", parts["policy"])):
         torch.testing.assert_close(total[name][0] / total[name][1], expected.float())
     assert total["rmt reward"].tolist() == [5.0, 8.0]
+    assert total["rmt match"].tolist() == [6.0, 8.0]
+    assert all(value.dtype == torch.float32 for value in total.values())
+    for report in reports:
+        # What the host knows comes to the device in one copy.
+        reward, match = (report[name].untyped_storage() for name in ("rmt reward", "rmt match"))
+        assert reward.data_ptr() == match.data_ptr()
     differences = []
     for batch in batches:
         own = []
@@ -533,6 +546,37 @@ def test_what_is_reported():
     everything = torch.cat(differences)
     expected = torch.tensor([float(everything.sum()), float(len(everything))])
     torch.testing.assert_close(total["rmt logprob difference"], expected)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_with_fused_accumulation_the_head_adds_to_main_grad_unless_it_is_tied(tied: bool):
+    stock, with_trees = _models(torch.float64, tied=tied)
+    batches = [_micro_batch(seed, True, [], STEM) for seed in (1, 2)]
+    # As Megatron's own layers read it when they are built, only the head follows it here.
+    with_trees.config.gradient_accumulation_fusion = True
+    weight = output_weight(with_trees)
+    weight.main_grad = torch.zeros(weight.shape, dtype=torch.float64)
+    _, gradients, _, _ = _tree_step(with_trees, batches, torch.float64)
+    _, expected, _ = _naive_step(stock, batches, STEM)
+    name = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
+    assert getattr(weight, "grad_added_to_main_grad", False) is not tied
+    found = gradients[name] if tied else weight.main_grad
+    torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("sorts", [False, True], ids=["index_select", "index"])
+def test_rows_that_are_read_several_times_get_the_sum(sorts: bool):
+    hidden = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    rows, by_output = torch.tensor([4, 1, 1, 0, 1]), torch.randn(5, 3, dtype=torch.float64)
+    output = _rows_of(hidden, rows, sorts)
+    assert torch.equal(output, hidden[rows])
+    # Indexing sorts what it adds, where index_select adds in any order.
+    assert ("IndexSelect" in type(output.grad_fn).__name__) is not sorts
+    (found,) = torch.autograd.grad(output, hidden, by_output)
+    expected = torch.zeros_like(found)
+    for row, gradient in zip(rows.tolist(), by_output, strict=True):
+        expected[row] += gradient
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def _clipped(log_probs: Tensor, predictions: Predictions) -> TokenLosses:

@@ -466,17 +466,18 @@ def names_of_checkpoint(directory: Path, file: str) -> list[str]:
 
 
 COMMON_SETTINGS = {"seq_length": 4, "positions_per_document": 2, "solution_only": False}
+COMMON_SETTINGS |= {"positions": "uncertain"}
 COMMON_SETTINGS |= {"entropy_top_k": 0, "load": "x", "template": "inline", "greedy": False}
 
 
 def prepare_evaluation(directory: Path) -> dict[str, bytes]:
     records = []
     for line in (1, 2, 3):
-        digest = evaluation_documents.Document(line, [1, 2, 3, line], 0).digest
+        digest = evaluation_documents.Document(line, [1, 2, 3, line], 0, file="corpus").digest
         lists = {name: [1, 0] for name in ("thought", "thought_length", "well_formed")}
         lists |= {name: [0, 1] for name in ("closed_by_itself", "no_thought")}
         lists |= {"no_thought_well_formed": [1, 1], "positions": [2, 3]}
-        records.append(record("-012", "-101", line=line, id=digest, **lists))
+        records.append(record("-012", "-101", file="corpus", line=line, id=digest, **lists))
     measured = evaluation.Measured(settings() | COMMON_SETTINGS, records)
     evaluation.write_output(directory / "good.json", measured, 1.0)
     return {"other.json": (directory / "good.json").read_bytes()}
@@ -515,7 +516,9 @@ def use_positions(directory: Path) -> None:
         contextlib.redirect_stderr(io.StringIO()),
     ):
         evaluate.evaluate(flags, others)
-    documents = [evaluation_documents.Document(line, [1, 2, 3, line], 0) for line in (1, 2, 3)]
+    documents = [
+        evaluation_documents.Document(line, [1, 2, 3, line], 0, file="corpus") for line in (1, 2, 3)
+    ]
     evaluation_documents.documents_of(evaluation.read_output(earlier), earlier, documents)
 
 

@@ -22,6 +22,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rmt.algorithm.losses import Predictions
@@ -485,6 +487,124 @@ def test_padding_of_the_vocabulary_is_never_drawn():
     again = _generate(CASES["hot"], CHOSEN, _filled_store())
     for rollout, other in zip(_flat(groups), _flat(again), strict=True):
         assert np.array_equal(rollout.tokens, other.tokens)
+
+
+@pytest.fixture
+def by_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: padded rows, tails that stay in place, and all limits on the device."""
+    monkeypatch.setattr(generate_module, "tells_limits", lambda device: True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_where_the_device_is_told_limits_the_tokens_are_the_same(name, monkeypatch):
+    expected = _generate(CASES[name], CHOSEN, _filled_store())
+    monkeypatch.setattr(generate_module, "tells_limits", lambda device: True)
+    _assert_same(_generate(CASES[name], CHOSEN, _filled_store()), expected)
+
+
+class _Calls(TorchDispatchMode):
+    """Every operation: its name, the shapes and places of its tensors, and its numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def described(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return (tuple(x.shape), x.stride(), x.dtype)
+            return tuple(map(described, x)) if isinstance(x, list | tuple) else x
+
+        kwargs = kwargs or {}
+        self.seen.append((str(function), described(args), described(tuple(kwargs.items()))))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.usefixtures("by_limits")
+def test_a_step_is_the_same_operations_as_the_one_before_also_where_a_rank_may_be_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    steps: list[tuple[int, list[Any]]] = []
+    decode = generate_module._Decoder._decode
+    write = generate_module.LiveRollouts.write
+
+    def recorded(function: Callable[..., Any], rows: Callable[[Any], Tensor]) -> Any:
+        def call(own: Any, *args: Any) -> None:
+            with _Calls() as calls:
+                function(own, *args)
+            steps.append((len(rows(own, *args)), calls.seen))
+
+        return call
+
+    monkeypatch.setattr(
+        generate_module._Decoder, "_decode", recorded(decode, lambda _, batch, __: batch.live.rows)
+    )
+    monkeypatch.setattr(
+        generate_module.LiveRollouts, "write", recorded(write, lambda live, *_: live.rows)
+    )
+    case = Case(budget=15, temperature=2.0)
+    generate(
+        _policy(), case.prompt, _filled_store(), _positions(CHOSEN), case.settings, lambda: False
+    )
+    alike = [
+        (a, b) for (n, a), (m, b) in zip(steps[1:], steps[3:], strict=False) if n == m and a and b
+    ]
+    assert len(alike) > 16
+    for before, after in alike:
+        assert before == after
+
+
+def _record_without_a_gpu(step: Callable[[], None]) -> Callable[[], None]:
+    """What runs the operations of ``step`` again on the very memory that they have used, as a CUDA
+    graph does; nothing of Python runs again."""
+    calls: list[tuple[Any, Any, Any, Any]] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None):
+            result = function(*args, **(kwargs or {}))
+            # Megatron lets an empty tensor be another one; to fill it would be to overwrite that.
+            if "empty" not in str(function):
+                calls.append((function, args, kwargs or {}, result))
+            return result
+
+    with Record():
+        step()
+    has_run = [True]
+
+    def replay() -> None:
+        # The first time it has been run by being recorded.
+        if has_run:
+            has_run.clear()
+            return
+        for function, args, kwargs, result in calls:
+            for old, new in zip(
+                *map(tree_leaves, (result, function(*args, **kwargs))), strict=True
+            ):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+    return replay
+
+
+@pytest.mark.usefixtures("by_limits")
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_that_is_recorded_and_run_again_draws_the_same_tokens(name, monkeypatch):
+    expected = _generate(CASES[name], CHOSEN, _filled_store())
+    recorded: list[int] = []
+
+    def record(step: Callable[[], None]) -> Callable[[], None]:
+        recorded.append(1)
+        return _record_without_a_gpu(step)
+
+    monkeypatch.setattr(generate_module, "is_recordable", lambda *_: True)
+    monkeypatch.setattr(generate_module, "record", record)
+    _assert_same(_generate(CASES[name], CHOSEN, _filled_store()), expected)
+    # Of 32, 16 and 8 rows, at most.
+    assert len(recorded) <= 3
+    assert bool(recorded) == (max(map(len, _flat(expected))) > 2)
+    count = len(recorded)
+    _assert_same(_generate(CASES[name], CHOSEN, _filled_store(), graph=False), expected)
+    assert len(recorded) == count
 
 
 # Keys and values of a token: two layers, two key heads of width 8, fp32.

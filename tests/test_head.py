@@ -391,6 +391,56 @@ def test_a_scale_of_each_row_is_a_temperature(dtype, bound):
         assert _relative(gradient, reference) < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_summed_in_fp32_by_the_device_give_the_same_gradients(monkeypatch, dtype):
+    """A GPU's tensor cores, for which here a product in fp64 stands in."""
+
+    def wide(product: Callable) -> Callable:
+        def emulated(*matrices: Tensor, out_dtype: torch.dtype, out: Tensor | None = None):
+            assert {x.dtype for x in matrices[-2:]} == {dtype}
+            result = product(*(x.double() for x in matrices)).to(out_dtype)
+            return result if out is None else out.copy_(result)
+
+        return emulated
+
+    problem = _problem(rows=40, dtype=dtype)
+    _, expected_log_probs, _, *references = _expected(problem)
+    monkeypatch.setattr(head_products, "_multiplies_into_fp32", lambda left, right: True)
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, wide(getattr(torch, name)))
+    _, log_probs, _, *gradients = _results(problem, 7)
+    assert _relative(log_probs, expected_log_probs) < 2e-6
+    for gradient, reference in zip(gradients, references, strict=True):
+        assert _relative(gradient, reference) < 2.0**-8
+
+
+def test_the_weights_gradient_is_added_to_main_grad_unrounded():
+    problem = _problem(rows=40, dtype=torch.bfloat16)
+    weight = problem["weight"].requires_grad_()
+    weight.main_grad = torch.zeros(weight.shape)
+    weight.grad_added_to_main_grad = False
+    *_, rounded = _results(problem, 7)
+    for count in (1, 2):
+        total, _ = token_loss_sum(
+            problem["hidden"],
+            weight,
+            problem["targets"],
+            _linear(problem),
+            vocab_size=VOCAB,
+            tp_group=None,
+            chunk_size=7,
+            into_main_grad=True,
+        )
+        (3 * total).backward()
+        assert weight.grad_added_to_main_grad
+        # That there is a gradient fires the hooks which wait for it.
+        assert weight.grad.shape == weight.shape
+        assert weight.grad.dtype == torch.bfloat16
+        added = weight.main_grad / count
+        assert torch.equal(added.bfloat16(), rounded)
+        assert not torch.equal(added, rounded.float())
+
+
 @pytest.mark.usefixtures("compiled")
 def test_compiled_sweeps_take_fp32_scores_where_functions_can_be_compiled(monkeypatch):
     taken = []
@@ -502,7 +552,7 @@ def test_where_nobody_looks_a_target_outside_the_vocabulary_is_not_a_number(targ
 
     def log_probs(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loss = _linear(problem)
-        return head._TokenLossSum.apply(*inputs, targets, loss, None, shard, False)
+        return head._TokenLossSum.apply(*inputs, targets, loss, None, shard, False, False)
 
     _, right = log_probs(targets)
     targets[5] = target

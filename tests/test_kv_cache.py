@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.model.blocks import Block
-from megatron_rmt.rollout import kv_cache
 from megatron_rmt.rollout.kv_cache import (
     DecodeVisibility,
     KeyValueStore,
@@ -72,13 +71,8 @@ def test_the_trunk_pass_attends_and_keeps_keys_and_values_of_each_layer():
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("kernel", ["_fused_attention", "_scores_attention"])
-def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
-    kernel: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left():
     """Three positions of two samples, groups of two, three steps; rollouts leave in between."""
-    # The second is what devices without the first one's kernel get.
-    monkeypatch.setattr(kv_cache, "_fused_attention", getattr(kv_cache, kernel))
     store, contents = _stored_trunk(12)
     trunk_key, trunk_value = contents[1]
     visible, stem, group = [(0, 3), (2, 4), (4, 11)], 2, 2

@@ -4,6 +4,7 @@ import argparse
 import functools
 import importlib
 import importlib.metadata
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 import megatron_rmt
 from megatron_rmt.job import patches, resume
+from megatron_rmt.job.processes import save_worker
 from megatron_rmt.job.settings import GROUP_TITLE
 
 
@@ -32,7 +34,7 @@ def test_patching_wraps_each_symbol_and_keeps_what_it_is():
     megatron_rmt.patch()
     for key, symbol in _current().items():
         assert symbol is not before[key]
-        assert symbol.megatron_rmt_original is before[key]
+        assert symbol.megatron_rmt_original == before[key]
         assert symbol.__name__ == key[1].split(".")[-1]
         assert symbol.__doc__ == before[key].__doc__
 
@@ -117,6 +119,30 @@ def test_a_symbol_that_is_only_called_is_checked_too(monkeypatch):
     with pytest.raises(RuntimeError, match=r"GPTModel.forward with parameters .*output_processor"):
         megatron_rmt.patch()
     assert _nothing_is_patched()
+
+
+def test_the_save_worker_of_megatron_is_replaced_only_while_it_is_started(monkeypatch):
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    monkeypatch.setattr(PersistentAsyncCaller, "_persistent_process", None)
+    loop, started = PersistentAsyncCaller.async_loop, []
+
+    class Context:
+        JoinableQueue = Queue = list
+
+        class Process:
+            def __init__(self, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+                started.append(target)
+                assert pickle.loads(pickle.dumps(target)) is target
+
+            def start(self) -> None:
+                pass
+
+    monkeypatch.setattr("torch.multiprocessing.get_context", lambda mode: Context)
+    megatron_rmt.patch()
+    PersistentAsyncCaller._get_process(0)
+    assert started == [save_worker]
+    assert PersistentAsyncCaller.async_loop is loop
 
 
 @pytest.mark.parametrize("entry", patches.PATCHES, ids=lambda entry: entry.name)

@@ -1,5 +1,6 @@
 """The planner against what runs count and take: tokens, operations, weights, memory."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -24,7 +25,13 @@ from tests.tiny_run import RMT, TRAINING, Run, TinyInputs, run
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
 import plan
-from planning.memory import cache_of_step, micro_batch, model_parameters, parameters
+from planning.memory import (
+    RankMemory,
+    cache_of_step,
+    micro_batch,
+    model_parameters,
+    parameters,
+)
 from planning.work import Lengths, Pass, SampleWork, Tokens, documents_in_samples, sample_work
 
 RECIPES = REPOSITORY / "examples/recipes"
@@ -46,7 +53,7 @@ def test_tokens_and_pairs_are_the_mean_over_all_positions(separate: bool):
     rows = (sample.columns >= 0).nonzero()[:, 0].tolist()
     group = [written([7] * 6)] * 2
     sizes = [tree_size(ReasonedSample(sample, [ChosenPosition(row, group)]), STEM) for row in rows]
-    args = Namespace(seq_length=12, rmt_positions_per_sample=1, rmt_group_size=2)
+    args = Namespace(seq_length=12, rmt_positions_per_sample=1, rmt_group_size=2, positions_drawn=1)
     documents = documents_in_samples(DOCUMENTS if separate else [12], 12)
     work = sample_work(args, documents, Lengths(len(HEAD), STEM, 6))
 
@@ -221,6 +228,21 @@ def planned_step(flags: Sequence[str], line: dict[str, float]) -> plan.Step:
     return plan.step_at(asked, args, documents, schedule)
 
 
+def test_a_reserve_is_rolled_out_and_not_trained():
+    recipe = ["--recipe", RECIPES / "qwen3-14b.args", "--world-size", 16]
+    plain, with_reserve = (
+        plan.make_plan(request([*recipe, *more])).last
+        for more in ([], ["--rmt-select", "gain-variance"])
+    )
+    assert with_reserve.work.update == plain.work.update
+    assert with_reserve.work.tokens.tree == plain.work.tokens.tree
+    assert with_reserve.work.decode.tokens == 2 * plain.work.decode.tokens
+    # Twice the positions reach a little further into the document.
+    assert 2 < with_reserve.flops.rollout / plain.flops.rollout < 2.5
+    of_step = [cache_of_step(own.args, own.work, own.allocated) for own in (plain, with_reserve)]
+    assert of_step[1].positions == 2 * of_step[0].positions
+
+
 def test_a_warm_up_from_the_text_spreads_its_responses_and_rolls_nothing_out():
     recipe = ["--recipe", RECIPES / "qwen3-14b.args", "--world-size", 16]
     warm_up = ["--rmt-warmup-iters", 5, "--rmt-warmup-thought", "text"]
@@ -331,6 +353,32 @@ def test_seconds_follow_the_hardware():
 
 def words_of(text: str) -> list[str]:
     return ["--recipe", str(RECIPES / "qwen3-14b.args"), *text.split()]
+
+
+def test_where_the_host_is_slower_rollouts_take_what_their_launches_take(monkeypatch):
+    fast = dataclasses.replace(plan.HARDWARE["h100"], tflops=1e9, bandwidth=1e9)
+    monkeypatch.setitem(plan.HARDWARE, "h100", fast)
+    seconds = plan.make_plan(request(words_of("--world-size 16"))).first.seconds
+    # 40 layers, 4 samples of the rank, two all-reduces a layer over 4 ranks.
+    launches = (40 * (13 + 6 + 11 * 4) + 274) * 5e-6
+    each = launches + 40 * 6 * 65e-6 + 40 * 2 * 15e-6
+    assert seconds.rollout / seconds.passes == pytest.approx(each, rel=1e-3)
+
+
+def test_weights_that_are_not_kept_in_fp8_have_copies():
+    def memory(flags: str) -> RankMemory:
+        return plan.make_plan(request(words_of(f"--world-size 16 {flags}"))).memory
+
+    wide = memory("")
+    copied, kept = (
+        memory(f"--fp8-format e4m3 --fp8-recipe blockwise {flags}")
+        for flags in ("", "--fp8-param-gather")
+    )
+    # Of the layers: embedding and head stay in bf16.
+    linear = wide.weights / 2 - 2 * 151936 / 4 * 5120
+    assert copied.decoding - wide.decoding == pytest.approx(linear)
+    assert copied.activations - wide.activations == pytest.approx(2 * linear)
+    assert kept.decoding == wide.decoding
 
 
 def test_what_does_not_fit_comes_with_flags_that_do(

@@ -97,3 +97,22 @@ def test_bad_input_is_one_sentence_and_no_traceback(tmp_path, text, message):
     assert run.returncode == 1
     assert message in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_held_out_text_comes_first_no_place_is_empty_and_the_warm_up_is_shaded(tmp_path):
+    names = {"held-out thought": 0.2, "held-out no thought": 0.1, "held-out next token": 0.3}
+    records = [{"iteration": 0, **names}]
+    for i in range(1, 7):
+        warm = {"warm-up loss": 0.5} if i < 3 else {"warm-up loss": 0.0, "reward": 0.1 * i}
+        records.append({"iteration": i, "ntp loss": 3.0, **warm, **(names if i % 3 == 0 else {})})
+    figure = plot_curves(read_metrics(_write(tmp_path / "metrics.jsonl", records)))
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles[0] == "Held-out text: next token predicted"
+    spans = [axis.get_subplotspec() for axis in figure.axes]
+    grid = spans[0].get_gridspec()
+    assert sum(len(one.colspan) * len(one.rowspan) for one in spans) == grid.nrows * grid.ncols
+    for axis in figure.axes:
+        (shade,) = axis.patches
+        assert shade.get_x() + shade.get_width() == 2.5
+        assert [text.get_text() for text in axis.texts] == ["warm-up"]
+    assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 3, 6]

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.rollout.kv_cache import KeyValueStore
-from megatron_rmt.rollout.prefill import entropy_percentiles, read_trunk
+from megatron_rmt.rollout.prefill import EntropyHistogram, read_trunk
 from megatron_rmt.rollout.trunk import Sample, UserBatch, build_trunk, first_rows
 from tests.distributed import run_distributed
 from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
@@ -127,23 +127,39 @@ def test_no_gradient_is_kept():
 
 def test_percentiles_are_those_of_the_sorted_entropies_to_a_hundredth():
     entropies = torch.rand(1037, generator=torch.Generator().manual_seed(3)).square() * 11
-    found = entropy_percentiles(entropies)
+    found = EntropyHistogram(entropies).percentiles()
     for percentile, value in found.items():
         exact = np.percentile(entropies.numpy(), percentile, method="inverted_cdf")
         assert value == pytest.approx(exact, abs=0.00501)
     assert list(found) == [10, 50, 90]
-    assert all(math.isnan(value) for value in entropy_percentiles(torch.empty(0)).values())
-    assert entropy_percentiles(torch.tensor([1e-8]))[50] == pytest.approx(0.005)
+    nothing = EntropyHistogram(torch.empty(0))
+    assert all(math.isnan(value) for value in nothing.percentiles().values())
+    assert all(math.isnan(value) for value in nothing.quantiles((0.1, 0.5)))
+    assert EntropyHistogram(torch.tensor([1e-8])).percentiles()[50] == pytest.approx(0.005)
 
 
-def _percentiles_of_a_share() -> dict[int, float]:
+@pytest.mark.parametrize("count", [1, 7, 100, 1037])
+def test_a_quantile_is_the_lower_end_of_the_bin_of_the_sorted_entropies(count):
+    entropies = torch.rand(count, generator=torch.Generator().manual_seed(count)).square() * 11
+    percents = (0, 7, 30, 35, 70, 95)
+    quantiles = EntropyHistogram(entropies).quantiles([percent / 100 for percent in percents])
+    for percent, found in zip(percents, quantiles, strict=True):
+        exact = entropies.sort().values[max(1, -(-count * percent // 100)) - 1]
+        assert found <= exact < found + 0.0100001
+    # All are at least as uncertain as the first quantile.
+    assert (entropies >= EntropyHistogram(entropies).quantiles((0.0,))[0]).all()
+
+
+def _of_a_share() -> tuple[dict[int, float], tuple[float, ...]]:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
     entropies = torch.linspace(0, 6, 101)
-    return entropy_percentiles(entropies[parallel_state.get_data_parallel_rank() :: 2])
+    found = EntropyHistogram(entropies[parallel_state.get_data_parallel_rank() :: 2])
+    return found.percentiles(), found.quantiles((0.2, 0.5, 0.8))
 
 
 @pytest.mark.multiprocess
-def test_percentiles_are_of_all_data_parallel_ranks():
-    whole = entropy_percentiles(torch.linspace(0, 6, 101))
-    assert run_distributed(2, _percentiles_of_a_share) == [whole, whole]
+def test_percentiles_and_quantiles_are_of_all_data_parallel_ranks():
+    whole = EntropyHistogram(torch.linspace(0, 6, 101))
+    expected = whole.percentiles(), whole.quantiles((0.2, 0.5, 0.8))
+    assert run_distributed(2, _of_a_share) == [expected, expected]

@@ -1,6 +1,7 @@
 """From JSONL to Megatron's dataset, with real tokenizers and Megatron's own readers."""
 
 import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
@@ -464,8 +465,22 @@ def test_a_killed_worker_is_one_sentence_and_leaves_nothing(
 
 @pytest.mark.faults
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [
+        (signal.SIGTERM, "2"),
+        (signal.SIGKILL, "2"),
+        *(
+            pytest.param(number, workers, marks=pytest.mark.slow)
+            for number, workers in (
+                (signal.SIGTERM, "1"),
+                (signal.SIGKILL, "1"),
+                (signal.SIGINT, "1"),
+                (signal.SIGINT, "2"),
+            )
+        ),
+    ],
+)
 def test_a_signal_ends_all_processes_with_one_sentence_and_leaves_nothing(
     tmp_path: Path, tokenizer_directory: str, number: signal.Signals, workers: str
 ) -> None:
@@ -499,6 +514,33 @@ def test_a_signal_ends_all_processes_with_one_sentence_and_leaves_nothing(
         return False
 
     _wait_until(all_gone)
+
+
+@pytest.mark.faults
+def test_what_a_killed_process_left_is_written_over_and_a_living_one_is_not_disturbed(
+    tmp_path: Path, corpus: Path, tokenizer_directory: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix, partial = str(tmp_path / "out"), tmp_path / "out.partial.bin"
+    preprocess_data.preprocess([corpus], str(tmp_path / "whole"), tokenizer_directory)
+    assert "written over" not in capsys.readouterr().err
+    partial.write_bytes(b"left" * 1000)
+    (tmp_path / "out.partial.idx").write_bytes(b"left" * 1000)
+    with partial.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=rf"{prefix}: another process is writing {partial};"):
+            preprocess_data.preprocess([corpus], prefix, tokenizer_directory)
+        assert partial.read_bytes() == b"left" * 1000
+    preprocess_data.preprocess([corpus], prefix, tokenizer_directory)
+    assert capsys.readouterr().err.count(f"{partial}, which a killed process left, is written") == 1
+    for kind in ("bin", "idx"):
+        whole = (tmp_path / f"whole.{kind}").read_bytes()
+        assert (tmp_path / f"out.{kind}").read_bytes() == whole
+    assert not list(tmp_path.glob("*.partial.*"))
+
+    partial.symlink_to(tmp_path / "whole.bin")
+    with pytest.raises(ValueError, match="cannot be written"):
+        preprocess_data.preprocess([corpus], prefix, tokenizer_directory, overwrite=True)
+    assert (tmp_path / "whole.bin").read_bytes() == (tmp_path / "out.bin").read_bytes()
 
 
 def _wait_until(happens: Callable[[], bool]) -> None:

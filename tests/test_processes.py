@@ -17,26 +17,26 @@ pytestmark = [pytest.mark.faults, pytest.mark.multiprocess]
 # A rank, the worker that writes its checkpoints as Megatron starts it, but idle, and what holds the
 # results of a save.
 RANK = """
-import multiprocessing, os, sys, time
+import os, sys, time
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-def idle(folder):
-    (Path(folder) / "worker").write_text(str(os.getpid()))
+def idle(*args):
+    (Path(sys.argv[1]) / "worker").write_text(str(os.getpid()))
     time.sleep(60)
 
 PersistentAsyncCaller.async_loop = staticmethod(idle)
 if __name__ == "__main__":
-    from megatron_rmt.job.processes import end_with_torchrun
+    from megatron_rmt.job import processes
 
-    end_with_torchrun()
-    loop, folder = PersistentAsyncCaller.async_loop, sys.argv[1]
-    multiprocessing.get_context("spawn").Process(target=loop, args=(folder,), daemon=True).start()
-    holder = filesystem_async.get_write_results_queue()._manager._process
-    (Path(folder) / "holder").write_text(str(holder.pid))
-    (Path(folder) / "rank").write_text(str(os.getpid()))
+    processes.end_with_torchrun()
+    processes.start_save_worker(PersistentAsyncCaller._get_process, 0)
+    queue = processes.write_results_queue(filesystem_async.get_write_results_queue)
+    folder = Path(sys.argv[1])
+    (folder / "holder").write_text(str(queue._manager._process.pid))
+    (folder / "rank").write_text(str(os.getpid()))
     time.sleep(60)
 """
 # A rank that asks to end with its agent when that is gone already.

@@ -384,6 +384,7 @@ def _written(
     while live.alive.any():
         token = script[live.step] if live.step < len(script) else OTHER
         live.write(torch.tensor([token]), torch.zeros(1))
+        live.step += 1
     return live.responses()[0][0].tokens.tolist()
 
 

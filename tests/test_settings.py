@@ -291,8 +291,12 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(write: Write):
     assert len(lines) >= 8
     with pytest.raises(ValueError, match="group-siez") as error:
         read_config(write("\n".join(lines.values())))
-    for key in lines:
-        assert f" {key} is " in str(error.value)
+    said = str(error.value)
+    stray = [key for key in lines if f"{key} is no setting" in WRONG[lines[key]]]
+    assert len(stray) >= 2
+    assert f"{', '.join(stray)} are no settings of RMT; known are rmt, " in said
+    for key in lines.keys() - stray:
+        assert f" {key} is " in said
 
 
 def test_a_file_that_cannot_be_read_is_named(capsys, tmp_path):
@@ -341,7 +345,7 @@ def test_each_setting_passes_inside_its_interval_and_nowhere_else(field: Field):
     cases = [*_at_the_ends(field), (math.nan, False)]
     assert [passes for _, passes in cases].count(True) >= 1
     for number, passes in cases:
-        value = [*field.default[:2], number] if "nargs" in _takes(field) else number
+        value = [*(field.default or (0.2, 0.4))[:2], number] if "nargs" in _takes(field) else number
         args = Namespace(train_iters=10, **{argument_name(field.name): value})
         refusals = [s for s in setting_problems(args) if f"in {field.metadata['interval']}" in s]
         assert len(refusals) == (not passes), number

@@ -12,9 +12,16 @@ from torch import Tensor
 
 from megatron_rmt import step as rmt_step
 from megatron_rmt.algorithm.doors import DoorError
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.rollout.prefill import EntropyHistogram
 from megatron_rmt.rollout.trunk import NO_LABEL, UserBatch, build_trunk
-from megatron_rmt.step import choose, global_sample_indices
-from megatron_rmt.update.report import answer_metrics, size_metrics
+from megatron_rmt.step import choose, global_sample_indices, thresholds_of_step
+from megatron_rmt.update.report import (
+    answer_metrics,
+    batch_metrics,
+    size_metrics,
+    trunk_metrics,
+)
 from megatron_rmt.update.tree import ReasonedSample, Tree, grow_tree, pad_tree
 from megatron_rmt.update.warm_up import response_from_text
 from megatron_rmt.update.weights import loss_weights
@@ -30,6 +37,8 @@ from tests.tiny_step import (
     tiny_schedule,
     tiny_trunk,
 )
+
+THRESHOLDS = Settings().entropy_thresholds
 
 
 def _indices_of_rank(size: int, micro_batches: int) -> list[list[int]]:
@@ -72,12 +81,18 @@ def _entropies(trunk: Trunk) -> Tensor:
 
 
 def _chosen(
-    trunk: Trunk, entropies: Tensor, indices: tuple[int, int] = (7, 8), **schedule: Any
+    trunk: Trunk,
+    entropies: Tensor,
+    indices: tuple[int, int] = (7, 8),
+    thresholds: tuple[float, ...] = THRESHOLDS,
+    ceiling: float | None = None,
+    **schedule: Any,
 ) -> tuple[list[int], Tensor]:
     """The chosen rows of the trunk, and the tier of every row."""
     trunk.indices = list(indices)
     samples = reasoned(trunk, [], None)
-    tier = choose(tiny_run(), samples, entropies, tiny_schedule(**schedule))
+    run = tiny_run() if ceiling is None else tiny_run(entropy_ceiling=ceiling)
+    tier = choose(run, samples, entropies, thresholds, tiny_schedule(**schedule))
     starts = [0, len(samples[0].sample)]
     return [
         start + position.row
@@ -135,7 +150,8 @@ def test_what_no_answer_can_say_is_never_chosen_and_in_boxes_counted(answer, lef
         separate_documents=True,
     )
     own = [ReasonedSample(sample)]
-    tier = choose(run, own, torch.ones(len(sample)), tiny_schedule(positions_per_sample=99))
+    schedule = tiny_schedule(positions_per_sample=99)
+    tier = choose(run, own, torch.ones(len(sample)), THRESHOLDS, schedule)
     readable = [row for row, label in enumerate(text[1:]) if words[label]]
     said = [row for row in readable if text[row + 1] not in left_out]
     assert (tier >= 0).nonzero()[:, 0].tolist() == said
@@ -161,6 +177,48 @@ def test_the_choice_depends_on_sample_and_iteration_but_not_on_preamble_or_neigh
     assert [(int(trunk.samples[r]), int(trunk.columns[r])) for r in rows] != choices[0]
 
 
+def test_what_lies_above_the_ceiling_is_never_chosen_and_counted():
+    trunk = tiny_trunk()
+    entropies = _entropies(trunk)
+    free, tier_of_all = _chosen(trunk, entropies, positions_per_sample=99)
+    rows, tier = _chosen(trunk, entropies, ceiling=1.7, positions_per_sample=99)
+    assert rows == [row for row in free if entropies[row] <= 1.7]
+    assert 0 < len(rows) < len(free)
+    assert torch.equal(tier, tier_of_all.masked_fill(entropies > 1.7, -1))
+
+    samples = reasoned(trunk, [], None)
+    labelled = torch.cat([of.sample.labelled for of in samples])
+    predictions = torch.zeros(len(trunk), dtype=torch.int64)
+    of_trunk = (samples, entropies, predictions, tier, tiny_schedule())
+    above = trunk_metrics(*of_trunk, ceiling=1.7)["rmt above entropy ceiling"]
+    assert above == (float((entropies[labelled] > 1.7).sum()), float(labelled.sum()))
+    assert "rmt above entropy ceiling" not in trunk_metrics(*of_trunk, ceiling=None)
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_quantiles_give_each_tier_its_share_whatever_the_entropies():
+    """To the width of a bin of the histogram, and logged."""
+    trunk = tiny_trunk()
+    labelled = torch.cat([of.sample.labelled for of in reasoned(trunk, [], None)])
+    settings = Settings(threshold_quantiles=(0.4, 0.6, 0.9))
+    for scale in (0.3, 1.0, 4.0):
+        entropies = _entropies(trunk) * scale
+        found = EntropyHistogram(entropies[labelled])
+        thresholds = thresholds_of_step(settings, found)
+        ordered = entropies[labelled].sort().values
+        for share, threshold in zip((0.4, 0.6, 0.9), thresholds, strict=True):
+            exact = float(ordered[-int(-share * len(ordered) // 1) - 1])
+            assert exact - 0.01 <= threshold <= exact
+        _, tier = _chosen(trunk, entropies, thresholds=thresholds)
+        chosen = tier >= 0
+        assert torch.equal(entropies[chosen] >= thresholds[2], tier[chosen] == 2)
+        logged = batch_metrics(settings, found, thresholds)
+        names = ("easy", "medium", "hard")
+        assert [logged[f"rmt threshold {name}"][0] for name in names] == [*thresholds]
+        assert thresholds_of_step(Settings(), found) == THRESHOLDS
+        assert "rmt threshold easy" not in batch_metrics(Settings(), found, THRESHOLDS)
+
+
 def test_a_sample_without_uncertain_tokens_has_no_position():
     trunk = tiny_trunk()
     entropies = _entropies(trunk)
@@ -177,7 +235,7 @@ def test_a_selection_that_returns_what_may_not_be_chosen_is_refused(rows):
     entropies = torch.full((len(trunk),), 2.0)
     # Row 0 is the prompt's.
     with pytest.raises(DoorError, match=r"--rmt-select tiers returned \[.* each once\."):
-        choose(run, reasoned(trunk, [], None), entropies, tiny_schedule())
+        choose(run, reasoned(trunk, [], None), entropies, THRESHOLDS, tiny_schedule())
 
 
 def _grow(of: Scored) -> Tree:

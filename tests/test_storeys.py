@@ -7,7 +7,16 @@ from tests.distributed import REPOSITORY
 
 PACKAGE = REPOSITORY / "megatron_rmt"
 # From the ground up; what stands on one storey does not import its neighbours.
-STOREYS = ("algorithm cpu prompt", "model", "rollout", "update", "mid_training", "step", "job", "")
+STOREYS = (
+    "algorithm cpu prompt",
+    "model",
+    "rollout",
+    "update",
+    "mid_training",
+    "step probe",
+    "job",
+    "",
+)
 LEVELS = {place: level for level, places in enumerate(STOREYS) for place in places.split()}
 ROOF = len(STOREYS)
 

@@ -51,6 +51,10 @@ COUNTED = (
     "branch tokens",
     "budget",
 )
+SELECTED = (
+    *("threshold easy", "threshold medium", "threshold hard", "above entropy ceiling"),
+    *("replaced", "kept without variance"),
+)
 COMPUTED = ("entropy", "next-token accuracy", "entropy of chosen", "ntp loss", "grad norm")
 PACKED = ["--rmt-max-tokens", "600"]
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -282,6 +286,63 @@ def test_without_curriculum_all_tiers_are_drawn_from(start: Start):
     assert sum(line["chosen easy"] + line["chosen medium"] for line in uniform) > 0
 
 
+SELECTING = [
+    *(*RMT, "--exit-interval", "3", "--rmt-entropy-ceiling", "3.3"),
+    *("--rmt-threshold-quantiles", "0.2", "0.5", "0.6"),
+    *("--rmt-select", "gain-variance", "--rmt-reserve-positions", "4"),
+]
+
+
+@pytest.fixture(scope="session")
+def selecting(start: Start) -> list[Line]:
+    return start(1, SELECTING).metrics
+
+
+def test_a_selecting_run_follows_the_entropies_and_replaces_what_teaches_nothing(
+    selecting: list[Line], reference: Run
+):
+    for line in selecting:
+        ends = [line[f"threshold {tier}"] for tier in ("easy", "medium", "hard")]
+        # Entropies are counted in bins of 0.01 nats, of which percentiles name the middle.
+        assert line["entropy p10"] < ends[0] < ends[1] < ends[2] < line["entropy p90"]
+        assert ends[1] == pytest.approx(line["entropy p50"] - 0.005)
+        assert 0 < line["above entropy ceiling"] < 0.4
+        assert ends[0] < line["entropy of chosen"] < 3.3
+        # Where nothing matches no group differs, and none can take another's place.
+        assert (line["kept without variance"] < 1) == (line["match rate"] > 0)
+        assert line["match rate"] > 0 or line["replaced"] == 0
+        # The reserve is rolled out and not trained.
+        assert line["stem tokens"] == reference.metrics[line["iteration"] - 1]["stem tokens"]
+    assert any(0 < line["replaced"] < 1 for line in selecting)
+    assert len({line["threshold hard"] for line in selecting}) > 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        pytest.param(2, [*SHARDED_OPTIMIZER, *PACKED], id="DP2, packed"),
+        pytest.param(2, TP2, id="TP2", marks=pytest.mark.slow),
+        pytest.param(2, PP2, id="PP2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_selecting_run_trains_alike_in_every_layout(
+    start: Start, selecting: list[Line], ranks: int, flags: list[str]
+):
+    lines = start(ranks, [*SELECTING, *flags]).metrics
+    assert_same_curve(lines, selecting)
+    for line, expected in zip(lines, selecting, strict=True):
+        for name in SELECTED:
+            assert line[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_a_selecting_run_resumes_bitwise(start: Start, selecting: list[Line], tmp_path: Path):
+    saving = ["--save", str(tmp_path), "--save-interval", "1"]
+    start(1, [*SELECTING, *saving, "--exit-interval", "1"])
+    resumed = start(1, [*SELECTING, "--exit-interval", "3"], resume_from=tmp_path)
+    assert resumed.metrics == selecting[1:]
+
+
 def test_without_ntp_only_the_policy_loss_trains(start: Start, reference: Run):
     lines = start(1, [*RMT, "--rmt-no-ntp", "--exit-interval", "2"]).metrics
     first, first_hybrid = lines[0], reference.metrics[0]
@@ -398,6 +459,50 @@ def test_a_run_with_a_moving_average_resumes_bitwise_in_its_layout(start: Start,
         assert line["rollout checksum"] == reference_line["rollout checksum"]
         for name in ("information gain", "reward", "grad norm"):
             assert line[name] == pytest.approx(reference_line[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.fixture(scope="session")
+def measuring(inputs: TinyInputs) -> list[str]:
+    """Flags with which a run measures held-out documents before it and after every third step."""
+    data = inputs.data.parents[1] / "corpus/train.jsonl"
+    return ["--rmt-eval-interval", "3", "--rmt-eval-data", str(data), "--rmt-eval-documents", "5"]
+
+
+@pytest.fixture(scope="session")
+def measured(start: Start, measuring: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    save = tmp_path_factory.mktemp("measured")
+    return start(1, [*RMT, *measuring, "--tensorboard-dir", str(save)])
+
+
+def test_measuring_held_out_documents_changes_no_digit_of_a_run(measured: Run, reference: Run):
+    lines = [
+        {name: value for name, value in line.items() if not name.startswith("held-out")}
+        for line in measured.metrics
+    ]
+    assert lines == [{"iteration": 0}, *reference.metrics]
+    probed = [line["iteration"] for line in measured.metrics if "held-out thought" in line]
+    assert probed == [0, 3, 6]
+    assert all(measured.metrics[at]["held-out positions"] == 20 for at in probed)
+    assert all(0 < measured.metrics[at]["held-out next token"] < 1 for at in probed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        pytest.param(TP2, 2),
+        pytest.param(PP2, 2, marks=pytest.mark.slow),
+        pytest.param([*SHARDED_OPTIMIZER, *OVERLAP], 2, marks=pytest.mark.slow),
+    ],
+    ids=["tensor", "pipeline", "data"],
+)
+def test_held_out_documents_are_measured_alike_in_every_layout(
+    start: Start, measuring: list[str], measured: Run, flags: list[str], ranks: int
+):
+    found = start(ranks, [*RMT, *measuring, *flags]).metrics
+    assert_same_curve(found[1:], measured.metrics[1:])
+    for line, expected in zip(found, measured.metrics, strict=True):
+        for name in (name for name in expected if name.startswith("held-out")):
+            assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 
 def test_rollouts_in_waves_train_alike(start: Start, reference: Run):

@@ -3,12 +3,13 @@
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_rmt.model import tree_attention
 from megatron_rmt.model.blocks import Block, ancestry, position_block
 from megatron_rmt.model.lse_attention import LseAttention
 from megatron_rmt.model.tree_attention import (
@@ -275,15 +276,58 @@ def test_layers_share_what_a_backend_prepares_and_other_blocks_do_not():
     assert max(_errors([output], [_dense(*inputs, _brute_force(visibility.blocks))])) < 1e-14
 
 
+@pytest.fixture
+def _compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Neither of torch's two switches is off, of which its configuration shows one."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    with torch._dynamo.config.patch(disable=False):
+        yield
+
+
+@pytest.mark.usefixtures("_compiling")
 def test_auto_is_the_fastest_that_runs():
     assert backend_for("auto", CPU) is LseAttention
     compiles = importlib.util.find_spec("triton") is not None
-    with torch._dynamo.config.patch(disable=False):
-        assert backend_for("auto", CUDA) is (FlexAttention if compiles else SdpaAttention)
-    with torch._dynamo.config.patch(disable=True):
+    assert backend_for("auto", CUDA) is (FlexAttention if compiles else SdpaAttention)
+
+
+@pytest.mark.usefixtures("_compiling")
+@pytest.mark.parametrize("switch", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_flex_without_a_compiler_is_neither_taken_nor_allowed(monkeypatch, switch: str):
+    monkeypatch.setenv(switch, "1")
+    # The second is read when torch is imported.
+    with torch._dynamo.config.patch(disable=switch == "TORCH_COMPILE_DISABLE"):
         assert backend_for("auto", CUDA) is SdpaAttention
+        with pytest.raises(ValueError, match=r"^--rmt-attention is flex, .* TORCHDYNAMO_DISABLE"):
+            check_backend("flex", CUDA)
 
 
+def test_kernels_that_plan_for_each_shape_are_left_out_on_a_gpu():
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    with tree_attention._kernels(CUDA):
+        assert not enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    with tree_attention._kernels(CPU):
+        assert enabled()
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 300])
+def test_flex_sees_whole_blocks_of_rows_alone(monkeypatch, tokens: int):
+    seen = []
+    plain = tree_attention.flex_attention
+
+    def attend(query: Tensor, *others: Tensor, **named: object) -> Tensor:
+        seen.append(query.shape[2])
+        return plain(query, *others, **named)
+
+    monkeypatch.setattr(tree_attention, "flex_attention", attend)
+    inputs = _inputs(tokens)
+    output = FlexAttention([Block(0, tokens)])(*inputs, SCALE)
+    assert seen == [-(-tokens // 128) * 128]
+    assert max(_errors([output], [_dense(*inputs, _brute_force((Block(0, tokens),)))])) < 1e-14
+
+
+@pytest.mark.usefixtures("_compiling")
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 def test_what_cannot_train_is_refused_before_the_first_step(device):
     for name in ("auto", "sdpa"):

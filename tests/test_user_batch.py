@@ -13,7 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_rmt.job import user_batch
-from megatron_rmt.job.user_batch import BatchError, check_tokens
+from megatron_rmt.job.user_batch import BatchError, foreign_token_problem
 from megatron_rmt.rollout.trunk import UserBatch
 from tests.distributed import run_distributed
 from tests.tiny_model import VOCAB, build_model
@@ -22,9 +22,16 @@ Batch = dict[str, Tensor]
 END_OF_DOCUMENT = 0
 
 
-def take_batches(*arguments: Any, separate_documents: bool = False) -> list[UserBatch]:
+def take_batches(
+    *arguments: Any,
+    separate_documents: bool = False,
+    token_problem: Callable[[UserBatch], str | None] = lambda batch: None,
+) -> list[UserBatch]:
     return user_batch.take_batches(
-        *arguments, end_of_document=END_OF_DOCUMENT, separate_documents=separate_documents
+        *arguments,
+        end_of_document=END_OF_DOCUMENT,
+        separate_documents=separate_documents,
+        token_problem=token_problem,
     )
 
 
@@ -401,43 +408,56 @@ def _of_tokens(tokens: list[int], loss_mask: list[float], labels: list[int] | No
     return UserBatch(values, torch.arange(len(tokens))[None], labels, torch.tensor([loss_mask]))
 
 
-def _check(*batches: UserBatch) -> str:
+def _problem(batch: UserBatch) -> str | None:
     """What is said of a batch of a vocabulary of 53 tokens, in 64 rows of the embedding."""
-    try:
-        check_tokens(batches, Namespace(padded_vocab_size=64), VOCAB)
-    except BatchError as error:
-        return str(error)
-    return ""
+    return foreign_token_problem(batch, Namespace(padded_vocab_size=64), VOCAB)
 
 
 @pytest.mark.faults
-@pytest.mark.usefixtures("single_process_megatron")
 @pytest.mark.parametrize("token", [-100, -1, VOCAB, 63, 64, 70_000])
 def test_a_token_outside_the_vocabulary_is_named(token: int):
-    good = _of_tokens([1, 2, 3], [1, 1, 1])
     said = f"a sample holds token {token} but --tokenizer-model has 53 tokens; make the samples"
-    assert _check(good, good) == ""
-    assert _check(good, _of_tokens([1, token, 3], [1, 0, 1])).startswith(said)
-    assert _check(_of_tokens([1, token, 3], [0, 1, 0])).startswith(said)
+    assert _problem(_of_tokens([1, 2, 3], [1, 1, 1])) is None
+    assert _problem(_of_tokens([1, token, 3], [1, 0, 1])).startswith(said)
+    assert _problem(_of_tokens([1, token, 3], [0, 1, 0])).startswith(said)
 
 
-@pytest.mark.usefixtures("single_process_megatron")
 def test_padding_may_be_any_row_of_the_embedding_and_labels_may_be_ignored():
-    assert _check(_of_tokens([1, 2, 60, 63], [1, 1, 0, 0])) == ""
-    assert _check(_of_tokens([1, 2, 60, 63], [1, 1, 1, 1], [2, 3, -100, -100])) == ""
-    assert _check(_of_tokens([1, 2, 3, 4], [1, 1, 1, 1], [2, 3, -100, 99])) == ""
-    assert "holds token 64" in _check(_of_tokens([1, 2, 60, 64], [1, 1, 0, 0]))
+    assert _problem(_of_tokens([1, 2, 60, 63], [1, 1, 0, 0])) is None
+    assert _problem(_of_tokens([1, 2, 60, 63], [1, 1, 1, 1], [2, 3, -100, -100])) is None
+    assert _problem(_of_tokens([1, 2, 3, 4], [1, 1, 1, 1], [2, 3, -100, 99])) is None
+    assert "holds token 64" in _problem(_of_tokens([1, 2, 60, 64], [1, 1, 0, 0]))
 
 
-def _on_rank() -> str:
-    parallel_state.initialize_model_parallel()
-    rank = torch.distributed.get_rank()
-    return _check(_of_tokens([1, 2, 60 if rank else 3], [1, 1, 1]))
+def _on_rank(batches: list[Batch], stages: int) -> tuple[str, int]:
+    """What is said where the last rank, or the last stage, is given a foreign token; and how many
+    all-reduces it takes to find that nothing is wrong."""
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=stages)
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.zeros(1))
+    model.__class__ = _Stage
+    last = torch.distributed.get_rank() == 1
+    reduced = torch.distributed.all_reduce
+    calls = []
+    torch.distributed.all_reduce = lambda *args, **named: calls.append(reduced(*args, **named))
+    take_batches(_step_with({}), iter(batches), model, model, 2, token_problem=_problem)
+    torch.distributed.all_reduce = reduced
+    foreign = [dict(batch, tokens=batch["tokens"].clone()) for batch in batches]
+    if last or stages > 1:
+        foreign[1]["tokens"][1, 0] = 60
+    foreign[1]["loss_mask"][1, -1] = 1.0
+    try:
+        take_batches(_step_with({}), iter(foreign), model, model, 2, token_problem=_problem)
+    except BatchError as error:
+        return str(error), len(calls)
+    return "no error", len(calls)
 
 
 @pytest.mark.faults
 @pytest.mark.multiprocess
-def test_every_rank_stops_where_one_finds_a_foreign_token():
-    first, second = run_distributed(2, _on_rank)
+@pytest.mark.parametrize("stages", [1, 2])
+def test_every_rank_stops_where_one_finds_a_foreign_token(stages: int):
+    (first, calls), (second, _) = run_distributed(2, _on_rank, _batches(2), stages)
     assert first == second
     assert "holds token 60 but" in first
+    assert calls == stages

@@ -1,5 +1,6 @@
 """What RMT refuses: on every rank, before a model is built, with one sentence for each problem."""
 
+import fnmatch
 import functools
 import json
 import re
@@ -21,9 +22,9 @@ from transformers import PreTrainedTokenizerFast
 import megatron_rmt
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.cpu import platform as cpu_platform
-from megatron_rmt.job.settings import add_rmt_arguments, readable_help
+from megatron_rmt.job.settings import GROUP_TITLE, add_rmt_arguments, readable_help
 from megatron_rmt.job.validation import check_rmt_arguments
-from tests.distributed import run_distributed
+from tests.distributed import REPOSITORY, run_distributed
 
 # A model small enough to type; RMT's defaults fit in it.
 MODEL = shlex.split(
@@ -161,7 +162,8 @@ BAD = {
     ("--rmt-minimum-budget", "900"): "--rmt-minimum-budget is 900; pass at most "
     "--rmt-initial-budget (800).",
     ("--rmt-answer-tokens", "0"): "--rmt-answer-tokens is 0; pass a number in [1, inf).",
-    ("--rmt-head-chunk-size", "0"): "--rmt-head-chunk-size is 0; pass a number in [1, inf).",
+    ("--rmt-head-chunk-size", "0"): "--rmt-head-chunk-size is 0; pass a number in "
+    "[1, inf), or leave it out (4096 on a GPU, 384 on a CPU).",
     (
         "--rmt-group-size",
         "1",
@@ -200,6 +202,28 @@ BAD = {
     "pass three ascending numbers.",
     ("--rmt-entropy-thresholds", "-1", "1", "2"): "--rmt-entropy-thresholds is -1.0 1.0 2.0; "
     "pass numbers in [0, inf].",
+    ("--rmt-threshold-quantiles", "0.5", "0.5", "0.9"): "--rmt-threshold-quantiles is 0.5 0.5 0.9; "
+    "pass three ascending numbers.",
+    ("--rmt-threshold-quantiles", "0.5", "0.7", "1"): "--rmt-threshold-quantiles is 0.5 0.7 1.0; "
+    "pass numbers in [0, 1), or leave it out (thresholds in nats).",
+    (
+        "--rmt-threshold-quantiles",
+        *("0.5", "0.7", "0.9"),
+        "--rmt-entropy-thresholds",
+        *("1", "2", "3"),
+    ): "--rmt-threshold-quantiles is 0.5 0.7 0.9 and --rmt-entropy-thresholds is 1.0 2.0 3.0; pass "
+    "one of them.",
+    ("--rmt-reserve-positions", "4"): "--rmt-reserve-positions is 4, which --rmt-select tiers does "
+    "not use; pass --rmt-select gain-variance, or leave it out.",
+    (
+        "--rmt-reserve-positions",
+        "-1",
+    ): "--rmt-reserve-positions is -1; pass a number in [0, inf), "
+    "or leave it out (as many as --rmt-positions-per-sample).",
+    ("--rmt-entropy-ceiling", "0.5"): "--rmt-entropy-ceiling is 0.5; pass more than the first of "
+    "--rmt-entropy-thresholds (0.5), else no position is ever chosen.",
+    ("--rmt-entropy-ceiling", "0"): "--rmt-entropy-ceiling is 0.0; pass a number in (0, inf), or "
+    "leave it out (none).",
     (
         "--rmt-entropy-top-k",
         "1",
@@ -293,6 +317,17 @@ BAD = {
     ("--hybrid-layer-pattern", "M*"): "--hybrid-layer-pattern is M*; RMT needs it left out:",
     ("--use-torch-fsdp2",): "--use-torch-fsdp2 is True; RMT needs False:",
     ("--use-megatron-fsdp",): "--use-megatron-fsdp is True; RMT needs False:",
+    ("--hybrid-context-parallel",): "--hybrid-context-parallel is True; RMT needs False: it deals",
+    ("--logits-save-dir", "x"): "--logits-save-dir is x; RMT needs it left out: it listens to",
+    ("--logits-load-dir", "x"): "--logits-load-dir is x; RMT needs it left out: it listens to",
+    ("--te-precision-config-file", "x"): "--te-precision-config-file is x; RMT needs it left out:",
+    ("--reuse-grad-buf-for-mxfp8-param-ag",): "--reuse-grad-buf-for-mxfp8-param-ag is True; RMT",
+    ("--freeze-all-layers",): "--freeze-all-layers is True; RMT needs False: nothing would learn.",
+    ("--inprocess-restart",): "--inprocess-restart is True; RMT needs False: what RMT knows",
+    ("--fake-process-group",): "--fake-process-group is True; RMT needs False: ranks compare",
+    ("--tensor-parallel-num-weight-shards", "4"): "--tensor-parallel-num-weight-shards is 4; RMT",
+    ("--expert-tensor-parallel-num-weight-shards", "4"): "--expert-tensor-parallel-num-weight-shar"
+    "ds is 4; RMT needs it left out: rollouts need whole weights.",
     ("--position-embedding-type", "mrope"): "--position-embedding-type is mrope; RMT supports",
     ("--transformer-impl", "inference_optimized"): "--transformer-impl is inference_optimized; RMT",
     ("--fp8-format", "e4m3"): "--fp8-recipe is delayed; rollouts would leak into its scaling "
@@ -361,6 +396,46 @@ def test_every_flag_that_a_refusal_names_exists():
         args.train_iters, args.virtual_pipeline_model_parallel_size = None, 2
         named = set(re.findall(r"--[a-z0-9-]+", _refusal(args)))
         assert named <= known, flags
+
+
+def _documented() -> list[tuple[str, list[str], str]]:
+    """(line, flags, state) of each row of the tables of docs/megatron-flags.md."""
+    text = (REPOSITORY / "docs" / "megatron-flags.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [(row[0], re.findall(r"`(--[a-z0-9*-]+)`", row[0]), row[1]) for row in rows]
+
+
+def test_the_page_of_megatrons_flags_knows_its_groups_and_names_flags_that_exist():
+    text = (REPOSITORY / "docs" / "megatron-flags.md").read_text(encoding="utf-8").lower()
+    groups = [group.title for group in _parser()._action_groups if group._group_actions]
+    groups.remove("options")
+    groups.remove(GROUP_TITLE)
+    assert [title for title in groups if title.lower() not in text] == []
+    known = {name for action in _parser()._actions for name in action.option_strings}
+    named = [flag for _, flags, _ in _documented() for flag in flags]
+    assert len(named) > 150
+    assert [flag for flag in named if not fnmatch.filter(known, flag)] == []
+
+
+def test_what_the_page_of_megatrons_flags_calls_refused_is_and_nothing_else():
+    tried = {word for flags in BAD for word in flags if word.startswith("--")}
+    tried |= {"--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"}
+    # By Megatron, by the parser of --rmt-config, for want of --train-iters; what Megatron makes
+    # another flag of.
+    tried |= {"--delay-wgrad-compute", "--ep-overlap-early-attn-memory-release"}
+    tried |= {"--fp8-output-proj", "--yaml-cfg"}
+    tried |= {"--train-samples", "--phase-transition-iterations"}
+    tried |= {"--enable-cuda-graph", "--external-cuda-graph"}
+    refused = {flag for _, flags, state in _documented() if "refused" in state for flag in flags}
+    assert refused <= tried | {"--moe-token-dispatcher-type"}
+    documented = {flag for _, flags, _ in _documented() for flag in flags}
+    refused_by_rmt = {flags[0] for flags in BAD if not flags[0].startswith(("--rmt", "--wandb"))}
+    assert refused_by_rmt <= documented
+    works = {flag for _, flags, state in _documented() if state != "refused" for flag in flags}
+    both = {"--use-distributed-optimizer", "--moe-router-load-balancing-type"}
+    both |= {"--fp8-format", "--fp8-recipe", "--position-embedding-type", "--transformer-impl"}
+    both |= {"--moe-flex-dispatcher-backend", "--expert-model-parallel-size"}
+    assert refused_by_rmt & works <= both | {"--attention-dropout", "--hidden-dropout"}
 
 
 @pytest.mark.parametrize("recipe", [BLOCKWISE, TENSORWISE], ids=["blockwise", "tensorwise"])

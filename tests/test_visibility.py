@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from megatron_rmt.model.blocks import Block
@@ -102,6 +103,22 @@ def test_rotary_tables_come_in_few_lengths(longest, table):
     visibility.use_position_ids(torch.arange(3), longest)
     assert visibility.max_seqlen_q == visibility.max_seqlen_kv == table
     assert visibility.qkv_format == "sbhd"
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_an_attention_that_would_not_follow_is_refused():
+    model = build_model()
+    model.decoder.layers[1].self_attention = torch.nn.Linear(32, 32)
+    with pytest.raises(ValueError, match=r"layer 2 has a Linear, .*; pass a layer specification"):
+        attach_tree_attention(model)
+    model.decoder.layers[1].self_attention = IdentityOp()
+    assert attach_tree_attention(model) == 1
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_a_fused_rotation_of_unpacked_sequences_is_refused():
+    with pytest.raises(ValueError, match=r"fused_single_qkv_rope is on .*; turn it off"):
+        attach_tree_attention(build_model(fused_single_qkv_rope=True))
 
 
 def test_a_plan_must_say_how_its_tokens_attend():

@@ -171,6 +171,7 @@ def _run_program(program: str, flags: list[str], directory: str) -> None:
         os.dup2(log.fileno(), sys.stderr.fileno())
     # Saving a checkpoint starts a process of its own.
     multiprocessing.current_process().daemon = False
+    _fork_what_saves()
     torch.set_num_threads(1)
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     sys.argv = [program, *cpu_platform.add_required_flags(flags)]
@@ -183,6 +184,16 @@ def _run_program(program: str, flags: list[str], directory: str) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _fork_what_saves() -> None:
+    """Processes that save a checkpoint are forked: new ones would import everything again, 5 s."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    from megatron_rmt.job import processes
+
+    PersistentAsyncCaller._get_process.__func__.__defaults__ = ("fork", 10, None)
+    processes.write_results_queue.__defaults__ = ("fork",)
 
 
 def _log(directory: Path) -> str:

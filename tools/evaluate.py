@@ -7,14 +7,22 @@
 
 The splits are the papers' (RPT, arXiv 2506.08007; RMT, arXiv 2509.24375): positions whose next
 token the model predicts with an entropy above 0.5 (easy), 1.0 (medium) and 1.5 nats (hard). They
-are nested; "average" is the mean of the three accuracies. Each is measured in these ways:
+are nested; "average" is the mean of the three, "all" that of all positions whatever their entropy.
+The most likely token after the plain document is judged at every position. Some positions of each
+document (--positions) are predicted in four ways:
 
-- next token: the most likely token after the plain document, at every position;
-- thought: a thought within the budget, then an answer, by the engine that training uses, at some
-  positions of each document, drawn uniformly among those above the lowest threshold;
-- no thought: the same prompt with the thought closed before its first token. If thoughts help,
-  "thought" is above it;
-- next token at those same positions, because documents weigh differently there.
+- next token: at once, from the plain document;
+- thought: after a thought within the budget, by the engine that training uses;
+- swapped thought: after the thought of another position of the same file, half way round all of
+  them, so that each thought is used once;
+- no thought: the thought is closed before its first token.
+
+If thoughts help, "thought" is above the others; if it is not above "swapped thought", it is not
+what the thought says that helps. Three things are judged: the answer that is drawn, as in training;
+where the answer stands right after the thought (--rmt-template inline, not in a box), whether the
+true token is the most likely one there, which is what "next token" is judged by; and log p of the
+truth, mean nats a token over the next --rmt-target-tokens true tokens, at temperature 1. A
+--rmt-reward that wants no answer gets none drawn.
 
 An answer counts by the template's rule of training: it must be a byte prefix of the true text and
 end where a token ends. Answers are sampled as in training unless --rmt-greedy; with several
@@ -28,9 +36,10 @@ write the date, or be edited; another prompt is refused.
 
 Flags that are not listed are Megatron's (--bf16, --tensor-model-parallel-size, --ckpt-step, ...).
 These have their meaning of training: --rmt-template, --rmt-no-chat, --rmt-answer-tokens,
---rmt-force-close, --rmt-greedy, --rmt-temperature, --rmt-entropy-thresholds, --rmt-entropy-top-k,
---rmt-head-chunk-size. Start it with torchrun for several ranks; data-parallel replicas share the
-documents. The table goes to stdout, everything else to stderr.
+--rmt-force-close, --rmt-greedy, --rmt-temperature, --rmt-reward, --rmt-target-tokens,
+--rmt-entropy-thresholds, --rmt-entropy-top-k, --rmt-head-chunk-size. Start it with torchrun for
+several ranks; data-parallel replicas share the documents. The table goes to stdout, everything else
+to stderr.
 """
 
 import argparse
@@ -53,19 +62,22 @@ from evaluation import (
     summary,
     write_output,
 )
-from evaluation_documents import Document, documents_of, read_texts, tokenize
+from evaluation_documents import Document, documents_of, names_of, read_texts, tokenize
 from model_on_hand import loading_flags, model_flags, quiet_unless_it_fails, start_mid_training
 
 if TYPE_CHECKING:
     from evaluation_passes import Reasoning
     from megatron_rmt.mid_training import MidTraining
 
+POSITIONS = ("uncertain", "answers")
 # The prompt and sampling flags of training that mean the same here; the others only train.
 SHARED_FLAGS = frozenset(
     (
         "--rmt-template",
         "--rmt-no-chat",
         "--rmt-answer-tokens",
+        "--rmt-reward",
+        "--rmt-target-tokens",
         "--rmt-force-close",
         "--rmt-greedy",
         "--rmt-temperature",
@@ -86,7 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--compare", type=Path, nargs="+", metavar="JSON", help="table of earlier outputs")
     add("--load", type=Path, help="Megatron checkpoint directory")
-    add("--data", type=Path, help="JSONL, one document a line")
+    add(
+        "--data",
+        type=Path,
+        nargs="+",
+        metavar="JSONL",
+        help="one document a line; each file gets its own rows, and all of them a total",
+    )
     add("--output", type=Path, help="JSON to be written")
     add(
         "--model-flags",
@@ -94,7 +112,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the model's Megatron flags are: a file, or the directory of a converted "
         "checkpoint (default: --load; a training run's --save directory has none)",
     )
-    add("--documents", type=int, help="evaluate the first N documents (default: all)")
+    add("--documents", type=int, help="evaluate the first N documents of a file (default: all)")
+    add(
+        "--positions",
+        choices=POSITIONS,
+        help="which positions are predicted by reasoning: uncertain, drawn from those above the "
+        "lowest threshold (default), or answers, from those whose next token is the first one in "
+        'a span of the line\'s answer_spans, such as "answer_spans": [[10, 12]], [first, limit) '
+        "characters of its text",
+    )
     add(
         "--positions-per-document",
         type=int,
@@ -106,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="count only what follows the first problem_chars characters of a document",
     )
+    add("--no-swap", action="store_true", help="leave out the thoughts of other positions")
     add("--positions-from", type=Path, metavar="JSON", help="same positions as this output")
     add(
         "--budget",
@@ -163,6 +190,7 @@ def check_flags(flags: argparse.Namespace, others: Sequence[str]) -> None:
             "--positions-per-document": flags.positions_per_document,
             "--seq-length": flags.seq_length,
             "--solution-only": flags.solution_only or None,
+            "--positions": flags.positions,
             "--rmt-entropy-thresholds": given & {"--rmt-entropy-thresholds"} or None,
         }
         for name, value in fixed.items():
@@ -198,10 +226,24 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
         per_document = 0
     words = megatron_flags(flags, length, others)
     # All lines are read before the model is loaded, so that a mistake in them shows at once.
-    texts = read_texts(flags.data, flags.json_key, flags.solution_only, flags.documents)
+    files = names_of(flags.data)
+    answers = flags.positions == "answers"
+    texts = [
+        text
+        for name, path in files.items()
+        for text in read_texts(
+            path, flags.json_key, flags.solution_only, flags.documents, answers=answers, name=name
+        )
+    ]
     if earlier is not None:
-        lines = {record.line for record in earlier.records}
-        texts = [text for text in texts if text.line in lines]
+        missing = sorted({record.file for record in earlier.records} - {*files})
+        if missing:
+            raise ValueError(
+                f"--positions-from {flags.positions_from} was measured on {', '.join(missing)} "
+                f"too, and --data holds {', '.join(files)}; pass the same files."
+            )
+        lines = {(record.file, record.line) for record in earlier.records}
+        texts = [text for text in texts if (text.file, text.line) in lines]
 
     with quiet_unless_it_fails():
         run = start_mid_training(words)
@@ -226,12 +268,18 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
     how = Reasoning(
         length=length,
         positions=per_document,
+        answers=answers,
         budget=flags.budget,
         samples=flags.samples,
+        swap=not flags.no_swap,
         at_once=flags.rollouts_at_once,
         seed=flags.seed,
     )
-    records = measure(run, work, how, show_progress=leads)
+    check_something_is_measured(run)
+    records = []
+    for name in files:
+        own = [(document, record) for document, record in work if document.file == name]
+        records += measure(run, own, how, show_progress=leads)
     if leads:
         settings = settings_of(flags, run, how, earlier)
         measured = Measured(settings, records)
@@ -245,6 +293,20 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
             f"{sum(r.entropy for r in records) / max(counted, 1):.3f} nats\n\n{summary(measured)}"
         )
     dist.barrier()
+
+
+def check_something_is_measured(run: "MidTraining") -> None:
+    """Refuse prompts after which nothing is predicted.
+
+    Raises:
+        ValueError: the reward wants no answer, and the template has the truth in a box.
+    """
+    if run.prompt.template.answer == "boxed" and not run.prompt.answer_tokens:
+        raise ValueError(
+            f"--rmt-reward {run.settings.reward} asks for no answer, and with --rmt-template "
+            f"{run.settings.template} the truth does not follow the thought; leave --rmt-reward "
+            "out, or pass --rmt-template inline."
+        )
 
 
 def asked_with(run: "MidTraining") -> dict[str, str]:
@@ -261,6 +323,7 @@ def kept_settings(earlier: Measured, path: Path) -> dict[str, Any]:
     kinds = {
         "seq_length": int,
         "solution_only": bool,
+        "positions": str,
         "positions_per_document": int,
         "entropy_thresholds": list,
         "entropy_top_k": int | None,
@@ -285,11 +348,12 @@ def settings_of(
     settings = {
         "load": str(flags.load),
         "iteration": str(run.args.ckpt_step or tracker.read_text().strip()),
-        "data": str(flags.data),
+        "data": [str(path) for path in flags.data],
         "json_key": flags.json_key,
         "special_tokens": flags.special_tokens,
         "seq_length": how.length,
         "solution_only": flags.solution_only,
+        "positions": flags.positions or POSITIONS[0],
         "positions_per_document": how.positions,
         "positions_from": None,
         "entropy_thresholds": list(shared.entropy_thresholds),
@@ -302,6 +366,9 @@ def settings_of(
         "greedy": shared.greedy,
         "temperature": shared.temperature,
         "answer_tokens": shared.answer_tokens,
+        "reward": shared.reward,
+        "target_tokens": shared.target_tokens,
+        "swap": how.swap,
         "force_close": shared.force_close,
         "dtype": str(run.args.params_dtype).removeprefix("torch."),
         "seed": flags.seed,

@@ -1,7 +1,8 @@
 """What an evaluation measured: records of documents, their statistics, tables and JSON.
 
-Accuracies and rates are ratios of sums over documents, with 95 % intervals by a bootstrap over
-documents; two evaluations of the same positions are compared by resampling the same documents.
+Accuracies, log-probs and rates are ratios of sums over documents, with 95 % intervals by a
+bootstrap over documents; two evaluations of the same positions are compared by resampling the same
+documents.
 """
 
 import itertools
@@ -10,24 +11,71 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from json_lines import read_object
 
 SPLITS = ("easy", "medium", "hard")
-COLUMNS = (*SPLITS, "average")
+COLUMNS = (*SPLITS, "average", "all")
 RESAMPLES = 2000
-FORMAT = 2
+FORMAT = 3
 NOT_COUNTED = "-"
-# How a result is measured: its name, and the title of its row.
-METHODS = {
-    "next_token": "next token, all positions",
-    "next_token_sampled": "next token",
-    "thought": "thought, then answer",
-    "no_thought": "no thought, then answer",
-}
+# Every position of the documents, not the drawn ones alone.
+EVERYWHERE = "next_token"
+# The ways in which drawn positions are predicted; differences are the second minus the others.
+WAYS = ("next token", "thought", "swapped thought", "no thought")
+
+
+class Block(NamedTuple):
+    """What is measured in all ``WAYS``.
+
+    title: of the block. names: of the results. rows: their titles. scale, decimals: as shown.
+    """
+
+    title: str
+    names: tuple[str, str, str, str]
+    rows: tuple[str, str, str, str]
+    scale: float = 100.0
+    decimals: int = 1
+
+    @property
+    def differences(self) -> dict[str, tuple[str, str, str]]:
+        """By name: the row's title, and the names of the results that are subtracted."""
+        plain, thought, *others = self.names
+        return {
+            f"{thought}_minus_{name}": (f"{WAYS[1]} minus {way}", thought, name)
+            for name, way in zip((plain, *others), (WAYS[0], *WAYS[2:]), strict=True)
+        }
+
+
+BLOCKS = (
+    Block(
+        "answers drawn as in training, %",
+        ("next_token_sampled", "thought", "swapped", "no_thought"),
+        (WAYS[0], *(f"{way}, then answer" for way in WAYS[1:])),
+    ),
+    Block(
+        "most likely next token, %",
+        (
+            "next_token_sampled",
+            "thought_likeliest",
+            "swapped_likeliest",
+            "no_thought_likeliest",
+        ),
+        (WAYS[0], *(f"{way}, then next token" for way in WAYS[1:])),
+    ),
+    Block(
+        "log p of the truth, nats",
+        ("log_prob", "thought_log_prob", "swapped_log_prob", "no_thought_log_prob"),
+        (WAYS[0], *(f"{way}, then the truth" for way in WAYS[1:])),
+        scale=1.0,
+        decimals=3,
+    ),
+)
+# What is measured once at a position, not for each response.
+ONCE = (EVERYWHERE, "next_token_sampled", "log_prob", "no_thought_likeliest", "no_thought_log_prob")
 RATES = {
     "thought_length": ("thought, tokens", 1.0),
     "well_formed": ("well-formed answers, %", 100.0),
@@ -40,14 +88,18 @@ RATES = {
 class Record:
     """What was measured on one document; the output holds one per line.
 
-    line: of the data file, from 1. id: digest of the whole document's token ids. tokens, dropped:
-    read, and left out beyond --seq-length. difficulty, next_token: one character per token that was
-    read, about its prediction from the tokens before it: how many thresholds the entropy exceeds
-    (0 to 3) or ``NOT_COUNTED``, and 1 where the most likely token is the true one. entropy: in
-    nats, summed over the counted tokens. positions: indices of the tokens predicted by reasoning,
-    ascending; the lists after it belong to them and sum over the samples of a position.
+    file: the name of its file. line: of the file, from 1. id: digest of the whole document's token
+    ids. tokens, dropped: read, and left out beyond --seq-length. difficulty, next_token: one
+    character per token that was read, about its prediction from the tokens before it: how many
+    thresholds the entropy exceeds (0 to 3) or ``NOT_COUNTED``, and 1 where the most likely token is
+    the true one. entropy: in nats, summed over the counted tokens. positions: indices of the tokens
+    predicted by reasoning, ascending; the lists after it belong to them and sum over the samples of
+    a position, but for those of ``ONCE``. What is not measured is empty. thought, swapped,
+    no_thought: right answers. ..._likeliest: the true token is the most likely one. ..._log_prob:
+    nats, mean over the true tokens.
     """
 
+    file: str
     line: int
     id: str
     tokens: int
@@ -62,27 +114,37 @@ class Record:
     closed_by_itself: list[int] = field(default_factory=list)
     no_thought: list[int] = field(default_factory=list)
     no_thought_well_formed: list[int] = field(default_factory=list)
+    swapped: list[int] = field(default_factory=list)
+    thought_likeliest: list[int] = field(default_factory=list)
+    swapped_likeliest: list[int] = field(default_factory=list)
+    no_thought_likeliest: list[int] = field(default_factory=list)
+    log_prob: list[float] = field(default_factory=list)
+    thought_log_prob: list[float] = field(default_factory=list)
+    swapped_log_prob: list[float] = field(default_factory=list)
+    no_thought_log_prob: list[float] = field(default_factory=list)
+
+    def values(self, name: str) -> tuple[Sequence[int], Sequence[float]]:
+        """(the tokens at which the result ``name`` was measured, what came out)."""
+        if name == EVERYWHERE:
+            return range(self.tokens), [int(match == "1") for match in self.next_token]
+        if name == "next_token_sampled":
+            return self.positions, [int(self.next_token[token]) for token in self.positions]
+        return self.positions, getattr(self, name)
 
 
-def split_counts(records: Sequence[Record], method: str, samples: int) -> tuple[np.ndarray, ...]:
-    """Right predictions and predictions of each document, both ``[documents, splits]``."""
-    right = np.zeros((len(records), len(SPLITS)))
-    total = np.zeros((len(records), len(SPLITS)))
+def split_counts(records: Sequence[Record], name: str, samples: int) -> tuple[np.ndarray, ...]:
+    """Sums and counts of a result in each document, both ``[documents, splits + 1]``; the last
+    column is of all positions, whatever their entropy."""
+    total = np.zeros((len(records), len(SPLITS) + 1))
+    count = np.zeros_like(total)
+    each = 1 if name in ONCE else samples
     for row, record in enumerate(records):
-        if method == "next_token":
-            tokens, each = range(record.tokens), 1
-            matches = [int(value == "1") for value in record.next_token]
-        else:
-            tokens, each = record.positions, samples
-            matches = getattr(record, method, None)
-            if method == "next_token_sampled":
-                each, matches = 1, [int(record.next_token[token]) for token in tokens]
-        for token, match in zip(tokens, matches, strict=True):
+        for token, value in zip(*record.values(name), strict=True):
             if record.difficulty[token] != NOT_COUNTED:
-                splits = int(record.difficulty[token])
-                right[row, :splits] += match
-                total[row, :splits] += each
-    return right, total
+                splits = [*range(int(record.difficulty[token])), len(SPLITS)]
+                total[row, splits] += value
+                count[row, splits] += each
+    return total, count
 
 
 def resample(documents: int, seed: int) -> np.ndarray:
@@ -91,16 +153,18 @@ def resample(documents: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(documents, shares, size=RESAMPLES)
 
 
-def ratios(weights: np.ndarray, right: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Share of right ones by column, ``[resamples, columns]``; NaN where there is none at all."""
-    count = weights @ total
-    return np.divide(weights @ right, count, out=np.full(count.shape, np.nan), where=count > 0)
+def ratios(weights: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Mean by column, ``[resamples, columns]``; NaN where there is nothing at all."""
+    count = weights @ count
+    return np.divide(weights @ total, count, out=np.full(count.shape, np.nan), where=count > 0)
 
 
-def accuracies(weights: np.ndarray, right: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """``[resamples, splits + 1]``: accuracy on each split and, last, the mean over the splits."""
-    by_split = ratios(weights, right, total)
-    return np.concatenate([by_split, by_split.mean(axis=1, keepdims=True)], axis=1)
+def means(weights: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """``[resamples, splits + 2]``: the mean in each split, that of the three, and that of all
+    positions."""
+    found = ratios(weights, total, count)
+    average = found[:, : len(SPLITS)].mean(axis=1, keepdims=True)
+    return np.concatenate([found[:, : len(SPLITS)], average, found[:, len(SPLITS) :]], axis=1)
 
 
 @dataclass(frozen=True)
@@ -134,28 +198,45 @@ class Measured:
     def __init__(self, settings: dict[str, Any], records: Sequence[Record]) -> None:
         self.settings = settings
         self.records = records
-        self.reasoned = any(record.positions for record in records)
         samples = settings["samples"]
-        names = METHODS if self.reasoned else ("next_token",)
-        self._counts = {name: split_counts(records, name, samples) for name in names}
+
+        def is_measured(name: str) -> bool:
+            return name == EVERYWHERE or any(len(record.values(name)[1]) for record in records)
+
+        names = [EVERYWHERE, *dict.fromkeys(name for block in BLOCKS for name in block.names)]
+        self._counts = {
+            name: split_counts(records, name, samples) for name in filter(is_measured, names)
+        }
         responses = np.array([[len(record.positions) * samples] for record in records])
         self._rates = {
             name: (np.array([[sum(getattr(record, name))] for record in records]), responses)
-            for name in RATES
-            if self.reasoned
+            for name in filter(is_measured, RATES)
+        }
+
+    def parts(self) -> dict[str, "Measured"]:
+        """Each file by itself, by name; nothing where there is one alone."""
+        names = dict.fromkeys(record.file for record in self.records)
+        if len(names) == 1:
+            return {}
+        return {
+            name: Measured(self.settings, [own for own in self.records if own.file == name])
+            for name in names
         }
 
     def at(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Accuracies ``[resamples, splits + 1]`` and rates ``[resamples, 1]`` by name."""
-        values = {name: accuracies(weights, *counts) for name, counts in self._counts.items()}
-        if self.reasoned:
-            values["thought_minus_no_thought"] = values["thought"] - values["no_thought"]
+        """Means ``[resamples, splits + 2]`` and rates ``[resamples, 1]`` by name."""
+        values = {name: means(weights, *counts) for name, counts in self._counts.items()}
+        differences = {name: own for block in BLOCKS for name, own in block.differences.items()}
+        for name, (_, more, less) in differences.items():
+            if more in values and less in values:
+                values[name] = values[more] - values[less]
         return values | {name: ratios(weights, *counts) for name, counts in self._rates.items()}
 
-    def positions(self, method: str) -> list[int]:
-        """How many positions each split has."""
-        each = 1 if method.startswith("next_token") else self.settings["samples"]
-        return [int(count) // each for count in self._counts[method][1].sum(axis=0)]
+    def positions(self, name: str) -> dict[str, int]:
+        """How many positions each split has, and all."""
+        each = 1 if name in ONCE else self.settings["samples"]
+        counts = self._counts[name][1].sum(axis=0)
+        return {c: int(n) // each for c, n in zip((*SPLITS, "all"), counts, strict=True)}
 
     def estimates(self) -> dict[str, list[Estimate]]:
         """Every result with its interval."""
@@ -163,6 +244,19 @@ class Measured:
         point = self.at(np.ones((1, count)))
         resampled = self.at(resample(count, self.settings["seed"]))
         return {name: estimates(point[name][0], resampled[name], count) for name in point}
+
+    def results(self) -> dict[str, Any]:
+        """Every result as the output has it."""
+        found = {
+            name: {c: e.as_json() for c, e in zip(COLUMNS, own, strict=True)}
+            if len(own) > 1
+            else own[0].as_json()
+            for name, own in self.estimates().items()
+        }
+        for name in self._counts:
+            for split, count in self.positions(name).items():
+                found[name][split]["positions"] = count
+        return found
 
 
 def differences(before: Measured, after: Measured) -> dict[str, list[Estimate]]:
@@ -180,9 +274,11 @@ def differences(before: Measured, after: Measured) -> dict[str, list[Estimate]]:
     }
 
 
-def shown(estimate: Estimate, scale: float = 100.0, sign: bool = False) -> str:
+def shown(
+    estimate: Estimate, scale: float = 100.0, decimals: int = 1, *, sign: bool = False
+) -> str:
     """``50.5 [47.9, 53.1]``."""
-    form = "+.1f" if sign else ".1f"
+    form = f"{'+' if sign else ''}.{decimals}f"
     if math.isnan(estimate.value):
         return "none"
     text = format(scale * estimate.value, form)
@@ -212,73 +308,105 @@ def split_titles(settings: dict[str, Any]) -> list[str]:
 
 
 def summary(measured: Measured) -> str:
-    """The table of one evaluation."""
-    settings, results = measured.settings, measured.estimates()
-    rows = [["accuracy, %", *split_titles(settings), "average"]]
+    """The table of one evaluation; of several files, one of each and, last, of all."""
+    parts = measured.parts()
+    if not parts:
+        return _summary(measured)
+    tables = {**parts, "total": measured}
+    return "\n\n\n".join(f"== {name} ==\n\n{_summary(one)}" for name, one in tables.items())
 
-    def add(title: str, name: str, sign: bool = False) -> None:
-        rows.append([title, *(shown(estimate, sign=sign) for estimate in results[name])])
+
+def _summary(measured: Measured) -> str:
+    results = measured.estimates()
+    rows = [["accuracy, %", *split_titles(measured.settings), "average", "all"]]
+
+    def add(title: str, name: str, *form: float, sign: bool = False) -> None:
+        if name in results:
+            rows.append([title, *(shown(own, *form, sign=sign) for own in results[name])])
 
     def add_counts(name: str) -> None:
-        rows.append(["  positions", *(f"{count:,}" for count in measured.positions(name))])
+        counts = measured.positions(name)
+        shown_counts = [f"{counts[c]:,}" if c in counts else "" for c in COLUMNS]
+        rows.append(["  positions", *shown_counts])
 
-    add(METHODS["next_token"], "next_token")
-    add_counts("next_token")
-    if not measured.reasoned:
-        return aligned(rows)
-    rows.append([""])
-    for name in ("next_token_sampled", "thought", "no_thought"):
-        add(METHODS[name], name)
-    add("thought minus no thought", "thought_minus_no_thought", sign=True)
-    add_counts("thought")
-    rates = [[title, shown(results[name][0], scale)] for name, (title, scale) in RATES.items()]
-    return aligned(rows) + "\n\n" + aligned(rates)
+    add("next token, all positions", EVERYWHERE)
+    add_counts(EVERYWHERE)
+    for block in BLOCKS:
+        if block.names[1] not in results:
+            continue
+        form = block.scale, block.decimals
+        rows += [[""], [block.title]]
+        for title, name in zip(block.rows, block.names, strict=True):
+            add(title, name, *form)
+        for name, (title, _, _) in block.differences.items():
+            add(title, name, *form, sign=True)
+        add_counts(block.names[0])
+    rates = [
+        [title, shown(results[name][0], scale)]
+        for name, (title, scale) in RATES.items()
+        if name in results
+    ]
+    return aligned(rows) + ("\n\n" + aligned(rates) if rates else "")
 
 
 def comparison(names: Sequence[str], measured: Sequence[Measured]) -> str:
-    """The table of several evaluations, each with its difference from the first."""
+    """The table of several evaluations, each with its difference from the first; of several files,
+    one of each and, last, of all."""
+    parts = [one.parts() for one in measured]
+    if not parts[0]:
+        return _comparison(names, measured)
+    tables = {file: [part[file] for part in parts] for file in parts[0]} | {"total": measured}
+    return "\n\n\n".join(
+        f"== {file} ==\n\n{_comparison(names, own)}" for file, own in tables.items()
+    )
+
+
+def _comparison(names: Sequence[str], measured: Sequence[Measured]) -> str:
     results = [one.estimates() for one in measured]
     changes = [differences(measured[0], one) for one in measured[1:]]
     rows = [["", names[0]]]
     for name in names[1:]:
         rows[0] += [name, "difference"]
 
-    def add(title: str, name: str, column: int, scale: float) -> None:
-        if not all(name in result for result in results):
-            return
-        row = [title, shown(results[0][name][column], scale)]
+    def add(title: str, name: str, column: int, *form: float, sign: bool = False) -> None:
+        row = [title, shown(results[0][name][column], *form, sign=sign)]
         for result, change in zip(results[1:], changes, strict=True):
-            row.append(shown(result[name][column], scale))
-            row.append(shown(change[name][column], scale, sign=True))
+            row.append(shown(result[name][column], *form, sign=sign))
+            row.append(shown(change[name][column], *form, sign=True))
         rows.append(row)
 
-    titles = [*split_titles(measured[0].settings), "average"]
-    for name, title in METHODS.items():
+    titles = [*split_titles(measured[0].settings), "average", "all"]
+
+    def add_splits(title: str, name: str, *form: float, sign: bool = False) -> None:
         if all(name in result for result in results):
+            rows.extend([[""], [title]])
+            for column, split in enumerate(titles):
+                add(f"  {split}", name, column, *form, sign=sign)
+
+    add_splits("next token, all positions, accuracy in %", EVERYWHERE)
+    # The plain next token is in two of them.
+    listed = set()
+    for block in BLOCKS:
+        form, unit = (block.scale, block.decimals), block.title.split(", ")[-1]
+        what = "accuracy" if unit == "%" else "log p"
+        for title, name in zip(block.rows, block.names, strict=True):
             # "next token" alone would not tell which positions.
-            drawn = name == "next_token_sampled"
-            rows += [[""], [f"{title}{', sampled positions' if drawn else ''}, accuracy in %"]]
-        for column, split in enumerate(titles):
-            add(f"  {split}", name, column, 100.0)
+            where = ", sampled positions" if title == WAYS[0] else ""
+            if name not in listed:
+                add_splits(f"{title}{where}, {what} in {unit}", name, *form)
+            listed.add(name)
+        for name, (title, _, _) in block.differences.items():
+            add_splits(f"{title}: {block.title}", name, *form, sign=True)
     rows.append([""])
     for name, (title, scale) in RATES.items():
-        add(title, name, 0, scale)
+        if all(name in result for result in results):
+            add(title, name, 0, scale)
     return aligned(rows)
 
 
 def write_output(path: Path, measured: Measured, seconds: float) -> None:
     """Settings and results, then one line for each document."""
     records = measured.records
-    results = {
-        name: {c: e.as_json() for c, e in zip(COLUMNS, found, strict=True)}
-        if len(found) > 1
-        else found[0].as_json()
-        for name, found in measured.estimates().items()
-    }
-    for method in measured._counts:
-        counts = dict(zip(SPLITS, measured.positions(method), strict=True))
-        for split, count in counts.items():
-            results[method][split]["positions"] = count
     counted = sum(len(r.difficulty) - r.difficulty.count(NOT_COUNTED) for r in records)
     head = {
         "format": FORMAT,
@@ -290,7 +418,8 @@ def write_output(path: Path, measured: Measured, seconds: float) -> None:
             "predicted_tokens": counted,
         },
         "entropy": sum(record.entropy for record in records) / max(counted, 1),
-        "results": results,
+        "results": measured.results(),
+        "results_by_file": {name: own.results() for name, own in measured.parts().items()},
         "seconds": round(seconds, 1),
     }
     lines = ",\n".join("    " + json.dumps(vars(record)) for record in records)
@@ -349,6 +478,8 @@ def _record(values: dict[str, Any]) -> Record:
         value = getattr(record, one.name)
         if one.type == list[int]:
             fits = isinstance(value, list) and all(type(part) is int for part in value)
+        elif one.type == list[float]:
+            fits = isinstance(value, list) and all(map(_is_number, value))
         else:
             fits = _is_number(value) if one.type is float else type(value) is one.type
         if not fits:
@@ -372,7 +503,7 @@ def check_same_positions(paths: Sequence[Path], measured: Sequence[Measured]) ->
     """
 
     def positions(one: Measured) -> list[tuple[Any, ...]]:
-        return [(r.line, r.id, r.difficulty, r.positions) for r in one.records]
+        return [(r.file, r.line, r.id, r.difficulty, r.positions) for r in one.records]
 
     for path, other in zip(paths[1:], measured[1:], strict=True):
         if positions(other) != positions(measured[0]):

@@ -3,73 +3,63 @@
 Imported once Megatron has been started (``model_on_hand``).
 """
 
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
-from torch import Tensor
 from tqdm import tqdm
 
 from evaluation import NOT_COUNTED, Record
-from evaluation_documents import Document, draw_positions
+from evaluation_documents import Document
 from megatron_rmt.algorithm.curriculum import tiers
-from megatron_rmt.algorithm.rewards import is_right
 from megatron_rmt.mid_training import MidTraining
 from megatron_rmt.model.gpt import generating
-from megatron_rmt.prompt.prompt import Prompt
-from megatron_rmt.rollout.generate import RolloutSettings, generate
+from megatron_rmt.probe import (
+    DOCUMENTS_AT_ONCE,
+    NONE,
+    OWN,
+    SWAPPED,
+    Place,
+    Text,
+    Thought,
+    answer,
+    draw_positions,
+    in_prompt,
+    read_text,
+    swapped,
+    truth_after,
+)
+from megatron_rmt.rollout.generate import RolloutSettings
 from megatron_rmt.rollout.kv_cache import KeyValueStore
-from megatron_rmt.rollout.live_rollouts import RolloutPosition
-from megatron_rmt.rollout.prefill import read_trunk
-from megatron_rmt.rollout.responses import Rollout
-from megatron_rmt.rollout.trunk import NO_LABEL, Sample
-from megatron_rmt.update.scoring import continuation
 
-# Documents whose trunks are held at a time; their rollouts are bounded by --rollouts-at-once.
-DOCUMENTS_AT_ONCE = 16
+# Of one document: a group of thoughts for each of its positions.
+ThoughtsOfDocument = Sequence[Sequence[Thought]]
 
 
 @dataclass(frozen=True)
 class Reasoning:
     """How documents are read and positions predicted.
 
-    length: tokens read of each document. positions: most drawn in each. budget: asked for. samples:
-    of each position. at_once: rollouts held at a time. seed: of positions and responses.
+    length: tokens read of each document. positions: most drawn in each. answers: drawn from the
+    tokens that begin an answer, not from the uncertain ones. budget: asked for. samples: of each
+    position. swap: also with other positions' thoughts. at_once: rollouts held at a time. seed: of
+    positions and responses.
     """
 
     length: int
     positions: int
+    answers: bool
     budget: int
     samples: int
+    swap: bool
     at_once: int
     seed: int
-
-
-def document_sample(tokens: Tensor, labels: Tensor | None = None, first: int = 0) -> Sample:
-    """``tokens`` ``[rows]`` as one document, of which the rows from ``first`` on predict ``labels``
-    (None: the tokens that follow), and the others nothing."""
-    labels = tokens[1:] if labels is None else labels
-    rows = torch.arange(len(tokens))
-    return Sample(
-        index=0,
-        tokens=tokens,
-        position_ids=rows,
-        labels=F.pad(labels, (first, len(tokens) - first - len(labels)), value=NO_LABEL),
-        loss_mask=torch.ones(len(tokens)),
-        columns=rows,
-        documents=((0, len(tokens)),),
-    )
-
-
-def in_prompt(prompt: Prompt, ids: Sequence[int]) -> list[int]:
-    """A document of token ``ids`` as it stands in a prompt, behind the template's preamble."""
-    before, replaced = prompt.before(ids)
-    return [*before, *ids[replaced:]]
 
 
 def read_document(
@@ -85,49 +75,79 @@ def read_document(
     The document's keys and values, as they stand in a prompt, go to ``store`` from ``first_row``
     on.
     """
-    ids, prompt, top_k = document.ids[: how.length], run.prompt, run.settings.entropy_top_k
-    bare = document_sample(torch.tensor(ids))
-    asked = in_prompt(prompt, ids)
-    # The splits and the plain prediction are those of the bare text under every template.
-    if asked != ids:
-        read_trunk(
-            run.policy, [document_sample(torch.tensor(asked))], store, first_row, top_k=top_k
-        )
-        store, first_row = KeyValueStore(len(ids)), 0
-    entropies, predictions = read_trunk(run.policy, [bare], store, first_row, top_k=top_k)
+    text, prompt = _text(document, how), run.prompt
+    entropies, predictions = read_text(run, text, store, first_row)
     if not torch.isfinite(entropies).all():
         raise ValueError(
             f"--load: the model's entropies on line {document.line} are not finite; its weights or "
             "precision are broken."
         )
-    right = (predictions == bare.labels)[:-1].int().tolist()
+    tokens = torch.tensor(document.ids[: text.read])
+    right = (predictions[:-1] == tokens[1:]).int().tolist()
     next_token = "".join(map(str, [0, *right]))
     if earlier is not None:
         difficulty, positions = earlier.difficulty, earlier.positions
     else:
         exceeded = (tiers(entropies, run.settings.entropy_thresholds)[:-1] + 1).tolist()
-        has_bytes = prompt.has_bytes[bare.tokens].tolist()
+        has_bytes = prompt.has_bytes[tokens].tolist()
         difficulty = NOT_COUNTED + "".join(
             str(digit) if has_bytes[token] and token >= document.first else NOT_COUNTED
             for token, digit in enumerate(exceeded, start=1)
         )
-        answerable = prompt.answerable[bare.tokens].tolist()
-        drawable = "".join(
-            digit if fits else NOT_COUNTED
-            for digit, fits in zip(difficulty, answerable, strict=True)
-        )
+        answerable = prompt.answerable[tokens].tolist()
+        wanted = document.answers if how.answers else range(text.read)
+        left_out = NOT_COUNTED if how.answers else NOT_COUNTED + "0"
+        drawable = [
+            token
+            for token in wanted
+            if token < text.read and answerable[token] and difficulty[token] not in left_out
+        ]
         positions = draw_positions(drawable, how.positions, how.seed, document.line)
     counted = torch.tensor([digit != NOT_COUNTED for digit in difficulty[1:]], dtype=torch.bool)
     return Record(
+        file=document.file,
         line=document.line,
         id=document.digest,
-        tokens=len(ids),
-        dropped=len(document.ids) - len(ids),
+        tokens=text.read,
+        dropped=len(document.ids) - text.read,
         difficulty=difficulty,
         next_token=next_token,
         entropy=float(entropies[:-1][counted].double().sum()),
         positions=positions,
     )
+
+
+def _text(document: Document, how: Reasoning) -> Text:
+    return Text(document.line, document.ids, min(how.length, len(document.ids)))
+
+
+def _settings(run: MidTraining, how: Reasoning, way: int) -> RolloutSettings:
+    return RolloutSettings(
+        group=how.samples,
+        budget=how.budget,
+        seed=how.seed,
+        iteration=way,
+        temperature=run.settings.temperature,
+        greedy=run.settings.greedy,
+        thinks=way != NONE,
+    )
+
+
+def _chunks(
+    documents: Sequence[Document],
+    records: Sequence[Record],
+    first_rows: Sequence[int],
+    how: Reasoning,
+) -> Iterator[list[tuple[Record, int, Place]]]:
+    """The positions of documents, so many at a time as are held together: (record, number of the
+    position in it, place)."""
+    wanted = [
+        (record, number, Place(_text(document, how), token, first_row))
+        for document, record, first_row in zip(documents, records, first_rows, strict=True)
+        for number, token in enumerate(record.positions)
+    ]
+    size = max(1, how.at_once // how.samples)
+    return (wanted[start : start + size] for start in range(0, len(wanted), size))
 
 
 def reason(
@@ -137,82 +157,94 @@ def reason(
     first_rows: Sequence[int],
     store: KeyValueStore,
     how: Reasoning,
-) -> None:
+) -> list[list[list[Thought]]]:
     """Predict the positions of ``records`` with and without a thought and add what came out.
 
-    ``store`` holds the documents from their ``first_rows`` on.
+    ``store`` holds the documents from their ``first_rows`` on. Returns the thoughts,
+    ``[documents][positions][samples]``.
     """
-    wanted = [
-        (document, record, first_row, token)
-        for document, record, first_row in zip(documents, records, first_rows, strict=True)
-        for token in record.positions
-    ]
-
-    def before(document: Document, token: int) -> int:
-        """How many tokens of the prompt stand before ``token`` of the document."""
-        ids = document.ids[: how.length]
-        return len(in_prompt(run.prompt, ids)) - len(ids) + token
-
-    size = max(1, how.at_once // how.samples)
-    for start in range(0, len(wanted), size):
-        chunk = wanted[start : start + size]
-        positions = [
-            RolloutPosition(
-                sample=document.line,
-                column=token,
-                first=first_row,
-                limit=first_row + before(document, token),
-                next_position=before(document, token),
-            )
-            for document, _, first_row, token in chunk
-        ]
-        for thinks in (True, False):
-            settings = RolloutSettings(
-                group=how.samples,
-                budget=how.budget,
-                seed=how.seed,
-                # Another draw for each of the two.
-                iteration=int(not thinks),
-                temperature=run.settings.temperature,
-                greedy=run.settings.greedy,
-                thinks=thinks,
-            )
-            groups = generate(run.policy, run.prompt, store, positions, settings)
-            for (document, record, _, token), group in zip(chunk, groups, strict=True):
-                _judge(run.prompt, document, record, token, group, thinks)
+    thoughts: list[list[list[Thought]]] = [[] for _ in records]
+    number_of = {id(record): number for number, record in enumerate(records)}
+    for chunk in _chunks(documents, records, first_rows, how):
+        places = [place for *_, place in chunk]
+        answered = answer(run, store, places, _settings(run, how, OWN))
+        for (record, _, _), group in zip(chunk, answered, strict=True):
+            thoughts[number_of[id(record)]].append([own.thought for own in group])
+            lengths = [own.response.thought_length for own in group]
+            record.thought_length.append(sum(lengths))
+            record.closed_by_itself.append(sum(own.by_itself for own in group))
+            if run.prompt.answer_tokens:
+                record.thought.append(sum(own.right for own in group))
+                record.well_formed.append(sum(own.response.well_formed for own in group))
+        if not run.prompt.answer_tokens:
+            continue
+        answered = answer(run, store, places, _settings(run, how, NONE))
+        for (record, _, _), group in zip(chunk, answered, strict=True):
+            record.no_thought.append(sum(own.right for own in group))
+            record.no_thought_well_formed.append(sum(own.response.well_formed for own in group))
+    return thoughts
 
 
-def _judge(
-    prompt: Prompt,
+def reason_swapped(
+    run: MidTraining,
+    documents: Sequence[Document],
+    records: Sequence[Record],
+    thoughts: Sequence[ThoughtsOfDocument],
+    how: Reasoning,
+) -> None:
+    """Predict the positions of ``records`` after the ``thoughts`` of others,
+    ``[documents][positions][samples]``, and add what came out."""
+    store, first_rows = _room(run, documents, how)
+    for document, first_row in zip(documents, first_rows, strict=True):
+        read_text(run, _text(document, how), store, first_row)
+    of_record = {id(record): own for record, own in zip(records, thoughts, strict=True)}
+    for chunk in _chunks(documents, records, first_rows, how):
+        places = [place for *_, place in chunk]
+        given = [of_record[id(record)][number] for record, number, _ in chunk]
+        answered = answer(run, store, places, _settings(run, how, SWAPPED), given)
+        for (record, _, _), group in zip(chunk, answered, strict=True):
+            record.swapped.append(sum(own.right for own in group))
+
+
+def ask_for_truth(
+    run: MidTraining,
     document: Document,
     record: Record,
-    token: int,
-    group: Sequence[Rollout],
-    thinks: bool,
+    own: ThoughtsOfDocument,
+    others: ThoughtsOfDocument | None,
+    how: Reasoning,
 ) -> None:
-    """Read the responses at one position and append their sums to ``record``."""
-    # Of the whole document: a prediction may reach beyond --seq-length.
-    whole = document_sample(torch.tensor(document.ids))
-    true_tokens = continuation(prompt, whole, token - 1)
-    truth = [prompt.bytes_of[true] for true in true_tokens]
-    boxed = prompt.template.answer == "boxed"
-    already = [] if thinks else prompt.close
-    read = [prompt.read([*already, *rollout.tokens.tolist()]) for rollout in group]
-    matches = sum(is_right(response, truth, boxed=boxed) for response in read)
-    well_formed = sum(response.well_formed for response in read)
-    if thinks:
-        record.thought.append(matches)
-        record.thought_length.append(sum(response.thought_length for response in read))
-        record.well_formed.append(well_formed)
-        record.closed_by_itself.append(
-            sum(
-                response.closed and bool(rollout.drawn.all())
-                for response, rollout in zip(read, group, strict=True)
-            )
+    """Add how likely the truth is at the positions of ``record``: alone, after its ``own`` thoughts
+    and those of ``others``, and after none."""
+    groups = [
+        [*thoughts, *(others[number] if others is not None else [])]
+        for number, thoughts in enumerate(own)
+    ]
+    size = max(1, how.at_once // (len(groups[0]) + 1)) if groups else 1
+    for start in range(0, len(groups), size):
+        part = slice(start, start + size)
+        log_probs, likeliest = truth_after(
+            run, _text(document, how), record.positions[part], groups[part], how.budget
         )
-    else:
-        record.no_thought.append(matches)
-        record.no_thought_well_formed.append(well_formed)
+        record.log_prob += log_probs.alone.tolist()
+        for kind, values in {
+            "log_prob": log_probs.after_thought,
+            "likeliest": likeliest.after_thought.int(),
+        }.items():
+            getattr(record, f"thought_{kind}").extend(values[:, : how.samples].sum(1).tolist())
+            getattr(record, f"no_thought_{kind}").extend(values[:, -1].tolist())
+            if others is not None:
+                swapped_values = values[:, how.samples : -1]
+                getattr(record, f"swapped_{kind}").extend(swapped_values.sum(1).tolist())
+
+
+def _room(
+    run: MidTraining, documents: Sequence[Document], how: Reasoning
+) -> tuple[KeyValueStore, list[int]]:
+    """A store for documents as they stand in prompts, and the rows at which they begin."""
+    lengths = [len(in_prompt(run.prompt, own.ids[: how.length])) for own in documents]
+    ends = np.cumsum(lengths).tolist()
+    return KeyValueStore(trunk_tokens=ends[-1]), [0, *ends[:-1]]
 
 
 def measure(
@@ -221,33 +253,84 @@ def measure(
     how: Reasoning,
     show_progress: bool,
 ) -> list[Record]:
-    """One record for each document, in order, on every rank. Collective over all ranks."""
+    """One record for each document of one file, in order, on every rank. Collective over all
+    ranks."""
     # Replicas that share experts must run forward passes together, so they do the same work.
     shared_experts = run.args.expert_model_parallel_size > 1
     replicas = 1 if shared_experts else parallel_state.get_data_parallel_world_size()
     own = work[parallel_state.get_data_parallel_rank() % replicas :: replicas]
     most = max([how.positions, *(len(r.positions) for _, r in work if r is not None)])
     wave = min(DOCUMENTS_AT_ONCE, max(1, how.at_once // max(1, most * how.samples)))
+    waves = [own[start : start + wave] for start in range(0, len(own), wave)]
     records: list[Record] = []
+    thoughts: dict[int, list[list[Thought]]] = {}
     bar = tqdm(
-        total=len(own), unit="document", disable=None if show_progress else True, file=sys.stderr
+        total=2 * len(own) if most else len(own),
+        unit="document",
+        disable=None if show_progress else True,
+        file=sys.stderr,
     )
     with generating(run.policy.model), bar:
-        for start in range(0, len(own), wave):
-            documents, earlier = zip(*own[start : start + wave], strict=True)
-            lengths = [len(in_prompt(run.prompt, d.ids[: how.length])) for d in documents]
-            ends = np.cumsum(lengths).tolist()
-            first_rows = [0, *ends[:-1]]
-            store = KeyValueStore(trunk_tokens=ends[-1])
+        for part in waves:
+            documents, earlier = zip(*part, strict=True)
+            store, first_rows = _room(run, documents, how)
             read = [
                 read_document(run, document, record, store, row, how)
                 for document, record, row in zip(documents, earlier, first_rows, strict=True)
             ]
-            reason(run, documents, read, first_rows, store, how)
+            found = reason(run, documents, read, first_rows, store, how)
+            thoughts |= {r.line: of for r, of in zip(read, found, strict=True)}
             records += read
             bar.update(len(read))
+        others = _others(_of_all_replicas(thoughts, replicas)) if how.swap else None
+        if most:
+            _probe(run, waves, records, thoughts, others, how, bar)
+    gathered = _of_all_replicas({record.line: record for record in records}, replicas)
+    return [gathered[line] for line in sorted(gathered)]
+
+
+def _probe(
+    run: MidTraining,
+    waves: Sequence[Sequence[tuple[Document, Record | None]]],
+    records: Sequence[Record],
+    thoughts: Mapping[int, ThoughtsOfDocument],
+    others: Mapping[int, ThoughtsOfDocument] | None,
+    how: Reasoning,
+    bar: tqdm,
+) -> None:
+    """What can be measured once all thoughts are there."""
+    remaining = iter(records)
+    for part in waves:
+        documents = [document for document, _ in part]
+        own = list(itertools.islice(remaining, len(part)))
+        if others is not None and run.prompt.answer_tokens:
+            given = [others[record.line] for record in own]
+            reason_swapped(run, documents, own, given, how)
+        # In a box the truth does not stand right after the thought.
+        if run.prompt.template.answer == "next":
+            for document, record in zip(documents, own, strict=True):
+                swap = None if others is None else others[record.line]
+                ask_for_truth(run, document, record, thoughts[record.line], swap, how)
+        bar.update(len(part))
+
+
+def _others(
+    thoughts: Mapping[int, ThoughtsOfDocument],
+) -> dict[int, ThoughtsOfDocument] | None:
+    """The thoughts of all documents, by line, with those of another position in the place of each;
+    None where there are no two."""
+    lines = sorted(thoughts)
+    flat = [group for line in lines for group in thoughts[line]]
+    if len(flat) < 2:
+        return None
+    moved = iter(swapped(flat))
+    return {line: list(itertools.islice(moved, len(thoughts[line]))) for line in lines}
+
+
+def _of_all_replicas(values: dict[int, Any], replicas: int) -> dict[int, Any]:
+    """``values`` of all data-parallel ranks, on each."""
     if replicas == 1:
-        return records
-    gathered: list[list[Record]] = [[]] * replicas
-    dist.all_gather_object(gathered, records, group=parallel_state.get_data_parallel_group())
-    return sorted((r for part in gathered for r in part), key=lambda record: record.line)
+        return values
+    gathered: list[dict[int, Any]] = [{}] * replicas
+    dist.all_gather_object(gathered, values, group=parallel_state.get_data_parallel_group())
+    return {key: value for part in gathered for key, value in part.items()}

@@ -34,9 +34,12 @@ if __name__ == "__main__":
 for name in ("megatron", "transformers"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
+from megatron_rmt.algorithm.curriculum import SELECTIONS
+from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.schedules import Schedule, schedule_of_step
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.cpu.platform import add_required_flags
+from megatron_rmt.mid_training import positions_drawn
 from megatron_rmt.prompt.prompt import Prompt
 from planning.memory import RankMemory, as_gib, largest_rank, micro_batch, model_parameters
 from planning.settings import (
@@ -136,7 +139,10 @@ def step_at(
 ) -> Step:
     """The step of ``schedule``. at_bound: every thought is as long as it may be."""
     positions, group = schedule.positions_per_sample, schedule.group
+    settings = Settings.of(args)
+    select = find("--rmt-select", settings.select, SELECTIONS)
     own = {"rmt_positions_per_sample": positions, "rmt_group_size": group}
+    own["positions_drawn"] = positions_drawn(settings, select, schedule)
     args = Namespace(**vars(args) | own)
     bound = request.prompt.bound(schedule.budget, warm_up=schedule.warm_up).thought
     written = request.thought is None or schedule.thought_from_text

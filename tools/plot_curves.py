@@ -1,9 +1,11 @@
-"""Draw the curves of an RMT run: match rate, well-formed rate, thought length, loss, reward.
+"""Draw the curves of an RMT run: what thoughts are worth, then match rate, reward, loss, ...
 
     python tools/plot_curves.py runs/quickstart/checkpoint/rmt_metrics.jsonl --output curves.png
 
-The input holds one JSON object per iteration, as ``megatron_rmt.job.metrics`` writes it. A panel
-whose values are missing from the whole file is left out.
+The input holds one JSON object per iteration, as ``megatron_rmt.job.metrics`` writes it. The first
+panel is of held-out positions where the run measured some (--rmt-eval-interval), else of its own. A
+panel whose values are missing from the whole file is left out. The format warm-up is shaded:
+answers are given there, so that nothing is predicted.
 """
 
 import argparse
@@ -34,8 +36,29 @@ class Panel:
     is_share: bool = False
 
 
+HELD_OUT = Panel(
+    "Held-out text: next token predicted",
+    "of the positions",
+    {
+        "held-out thought": "after a thought",
+        "held-out no thought": "after an empty thought",
+        "held-out next token": "plain next token",
+    },
+    is_share=True,
+)
+TRAINING = Panel(
+    "Next token predicted",
+    "of the predictions",
+    {"match rate": "thought, then answer", "next-token accuracy": "plain next token, all text"},
+    is_share=True,
+)
 PANELS = (
-    Panel("Next token predicted", "of the rollouts", {"match rate": ""}, is_share=True),
+    TRAINING,
+    Panel(
+        "Gain by the thought",
+        "nats per token",
+        {"information gain": "rollouts", "held-out gain": "held-out text"},
+    ),
     Panel(
         "Form of the responses",
         "of the rollouts",
@@ -101,30 +124,35 @@ def plot_curves(metrics: dict[str, np.ndarray], title: str = "") -> plt.Figure:
         ValueError: none has.
     """
     known = {name for name, values in metrics.items() if np.isfinite(values).any()}
-    panels = [panel for panel in PANELS if known & set(panel.metrics)]
+    headlines = [HELD_OUT] if known & {*HELD_OUT.metrics} else []
+    panels = [panel for panel in (*headlines, *PANELS) if known & {*panel.metrics}]
     if not panels:
         raise ValueError(
             f"the metrics file has none of {', '.join(m for p in PANELS for m in p.metrics)}: "
             "give the file that an RMT run wrote."
         )
     columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.3 * rows), squeeze=False, layout="constrained"
-    )
+    # The first panel is as wide as it takes to leave no place empty.
+    width = 1 + -len(panels) % columns
+    cells = [0] * width + [*range(1, len(panels))]
+    mosaic = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    size = (4.6 * columns, 3.3 * len(mosaic))
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
+    warm_up = warm_up_end(metrics)
     window = len(metrics["iteration"]) // 10 | 1  # odd, so that it is centred
-    for axis, panel in zip(axes.flat, panels, strict=False):
+    for axis, panel in zip(axes.values(), panels, strict=True):
         for color, (name, label) in zip(COLORS, panel.metrics.items(), strict=False):
             if name in known:
                 measured = np.isfinite(metrics[name])
                 points = metrics["iteration"][measured], metrics[name][measured]
-                _draw(axis, *points, window, color, label, is_schedule=name == "budget")
+                # Measured every N steps, over the same positions.
+                own = 1 if name.startswith("held-out") else window
+                _draw(axis, *points, own, color, label, is_schedule=name == "budget")
         axis.set_title(panel.title, loc="left", fontsize=11)
         axis.set_ylabel(panel.unit)
-        axis.set_xlabel("iteration" if window == 1 else f"iteration (lines: mean over {window})")
+        averaged = window > 1 and not all(name.startswith("held-out") for name in panel.metrics)
+        axis.set_xlabel("iteration" if not averaged else f"iteration (lines: mean over {window})")
         margin = 0.5 + 0.02 * np.ptp(metrics["iteration"])
         axis.set_xlim(metrics["iteration"][0] - margin, metrics["iteration"][-1] + margin)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -133,13 +161,25 @@ def plot_curves(metrics: dict[str, np.ndarray], title: str = "") -> plt.Figure:
         axis.spines[["top", "right"]].set_visible(False)
         if panel.is_share:
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-        if panel.is_share or len(panel.metrics) > 1:
+        if panel.is_share or (len(panel.metrics) > 1 and axis.get_ylim()[0] > 0):
             axis.set_ylim(bottom=0.0)
+        if warm_up is not None:
+            axis.axvspan(metrics["iteration"][0] - margin, warm_up, color="#efe9dc", zorder=0)
+            place = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            middle = (metrics["iteration"][0] - margin + warm_up) / 2
+            axis.text(middle, 0.03, "warm-up", fontsize=8, color="#8a7d5e", **place)
         if any(panel.metrics.values()):
             axis.legend(frameon=False, fontsize=9)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     return figure
+
+
+def warm_up_end(metrics: dict[str, np.ndarray]) -> float | None:
+    """Between the last step of the format warm-up and the next; None without one."""
+    losses = metrics.get("warm-up loss", np.zeros(1))
+    warm = np.flatnonzero(np.isfinite(losses) & (losses != 0))
+    return float(metrics["iteration"][warm[-1]]) + 0.5 if len(warm) else None
 
 
 def _draw(
@@ -184,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figure.savefig(options.output, dpi=150)
     except (ValueError, OSError) as error:
         sys.exit(f"plot_curves.py: {error}")
-    print(f"{options.output}: {len(metrics['iteration'])} iterations")
+    print(f"{options.output}: {np.count_nonzero(metrics['iteration'])} iterations")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,16 @@ beginning of sequence, say) and the end-of-document token are those that trainin
 ``--tokenizer-type SentencePieceTokenizer`` for a file ``*.model``; for both the end of a document
 is the tokenizer's end-of-sequence token.
 
-The two files appear under their names only when they are complete.
+The two files appear under their names only when they are complete. Until then they are
+``data/train.partial.bin`` and ``.idx``, which one process writes at a time; what a killed one left
+there is written over by the next.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import functools
 import itertools
 import os
@@ -372,13 +376,14 @@ def preprocess(
     # Reads special tokens in texts as it is told from now on, so it comes after the check.
     tokenizer = DocumentTokenizer(loaded, special_tokens)
 
-    partial = {kind: Path(f"{output_prefix}.{os.getpid()}.partial.{kind}") for kind in final}
+    partial = {kind: Path(f"{output_prefix}.partial.{kind}") for kind in final}
     with contextlib.ExitStack() as stack:
         batches = read_batches(inputs, json_key, tokenizer)
         encoded = encode_batches(batches, tokenizer, tokenizer_name, eod, workers)
         size = sum(path.stat().st_size for path in inputs)
         with _writing(output_prefix):
             final["bin"].parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_alone(partial["bin"], output_prefix))
             for path in partial.values():
                 stack.callback(path.unlink, missing_ok=True)
         stack.enter_context(contextlib.closing(encoded))
@@ -394,6 +399,37 @@ def preprocess(
             partial["bin"].replace(final["bin"])
             partial["idx"].replace(final["idx"])
     return dataclasses.replace(summary, special_tokens=tokenizer.report())
+
+
+@contextlib.contextmanager
+def _alone(path: Path, prefix: str) -> Iterator[None]:
+    """Hold ``path``, which is made, for this process alone; the kernel gives it back at its end.
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: it cannot be made, or is a symbolic link.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"--output-prefix {prefix}: another process is writing {path}; wait for it, or "
+                    "choose another prefix."
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+            # Its owner may have finished, and renamed it, between the two calls.
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                if os.fstat(file).st_size:
+                    print(f"{path}, which a killed process left, is written over", file=sys.stderr)
+                yield
+                return
+        finally:
+            os.close(file)
 
 
 @contextlib.contextmanager

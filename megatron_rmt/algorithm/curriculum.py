@@ -17,19 +17,21 @@ EASY, MEDIUM, HARD = 0, 1, 2
 TierProbabilities = tuple[float, float, float]
 
 
-def tiers(entropies: Tensor, thresholds: Sequence[float]) -> Tensor:
+def tiers(entropies: Tensor, thresholds: Sequence[float], ceiling: float | None = None) -> Tensor:
     """The disjoint tier of each position.
 
     Args:
         entropies: nats, [n] (any shape).
         thresholds: lower ends of the easy, medium and hard tier, ascending.
+        ceiling: upper end of the hard tier, nats; None for none.
 
     Returns:
-        int64 of the same shape: EASY, MEDIUM or HARD, and -1 below the first threshold (never
-        chosen). NaN gives -1.
+        int64 of the same shape: EASY, MEDIUM or HARD, and -1 below the first threshold and above
+        the ceiling (never chosen). NaN gives -1.
     """
     easy, medium, hard = (entropies >= threshold for threshold in thresholds)
-    return easy.long() + medium.long() + hard.long() - 1
+    found = easy.long() + medium.long() + hard.long() - 1
+    return found if ceiling is None else found.masked_fill(entropies > ceiling, -1)
 
 
 def tier_probabilities(
@@ -69,8 +71,8 @@ class Candidates:
 
     entropies: fp32 [n] in nats. tiers: int64 [n], -1 where a position may not be chosen.
     probabilities: of easy, medium and hard at this step; None without a curriculum. count: most
-    positions wanted. progress: t/T, from 0 to 1. seed, iteration, sample: key of the random
-    numbers, the latter the index of the sample in the whole run.
+    positions wanted, a reserve included. progress: t/T, from 0 to 1. seed, iteration, sample: key
+    of the random numbers, the latter the index of the sample in the whole run.
     """
 
     entropies: Tensor
@@ -98,7 +100,33 @@ class Candidates:
 Selection = Callable[[Candidates], list[int]]
 
 
-def choose_by_tier(of: Candidates) -> list[int]:
+def with_reserve(selection: Selection) -> Selection:
+    """Marks a selection, as a decorator: it returns positions in the order in which it wants them,
+    more of them than are trained; see ``first_that_differ``."""
+    selection.has_reserve = True
+    return selection
+
+
+def has_reserve(selection: Selection) -> bool:
+    """Whether ``selection`` is marked ``with_reserve``."""
+    return getattr(selection, "has_reserve", False)
+
+
+def first_that_differ(differ: Sequence[bool], count: int) -> list[int]:
+    """Which of some positions are trained, once their rewards are known; ascending.
+
+    DAPO's dynamic sampling (arXiv 2503.14476) from what was drawn at once: a group whose rewards do
+    not differ teaches nothing, so another takes its place; where there is none, it stays.
+
+    Args:
+        differ: whether the rewards of each group differ, in the order of drawing.
+        count: most positions to be trained.
+    """
+    return sorted(sorted(range(len(differ)), key=lambda place: not differ[place])[:count])
+
+
+@with_reserve
+def draw_by_tier(of: Candidates) -> list[int]:
     """Draw up to `of.count` positions without replacement (RMT's curriculum).
 
     Each draw takes a tier by the probabilities, renormalised over the tiers that still hold
@@ -107,7 +135,8 @@ def choose_by_tier(of: Candidates) -> list[int]:
     probabilities all positions are one tier (the paper's ablation).
 
     Returns:
-        Indices of positions, ascending; fewer where there are fewer.
+        Indices of positions as they are drawn; fewer where there are fewer. The first of them do
+        not depend on `of.count`.
     """
     probabilities = of.probabilities
     if probabilities is None:
@@ -123,11 +152,16 @@ def choose_by_tier(of: Candidates) -> list[int]:
             masses = [1.0 if pool else 0.0 for pool in pools]
         pool = pools[_draw(masses, for_tier)]
         chosen.append(pool.pop(int(for_position * len(pool))))
-    return sorted(chosen)
+    return chosen
+
+
+def choose_by_tier(of: Candidates) -> list[int]:
+    """The positions of ``draw_by_tier``, ascending."""
+    return sorted(draw_by_tier(of))
 
 
 # By name of --rmt-select.
-SELECTIONS: dict[str, Selection] = {"tiers": choose_by_tier}
+SELECTIONS: dict[str, Selection] = {"tiers": choose_by_tier, "gain-variance": draw_by_tier}
 
 
 def _draw(masses: Sequence[float], uniform: float) -> int:

@@ -84,6 +84,10 @@ class Settings:
     """Bound on the keys and values that the rollouts of a rank hold at a time; positions are
     decoded in waves that fit"""
 
+    no_decode_graph: bool = setting(False)
+    """Do not record steps of decoding as CUDA graphs, which is done for dense models on a GPU, but
+    neither with pipeline stages nor in FP8"""
+
     initial_budget: int = setting(800, "[1, inf)", "tokens", source="paper")
     """B_0: thought asked for at first"""
     minimum_budget: int = setting(1, "[1, inf)", "tokens", source="paper")
@@ -136,6 +140,14 @@ class Settings:
         (0.5, 1.0, 1.5), "[0, inf]", "nats", source="RPT", **_TIERS
     )
     """Lower ends of the tiers"""
+    threshold_quantiles: tuple[float, float, float] | None = setting(
+        None, "[0, 1)", "parts of the tokens", unset="thresholds in nats", **_TIERS
+    )
+    """Lower ends of the tiers as quantiles of the entropies of each step's global batch, to 0.01
+    nats, in the place of --rmt-entropy-thresholds"""
+    entropy_ceiling: float | None = setting(None, "(0, inf)", "nats", unset="none")
+    """Positions of a greater entropy are never chosen: names and random digits are hard, and no
+    thought tells them"""
     entropy_top_k: int | None = setting(None, "[2, inf)", "tokens", unset="the whole vocabulary")
     """Entropy over the most likely tokens only; RPT takes 16"""
     curriculum_start: float = setting(0.3, "[0, 1]", "parts of --train-iters", source="paper")
@@ -151,8 +163,14 @@ class Settings:
     )
     """Share of each tier from t2 on"""
     select: str = setting("tiers", source="paper")
-    """How positions are chosen: tiers, or your own function as module:function; see
-    docs/change.md"""
+    """How positions are chosen: tiers; gain-variance, likewise, but groups that all earn the same
+    beside the length reward give way to a reserve drawn at the same time; or your own function as
+    module:function, see docs/change.md"""
+    reserve_positions: int | None = setting(
+        None, "[0, inf)", "positions", unset="as many as --rmt-positions-per-sample"
+    )
+    """The reserve of --rmt-select gain-variance in each sample: rolled out with the others, trained
+    only in the place of others"""
     no_curriculum: bool = setting(False, source="ablation of the paper")
     """Positions uniformly over all tiers"""
 
@@ -183,8 +201,22 @@ class Settings:
     attention: Literal["auto", "sdpa", "lse", "flex"] = setting("auto")
     """Attention of the update: lse (CPU), flex (CUDA, compiled), sdpa (anywhere, slower); auto
     takes the first of them that runs"""
-    head_chunk_size: int = setting(384, "[1, inf)", "rows")
+    head_chunk_size: int | None = setting(
+        None, "[1, inf)", "rows", unset="4096 on a GPU, 384 on a CPU"
+    )
     """Logits held at a time by the fused head"""
+    eval_interval: int = setting(0, "[0, inf)", "steps")
+    """Measure predictions of --rmt-eval-data with a thought, with an empty one and plainly, before
+    the first step and after every N th: into the metrics, TensorBoard and wandb; 0 never"""
+    eval_data: str | None = setting(None, unset="none")
+    """JSON lines of held-out documents for --rmt-eval-interval, each with a text"""
+    eval_documents: int = setting(32, "[1, inf)", "documents")
+    """The first N documents of --rmt-eval-data"""
+    eval_positions_per_document: int = setting(4, "[1, inf)", "positions")
+    """Most positions measured in each of them, the same ones every time"""
+    eval_positions: Literal["any", "answers"] = setting("any")
+    """Which: any, drawn from the whole text, or answers, from those whose next token is the first
+    one in a span of the line's answer_spans, [[first, limit], ...] in characters"""
     metrics_file: str | None = setting(None, unset="rmt_metrics.jsonl in --save")
     """JSON lines, one per step"""
     log_samples_interval: int = setting(0, "[0, inf)", "steps")

@@ -30,7 +30,7 @@ def write_metrics(path: Path, iteration: int, values: dict[str, Any]) -> None:
     """Append one line for ``iteration`` (1 for the first); what was not measured becomes null."""
     line: dict[str, float | int | None] = {"iteration": iteration}
     for name, value in values.items():
-        number = float(value)
+        number = math.nan if value is None else float(value)
         line[name.removeprefix(PREFIX)] = number if math.isfinite(number) else None
     append_lines(path, [json.dumps(line)])
 

@@ -19,7 +19,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.checkpoints import refuse_what_is_not_finite
 from megatron_rmt.job.data_files import empty_split
-from megatron_rmt.job.processes import end_with_torchrun
+from megatron_rmt.job.processes import end_with_torchrun, start_save_worker, write_results_queue
 from megatron_rmt.job.resume import check_same_settings, stored_arguments
 from megatron_rmt.job.run_lock import lock_problem
 from megatron_rmt.job.settings import add_rmt_arguments, readable_help, versions
@@ -266,6 +266,19 @@ PATCHES: tuple[Symbol, ...] = (
         )
         for module in ("training", "checkpointing")
     ),
+    # Processes that save a checkpoint end with the rank that started them.
+    Symbol(
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "PersistentAsyncCaller._get_process",
+        "",
+        start_save_worker,
+    ),
+    Symbol(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "get_write_results_queue",
+        "mp_mode",
+        write_results_queue,
+    ),
 )
 
 # Called or handed over to, not replaced.
@@ -279,7 +292,13 @@ RELIED_ON: tuple[Symbol, ...] = (
     ),
     # Whole weights for rollouts, where their gathering is overlapped.
     Symbol("megatron.training.training", "should_disable_forward_pre_hook"),
-    Symbol("megatron.training.training", "force_param_sync"),
+    *(
+        Symbol(
+            "megatron.core.distributed.distributed_data_parallel",
+            f"DistributedDataParallel.{name}",
+        )
+        for name in ("start_param_sync", "disable_forward_pre_hook", "enable_forward_pre_hook")
+    ),
     # Where the checkpoint lies whose moving average a resumed run goes on with.
     Symbol("megatron.training.checkpointing", "get_checkpoint_name", "iteration return_base_dir"),
     # How many micro-batches of the user's a step takes.
@@ -295,11 +314,12 @@ RELIED_ON: tuple[Symbol, ...] = (
         "megatron.core.dist_checkpointing.strategies.async_utils",
         "PersistentAsyncCaller.async_loop",
     ),
-    # What holds the results of writing in a process of its own.
+    # The samples of the largest step, where the batch grows.
     Symbol(
-        "megatron.core.dist_checkpointing.strategies.filesystem_async",
-        "get_write_results_queue",
-        "mp_mode",
+        "megatron.core.num_microbatches_calculator",
+        "StepBatchsizeNumMicroBatchesCalculator.__init__",
+        "micro_batch_size data_parallel_size decrease_batch_size_if_needed rank schedule "
+        "seq_length",
     ),
 )
 

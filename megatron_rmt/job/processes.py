@@ -9,6 +9,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -34,27 +35,34 @@ def end_with_parent() -> None:
 
 
 def end_with_torchrun() -> None:
-    """``end_with_parent`` for a rank that torchrun started; and for the processes that it starts to
-    save checkpoints, which then end with the rank."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-
+    """``end_with_parent`` for a rank that torchrun started."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+
+
+def start_save_worker(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Megatron's process that writes checkpoints (``original`` starts it, once), which ends with
+    this one."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    loop = PersistentAsyncCaller.async_loop
     PersistentAsyncCaller.async_loop = staticmethod(save_worker)
-    filesystem_async.get_write_results_queue = write_results_queue
+    try:
+        return original(*args, **kwargs)
+    finally:
+        PersistentAsyncCaller.async_loop = staticmethod(loop)
 
 
-def write_results_queue(mp_mode: str = "spawn") -> Any:
-    """Megatron's queue for what was written, and the process that holds it, made at the first save
-    of a rank."""
+def write_results_queue(original: Callable[..., Any], mp_mode: str = "spawn") -> Any:
+    """Megatron's queue for what was written; the process that holds it, made at the first save of
+    a rank, ends with this one."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
         manager.start(initializer=end_with_parent)
         filesystem_async._results_queue = manager.Queue()
-    return filesystem_async._results_queue
+    return original(mp_mode)
 
 
 def save_worker(*args: Any) -> None:

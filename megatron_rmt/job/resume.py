@@ -34,6 +34,11 @@ MAY_CHANGE = frozenset(
         "max_tokens",
         "attention",
         "head_chunk_size",
+        "eval_interval",
+        "eval_data",
+        "eval_documents",
+        "eval_positions_per_document",
+        "eval_positions",
         "metrics_file",
         "log_samples_interval",
     }

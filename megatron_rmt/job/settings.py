@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from megatron.training.argument_utils import ArgumentGroupFactory
 from omegaconf import OmegaConf
 
+from megatron_rmt.algorithm.curriculum import SELECTIONS, has_reserve
 from megatron_rmt.algorithm.settings import Settings, argument_name
 
 GROUP_TITLE = "reinforcement mid-training (RMT)"
@@ -146,9 +147,13 @@ def read_config(path: str) -> dict[str, Any]:
 
     by_key = {one.name.replace("_", "-"): one for one in fields(Settings) if one.name != "config"}
     problems, values = [], {}
+    stray = [str(key) for key in content if key not in by_key]
+    if stray:
+        are = "is no setting" if len(stray) == 1 else "are no settings"
+        known = ", ".join(by_key)
+        problems.append(f"{path}: {', '.join(stray)} {are} of RMT; known are {known}.")
     for key, value in content.items():
         if key not in by_key:
-            problems.append(f"{path}: {key} is no setting of RMT; known are {', '.join(by_key)}.")
             continue
         try:
             values[argument_name(by_key[key].name)] = _typed(value, by_key[key])
@@ -218,6 +223,19 @@ def setting_problems(args: Namespace) -> Iterator[str]:
             f"--rmt-entropy-thresholds is {as_typed(settings.entropy_thresholds)}; pass three "
             "ascending numbers."
         )
+    quantiles, ceiling = settings.threshold_quantiles, settings.entropy_ceiling
+    if quantiles is not None and quantiles != tuple(sorted(set(quantiles))):
+        yield (f"--rmt-threshold-quantiles is {as_typed(quantiles)}; pass three ascending numbers.")
+    if quantiles is not None and settings.entropy_thresholds != Settings.entropy_thresholds:
+        yield (
+            f"--rmt-threshold-quantiles is {as_typed(quantiles)} and --rmt-entropy-thresholds is "
+            f"{as_typed(settings.entropy_thresholds)}; pass one of them."
+        )
+    if quantiles is None and ceiling is not None and ceiling <= easy:
+        yield (
+            f"--rmt-entropy-ceiling is {ceiling:g}; pass more than the first of "
+            f"--rmt-entropy-thresholds ({easy:g}), else no position is ever chosen."
+        )
     if args.train_iters is None:
         yield "--train-iters is not set; RMT's schedules need it (not --train-samples alone)."
     if settings.reward == "match" and settings.target_tokens > settings.answer_tokens:
@@ -229,6 +247,12 @@ def setting_problems(args: Namespace) -> Iterator[str]:
         yield (
             f"--rmt-baseline-decay is {settings.baseline_decay}, which --rmt-reward match does not "
             "use; pass --rmt-reward information-gain, or leave it out."
+        )
+    reserve, select = settings.reserve_positions, settings.select
+    if reserve is not None and select in SELECTIONS and not has_reserve(SELECTIONS[select]):
+        yield (
+            f"--rmt-reserve-positions is {reserve}, which --rmt-select {select} does not use; pass "
+            "--rmt-select gain-variance, or leave it out."
         )
     if settings.metrics_file and Path(settings.metrics_file).is_dir():
         yield f"--rmt-metrics-file is {settings.metrics_file}, a folder; pass a file in it."

@@ -2,6 +2,7 @@
 trees, logs. A step that cannot be taken ends here, on all ranks alike.
 """
 
+import contextlib
 import functools
 import time
 from argparse import Namespace
@@ -17,14 +18,15 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.schedules import schedule_of_step
+from megatron_rmt.job.held_out import is_measured, log_held_out, measure_held_out
 from megatron_rmt.job.idle_steps import note_idle_step
 from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.not_taken import Progress, left_to_the_next_run, skipped
 from megatron_rmt.job.resume import rendering
 from megatron_rmt.job.samples import is_shown, read_samples, write_samples
-from megatron_rmt.job.user_batch import BatchError, check_tokens, take_batches
+from megatron_rmt.job.user_batch import BatchError, foreign_token_problem, take_batches
 from megatron_rmt.mid_training import MidTraining, prepare
-from megatron_rmt.model.gpt import generating
+from megatron_rmt.model.gpt import generating, whole_parameters
 from megatron_rmt.model.routers import counting_trees
 from megatron_rmt.rollout.generate import StoppedError
 from megatron_rmt.rollout.memory import CacheError
@@ -77,7 +79,6 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     the forward and backward passes again.
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.training.training import force_param_sync, should_disable_forward_pre_hook
 
     options, chunks, iteration = run.args, call["model"], call["iteration"]
     started = time.perf_counter()
@@ -87,29 +88,31 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     for chunk in chunks:
         # Every rank looks before the optimizer's step, so none may leave in the backward pass.
         chunk.ddp_config.check_for_nan_in_grad = False
-    if should_disable_forward_pre_hook(options):
-        # Overlapped parameter gathering: rollouts need the whole weights now.
-        force_param_sync(chunks)
     schedule = schedule_of_step(run.settings, iteration, options.train_iters)
+    if iteration == 0:
+        _measure(run, chunks, 0, schedule.budget)
     try:
-        batches = take_batches(
-            call["forward_step_func"],
-            call["data_iterator"],
-            chunks[0],
-            run.policy.model,
-            get_num_microbatches(),
-            end_of_document=run.prompt.end_of_document,
-            separate_documents=options.reset_attention_mask,
-        )
-        if isinstance(call["data_iterator"], RerunDataIterator):
-            # Megatron advances the iterator that it is given, which will be another one.
-            call["data_iterator"].advance()
-        check_tokens(batches, options, run.policy.vocab_size)
-        began_collecting = time.perf_counter()
-        with generating(run.policy.model):
-            collected = collect(run, batches, schedule, _told_to_stop(options))
-        if run.baseline is not None:
-            run.baseline.take_in()
+        with _gathered(options, chunks):
+            batches = take_batches(
+                call["forward_step_func"],
+                call["data_iterator"],
+                chunks[0],
+                run.policy.model,
+                get_num_microbatches(),
+                end_of_document=run.prompt.end_of_document,
+                separate_documents=options.reset_attention_mask,
+                token_problem=functools.partial(
+                    foreign_token_problem, args=options, vocab_size=run.policy.vocab_size
+                ),
+            )
+            if isinstance(call["data_iterator"], RerunDataIterator):
+                # Megatron advances the iterator that it is given, which will be another one.
+                call["data_iterator"].advance()
+            began_collecting = time.perf_counter()
+            with generating(run.policy.model):
+                collected = collect(run, batches, schedule, _told_to_stop(options))
+            if run.baseline is not None:
+                run.baseline.take_in()
         note_idle_step(IDLE_STEPS, collected.idle, iteration)
         updates = collected.updates
         began_update = time.perf_counter()
@@ -132,6 +135,7 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
         # Every rank ends here; no weight has moved yet.
         raise SystemExit(f"RMT, iteration {iteration + 1}: {error}") from None
     PROGRESS.bad_in_a_row = 0
+    measured = _measure(run, chunks, iteration + 1, schedule.budget)
     if parallel_state.is_pipeline_last_stage() and result[0]:
         report, device = result[0], updates[0].tree.tokens.device
         report["rmt largest logprob difference"] = _largest_difference(updates, device)
@@ -144,10 +148,36 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
             values = dict(report)
             values["ntp loss"] = values.pop("lm loss")
             values["grad norm"] = float("nan") if result[5] is None else result[5]
-            write_metrics(path, iteration + 1, values)
+            write_metrics(path, iteration + 1, values | measured)
     if _is_last_rank() and is_shown(run.settings, iteration):
         write_samples(options, read_samples(run.prompt, collected.reasoned, iteration))
     return result
+
+
+def _gathered(
+    args: Namespace, chunks: Sequence[torch.nn.Module]
+) -> contextlib.AbstractContextManager[None]:
+    """Within, the weights are whole, though their gathering is overlapped: rollouts need them."""
+    from megatron.training.training import should_disable_forward_pre_hook
+
+    overlapped = should_disable_forward_pre_hook(args)
+    return whole_parameters(chunks) if overlapped else contextlib.nullcontext()
+
+
+def _measure(
+    run: MidTraining, chunks: Sequence[torch.nn.Module], steps: int, budget: int
+) -> dict[str, float | None]:
+    """What the held-out documents say after so many steps; empty where it is not asked."""
+    if not is_measured(run.settings, steps):
+        return {}
+    with _gathered(run.args, chunks):
+        values = measure_held_out(run, budget)
+    if _is_last_rank():
+        log_held_out(values, steps)
+        path = metrics_path(run.args)
+        if steps == 0 and path is not None:
+            write_metrics(path, 0, values)
+    return values
 
 
 def _told_to_stop(args: Any) -> Callable[[], bool] | None:

@@ -9,7 +9,7 @@ have anyway, and any other argument would be lost, so it is refused.
 
 import inspect
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -42,16 +42,20 @@ def take_batches(
     *,
     end_of_document: int,
     separate_documents: bool,
+    token_problem: Callable[[UserBatch], str | None],
 ) -> list[UserBatch]:
     """Take the next ``count`` micro-batches of this data-parallel rank from ``data_iterator``.
 
-    Collective over all ranks; every pipeline stage gets the whole batch. ``gpt_model`` is the
-    ``GPTModel`` inside ``model_chunk``. end_of_document, separate_documents: as ``build_trunk``
-    takes them; an attention mask is compared with them.
+    Collective over all ranks: one all-reduce of an integer, and with pipeline stages another one
+    and two broadcasts a micro-batch, after which every stage has the whole batch. ``gpt_model`` is
+    the ``GPTModel`` inside ``model_chunk``. end_of_document, separate_documents: as ``build_trunk``
+    takes them; an attention mask is compared with them. token_problem: what is wrong with the
+    tokens of a batch, in a sentence (``foreign_token_problem``).
 
     Raises:
         BatchError: on all ranks, if on one of them the forward step does not call the model,
-            gives it no labels or loss mask, another attention mask, or what a tree cannot carry.
+            gives it no labels or loss mask, another attention mask, foreign tokens, or what a tree
+            cannot carry.
     """
     recorded: list[Arguments] = []
     signature = inspect.signature(type(gpt_model).forward)
@@ -68,14 +72,19 @@ def take_batches(
         del gpt_model.forward
     problems = [_count_problem(len(recorded), count)]
     problems += [problem(own) for own in recorded for problem in (_stray_problem, _missing_problem)]
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        # Before the stages exchange their parts.
+        _raise_together(problems)
+    batches: list[UserBatch] = []
+    if not any(problems):
+        batches = [_complete(arguments) for arguments in recorded]
+        if getattr(gpt_model, "position_embedding_type", None) == "rope":
+            batches = [_rotated(batch, end_of_document, separate_documents) for batch in batches]
+        for arguments, batch in zip(recorded, batches, strict=True):
+            mask = arguments.get("attention_mask")
+            problems.append(_mask_problem(mask, batch, end_of_document, separate_documents))
+            problems.append(token_problem(batch))
     _raise_together(problems)
-    batches = [_complete(arguments) for arguments in recorded]
-    if getattr(gpt_model, "position_embedding_type", None) == "rope":
-        batches = [_rotated(batch, end_of_document, separate_documents) for batch in batches]
-    _raise_together(
-        _mask_problem(arguments.get("attention_mask"), batch, end_of_document, separate_documents)
-        for arguments, batch in zip(recorded, batches, strict=True)
-    )
     return batches
 
 
@@ -220,6 +229,10 @@ def _mask_problem(
 def _raise_together(problems: Iterable[str | None]) -> None:
     """Raise the first problem that any rank has, on all ranks. Collective over all of them."""
     own = next((problem for problem in problems if problem is not None), None)
+    if dist.get_world_size() == 1:
+        if own is not None:
+            raise BatchError(own)
+        return
     found = torch.tensor(int(own is not None), device=torch.cuda.current_device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     if int(found) == 0:
@@ -239,26 +252,15 @@ def _from_stage(value: dict[str, Tensor], stage: int) -> dict[str, Tensor]:
     return box[0]
 
 
-def check_tokens(batches: Sequence[UserBatch], args: Namespace, vocab_size: int) -> None:
-    """Every token up to the last one that counts must be of the vocabulary, as it may be read as
-    text; padding behind it may be any row of the embedding.
-
-    Collective over all ranks: one all-reduce of two integers.
-
-    Raises:
-        BatchError: on all ranks, if a batch of one of them holds another token.
-    """
+def foreign_token_problem(batch: UserBatch, args: Namespace, vocab_size: int) -> str | None:
+    """One sentence if a token up to the last one that counts is none of the vocabulary, as it may
+    be read as text; padding behind it may be any row of the embedding."""
     rows = max(vocab_size, args.padded_vocab_size or 0)
-    lowest, highest = 0, -1
-    for batch in batches:
-        text = ((batch.loss_mask > 0) & (batch.labels >= 0)).flip(1).cummax(1).values.flip(1)
-        limit = torch.where(text, vocab_size, rows)
-        foreign = batch.tokens[(batch.tokens < 0) | (batch.tokens >= limit)]
-        if len(foreign):
-            lowest, highest = min(lowest, int(foreign.min())), max(highest, int(foreign.max()))
-    worst = torch.tensor([highest, -lowest], device=torch.cuda.current_device())
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    highest, lowest = int(worst[0]), -int(worst[1])
-    if highest >= 0 or lowest < 0:
-        token = highest if highest >= 0 else lowest
-        raise BatchError(foreign_token_of_a_batch(args, token, vocab_size))
+    text = ((batch.loss_mask > 0) & (batch.labels >= 0)).flip(1).cummax(1).values.flip(1)
+    limit = torch.where(text, vocab_size, rows)
+    foreign = batch.tokens[(batch.tokens < 0) | (batch.tokens >= limit)]
+    if not len(foreign):
+        return None
+    highest = int(foreign.max())
+    token = highest if highest >= 0 else int(foreign.min())
+    return foreign_token_of_a_batch(args, token, vocab_size)

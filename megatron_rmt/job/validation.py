@@ -15,6 +15,7 @@ from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.checkpoints import save_problem
 from megatron_rmt.job.data_files import data_problems
+from megatron_rmt.job.held_out import held_out_problems
 from megatron_rmt.job.resume import (
     check_same_settings,
     checkpoint_problems,
@@ -28,6 +29,7 @@ from megatron_rmt.prompt.prompt import NO_END_OF_DOCUMENT
 from megatron_rmt.prompt.token_bytes import token_bytes
 
 _OFFLOADING = "it plans by the passes of the first step, and rollouts and trees run others"
+_OUTPUT_LAYER = "it listens to the output layer, which RMT's head stands in for"
 # Megatron's datasets ask the tokenizer for the end of a text.
 _NEED_ENDS = (
     "--data-path",
@@ -57,6 +59,7 @@ def check_rmt_arguments(args: Namespace) -> None:
         return
     problems = [*setting_problems(args), *_doors(settings), *unsupported(args)]
     problems += [*_missing(args), *_precision(args), *_tracking(args)]
+    problems += [*held_out_problems(settings)]
     problems += [*checkpoint_problems(args), *filter(None, [save_problem(args.save)])]
     if not problems:
         # These read files, and rely on what was checked above.
@@ -107,6 +110,23 @@ def unsupported(args: Namespace) -> Iterator[str]:
         "--hybrid-layer-pattern": (None, "it trains a GPTModel"),
         "--use-torch-fsdp2": (False, "rollouts need whole weights"),
         "--use-megatron-fsdp": (False, "rollouts need whole weights"),
+        "--hybrid-context-parallel": (
+            False,
+            "it deals a batch out anew, and the tree is not split",
+        ),
+        "--logits-save-dir": (None, _OUTPUT_LAYER),
+        "--logits-load-dir": (None, _OUTPUT_LAYER),
+        "--te-precision-config-file": (
+            None,
+            "rollouts prepare for --fp8-format, not for precisions of single layers",
+        ),
+        "--reuse-grad-buf-for-mxfp8-param-ag": (
+            False,
+            "it is for MXFP8, which needs a Blackwell GPU",
+        ),
+        "--freeze-all-layers": (False, "nothing would learn"),
+        "--inprocess-restart": (False, "what RMT knows of a run ends with its process"),
+        "--fake-process-group": (False, "ranks compare what they hold"),
     }
     renamed = {
         "--num-virtual-stages-per-pipeline-rank": "virtual_pipeline_model_parallel_size",
@@ -116,6 +136,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
         if value != needed and not (needed is None and not value):
             without = "it left out" if needed is None else needed
             yield f"{flag} is {value}; RMT needs {without}: {why}."
+    yield from _shards(args)
     if args.num_experts:
         yield from routing_problems(args)
     if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
@@ -134,6 +155,20 @@ def unsupported(args: Namespace) -> Iterator[str]:
             f"--ckpt-format is {args.ckpt_format}; --rmt-baseline-decay {decay:g} saves an average "
             "with torch_dist."
         )
+
+
+def _shards(args: Namespace) -> Iterator[str]:
+    """Weights that are split further than tensor parallelism splits them."""
+    tensor = args.tensor_model_parallel_size
+    expert = getattr(args, "expert_tensor_parallel_size", None) or tensor
+    for kind, ranks in (("tensor", tensor), ("expert_tensor", expert)):
+        name = f"{kind}_parallel_num_weight_shards"
+        shards = getattr(args, name, None)
+        if shards not in (None, ranks):
+            yield (
+                f"--{name.replace('_', '-')} is {shards}; RMT needs it left out: rollouts need "
+                "whole weights."
+            )
 
 
 def _missing(args: Namespace) -> Iterator[str]:

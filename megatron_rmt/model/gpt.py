@@ -63,3 +63,46 @@ def generating(model: GPTModel) -> Iterator[None]:
             # Made without gradient they may lack what the backward pass needs.
             for module in model.modules():
                 getattr(module, "_fp8_workspaces", {}).clear()
+
+
+@contextlib.contextmanager
+def without_sequence_parallel(model: GPTModel) -> Iterator[None]:
+    """Within, tensor-parallel ranks each hold all rows; afterwards as before, even after an error.
+
+    A decoding step has few rows: two all-reduces a layer take half the messages of gathering and
+    scattering them, and no row has to be padded. Weights are the same in both. Experts keep
+    sequence parallelism, which their dispatch over tensor-parallel ranks is built on.
+    """
+    held: list[tuple[object, str]] = []
+    if model.config.sequence_parallel and not model.config.num_moe_experts:
+        modules = [*model.modules()]
+        configs = {id(own): own for m in modules if (own := getattr(m, "config", None)) is not None}
+        for owner in (*configs.values(), *modules):
+            for name in ("sequence_parallel", "reduce_scatter_embeddings"):
+                if getattr(owner, name, False) is True:
+                    held.append((owner, name))
+    try:
+        for owner, name in held:
+            setattr(owner, name, False)
+        yield
+    finally:
+        for owner, name in held:
+            setattr(owner, name, True)
+
+
+@contextlib.contextmanager
+def whole_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Parameters whose gathering over ranks is overlapped are whole within, and no module's forward
+    looks for them; afterwards it does again, if it did."""
+    hooked = [chunk for chunk in chunks if chunk.remove_forward_pre_hook_handles]
+    try:
+        for chunk in chunks:
+            if chunk in hooked:
+                chunk.disable_forward_pre_hook(param_sync=True)
+            else:
+                chunk.start_param_sync(force_sync=True)
+        yield
+    finally:
+        for chunk in hooked:
+            if not chunk.remove_forward_pre_hook_handles:
+                chunk.enable_forward_pre_hook()

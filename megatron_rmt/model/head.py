@@ -97,6 +97,7 @@ def token_loss_sum(
     tp_group: ProcessGroup | None,
     chunk_size: int,
     scale: Tensor | None = None,
+    into_main_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """sum_i loss_i(log p(targets_i)), differentiable in hidden and weight, and the log-probs.
 
@@ -120,6 +121,8 @@ def token_loss_sum(
         tp_group: the tensor-parallel group; None for a single process.
         chunk_size: rows whose scores are held at a time.
         scale: [rows], a constant factor of each row's scores (1 / temperature); None for 1.
+        into_main_grad: add the gradient of ``weight``, a parameter with Megatron's ``main_grad``,
+            to that, as its fused linear layers do, without rounding it to the dtype of the weight.
 
     Returns:
         (sum [], log_probs [rows]), nats, fp32 (fp64 for fp64 inputs); only the sum is
@@ -141,7 +144,7 @@ def token_loss_sum(
     shard = _Shard.of(weight, vocab_size, tp_group, chunk_size)
     scale = None if scale is None else scale.detach().to(score_dtype(hidden, weight))
     grads = torch.is_grad_enabled()
-    return _TokenLossSum.apply(hidden, weight, targets, loss, scale, shard, grads)
+    return _TokenLossSum.apply(hidden, weight, targets, loss, scale, shard, grads, into_main_grad)
 
 
 @torch.no_grad()
@@ -268,7 +271,9 @@ def _entropy_of_largest(largest: Tensor, shard: _Shard) -> Tensor:
     if len(of_ranks) > 1:
         of_ranks = of_ranks.transpose(0, 1).flatten(1)
         largest = of_ranks.topk(largest.shape[1], sorted=False).values
-    return torch.special.entr(largest.softmax(-1)).sum(-1)
+    probabilities = largest.softmax(-1)
+    # torch.special.entr is the same, but a GPU compiles it when it is first called.
+    return -torch.xlogy(probabilities, probabilities).sum(-1)
 
 
 class _TokenLossSum(torch.autograd.Function):
@@ -282,6 +287,7 @@ class _TokenLossSum(torch.autograd.Function):
         scale: Tensor | None,
         shard: _Shard,
         with_gradients: bool,
+        into_main_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         sweeps = _sweeps(hidden, weight, shard)
         columns = targets - shard.start
@@ -316,6 +322,7 @@ class _TokenLossSum(torch.autograd.Function):
             reduce_over_ranks(gradients.hidden, ReduceOp.SUM, shard.group)
         ctx.gradients = gradients.hidden, gradients.weight
         ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.fused = weight if into_main_grad else None
         ctx.mark_non_differentiable(log_probs)
         return total, log_probs
 
@@ -328,11 +335,19 @@ class _TokenLossSum(torch.autograd.Function):
                 "pass made were given away; run the forward pass again."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        by_inputs = (
-            None if gradient is None else gradient.mul_(by_sum).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        by_hidden, by_weight = (
+            None if gradient is None else gradient.mul_(by_sum) for gradient in gradients
         )
-        return *by_inputs, None, None, None, None, None
+        if by_weight is not None and ctx.fused is not None:
+            ctx.fused.main_grad.add_(by_weight)
+            ctx.fused.grad_added_to_main_grad = True
+            # Of no meaning: that there is one tells Megatron that the parameter's is complete.
+            by_weight = by_weight.new_empty(1, dtype=ctx.dtypes[1]).expand(by_weight.shape)
+        by_inputs = (
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip((by_hidden, by_weight), ctx.dtypes, strict=True)
+        )
+        return *by_inputs, None, None, None, None, None, None
 
 
 def _differentiate(loss: LossOfRows, rows: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,8 @@ def gradient_(
         log_normaliser: [rows], m + log Z of the whole vocabulary.
         by_log_prob: [rows], a.
         targets: as given to ``statistics_``.
-        out: [rows, columns], may be ``scores`` itself; rounded to its dtype.
+        out: [rows, columns], may be ``scores`` itself; rounded to its dtype. What its rows have
+            behind the columns may be overwritten, by zeros.
     """
     # One factor per row makes exp(z - m) to p.
     to_p = torch.exp(maxima - log_normaliser)

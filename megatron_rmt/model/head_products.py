@@ -113,11 +113,13 @@ class WeightedSums:
                     out.addmm_(score_gradient[:, block], wide_weight)
         if self.weight is not None:
             own = self.weight[: len(weight)]
-            if into_fp32:
-                product = torch.mm(score_gradient.t(), hidden, out_dtype=wide)
-                if undo is not None:
-                    product.mul_(undo)
+            if into_fp32 and undo is not None:
+                product = torch.mm(score_gradient.t(), hidden, out_dtype=wide).mul_(undo)
                 own.add_(product) if self._added else own.copy_(product)
+            elif into_fp32 and self._added:
+                torch.addmm(own, score_gradient.t(), hidden, out_dtype=wide, out=own)
+            elif into_fp32:
+                torch.mm(score_gradient.t(), hidden, out_dtype=wide, out=own)
             elif score_gradient.dtype == wide:
                 own.addmm_(score_gradient.t(), hidden.to(wide), beta=int(self._added))
             else:

@@ -51,6 +51,8 @@ def gradient_(
     _gradient[(rows, triton.cdiv(columns, block))](
         scores,
         scores.stride(0),
+        out,
+        out.stride(0),
         columns,
         log_normaliser.contiguous(),
         by_log_prob.contiguous(),
@@ -58,13 +60,16 @@ def gradient_(
         block=block,
         num_warps=_WARPS,
     )
-    if out is not scores:
-        out.copy_(scores)
 
 
 def _no_targets(scores: Tensor) -> Targets:
     columns = torch.zeros(scores.shape[0], dtype=torch.int64, device=scores.device)
     return columns, columns.bool()
+
+
+# Loads are masked by the stride, which is padded and so a multiple of 16, where the number of
+# columns (tokens of a vocabulary) may be odd: so they read 16 bytes each. What lies behind the
+# columns may be anything.
 
 
 @triton.jit
@@ -75,14 +80,16 @@ def _statistics(scores, stride, columns, targets, held, result, rows, block: tl.
     lanes = tl.arange(0, block)
     # The first block is apart, so that m is never infinite: 0 * inf would be NaN.
     inside = lanes < columns
-    z = tl.load(first + lanes, mask=inside, other=-float("inf"))
+    z = tl.load(first + lanes, mask=lanes < stride, other=0.0)
+    z = tl.where(inside, z, -float("inf"))
     maximum = tl.max(z, 0)
     exponentials = tl.exp(z - maximum)
     normaliser = tl.sum(exponentials, 0)
     moment = tl.sum(tl.where(inside, exponentials * (z - maximum), 0.0), 0)
     for start in range(block, columns, block):
         inside = start + lanes < columns
-        z = tl.load(first + start + lanes, mask=inside, other=-float("inf"))
+        z = tl.load(first + start + lanes, mask=start + lanes < stride, other=0.0)
+        z = tl.where(inside, z, -float("inf"))
         higher = tl.maximum(maximum, tl.max(z, 0))
         shift = maximum - higher
         shrunk = tl.exp(shift)
@@ -104,6 +111,8 @@ def _statistics(scores, stride, columns, targets, held, result, rows, block: tl.
 def _gradient(
     scores,
     stride,
+    out,
+    out_stride,
     columns,
     log_normaliser,
     by_log_prob,
@@ -111,14 +120,14 @@ def _gradient(
     held,
     block: tl.constexpr,
 ):
-    """One program per row and block of columns; ``scores`` are replaced."""
+    """One program per row and block of columns; 0 behind the columns of a row of ``out``."""
     row = tl.program_id(0)
     lanes = tl.program_id(1) * block + tl.arange(0, block)
     inside = lanes < columns
-    cells = scores + row.to(tl.int64) * stride + lanes
-    z = tl.load(cells, mask=inside, other=-float("inf"))
+    z = tl.load(scores + row.to(tl.int64) * stride + lanes, mask=lanes < stride, other=0.0)
     log_p = z - tl.load(log_normaliser + row)
     weight = tl.load(by_log_prob + row)
     at_target = (lanes == tl.load(targets + row)) & (tl.load(held + row) != 0)
     gradient = tl.where(at_target, weight, 0.0) - tl.exp(log_p) * weight
-    tl.store(cells, gradient, mask=inside)
+    gradient = tl.where(inside, gradient, 0.0).to(out.dtype.element_ty)
+    tl.store(out + row.to(tl.int64) * out_stride + lanes, gradient, mask=lanes < out_stride)

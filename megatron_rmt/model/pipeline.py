@@ -16,6 +16,11 @@ from megatron_rmt.model.visibility import Visibility
 FP8_ROWS, MXFP8_ROWS = 16, 32
 
 # Hidden states on their way to the next stage; each is kept until it has arrived.
+#
+# They go by plain send and receive, for which NCCL makes a communicator of each two neighbours. On
+# the pipeline's own, as Megatron sends in batches, they would wait in one queue with the broadcasts
+# of ``begin_from_last_stage``: the last stage broadcasts a batch's tokens before it receives the
+# next batch, the others only after they have sent that one, so that each waits for the other.
 Sends = deque[tuple[dist.Work, Tensor]]
 
 

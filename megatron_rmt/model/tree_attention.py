@@ -9,14 +9,17 @@ Each backend is made from the blocks of one micro-batch and called once per laye
           its forward runs, and slowly.
 """
 
+import contextlib
 import functools
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from megatron_rmt.model.blocks import Block, Sees, _batch, ancestry
@@ -52,15 +55,16 @@ class SdpaAttention:
                 keys = torch.cat([key[trunk], keys])
                 values = torch.cat([value[trunk], values])
             mask = self._mask(block, query.device)
-            output = F.scaled_dot_product_attention(
-                _batch(query[rows]),
-                _batch(keys),
-                _batch(values),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+            with _kernels(query.device):
+                output = F.scaled_dot_product_attention(
+                    _batch(query[rows]),
+                    _batch(keys),
+                    _batch(values),
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=scale,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
             outputs.append(output[0].transpose(0, 1))
         return torch.cat(outputs)
 
@@ -76,23 +80,41 @@ class SdpaAttention:
         return self._masks[block]
 
 
+def _kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Without cuDNN's, which torch would prefer: it plans for each pair of numbers of rows and
+    keys, and every block of every step has others."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+
+
 class FlexAttention:
-    """FlexAttention with one block mask, which is made at the first layer of a micro-batch."""
+    """FlexAttention with one block mask, which is made at the first layer of a micro-batch.
+
+    Rows are padded to whole blocks of the kernel, by a segment of its own: kernels are compiled
+    anew for one row and for less than a block, on one rank while the others wait.
+    """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = blocks
         self._mask: BlockMask | None = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        tokens = len(query)
+        padding = -tokens % _FLEX_BLOCK
+        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (query, key, value))
         if self._mask is None:
-            sees = ancestry(self.blocks, query.device)
+            blocks = [*self.blocks, Block(tokens, tokens + padding)] if padding else self.blocks
+            sees = ancestry(blocks, query.device)
 
             def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 return sees(query, key)
 
             make = _compiled(create_block_mask) if query.is_cuda else create_block_mask
-            tokens = len(query)
-            self._mask = make(visible, None, None, tokens, tokens, device=query.device)
+            rows = tokens + padding
+            self._mask = make(visible, None, None, rows, rows, device=query.device)
         attend = _compiled(flex_attention) if query.is_cuda else flex_attention
         output = attend(
             _batch(query),
@@ -101,14 +123,35 @@ class FlexAttention:
             block_mask=self._mask,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
+            kernel_options=FLEX_OPTIONS if query.is_cuda else None,
         )
-        return output[0].transpose(0, 1)
+        return output[0, :, :tokens].transpose(0, 1)
+
+
+# Rows and keys of a block of FlexAttention's masks.
+_FLEX_BLOCK = 128
+# Of the backward kernel. Compiled for sm_90 with heads of 128, torch's own choice (64, 128, 128 and
+# 64) keeps 608 bytes a thread outside the registers, this one none. Neither was timed.
+FLEX_OPTIONS = {
+    "bwd_BLOCK_M1": 32,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 32,
+    "bwd_num_warps": 8,
+}
 
 
 @functools.cache
 def _compiled(function: Callable[..., object]) -> Callable[..., object]:
-    # Trees have all sizes: one kernel for all of them instead of one for each.
-    return torch.compile(function, dynamic=True)
+    # Trees have all sizes: one kernel for all of them instead of one for each. The whole graph, as
+    # torch would run what it cannot compile, or may not compile once more, with dense scores.
+    return torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=64)
+
+
+def _compiles() -> bool:
+    """Whether ``torch.compile`` compiles; else it hands functions back as they are, in silence."""
+    disabled = torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+    return not disabled and importlib.util.find_spec("triton") is not None
 
 
 BACKENDS: dict[str, type[TreeAttention]] = {
@@ -129,8 +172,13 @@ def backend_for(name: str, device: torch.device) -> type[TreeAttention]:
     """
     on_cpu = device.type == "cpu"
     if name == "auto":
-        compiles = importlib.util.find_spec("triton") and not torch._dynamo.config.disable
-        name = "lse" if on_cpu else "flex" if compiles else "sdpa"
+        name = "lse" if on_cpu else "flex" if _compiles() else "sdpa"
+    if name == "flex" and not on_cpu and not _compiles():
+        raise ValueError(
+            "--rmt-attention is flex, which without torch.compile holds the scores of all pairs of "
+            f"tokens, but on {device.type} nothing is compiled here: unset TORCHDYNAMO_DISABLE and "
+            "TORCH_COMPILE_DISABLE and install Triton, or pass sdpa."
+        )
     if name == "lse" and not on_cpu:
         raise ValueError(
             "--rmt-attention is lse, which is made of the CPU's flash attention, but the model is "

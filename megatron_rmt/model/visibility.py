@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_rmt.model.blocks import Block
@@ -79,9 +81,14 @@ def attach_tree_attention(model: torch.nn.Module) -> int:
     Only ``forward`` of each core attention *instance* is wrapped: parameters, checkpoint keys,
     linear layers (and so FP8) and calls without a visibility stay those of the model's own spec,
     local or Transformer Engine. Harmless when called twice.
+
+    Raises:
+        ValueError: a layer's attention is of a kind that would not follow it.
     """
     attached = 0
     for module in model.modules():
+        if isinstance(module, TransformerLayer):
+            _check_attention(module)
         if isinstance(module, SelfAttention):
             width = module.hidden_size_per_attention_head
             scale = module.config.softmax_scale or 1.0 / math.sqrt(width)
@@ -90,6 +97,20 @@ def attach_tree_attention(model: torch.nn.Module) -> int:
         if hasattr(module, "rotary_pos_emb") and hasattr(module, "decoder"):
             _rotate_by_visibility(module.decoder)
     return attached
+
+
+def _check_attention(layer: TransformerLayer) -> None:
+    attention = layer.self_attention
+    if not isinstance(attention, SelfAttention | IdentityOp):
+        raise ValueError(
+            f"RMT: layer {layer.layer_number} has a {type(attention).__name__}, which a tree of "
+            "tokens cannot be told to; pass a layer specification (--spec) with SelfAttention."
+        )
+    if layer.config.fused_single_qkv_rope:
+        raise ValueError(
+            "RMT: fused_single_qkv_rope is on in the model's TransformerConfig, which Megatron "
+            "cannot combine with packed sequences; turn it off."
+        )
 
 
 def _follow_visibility(core_attention: torch.nn.Module, layer: int, scale: float) -> None:

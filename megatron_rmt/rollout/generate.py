@@ -17,16 +17,17 @@ Ranks that share experts take part in each other's passes until the last of them
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rmt.model.gpt import Policy
+from megatron_rmt.model.gpt import Policy, without_sequence_parallel
 from megatron_rmt.model.head import reduce_over_ranks
 from megatron_rmt.model.pipeline import (
     Sends,
@@ -36,24 +37,37 @@ from megatron_rmt.model.pipeline import (
     output_weight,
 )
 from megatron_rmt.model.visibility import Visibility
-from megatron_rmt.prompt.prompt import Prompt
+from megatron_rmt.prompt.prompt import Prompt, ResponseBound
 from megatron_rmt.rollout.captured_layers import captured_layers
 from megatron_rmt.rollout.kv_cache import (
     DecodeVisibility,
     IdleVisibility,
     KeyValueStore,
+    LimitsVisibility,
     SharedTrunk,
     StemVisibility,
     TailCache,
     shared_trunks,
 )
-from megatron_rmt.rollout.live_rollouts import LiveRollouts, RolloutPosition
+from megatron_rmt.rollout.late_read import LateRead
+from megatron_rmt.rollout.live_rollouts import LiveRollouts, RolloutPosition, padded_rows
 from megatron_rmt.rollout.memory import CacheSize, key_value_bytes, rollout_waves
 from megatron_rmt.rollout.responses import Rollout
+from megatron_rmt.rollout.row_limits import RowLimits
 from megatron_rmt.rollout.sampling import DecodeHead, RolloutSettings
+from megatron_rmt.rollout.step_graph import StepGraph, is_recordable, record
 
 # Tensor-parallel ranks ask each other with each so many tokens whether one was told to stop.
 STEPS_TO_ASK = 8
+
+
+def tells_limits(device: torch.device) -> bool:
+    """Whether passes on ``device`` read from vectors on it what each row sees.
+
+    Then no operation of a step depends on anything that the host knows. A CPU's own kernels want
+    slices instead.
+    """
+    return device.type != "cpu"
 
 
 class StoppedError(Exception):
@@ -71,8 +85,8 @@ def generate(
 ) -> list[list[Rollout]]:
     """Draw ``how.group`` responses for each position, whose trunk is in ``store`` already.
 
-    positions: rollouts of one sample must stand together. stop: whether this rank has been told to
-    stop, asked for with each token on the last pipeline stage.
+    positions: rollouts of one sample must stand together; all are begun, or none. stop: whether
+    this rank has been told to stop, asked for with each token on the last pipeline stage.
 
     Each draw is a pure function of (seed, iteration, sample, column, rollout, token), so it does
     not depend on the layout, the batch, or which rollouts have ended.
@@ -95,6 +109,9 @@ def generate(
         warm_up=how.writes_truth,
         truth_tokens=max((len(position.truth) for position in positions), default=0),
     )
+    begun = [len(text) for position in positions for text in position.begun]
+    if begun:
+        bound = ResponseBound(thought=max(begun), close=0, answer=prompt.answer_tokens)
     stem = [*prompt.stem(how.budget), *([] if how.thinks else prompt.close)]
     tail_tokens = len(stem) + bound.tokens
     # Positions that are decoded together, in waves that fit into the memory.
@@ -111,8 +128,15 @@ def generate(
     head = None
     if model.post_process:
         tp_group = parallel_state.get_tensor_model_parallel_group()
-        head = DecodeHead(output_weight(model), policy.vocab_size, tp_group, how)
-    decoder = _Decoder(policy, store, stem, head, experts, stop)
+        most_rows = 0
+        if tells_limits(policy.device):
+            most_rows = padded_rows(max(own.stop - own.start for own in waves) * how.group)
+        weight = output_weight(model)
+        head = DecodeHead(weight, policy.vocab_size, tp_group, how, most_rows)
+    by_limits = tells_limits(policy.device)
+    records = by_limits and how.graph and is_recordable(model.config, policy.device)
+    told = torch.zeros(1, dtype=torch.float64, device=policy.device)
+    decoder = _Decoder(policy, store, stem, head, experts, stop, told)
     # Each wave to its end; with pipeline stages as many at a time as there are stages.
     done: list[list[Rollout]] = []
     stopped = False
@@ -120,12 +144,15 @@ def generate(
         batches = [
             _Batch(
                 # Ranks that share experts may go on: they need this one, even if it has stopped.
-                LiveRollouts([] if stopped else positions[own], prompt, how, bound, policy.device),
+                LiveRollouts(
+                    [] if stopped else positions[own], prompt, how, bound, policy.device, by_limits
+                ),
                 TailCache(tail_tokens),
+                graph=StepGraph(record) if records else None,
             )
             for own in waves[first : first + in_flight]
         ]
-        with captured_layers(model):
+        with without_sequence_parallel(model), captured_layers(model):
             decoder.run(batches)
         stopped = stopped or any(batch.stopped for batch in batches)
         done += [group for batch in batches for group in batch.live.responses()]
@@ -151,7 +178,10 @@ class _Batch:
     drawn: tokens and log-probs ``[2, rows]`` fp64 of the newest step, of the last stage, and, where
     ranks may be told to stop, a third row, above 0 if one was; arriving: their way to this stage.
     stopped: all rollouts have been cut short for that. trunks, after: which trunk rows each row
-    sees and the rotary position after its stem; None when rows have left.
+    sees and the rotary position after its stem; None when rows have left. Where the device is told
+    limits: spans, the first row of the trunk that each rollout sees, the row after the last, and
+    the position after its stem, int64 ``[3, rollouts + 1]``; graph, of its steps; late, how the
+    host reads flags. flags: what ``_write`` says to the host; written: that it has been called.
     """
 
     live: LiveRollouts
@@ -161,12 +191,17 @@ class _Batch:
     stopped: bool = False
     trunks: list[SharedTrunk] | None = None
     after: Tensor | None = None
+    spans: Tensor | None = None
+    graph: StepGraph | None = None
+    late: LateRead = field(default_factory=LateRead)
+    flags: Tensor | None = None
+    written: bool = False
 
 
 @dataclass
 class _Decoder:
     """The passes of batches of rollouts; head is None on all stages but the last, stop where no
-    rank can be told to."""
+    rank can be told to. told: fp64 ``[1]``, above 0 once a rank has been."""
 
     policy: Policy
     store: KeyValueStore
@@ -174,6 +209,7 @@ class _Decoder:
     head: DecodeHead | None
     experts: ProcessGroup | None
     stop: Callable[[], bool] | None
+    told: Tensor
 
     def run(self, batches: Sequence[_Batch]) -> None:
         """Decode ``batches`` to their ends, in turn, so that each pipeline stage has work."""
@@ -195,22 +231,29 @@ class _Decoder:
         if not positions:
             self._idle(sends)
             return
+        self._ask_whether_to_stop(live)
         device = live.rows.device
         tokens = torch.tensor(self.stem, dtype=torch.int64, device=device)
         starts = torch.tensor([position.next_position for position in positions], device=device)
-        visibility = StemVisibility(
-            tokens=length * len(positions),
-            store=self.store,
-            tails=batch.tails,
-            trunks=shared_trunks(positions, device),
-            group=live.how.group,
-        )
+        if live.pads:
+            visibility = self._stems_by_limits(batch)
+        else:
+            visibility = StemVisibility(
+                tokens=length * len(positions),
+                store=self.store,
+                tails=batch.tails,
+                trunks=shared_trunks(positions, device),
+                group=live.how.group,
+            )
         position_ids = (starts[:, None] + torch.arange(length, device=device)).flatten()
         visibility.use_position_ids(position_ids, self.policy.longest_position)
 
         def draw(hidden: Tensor, _: Tensor) -> Tensor:
             scores = self.head.scores(hidden.view(len(positions), length, -1)[:, -1])
-            return self._draw(live, scores.repeat_interleave(live.how.group, dim=0))
+            scores = scores.repeat_interleave(live.how.group, dim=0)
+            # A padded row may draw anything.
+            missing = len(live.rows) - len(scores)
+            return self._draw(live, torch.cat([scores, scores[:missing]]) if missing else scores)
 
         self._pass(batch, tokens.repeat(len(positions)), visibility, draw, sends)
 
@@ -219,6 +262,10 @@ class _Decoder:
         live = batch.live
         if not live.rows_here:
             self._idle(sends)
+            return
+        self._ask_whether_to_stop(live)
+        if live.pads:
+            self._decode_by_limits(batch, sends)
             return
         if batch.trunks is None:
             own = [live.positions[row // live.how.group] for row in live.rows_here]
@@ -234,28 +281,87 @@ class _Decoder:
         )
         visibility.use_position_ids(batch.after + (live.step - 1), self.policy.longest_position)
 
-        def draw(hidden: Tensor, _: Tensor) -> Tensor:
-            return self._draw(live, self.head.scores(hidden))
+        self._pass(batch, live.newest, visibility, self._drawing(live), sends)
 
-        self._pass(batch, live.newest, visibility, draw, sends)
+    def _decode_by_limits(self, batch: _Batch, sends: Sends) -> None:
+        def decode() -> None:
+            self._pass(batch, batch.live.newest, *self._step_by_limits(batch), sends)
+
+        def decode_and_write() -> None:
+            decode()
+            self._write(batch)
+
+        if batch.graph is None:
+            decode()
+        else:
+            batch.graph.run(len(batch.live.rows), decode_and_write)
+            batch.written = True
+
+    def _stems_by_limits(self, batch: _Batch) -> LimitsVisibility:
+        live, length = batch.live, len(self.stem)
+        device, group, positions = live.rows.device, live.how.group, live.positions
+        spans = [(own.first, own.limit, own.next_position + length) for own in positions]
+        spans = torch.tensor(spans).t().to(device)
+        # Nobody's rollout sees nothing.
+        batch.spans = F.pad(spans.repeat_interleave(group, dim=1), (0, 1))
+        column = torch.arange(length, device=device).repeat(len(positions))
+        first, limit, _ = spans.repeat_interleave(length, dim=1).int()
+        tails = torch.arange(live.count, device=device).view(-1, group)
+        written = tails.repeat_interleave(length, dim=0).t()
+        return LimitsVisibility(
+            tokens=len(column),
+            store=self.store,
+            tails=batch.tails,
+            limits=RowLimits(first, limit, written[0].int(), (column + 1).int()),
+            written=written,
+            columns=column,
+            count=live.count + 1,
+        )
+
+    def _step_by_limits(
+        self, batch: _Batch
+    ) -> tuple[LimitsVisibility, Callable[[Tensor, Tensor], Tensor]]:
+        """What the rows of the next step see, and how they draw; the same operations each time."""
+        live = batch.live
+        first, limit, after = batch.spans[:, live.rows]
+        column = live.steps_of_rows() + (len(self.stem) - 1)
+        # Rows that have ended read nothing.
+        sees = (first, limit * live.alive, live.rows, (column + 1) * live.alive)
+        visibility = LimitsVisibility(
+            tokens=len(live.rows),
+            store=self.store,
+            tails=batch.tails,
+            limits=RowLimits(*(of.int() for of in sees)),
+            written=live.rows[None],
+            columns=column,
+            count=live.count + 1,
+        )
+        position_ids = after + live.steps_of_rows() - 1
+        visibility.use_position_ids(position_ids, self.policy.longest_position)
+        return visibility, self._drawing(live)
+
+    def _drawing(self, live: LiveRollouts) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda hidden, _: self._draw(live, self.head.scores(hidden))
 
     def _draw(self, live: LiveRollouts, scores: Tensor) -> Tensor:
         token, log_prob = self.head.draw(scores, live.draws())
         # Both in one message; ids are whole numbers far below 2^53.
         message = [token.double(), log_prob.double()]
         if self.stop is not None:
-            message.append(self._told_to_stop(live.step, message[0]))
+            message.append(self.told.expand(len(token)))
         return torch.stack(message)
 
-    def _told_to_stop(self, step: int, like: Tensor) -> Tensor:
-        """A row of 1 if a tensor-parallel rank of the last stage has been told to stop, else 0."""
+    def _ask_whether_to_stop(self, live: LiveRollouts) -> None:
+        """Let ``told`` say whether a tensor-parallel rank of the last stage has been told to."""
+        if self.stop is None or self.head is None:
+            return
         group = parallel_state.get_tensor_model_parallel_group()
-        told = torch.full_like(like, float(self.stop()))
         if group.size() == 1:
-            return told
-        if step % STEPS_TO_ASK:
-            return torch.zeros_like(like)
-        return reduce_over_ranks(told, dist.ReduceOp.MAX, group)
+            if self.stop():
+                self.told.fill_(1.0)
+        elif live.step % STEPS_TO_ASK == 0:
+            self.told.fill_(float(self.stop()))
+            reduce_over_ranks(self.told, dist.ReduceOp.MAX, group)
 
     def _pass(
         self,
@@ -268,16 +374,15 @@ class _Decoder:
         """Forward ``tokens``; the last stage draws and starts to tell the others."""
         drawn = forward_through_stages(self.policy.model, tokens, visibility, draw, sends)
         if drawn is None:
-            shape = (2 if self.stop is None else 3, len(batch.live.rows_here))
+            shape = (2 if self.stop is None else 3, len(batch.live.rows))
             drawn = torch.empty(shape, dtype=torch.float64, device=tokens.device)
             batch.arriving = None
         else:
             batch.arriving = begin_from_last_stage(drawn)
         batch.drawn = drawn
 
-    def _take_tokens(self, batch: _Batch) -> bool:
-        """Write the newest tokens; whether the batch goes on, here or on a rank that shares the
-        experts."""
+    def _write(self, batch: _Batch) -> None:
+        """Write the newest tokens; the flags then say what the host must know, on the device."""
         live = batch.live
         if live.rows_here:
             if self.head is None:
@@ -288,21 +393,39 @@ class _Decoder:
         told = anywhere = live.alive[:0]
         if self.stop is not None and live.rows_here:
             told = batch.drawn[2, :1] > 0
-            live.alive = live.alive & ~told
+            live.alive &= ~told
         if self.experts is not None:
             anywhere = live.alive.any()[None].int()
             dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.experts)
-        # The one wait for the device of this token.
-        flags = torch.cat([told, anywhere.bool(), live.alive]).tolist()
-        alive = flags[len(told) + len(anywhere) :]
-        goes_on = any(flags[len(told) :])
-        batch.stopped = batch.stopped or any(flags[: len(told)])
+        batch.flags = torch.cat([told, anywhere.bool(), live.alive])
+
+    def _take_tokens(self, batch: _Batch) -> bool:
+        """Have the newest tokens written; whether the batch goes on, here or on a rank that shares
+        the experts."""
+        live = batch.live
+        if not batch.written:
+            self._write(batch)
+        batch.written = False
+        live.step += bool(live.rows_here)
+        # The one wait for the device of this token; where it is late, for the one before. Ranks
+        # that share experts must all hear of the end with the same pass.
+        # At the bound all have ended, and the newest says whether for having been stopped.
+        late = live.pads and self.experts is None and live.step < live.bound.tokens
+        flags = batch.late(batch.flags) if late else batch.flags.tolist()
+        if flags is None:
+            return True
+        told = int(self.stop is not None and bool(live.rows_here))
+        anywhere = int(self.experts is not None)
+        alive = flags[told + anywhere :]
+        batch.stopped = batch.stopped or any(flags[:told])
         if live.rows_here:
             staying = live.settle(alive)
             if staying is not None:
                 batch.trunks = None
-                batch.tails.keep(staying)
-        return goes_on
+                batch.late.forget()
+                if not live.pads:
+                    batch.tails.keep(staying)
+        return any(flags[told:])
 
     def _idle(self, sends: Sends) -> None:
         """Take part in a pass of the other ranks that share the experts."""

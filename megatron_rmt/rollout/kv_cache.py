@@ -2,7 +2,7 @@
 
 The trunk is stored once and read by every rollout; what a rollout has of its own, its stem and its
 branch, is its tail. ``TrunkVisibility`` reads trunks, ``StemVisibility`` starts the tails,
-``DecodeVisibility`` adds one token to each.
+``DecodeVisibility`` adds one token to each; on a GPU ``LimitsVisibility`` does both.
 """
 
 import itertools
@@ -15,7 +15,9 @@ from torch import Tensor
 from megatron_rmt.cpu import compiled
 from megatron_rmt.cpu.compiled import fused, wide
 from megatron_rmt.model.visibility import TreeVisibility, Visibility
+from megatron_rmt.rollout.decode_attention import decode_attention
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
+from megatron_rmt.rollout.row_limits import RowLimits
 
 # Of each group of rows of a batch: which rows, the keys and values [kv heads, trunk rows, dim] that
 # they read together, and the bias [rows * queries, trunk rows] of those that a row does not see.
@@ -66,6 +68,22 @@ class TailCache:
         """Store one token per rollout, ``[rollouts, kv heads, dim]``, at ``column``."""
         for tail, new in zip(self.stored[layer], (key, value), strict=True):
             tail[:, :, column] = new
+
+    def write_rows(
+        self, layer: int, tails: Tensor, columns: Tensor, key: Tensor, value: Tensor, count: int
+    ) -> None:
+        """Store ``[tokens, kv heads, dim]``, each token at its column of each of its ``tails``.
+
+        tails: int64 ``[copies, tokens]``. columns: int64 ``[tokens]``. count: tails of a layer,
+        which are made when it is first written.
+        """
+        if layer not in self.stored:
+            self.stored[layer] = tuple(
+                new.new_empty(count, new.shape[1], self.capacity, new.shape[2])
+                for new in (key, value)
+            )
+        for stored, new in zip(self.stored[layer], (key, value), strict=True):
+            stored.transpose(1, 2)[tails, columns] = new
 
     def keep(self, rows: Sequence[int]) -> None:
         """Let ``rows``, in that order, be all: finished rollouts leave the batch.
@@ -168,8 +186,7 @@ class StoredTrunkVisibility(Visibility):
             (shared.rows, trunk_key[:, shared.trunk], trunk_value[:, shared.trunk], bias)
             for shared, bias in zip(self.trunks, self._biases, strict=True)
         ]
-        attend = _fused_attention if query.device.type == "cpu" else _scores_attention
-        return attend(query, trunks, *tail, tail_bias, scale)
+        return _fused_attention(query, trunks, *tail, tail_bias, scale)
 
 
 def _fused_attention(
@@ -234,35 +251,6 @@ def _with_tail(
     return joined.to(query.dtype)
 
 
-def _scores_attention(
-    query: Tensor,
-    trunks: Trunks,
-    tail_key: Tensor,
-    tail_value: Tensor,
-    tail_bias: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """The same with the scores written out, fp32, for devices without that kernel."""
-    kv_heads, queries, width = query.shape[1:]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    query = query * scale
-    on_tails = (query @ tail_key.transpose(2, 3)).to(wide)
-    if tail_bias is not None:
-        on_tails = on_tails + tail_bias
-    outputs = []
-    for rows, trunk_key, trunk_value, trunk_bias in trunks:
-        by_head = query[rows].transpose(0, 1).reshape(kv_heads, -1, width)
-        on_trunk = torch.bmm(by_head, trunk_key.transpose(1, 2)).to(wide) + trunk_bias
-        on_trunk = on_trunk.view(kv_heads, -1, queries, on_trunk.shape[-1])
-        on_tail = on_tails[rows].transpose(0, 1)
-        weights = torch.cat([on_trunk, on_tail], dim=-1).softmax(dim=-1).to(query.dtype)
-        from_trunk, from_tail = weights.split([on_trunk.shape[-1], on_tail.shape[-1]], dim=-1)
-        read_trunk = torch.bmm(from_trunk.flatten(1, 2), trunk_value)
-        read_trunk = read_trunk.view(kv_heads, -1, queries, width).transpose(0, 1)
-        outputs.append(read_trunk + from_tail.transpose(0, 1) @ tail_value[rows])
-    return _joined(outputs)
-
-
 @dataclass
 class StemVisibility(StoredTrunkVisibility):
     """Prefill of the stems, ``[positions * stem length]`` tokens, against the stored trunk.
@@ -309,6 +297,27 @@ class DecodeVisibility(StoredTrunkVisibility):
         return self._attend_trunk_and_tail(layer, query, (key, value), None, scale).reshape(
             rollouts, -1, width
         )
+
+
+@dataclass
+class LimitsVisibility(Visibility):
+    """Stems or new tokens whose rows see what vectors on the device say, on anything but a CPU.
+
+    limits: of the rows, once their keys and values are written into the tails ``written`` int64
+    ``[copies, tokens]`` at ``columns`` int64 ``[tokens]``. count: tails of the batch.
+    """
+
+    store: KeyValueStore | None = None
+    tails: TailCache | None = None
+    limits: RowLimits | None = None
+    written: Tensor | None = None
+    columns: Tensor | None = None
+    count: int = 0
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self.tails.write_rows(layer, self.written, self.columns, key, value, self.count)
+        tails = self.tails.stored[layer]
+        return decode_attention(query, self.store.trunk[layer], tails, self.limits, scale)
 
 
 @dataclass

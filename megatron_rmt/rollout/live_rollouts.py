@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rmt.algorithm.rng import uniforms
@@ -14,6 +15,17 @@ from megatron_rmt.rollout.sampling import RolloutSettings
 
 # Dropping rows moves others into their places, so it waits until this share of rows has ended.
 ENDED_SHARE_TO_COMPACT = 1 / 32
+# On a GPU a batch has 8, 16, 32, ... rows: few shapes, each of which may be recorded as a graph.
+LEAST_ROWS = 8
+
+
+# The state of each row.
+_OF_ROWS = ("alive", "newest", "_state", "_thinking", "_from_close", "_force_next")
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of a batch on a GPU in which ``rows`` go on."""
+    return max(LEAST_ROWS, 1 << (rows - 1).bit_length()) if rows else 0
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,8 @@ class RolloutPosition:
 
     sample, column: global sample index and index in the sample (key of the random draws). first,
     limit: rows of the stored trunk that it sees. next_position: rotary position of its stem. truth:
-    the token ids of the true answer, written only in the format warm-up.
+    the token ids of the true answer, written only in the format warm-up. begun: what each response
+    of the group begins with, in token ids, written instead of drawn; empty: the policy draws all.
     """
 
     sample: int
@@ -31,6 +44,7 @@ class RolloutPosition:
     limit: int
     next_position: int
     truth: tuple[int, ...] = ()
+    begun: tuple[tuple[int, ...], ...] = ()
 
 
 class LiveRollouts:
@@ -42,6 +56,10 @@ class LiveRollouts:
     leave together. ``rows`` int64 indices of the batch's rollouts, ``alive`` ``[rows]`` bool, the
     response goes on, ``newest`` ``[rows]`` int64 tokens and the other state of the batch lie on
     ``device``; nothing here waits for the device but ``settle``.
+
+    pads: rows are ``padded_rows``; the rows beyond ``rows_here`` are of a rollout that has ended,
+    the last one, which is nobody's. Then all state keeps its place in memory until the number of
+    padded rows changes, and no operation depends on how far the batch has come.
     """
 
     def __init__(
@@ -51,100 +69,126 @@ class LiveRollouts:
         how: RolloutSettings,
         bound: ResponseBound,
         device: torch.device,
+        pads: bool = False,
     ) -> None:
+        self.pads = pads
         self.positions, self.how, self.bound = positions, how, bound
         self.grammar, self.answer_tokens = prompt.grammar(device), prompt.answer_tokens
         self.step = 0
         group = how.group
-        count = len(positions) * group
+        self.count = count = len(positions) * group
+        # Of the rollouts and, behind them, of nobody's.
+        slots, rows = (count + 1, padded_rows(count)) if pads else (count, count)
 
         def of_rollouts(values: Sequence[int]) -> Tensor:
-            values = torch.tensor(values, dtype=torch.int64).to(device)
-            return values.repeat_interleave(group)
+            values = torch.tensor(values, dtype=torch.int64).repeat_interleave(group)
+            return F.pad(values, (0, slots - count)).to(device)
 
-        self._sample = of_rollouts([position.sample for position in positions])
-        self._column = of_rollouts([position.column for position in positions])
-        self._rollout = torch.arange(group, device=device).repeat(len(positions))
-        # What is written by force: the end of thought, in the warm-up also the answer.
+        # One column more than is ever used, as the host may be a step late to see the end.
+        self._uniforms = uniforms(
+            how.seed,
+            how.iteration,
+            of_rollouts([position.sample for position in positions])[:, None],
+            of_rollouts([position.column for position in positions])[:, None],
+            F.pad(torch.arange(group).repeat(len(positions)), (0, slots - count)).to(device)[
+                :, None
+            ],
+            torch.arange(bound.tokens + 1, device=device),
+        )
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        # What is written by force: the end of thought, in the warm-up also the answer, or what a
+        # response begins with.
         self._close_tokens = len(prompt.close)
-        forced_of = [[*prompt.close, *own.truth * how.writes_truth] for own in positions]
-        self._forced_length = of_rollouts([len(tokens) for tokens in forced_of])
-        forced = torch.zeros(len(positions), max([1, *map(len, forced_of)]), dtype=torch.int64)
+        forced_of = [
+            text
+            for own in positions
+            for text in own.begun or [(*prompt.close, *own.truth * how.writes_truth)] * group
+        ]
+        lengths = torch.tensor(list(map(len, forced_of)), dtype=torch.int64)
+        self._forced_length = F.pad(lengths, (0, slots - count)).to(device)
+        forced = torch.zeros(count, max([1, *map(len, forced_of)]), dtype=torch.int64)
         for row, tokens in enumerate(forced_of):
             forced[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        self._forced = forced.to(device).repeat_interleave(group, dim=0)
+        self._forced = F.pad(forced, (0, 0, 0, slots - count)).to(device)
 
-        shape = (count, bound.tokens)
+        shape = (slots, bound.tokens + 1)
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self._drawn = torch.zeros(shape, dtype=torch.bool, device=device)
         self._log_probs = torch.zeros(shape, device=device)
-        self._lengths = torch.zeros(count, dtype=torch.int64, device=device)
+        self._lengths = torch.zeros(slots, dtype=torch.int64, device=device)
 
-        self.rows = torch.arange(count, device=device)
+        self.rows = torch.arange(rows, device=device).clamp(max=count)
         self.rows_here = list(range(count))
-        self.newest = torch.zeros(count, dtype=torch.int64, device=device)
-        self.alive = torch.ones(count, dtype=torch.bool, device=device)
+        self.newest = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.alive = self.rows < count
         start = self.grammar.start if how.thinks else self.grammar.after_thought
-        self._state = torch.full((count,), start, dtype=torch.int64, device=device)
+        self._state = torch.full((rows,), start, dtype=torch.int64, device=device)
         self._thinking = self.grammar.thinking[self._state]
         # Tokens from the end of thought on: its last one, if it is not in the prompt, and answers.
         self._from_close = (~self._thinking).long()
         # Index of the next token to write by force, -1 while the policy draws.
-        self._force_next = torch.full((count,), -1, dtype=torch.int64, device=device)
+        begun = torch.tensor([0 if own.begun else -1 for own in positions])
+        begun = F.pad(begun.repeat_interleave(group), (0, rows - count), value=-1)
+        self._force_next = begun.to(device)
 
     def draws(self) -> Tensor:
         """The uniform numbers ``[rows]`` of this step."""
-        keys = (of[self.rows] for of in (self._sample, self._column, self._rollout))
-        return uniforms(self.how.seed, self.how.iteration, *keys, self.step)
+        return self._uniforms[self.rows, self._step]
+
+    def steps_of_rows(self) -> Tensor:
+        """How many tokens each row has written, int64 ``[rows]``."""
+        return self._step.expand(len(self.rows))
 
     def write(self, token: Tensor, log_prob: Tensor) -> None:
         """Append what the policy drew, ``[rows]`` each, or what is written by force instead."""
-        rows, grammar, bound = self.rows, self.grammar, self.bound
-        writes_truth = self.how.writes_truth
+        rows, step, grammar, bound = self.rows, self._step, self.grammar, self.bound
+        writes_truth, alive, force_next = self.how.writes_truth, self.alive, self._force_next
         # Ranks that do not draw alike may sum up to any id; the log-prob then says so.
         token = token.clamp(0, grammar.next_state.shape[1] - 1)
-        # Which thoughts end here, though the policy did not close them.
+        # Which thoughts end here, though the policy did not close them: at the bound, and in the
+        # warm-up where a response would end without an answer.
         was_thinking = self._thinking
-        drawing = self._force_next < 0
-        open_at_bound = was_thinking & drawing
-        if self.step < bound.thought:
-            # Here only a response of the warm-up that would end without an answer gets its thought
-            # closed.
-            ends = grammar.done[grammar.next_state[self._state, token].long()]
-            open_at_bound = open_at_bound & ends & writes_truth
+        ends_here = step >= bound.thought
+        if writes_truth:
+            ends_here = ends_here | grammar.done[grammar.next_state[self._state, token].long()]
+        ends_here = was_thinking & (force_next < 0) & ends_here
         if bound.close:
-            self._force_next = torch.where(open_at_bound, 0, self._force_next)
-        elif self.step >= bound.thought:
-            self.alive = self.alive & ~open_at_bound
+            force_next = torch.where(ends_here, 0, force_next)
+        else:
+            alive = alive & ~(ends_here & (step >= bound.thought))
         # What is written by force takes the place of what was drawn.
         forced_length = self._forced_length[rows]
-        forcing = (self._force_next >= 0) & (self._force_next < forced_length)
-        column = self._force_next.clamp(0, self._forced.shape[1] - 1)
+        forcing = (force_next >= 0) & (force_next < forced_length)
+        column = force_next.clamp(0, self._forced.shape[1] - 1)
         token = torch.where(forcing, self._forced[rows, column], token)
 
         # One column of every row, zero where the row has ended.
-        drawn = self.alive & ~forcing
-        self._tokens[rows, self.step] = torch.where(self.alive, token, 0)
-        self._drawn[rows, self.step] = drawn
-        self._log_probs[rows, self.step] = torch.where(drawn, log_prob, 0.0)
-        self._lengths[rows] += self.alive
+        drawn = alive & ~forcing
+        self._tokens[rows, step] = torch.where(alive, token, 0)
+        self._drawn[rows, step] = drawn
+        self._log_probs[rows, step] = torch.where(drawn, log_prob, 0.0)
+        self._lengths[rows] += alive
 
         # Where each row stands after this token, and whether it goes on.
-        self._state = grammar.next_state[self._state, token].long()
-        self._thinking = grammar.thinking[self._state]
-        self._from_close = self._from_close + ~self._thinking
-        self._force_next = torch.where(forcing, self._force_next + 1, self._force_next)
+        state = grammar.next_state[self._state, token].long()
+        thinking = grammar.thinking[state]
+        from_close = self._from_close + ~thinking
+        force_next = torch.where(forcing, force_next + 1, force_next)
         if writes_truth:
-            closed_itself = was_thinking & ~self._thinking & (self._force_next < 0)
-            self._force_next = torch.where(closed_itself, self._close_tokens, self._force_next)
-            self.alive = self.alive & (self._force_next < forced_length)
+            closed_itself = was_thinking & ~thinking & (force_next < 0)
+            force_next = torch.where(closed_itself, self._close_tokens, force_next)
+            alive = alive & (force_next < forced_length)
         else:
-            complete = grammar.done[self._state] | (self._from_close > self.answer_tokens)
-            self.alive = self.alive & ~complete
-        self.step += 1
-        if self.step == bound.tokens:
-            self.alive = torch.zeros_like(self.alive)
-        self.newest = token
+            complete = grammar.done[state] | (from_close > self.answer_tokens)
+            alive = alive & ~complete
+        self._step += 1
+        alive = alive & (self._step < bound.tokens)
+        after = alive, token, state, thinking, from_close, force_next
+        for name, value in zip(_OF_ROWS, after, strict=True):
+            if self.pads:
+                getattr(self, name).copy_(value)
+            else:
+                setattr(self, name, value)
 
     def settle(self, alive: Sequence[bool]) -> list[int] | None:
         """Drop ended rows if that is worth the moves, or if none is left.
@@ -153,21 +197,27 @@ class LiveRollouts:
         each at the place that it takes.
         """
         left = [row for row, goes_on in enumerate(alive) if goes_on]
-        if left and len(left) > (1 - ENDED_SHARE_TO_COMPACT) * len(self.rows_here):
+        if self.pads:
+            if padded_rows(len(left)) == len(self.rows):
+                return None
+        elif left and len(left) > (1 - ENDED_SHARE_TO_COMPACT) * len(self.rows_here):
             return None
         samples = [self.positions[row // self.how.group].sample for row in self.rows_here]
         left = places(left, samples)
         self.rows_here = [self.rows_here[row] for row in left]
-        staying = torch.tensor(left, dtype=torch.int64).to(self.rows.device, non_blocking=True)
-        self.rows, self.alive = self.rows[staying], self.alive[staying]
-        self._state, self._thinking = self._state[staying], self._thinking[staying]
-        self._from_close = self._from_close[staying]
-        self._force_next, self.newest = self._force_next[staying], self.newest[staying]
+        padding = padded_rows(len(left)) - len(left) if self.pads else 0
+        staying = torch.tensor([*left, *left[:1] * padding], dtype=torch.int64)
+        staying = staying.to(self.rows.device, non_blocking=True)
+        for name in ("rows", *_OF_ROWS):
+            setattr(self, name, getattr(self, name)[staying])
+        if padding:
+            self.rows[len(left) :] = self.count
+            self.alive[len(left) :] = False
         return left
 
     def responses(self) -> list[list[Rollout]]:
         """All responses on the host, ``[positions][group]``."""
-        lengths = self._lengths.tolist()
+        lengths = self._lengths[: self.count].tolist()
         used = max(lengths, default=0)
         tokens, drawn, log_probs = (
             values[:, :used].cpu().numpy()

@@ -5,7 +5,9 @@ most likely tokens of a small proxy model: ``top_k``). The same pass fills the k
 the rollouts read.
 """
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 import torch.distributed as dist
@@ -70,18 +72,33 @@ _BIN = 0.01
 _BINS = 1300  # the logarithm of a vocabulary of 400k
 
 
-def entropy_percentiles(entropies: Tensor) -> dict[int, float]:
-    """Percentiles of the entropies ``[tokens]`` of all data-parallel ranks, to 0.01 nats.
+class EntropyHistogram:
+    """How often each entropy occurs among all data-parallel ranks' ``[tokens]``, to 0.01 nats.
 
-    One all-reduce of fixed size over the data-parallel group. NaN where no rank has a token.
+    Whole numbers, so they are the same in every layout. One all-reduce of fixed size over the
+    data-parallel group.
     """
-    bins = (entropies / _BIN).long().clamp(0, _BINS - 1)
-    counts = torch.bincount(bins.cpu(), minlength=_BINS).to(torch.cuda.current_device())
-    dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-    below = counts.cumsum(0).cpu()
-    total = int(below[-1])
-    if total == 0:
-        return dict.fromkeys(PERCENTILES, float("nan"))
-    ranks = torch.tensor([max(1, -(-total * percentile // 100)) for percentile in PERCENTILES])
-    found = torch.searchsorted(below, ranks)
-    return {p: (int(b) + 0.5) * _BIN for p, b in zip(PERCENTILES, found, strict=True)}
+
+    def __init__(self, entropies: Tensor) -> None:
+        bins = (entropies / _BIN).long().clamp(0, _BINS - 1)
+        counts = torch.bincount(bins.cpu(), minlength=_BINS).to(torch.cuda.current_device())
+        dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+        self._up_to = counts.cumsum(0).cpu()
+
+    def _bin(self, share: Fraction) -> float:
+        """In which the smallest entropy lies that ``share`` of all reach at most; NaN of none."""
+        total = int(self._up_to[-1])
+        if total == 0:
+            return math.nan
+        return int(torch.searchsorted(self._up_to, max(1, math.ceil(total * share))))
+
+    def percentiles(self) -> dict[int, float]:
+        """Of ``PERCENTILES``, each the middle of its bin; NaN where no rank has a token."""
+        return {p: (self._bin(Fraction(p, 100)) + 0.5) * _BIN for p in PERCENTILES}
+
+    def quantiles(self, shares: Sequence[float]) -> tuple[float, ...]:
+        """The lower end of each quantile's bin, so that with ``>=`` all of the bin counts; NaN
+        where no rank has a token."""
+        # 0.07 of 100 tokens are 7, which a product of floats may exceed.
+        exact = (Fraction(share).limit_denominator(10**6) for share in shares)
+        return tuple(self._bin(share) * _BIN for share in exact)

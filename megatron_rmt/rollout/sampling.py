@@ -44,7 +44,8 @@ class RolloutSettings:
     top_p: see ``sample_tokens``. kv_bytes: bound on the keys and values held at a time, None for no
     bound. writes_truth: format warm-up; every thought is closed at the budget at the latest, or
     where the text would end, and the true answer is written. thinks: False closes the thought in
-    the prompt, so that a response is an answer alone.
+    the prompt, so that a response is an answer alone. graph: a step may be recorded as a CUDA
+    graph.
     """
 
     group: int
@@ -58,12 +59,14 @@ class RolloutSettings:
     kv_bytes: int | None = None
     writes_truth: bool = False
     thinks: bool = True
+    graph: bool = True
 
 
 class DecodeHead:
     """The language-model head while rollouts are generated, on the last pipeline stage.
 
-    weight: ``[padded vocab/tp, hidden]``, this rank's shard. vocab_size: the true one.
+    weight: ``[padded vocab/tp, hidden]``, this rank's shard. vocab_size: the true one. most_rows:
+    for which memory is held from the first call on, so that it keeps its place.
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class DecodeHead:
         vocab_size: int,
         tp_group: ProcessGroup | None,
         how: RolloutSettings,
+        most_rows: int = 0,
     ) -> None:
+        self.most_rows = most_rows
         self.start, columns = vocab_range(len(weight), vocab_size, tp_group)
         self.weight, self.tp_group, self.how = weight[:columns], tp_group, how
         self._wide_weight = wide_copy(self.weight)
@@ -86,7 +91,8 @@ class DecodeHead:
         """
         if self._held is None or len(self._held) < len(hidden):
             dtype = score_dtype(hidden, self.weight)
-            self._held = hidden.new_empty(len(hidden), len(self.weight), dtype=dtype)
+            rows = max(len(hidden), self.most_rows)
+            self._held = hidden.new_empty(rows, len(self.weight), dtype=dtype)
         scores = self._held[: len(hidden)]
         multiply_scores(hidden, self.weight, scores, self._wide_weight)
         return scores

@@ -105,7 +105,8 @@ def _read_predictions(
     something reach the head. The sampling temperature divides the scores of responses.
     """
     tree, predictions, settings = context
-    hidden = full_hidden(hidden_states, config).index_select(0, tree.predicting)
+    hidden = full_hidden(hidden_states, config)
+    hidden = _rows_of(hidden, tree.predicting, sorts=hidden.is_cuda)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     scale = torch.ones(hidden.shape[0], dtype=wide, device=hidden.device)
     scale[tree.trunk_predictions :] = 1 / settings.temperature
@@ -114,17 +115,34 @@ def _read_predictions(
         losses = settings.loss(log_probs, predictions.at(rows))
         return losses.hybrid(settings.ntp_coefficient)
 
+    weight = output_layer.weight if output_weight is None else output_weight
     total, log_probs = token_loss_sum(
         hidden,
-        output_layer.weight if output_weight is None else output_weight,
+        weight,
         tree.targets,
         loss,
         vocab_size=settings.vocab_size,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         chunk_size=settings.chunk_size,
         scale=scale,
+        # A tied weight gets a second gradient, of the embedding, which Megatron adds itself.
+        into_main_grad=output_weight is None
+        and config.gradient_accumulation_fusion
+        and hasattr(weight, "main_grad"),
     )
     return torch.cat([total[None], log_probs])
+
+
+def _rows_of(hidden: Tensor, rows: Tensor, sorts: bool) -> Tensor:
+    """``hidden[rows]``, some of them several times. sorts: backward adds in the order of ``rows``
+    on a GPU too, where ``index_select`` adds by atomics, in any order."""
+    return hidden[rows] if sorts else hidden.index_select(0, rows)
+
+
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` of the host in one copy, for which a GPU's host does not wait."""
+    pinned = values.pin_memory() if device.type == "cuda" else values
+    return pinned.to(device, non_blocking=True)
 
 
 def _loss(
@@ -151,13 +169,14 @@ def _loss(
     difference = (log_probs[on_responses] - tree.drawn_log_probs).abs() * tree.drawn
     if difference.numel():
         update.largest_difference = difference.max()
-    report = {key: torch.tensor(value) for key, value in update.metrics.items()}
+    known = torch.tensor([*update.metrics.values()], dtype=torch.float32).view(-1, 2)
+    report = dict(zip(update.metrics, _to_device(known, log_probs.device), strict=True))
     report["lm loss"] = torch.stack([ntp * settings.ntp_tokens, tree.ntp_mask.sum()])
     one = torch.ones((), device=log_probs.device) / settings.scale
     report["rmt rl loss"] = torch.stack([policy, one])
     report["rmt warm-up loss"] = torch.stack([supervised, one])
     update.difference = torch.stack([difference.sum(), tree.drawn.float().sum()])
     report["rmt logprob difference"] = update.difference
-    report = {key: value.to(log_probs.device).float() for key, value in report.items()}
+    report = {key: value.float() for key, value in report.items()}
     one_token = torch.ones((), dtype=torch.int, device=log_probs.device)
     return total * settings.scale, one_token, report

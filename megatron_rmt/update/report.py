@@ -16,8 +16,22 @@ from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.response import Response
+from megatron_rmt.rollout.prefill import EntropyHistogram
 from megatron_rmt.rollout.responses import Rollout
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, Tree, chosen_rows
+
+TIERS = ("easy", "medium", "hard")
+
+
+def batch_metrics(
+    settings: Settings, found: EntropyHistogram, thresholds: Sequence[float]
+) -> dict[str, Metric]:
+    """Of the entropies of the whole global batch, and the tiers' lower ends that came of them."""
+    metrics = {f"rmt entropy p{p}": (of, 1.0) for p, of in found.percentiles().items()}
+    if settings.threshold_quantiles is not None:
+        lower_ends = zip(TIERS, thresholds, strict=True)
+        metrics |= {f"rmt threshold {name}": (end, 1.0) for name, end in lower_ends}
+    return metrics
 
 
 def trunk_metrics(
@@ -26,8 +40,10 @@ def trunk_metrics(
     predictions: Tensor,
     tier: Tensor,
     schedule: Schedule,
+    ceiling: float | None,
 ) -> dict[str, Metric]:
-    """Of what the trunk's pass found, all ``[rows]``, and of the tiers that were chosen."""
+    """Of what the trunk's pass found, all ``[rows]``, and of the tiers that were chosen. ceiling:
+    ``--rmt-entropy-ceiling``."""
     labelled = torch.cat([of.sample.labelled for of in reasoned])
     labels = torch.cat([of.sample.labels for of in reasoned])
     rows = chosen_rows(reasoned)
@@ -38,7 +54,10 @@ def trunk_metrics(
         "rmt next-token accuracy": (float(right.sum()), count),
         "rmt entropy of chosen": (float(entropies[rows].sum()), float(len(rows))),
     }
-    for number, name in enumerate(("easy", "medium", "hard")):
+    if ceiling is not None:
+        above = float((entropies[labelled] > ceiling).sum())
+        metrics["rmt above entropy ceiling"] = (above, count)
+    for number, name in enumerate(TIERS):
         metrics[f"rmt chosen {name}"] = (float((chosen == number).sum()), float(len(rows)))
         # Without a curriculum no share is asked for.
         probabilities = schedule.probabilities

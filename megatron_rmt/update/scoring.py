@@ -100,7 +100,8 @@ def score(
     weight = 0.0 if settings.no_length_reward else settings.length_reward_weight
     rewards = total_reward(earned, by_length, weight)
     advantages = group_advantages(rewards, standardise=not settings.no_advantage_std)
-    for position, own, compared in zip(
-        positions, rewards.tolist(), advantages.tolist(), strict=True
+    differ = group_advantages(earned.to(rewards.dtype)).ne(0).any(1)
+    for position, own, compared, differs in zip(
+        positions, rewards.tolist(), advantages.tolist(), differ.tolist(), strict=True
     ):
-        position.rewards, position.advantages = own, compared
+        position.rewards, position.advantages, position.differs = own, compared, differs

@@ -25,7 +25,9 @@ class ChosenPosition:
     """A position that is reasoned about, and what comes of it in the course of a step.
 
     row: of its sample; its label is the token to be predicted. rollouts: its group. responses: what
-    each of them says. rewards, advantages: fp32 numbers, one for each.
+    each of them says. rewards, advantages: fp32 numbers, one for each. place: in the order in which
+    the selection returned its sample's positions. differs: whether the group earns different
+    amounts beside the length reward.
     """
 
     row: int
@@ -33,6 +35,8 @@ class ChosenPosition:
     responses: list[Response] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
+    place: int = 0
+    differs: bool = False
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """How likely the true next tokens are, with and without the thought: one pass over a tree."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.model.gpt import Policy
-from megatron_rmt.model.head import token_loss_sum
+from megatron_rmt.model.head import token_entropies, token_loss_sum
 from megatron_rmt.model.pipeline import forward_through_stages, from_last_stage
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.responses import written
@@ -17,25 +18,66 @@ from megatron_rmt.update.scoring import continuation
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree
 
 
-@torch.no_grad()
+class AfterText(NamedTuple):
+    """What the model says of the truth at each position, on the CPU.
+
+    alone: ``[positions]``, after the text alone. after_thought: ``[positions, group]``, after the
+    text, a thought and its end, written if need be.
+    """
+
+    alone: Tensor
+    after_thought: Tensor
+
+
 def log_probs_of_truth(
     policy: Policy,
     prompt: Prompt,
     reasoned: Sequence[ReasonedSample],
     budget: int,
     group: int,
-) -> tuple[Tensor, Tensor]:
+) -> AfterText:
     """Mean log-probs of the next ``prompt.target_tokens`` true tokens, as far as the text goes, at
     the chosen positions: in nats a token at temperature 1, in fp32 or the dtype of the weights if
-    it is wider.
+    it is wider, on every rank.
 
-    Returns, on every rank and on the CPU, ``[positions]`` after the text alone and
-    ``[positions, group]`` after the text, the thought and its end, written if need be. Equal
-    thoughts of a group are read once, so what they are worth is equal to the last digit. Collective
-    over the tensor- and pipeline-parallel ranks, and those that share experts.
+    Equal thoughts of a group are read once, so what they are worth is equal to the last digit.
+    Collective over the tensor- and pipeline-parallel ranks, and those that share experts.
 
     Raises:
         DoorError: answers are boxed, so that the tokens do not stand right after the thought.
+    """
+    (log_probs,) = _read_truth(policy, prompt, reasoned, budget, group, asks_likeliest=False)
+    return log_probs
+
+
+def predictions_of_truth(
+    policy: Policy,
+    prompt: Prompt,
+    reasoned: Sequence[ReasonedSample],
+    budget: int,
+    group: int,
+) -> tuple[AfterText, AfterText]:
+    """``log_probs_of_truth``, and from the same pass 1.0 where the first true token is the most
+    likely one, else 0.0."""
+    log_probs, likeliest = _read_truth(policy, prompt, reasoned, budget, group, asks_likeliest=True)
+    return log_probs, likeliest
+
+
+@torch.no_grad()
+def _read_truth(
+    policy: Policy,
+    prompt: Prompt,
+    reasoned: Sequence[ReasonedSample],
+    budget: int,
+    group: int,
+    *,
+    asks_likeliest: bool,
+) -> list[AfterText]:
+    """One pass over the tree of the thoughts, closed and followed by the truth as if all were
+    written.
+
+    Raises:
+        DoorError: see ``log_probs_of_truth``.
     """
     if prompt.template.answer == "boxed":
         raise DoorError(
@@ -43,7 +85,6 @@ def log_probs_of_truth(
             "asks for the log-prob of the true token right after the thought; pass --rmt-template "
             "inline."
         )
-    # The tree of the thoughts, closed and followed by the truth as if all were written.
     samples, alone, targets, lengths, which = [], [], [], [], []
     for of, start in zip(reasoned, first_rows([of.sample for of in reasoned]), strict=True):
         positions = []
@@ -79,33 +120,39 @@ def log_probs_of_truth(
     targets = torch.cat([_joined(targets).to(device), tree.targets[after]])
 
     def read(hidden: Tensor, weight: Tensor) -> Tensor:
+        how = {
+            "vocab_size": policy.vocab_size,
+            "tp_group": parallel_state.get_tensor_model_parallel_group(),
+            "chunk_size": policy.head_chunk_size,
+        }
+        rows = hidden[predicting]
         _, log_probs = token_loss_sum(
-            hidden[predicting],
-            weight,
-            targets,
-            lambda rows, log_probs: -log_probs,
-            vocab_size=policy.vocab_size,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            chunk_size=policy.head_chunk_size,
+            rows, weight, targets, lambda rows, log_probs: -log_probs, **how
         )
-        return log_probs.to(dtype)
+        found = [log_probs]
+        if asks_likeliest:
+            found.append(token_entropies(rows, weight, **how)[1] == targets)
+        return torch.stack([own.to(dtype) for own in found])
 
     found = forward_through_stages(policy.model, tree.tokens, tree.visibility, read)
     if found is None:
-        found = torch.empty(len(predicting), dtype=dtype, device=device)
+        found = torch.empty(1 + asks_likeliest, len(predicting), dtype=dtype, device=device)
     found = from_last_stage(found.contiguous()).cpu()
-    without, after_thought = found.split([len(alone), len(after)])
-    return (
-        _means(without, alone_lengths),
-        _means(after_thought, lengths)[torch.tensor(which, dtype=torch.int64)].view(-1, group),
-    )
+    results = []
+    for values, of_piece in zip(found, (torch.mean, _first), strict=False):
+        without, after_thought = values.split([len(alone), len(after)])
+        without, after_thought = (
+            torch.tensor([float(of_piece(piece)) for piece in part.split(sizes)], dtype=dtype)
+            for part, sizes in ((without, alone_lengths), (after_thought, lengths))
+        )
+        after_thought = after_thought[torch.tensor(which, dtype=torch.int64)]
+        results.append(AfterText(without, after_thought.view(-1, group)))
+    return results
+
+
+def _first(piece: Tensor) -> Tensor:
+    return piece[0]
 
 
 def _joined(rows: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.int64), *rows])
-
-
-def _means(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Of consecutive pieces of these lengths, none of them 0."""
-    means = [float(piece.mean()) for piece in values.split(list(lengths))]
-    return torch.tensor(means, dtype=values.dtype)

@@ -44,9 +44,9 @@ from torch import Tensor
 
 from benchmarks import huggingface
 from benchmarks.measurement import Report, interleaved, median
-from evaluation_passes import document_sample
 from json_lines import read_rows
 from megatron_rmt.model.pipeline import forward_through_stages
+from megatron_rmt.probe import document_sample
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.generate import RolloutSettings, generate
 from megatron_rmt.rollout.kv_cache import KeyValueStore, TrunkVisibility

@@ -40,10 +40,10 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from benchmarks.measurement import Report, interleaved, median, peak_memory
-from evaluation_passes import document_sample
 from megatron_rmt.algorithm.losses import Predictions, response_weights
 from megatron_rmt.model.tree_attention import check_backend
 from megatron_rmt.model.visibility import attach_tree_attention
+from megatron_rmt.probe import document_sample
 from megatron_rmt.rollout.responses import Rollout
 from megatron_rmt.rollout.trunk import NO_LABEL
 from megatron_rmt.update.forward_step import LossSettings, Update, make_forward_step

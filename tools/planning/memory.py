@@ -10,6 +10,10 @@ import dataclasses
 from argparse import Namespace
 from dataclasses import dataclass
 
+import torch
+
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.mid_training import rows_at_once
 from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes
 from planning.work import SampleWork
 
@@ -81,11 +85,13 @@ def micro_batch(args: Namespace, work: SampleWork) -> MicroBatch:
 @dataclass(frozen=True)
 class Parameters:
     """Of one rank. dense: divided over the data-parallel ranks by the distributed optimizer;
-    experts: over those that hold the same experts. largest: of one matrix."""
+    experts: over those that hold the same experts. largest: of one matrix. tables: of the
+    embedding, positions and the head, in dense."""
 
     dense: float
     experts: float
     largest: float
+    tables: float
 
     @property
     def total(self) -> float:
@@ -123,18 +129,20 @@ def parameters(args: Namespace, stage: int, tensor_parallel: int | None = None) 
     dense, experts = dense * layers, experts * layers
     last = args.pipeline_model_parallel_size - 1
     table = args.padded_vocab_size * hidden / tp
+    tables = 0.0
     if stage == 0:
-        dense += table
+        tables += table
         if args.position_embedding_type == "learned_absolute":
-            dense += args.max_position_embeddings * hidden
+            tables += args.max_position_embeddings * hidden
     if stage == last:
         dense += norm
         # A tied head needs a copy where the embedding is on another stage.
         if args.untie_embeddings_and_output_weights or last > 0:
-            dense += table
+            tables += table
+    dense += tables
     if stage in (0, last):
         largest = max(largest, table)
-    return Parameters(dense, experts, largest)
+    return Parameters(dense, experts, largest, tables)
 
 
 def model_parameters(args: Namespace) -> float:
@@ -156,6 +164,10 @@ def rank_memory(args: Namespace, work: SampleWork, longest: float, stage: int) -
     batch = micro_batch(args, work)
     activations, head, backward = _update(args, batch, held, stage)
     key_values, decoding = _rollouts(args, work, batch, longest)
+    if args.fp8 and not args.fp8_param_gather:
+        # Transformer Engine keeps each weight in FP8 as well, and, for backward, its transpose.
+        linear = held.total - held.tables
+        decoding, activations = decoding + linear, activations + 2 * linear
     return RankMemory(
         weights=held.total * (1 if args.fp8_param_gather else args.params_bytes),
         gradients=held.total * args.gradient_bytes,
@@ -294,12 +306,11 @@ def _head(args: Namespace, predictions: float, rows: float, row: _Row) -> float:
     size = args.params_bytes
     picked, weight = predictions * args.hidden_size, _table(args) * args.hidden_size
     gradients = FP32 * (picked + weight)
-    chunk = min(args.rmt_head_chunk_size, predictions) * _table(args)
+    device = torch.device("cpu" if args.on_cpu else "cuda")
+    chunk = min(rows_at_once(Settings.of(args), device), predictions) * _table(args)
     making = picked * size + gradients + FP32 * chunk
     if size != FP32:
         making += chunk * size  # the gradient of the scores, rounded for the products
-    if not args.on_cpu:
-        making += FP32 * weight  # one chunk's share of the weight's gradient
     if args.sequence_parallel:
         making += rows * row.gathered
     converted = 0 if size == FP32 else size * (picked + weight)
@@ -328,7 +339,7 @@ def _rollouts(
     if not args.on_cpu:
         # Of one sample at a time, written out; stems ask more queries than a group of rollouts.
         stem = work.tokens.stem / args.rmt_positions_per_sample
-        queries = args.rmt_positions_per_sample * max(args.rmt_group_size, stem)
+        queries = args.positions_drawn * max(args.rmt_group_size, stem)
         seen = work.span + stem + longest
         scores = queries * args.num_attention_heads / tp * seen * (2 * FP32 + 2 * size)
     # When rows leave at most half of them move, keys or values of a layer at a time.
@@ -345,7 +356,7 @@ def cache_of_step(args: Namespace, work: SampleWork, longest: float) -> CacheSiz
     return CacheSize(
         token_bytes=args.layers_per_stage * 2 * per_rank * args.kv_channels * args.params_bytes,
         trunk_tokens=round(samples * work.tokens.trunk),
-        rows=samples * args.rmt_positions_per_sample * args.rmt_group_size,
+        rows=samples * args.positions_drawn * args.rmt_group_size,
         rows_per_position=args.rmt_group_size,
         tail_tokens=round(work.tokens.stem / args.rmt_positions_per_sample + longest),
         in_flight=args.pipeline_model_parallel_size,

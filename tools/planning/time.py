@@ -32,9 +32,13 @@ HARDWARE = {
     "h200": Hardware("H200 SXM", 989, 4800, 139, 450),
     "a100": Hardware("A100 SXM 80 GB", 312, 2039, 79, 300),
 }
-# Megatron's layers run eagerly while rollouts are decoded: kernels of a layer without its
-# attention, of attention over one sample's trunk, and seconds of the host for each.
-LAYER_KERNELS, SAMPLE_KERNELS, LAUNCH = 35, 20, 5e-6
+# Rollouts are decoded without graphs, operation by operation. Counted on the null device: of a
+# layer with Transformer Engine 13, and of its attention 6, and 11 for each sample of the rank; of a
+# token 274, to draw its random numbers and itself and to store it.
+LAYER_LAUNCHES, SAMPLE_LAUNCHES, TOKEN_LAUNCHES = 13 + 6, 11, 58 + 138 + 38 + 40
+# Estimates: seconds of the host for each, and for each call of a module of Transformer Engine, of
+# which a layer makes 6.
+LAUNCH, MODULE, LAYER_MODULES = 5e-6, 65e-6, 6
 # Of an all-reduce of a few kilobytes.
 COLLECTIVE = 15e-6
 # Bytes moved for each score of attention, which is written out in steps: product, fp32, bias,
@@ -107,7 +111,7 @@ def _rollout(
 ) -> tuple[float, float]:
     """(seconds, passes) of decoding all waves."""
     samples = args.global_batch_size // args.data_parallel_size
-    positions = samples * args.rmt_positions_per_sample
+    positions = samples * args.positions_drawn
     stages, tp = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
     cache = cache_of_step(args, work, longest)
     fit = cache.positions_at_once(in_bytes(args.rmt_rollout_kv_gib))
@@ -120,7 +124,7 @@ def _rollout(
     # Rollouts end one after the other.
     alive = min(1.0, mean / passes) if passes else 1.0
     rows = at_once * args.rmt_group_size * alive
-    in_wave = at_once / args.rmt_positions_per_sample
+    in_wave = at_once / args.positions_drawn
     stem = work.tokens.stem / args.rmt_positions_per_sample
     tail = stem + passes / 2
 
@@ -140,7 +144,10 @@ def _rollout(
     scores = rows * (work.span + tail) * args.num_attention_heads / tp * args.layers_per_stage
     read += scores * SCORE_TRAFFIC + rows * args.head_columns / tp * 3 * FP32
     by_memory = read / (hardware.bandwidth * 1e9 * bandwidth_efficiency)
-    by_host = args.layers_per_stage * (LAYER_KERNELS + SAMPLE_KERNELS * in_wave) * LAUNCH
+    launches = LAYER_LAUNCHES + SAMPLE_LAUNCHES * in_wave
+    by_host = (args.layers_per_stage * launches + TOKEN_LAUNCHES) * LAUNCH
+    if args.transformer_impl == "transformer_engine":
+        by_host += args.layers_per_stage * LAYER_MODULES * MODULE
     if tp > 1:
         by_host += args.layers_per_stage * 2 * COLLECTIVE
     of_all = flops(work.decode, model_cost(args)) * args.global_batch_size

@@ -120,6 +120,8 @@ def sample_work(args: Namespace, documents: Documents, lengths: Lengths) -> Samp
     head, stem, response = lengths.head, lengths.stem, lengths.response
     positions, group = args.rmt_positions_per_sample, args.rmt_group_size
     rollouts = positions * group
+    # A reserve is rolled out, and not trained.
+    drawn = args.positions_drawn
     # The last token of a response predicts nothing, so it is never read.
     branch = max(0.0, response - 1)
     trunk = args.seq_length + head * documents.pieces
@@ -134,11 +136,12 @@ def sample_work(args: Namespace, documents: Documents, lengths: Lengths) -> Samp
         predictions=args.seq_length - positions + rollouts * response,
     )
     span = _span(args, documents, head)
-    stems = Pass(positions * stem, positions * stem * (span + stem), positions)
+    stems = Pass(drawn * stem, drawn * stem * (span + stem), drawn)
+    decoded_tokens = drawn * group * branch
     decode = Pass(
-        tokens=rollouts * branch,
-        pairs=rollouts * branch * (span + stem + (branch + 1) / 2),
-        predictions=rollouts * branch,
+        tokens=decoded_tokens,
+        pairs=decoded_tokens * (span + stem + (branch + 1) / 2),
+        predictions=decoded_tokens,
     )
     # Of a whole sequence of s + rest tokens, s of them seen: the mean of n * (n + 1) / 2.
     prefix_squared = head**2 + 2 * head * documents.seen + documents.seen_squared
@@ -150,7 +153,7 @@ def sample_work(args: Namespace, documents: Documents, lengths: Lengths) -> Samp
     decoded = Pass(branch, triangle(stem + branch) - triangle(stem), branch)
     sequence = Pass(seen + stem + branch, triangle(stem + branch), response)
     document = Pass(trunk, trunk_pairs, args.seq_length - positions)
-    naive_rollout = (prefill + decoded) * rollouts
+    naive_rollout = (prefill + decoded) * (drawn * group)
     naive_update = sequence * rollouts + document
     return SampleWork(
         tokens=Tokens(
@@ -184,7 +187,7 @@ def without_rollouts(work: SampleWork) -> SampleWork:
 def _span(args: Namespace, documents: Documents, head: float) -> float:
     """Trunk tokens from the document of a sample's first chosen position to its last one, which
     every rollout of the sample is multiplied with while it is decoded."""
-    apart = args.rmt_positions_per_sample + 1
+    apart = args.positions_drawn + 1
     first, last = args.seq_length / apart, args.seq_length * (apart - 1) / apart
     between = last - first
     heads = 1 + (documents.pieces - 1) * between / args.seq_length

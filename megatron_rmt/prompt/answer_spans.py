@@ -1,0 +1,39 @@
+"""Answers that a document marks: ``"answer_spans": [[first, limit], ...]``, in characters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Spans = tuple[tuple[int, int], ...]
+
+
+def check_spans(value: Any, length: int) -> Spans:
+    """What a line of data has as answer_spans, for a text of ``length`` characters.
+
+    Raises:
+        ValueError: it is something else.
+    """
+
+    def is_span(span: Any) -> bool:
+        whole = isinstance(span, list) and [type(end) for end in span] == [int, int]
+        return whole and 0 <= span[0] < span[1] <= length
+
+    if not isinstance(value, list) or not all(map(is_span, value)):
+        raise ValueError(
+            f"answer_spans is {str(value)[:80]}; give a list of [first, limit] characters with "
+            f"0 <= first < limit <= {length}, the length of the text."
+        )
+    return tuple((first, limit) for first, limit in value)
+
+
+def first_tokens(
+    text: str, spans: Spans, ids: Sequence[int], bytes_of: Sequence[bytes]
+) -> tuple[int, ...]:
+    """The first token of each span, ascending: indices of ``ids``, the tokens of ``text``.
+
+    It is the first that holds a byte of the span: a blank before an answer may be part of it.
+    """
+    ends = np.cumsum([len(bytes_of[token]) for token in ids])
+    opening = [len(text[:first].encode()) for first, _ in spans]
+    return tuple(sorted({int(token) for token in np.searchsorted(ends, opening, side="right")}))

@@ -1,0 +1,229 @@
+"""Attention by limits on the device against float64; the kernels under Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rmt.rollout import decode_attention
+from megatron_rmt.rollout.row_limits import RowLimits
+from tests.distributed import REPOSITORY
+
+# Triton decides at import whether it interprets.
+PROGRAM = r"""
+import sys
+
+import numpy as np
+import torch
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+import megatron_rmt.rollout.decode_attention_triton as kernels
+from tests.test_decode_attention import BOUNDS, error, problem
+
+dot = InterpreterBuilder.create_dot
+
+
+def as_tensor_cores_multiply(builder, a, b, *others):
+    # The interpreter keeps bf16 as 16 bits and would multiply those as whole numbers.
+    if a.dtype.scalar == tl.bfloat16:
+        a, b = (
+            TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+            for x in (a, b)
+        )
+    return dot(builder, a, b, *others)
+
+
+InterpreterBuilder.create_dot = as_tensor_cores_multiply
+few = {2: 16, 4: 16}
+LEAST, LANES, KEYS = kernels.LEAST_KEYS, kernels.TRUNK_LANES, kernels.KEYS
+for line in sys.stdin.read().splitlines():
+    rows, heads, kv_heads, dim, trunk, capacity, dtype, std, parts = line.split()
+    dtype = getattr(torch, dtype)
+    small = int(parts) > 1
+    # Small blocks and forced parts reach every edge; else those of a GPU.
+    kernels.KEYS, kernels.TRUNK_LANES = (few, few) if small else (KEYS, LANES)
+    kernels.LEAST_KEYS = 1 if small else LEAST
+    kernels._parts = lambda wanted, programs, most, parts=int(parts): parts
+    given = problem(*map(int, (rows, heads, kv_heads, dim, trunk, capacity)), dtype, float(std))
+    off = error(kernels.attend(*given), *given)
+    assert off < BOUNDS[dtype], (line, off)
+    print(f"{off:.1e}", end=" ")
+print("\nkernels agree")
+"""
+
+# Of norms, rounding of the output included: weights are rounded to the dtype of the values.
+BOUNDS = {torch.bfloat16: 6e-3, torch.float16: 7e-4, torch.float32: 2e-6, torch.float64: 1e-12}
+
+
+def problem(
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    trunk: int,
+    capacity: int,
+    dtype: torch.dtype,
+    std: float,
+) -> tuple:
+    """Arguments of ``decode_attention`` whose scores have ``std``: ragged limits, rows of two
+    samples that follow each other and one that does not, tails in any order, and padding."""
+    generator = torch.Generator().manual_seed(rows + dim + trunk)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def whole(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, (rows,), generator=generator, dtype=torch.int32)
+
+    # Longer rows in memory than are used, as where a query is a part of a wider product.
+    query = (normal(rows, heads + 1, dim) * std)[:, :heads].to(dtype)
+    keys = [normal(kv_heads, trunk, dim).to(dtype) for _ in range(2)]
+    tails = [normal(rows + 2, kv_heads, capacity, dim).to(dtype) for _ in range(2)]
+    limit = whole(1, trunk)
+    first = torch.where(torch.arange(rows) < rows // 2, 0, trunk // 3).int()
+    first = torch.minimum(first, limit - 1)
+    first[rows // 3], limit[rows // 3] = trunk - 1, trunk
+    length = whole(0, capacity)
+    length[-1] = capacity
+    tail = torch.randperm(rows + 2, generator=generator)[:rows].int()
+    if rows > 3:
+        limit[1] = 0
+        limit[2] = length[2] = first[2] = 0
+    for row in range(rows):
+        for stored in tails:
+            stored[tail[row], :, length[row] :] = torch.nan
+    return query, keys, tails, RowLimits(first, limit, tail, length), dim**-0.5
+
+
+def error(
+    found: torch.Tensor,
+    query: torch.Tensor,
+    trunk: list[torch.Tensor],
+    tails: list[torch.Tensor],
+    limits: RowLimits,
+    scale: float,
+) -> float:
+    """Relative to dense attention in float64, row by row."""
+    expected = torch.zeros(query.shape, dtype=torch.float64)
+    repeats = query.shape[1] // trunk[0].shape[0]
+    for row, (first, limit, tail, length) in enumerate(
+        zip(*(x.tolist() for x in limits), strict=True)
+    ):
+        key, value = (
+            torch.cat([shared[:, first:limit], own[tail, :, :length]], 1).double()
+            for shared, own in zip(trunk, tails, strict=True)
+        )
+        key, value = (x.repeat_interleave(repeats, 0) for x in (key, value))
+        scores = torch.einsum("hd,hkd->hk", query[row].double(), key) * scale
+        expected[row] = torch.einsum("hk,hkd->hd", scores.softmax(-1), value)
+    assert found.shape == query.shape
+    assert found.dtype == query.dtype
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+# rows, heads, kv heads, dim, trunk tokens, capacity of tails, dtype, std of scores, parts
+SMALL = """
+1 1 1 16 1 1 float32 1 1
+1 4 2 16 70 33 float32 1 3
+2 5 1 8 40 20 float32 3 2
+7 6 2 24 50 17 float32 6 3
+13 3 3 16 33 40 float32 10 4
+12 10 2 32 100 50 bfloat16 1 2
+12 10 2 32 100 50 bfloat16 3 2
+12 10 2 32 100 50 bfloat16 6 2
+12 10 2 32 100 50 bfloat16 10 2
+9 20 1 16 60 30 float16 3 2
+40 5 1 16 150 70 bfloat16 6 1
+64 2 1 16 300 20 float16 1 1
+"""
+
+
+def _interpret(cases: str) -> None:
+    pytest.importorskip("triton")
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=cases.strip(),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
+        timeout=1800,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.split("\n")[1] == "kernels agree"
+
+
+def test_kernels_equal_float64_at_odd_sizes_and_peaked_scores():
+    _interpret(SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("std", [1, 3, 6, 10])
+@pytest.mark.parametrize("rows", [1, 256, 2048])
+def test_kernels_equal_float64_at_real_sizes(rows, std):
+    _interpret(f"{rows} 5 1 128 1500 300 bfloat16 {std} 1\n{rows} 5 1 128 700 70 bfloat16 {std} 4")
+
+
+@pytest.mark.parametrize("case", SMALL.split("\n")[1:-1])
+def test_written_out_scores_equal_float64(case):
+    *sizes, dtype, std, _ = case.split()
+    for name in (dtype, "float64"):
+        given = problem(*map(int, sizes), getattr(torch, name), float(std))
+        off = error(decode_attention.decode_attention(*given), *given)
+        assert off < BOUNDS[getattr(torch, name)]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_kernels_compile_for_sm_90_without_spilled_registers(dtype, tmp_path):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_rmt.rollout import decode_attention_triton as kernels
+
+    size = {"bf16": 2, "fp32": 4}[dtype]
+    dims = {"dim": 128, "block_dim": 128}
+    of_parts = {
+        "trunk_parts": 4,
+        "tail_parts": 2,
+        "queries": 5,
+        "trunk_lanes": kernels.TRUNK_LANES[size],
+        "tail_lanes": kernels.TAIL_LANES,
+        "keys": kernels.KEYS[size],
+    }
+    for kernel, constants, warps in (
+        (kernels._attend_parts, of_parts | dims, kernels.WARPS),
+        (kernels._join_parts, {"parts": 6, "heads": 10} | dims, 1),
+    ):
+        pointers = ("query", "trunk_key", "trunk_value", "tail_key", "tail_value", "output")
+        signature = {
+            name: "constexpr"
+            if name in constants
+            else f"*{dtype}"
+            if name in pointers
+            else "*i32"
+            if name in ("first", "limit", "tail", "length")
+            else "*fp32"
+            if name in ("found", "log_sums")
+            else "fp32"
+            if name == "scale"
+            else "i32"
+            for name in kernel.arg_names
+        }
+        aligned = {
+            (index,): [["tt.divisibility", 16]]
+            for index, kind in enumerate(signature.values())
+            if kind not in ("fp32", "constexpr")
+        }
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": warps, "num_stages": kernels.STAGES},
+        )
+        binary = tmp_path / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        used = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True)
+        assert "STACK:0" in used.stdout + used.stderr

@@ -1,0 +1,1 @@
+"""The checks of ``accept_gpu.py``, by what they run."""
