@@ -1,8 +1,8 @@
 """A CUDA device that counts and does not compute: built from two C files, preloaded by a program.
 
 ``runtime.c`` stands in for the CUDA runtime, cuBLAS and NCCL, ``driver.c`` for the driver.
-PyTorch's own CUDA build, Triton and inductor run on it as on an H100: their checks, their allocator, their
-code for sm_90. No number that comes out of it means anything.
+PyTorch's own CUDA build, Triton and inductor run on it as on an H100: their checks, their
+allocator, their code for sm_90. No number that comes out of it means anything.
 """
 
 import ctypes
