@@ -70,16 +70,18 @@ def _cumulative_counts(found: Tensor, *_: Any) -> Tensor:
 
 
 def _flags(found: Tensor, names: Mapping[str, Any], script: Script) -> Tensor:
-    """Which rows go on; see ``Script``."""
-    live = names["live"]
-    rows = len(found) - len(names["told"]) - len(names["anywhere"])
+    """Which rows go on; see ``Script``. Before them whether a rank was told to stop, and whether
+    any goes on that shares the experts."""
+    live, decoder = names["live"], names["self"]
     if script.to_the_bound and live.step == 2:
         live.step = max(2, live.bound.tokens - (script.passes - 2))
     end = live.bound.tokens if script.to_the_bound else min(script.passes, live.bound.tokens)
     left = end - live.step
-    goes_on = [left > 0 and (row % 3 > 0 or 2 * left > script.passes) for row in range(rows)]
-    flags = [False] * len(names["told"]) + [left > 0] * len(names["anywhere"]) + goes_on
-    return torch.tensor(flags)
+    told = [False] * (decoder.stop is not None)
+    anywhere = [left > 0] * (decoder.experts is not None)
+    rows = range(len(found) - len(told) - len(anywhere))
+    goes_on = [left > 0 and (row % 3 > 0 or 2 * left > script.passes) for row in rows]
+    return torch.tensor(told + anywhere + goes_on)
 
 
 def _responses(found: Tensor, names: Mapping[str, Any], script: Script) -> Tensor:
@@ -126,7 +128,7 @@ ANSWERS: dict[str, Answer] = {
     "job.user_batch.check_tokens": _foreign_tokens,
     "rollout.generate._Decoder._take_tokens": _flags,
     "rollout.live_rollouts.LiveRollouts.responses": _responses,
-    "rollout.prefill.entropy_percentiles": _cumulative_counts,
+    "rollout.prefill.EntropyHistogram.__init__": _cumulative_counts,
     "rollout.prefill.read_trunk": _entropies_and_predictions,
     "step._check_trunk_fits": _as_it_is,
     "step._grow": _sums,
@@ -141,6 +143,21 @@ def answer_reads(script: Script) -> None:
     """Let the host read by ``script`` from now on; the device is asked, and waited for, as well."""
     for name in READS:
         setattr(Tensor, name, _scripted(getattr(Tensor, name), script))
+
+    # Read on the host, where an event says that they have arrived.
+    from megatron_rmt.rollout.late_read import LateRead
+
+    read_late = LateRead.__call__
+
+    def scripted(late: LateRead, flags: Tensor) -> list[bool] | None:
+        found = read_late(late, flags)
+        if found is None:
+            return None
+        place, names = _reader()
+        answer = ANSWERS[place.removeprefix("megatron_rmt.")]
+        return answer(torch.tensor(found), names, script).tolist()
+
+    LateRead.__call__ = scripted
 
 
 def _scripted(read: Callable[..., Any], script: Script) -> Callable[..., Any]:
