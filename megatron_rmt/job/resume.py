@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.settings import as_typed, flag_name
@@ -28,6 +29,7 @@ MAY_CHANGE = frozenset(
         "rmt",
         "config",
         "allow_changed_settings",
+        "no_digests",
         "logprob_tolerance",
         "max_bad_steps",
         "rollout_kv_gib",
@@ -139,8 +141,8 @@ def stored_arguments(args: Namespace) -> Any:
     try:
         folder = checkpoint_folder(Path(args.load), args.ckpt_step)
         return folder and dist_checkpointing.load_common_state_dict(folder).get("args")
-    except Exception:  # another format, or damaged: Megatron reads it again, and says what it finds
-        return None
+    except (Exception, CheckpointException):
+        return None  # another format, or damaged: Megatron reads it again, and says what it finds
 
 
 def check_same_settings(args: Namespace, prompt: Prompt, stored: Any) -> None:
