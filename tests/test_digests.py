@@ -13,7 +13,7 @@ import pytest
 from megatron_rmt.job import digests
 from megatron_rmt.job.digests import damage, digested, file_digest, recorded_digests
 from tests.distributed import REPOSITORY
-from tests.tiny_run import RMT, TinyInputs, checkpoint_tensors, run
+from tests.tiny_run import PRETRAIN, RMT, TinyInputs, checkpoint_tensors, run
 
 pytestmark = [pytest.mark.faults]
 
@@ -125,7 +125,9 @@ def test_an_asynchronous_save_has_digests_of_all_that_is_loaded(saved: Path):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata"])
+@pytest.mark.parametrize(
+    "name", ["__1_0.distcp", pytest.param(".metadata", marks=pytest.mark.slow)]
+)
 def test_a_flipped_bit_ends_a_resume_on_every_rank(
     name: str, inputs: TinyInputs, copied: Path, tmp_path: Path
 ):
@@ -155,7 +157,41 @@ def test_another_layout_checks_them_too_and_loads_what_is_whole(
         _resume(inputs, copied, tmp_path / "index", 1)()
 
 
+KILLED = """
+import os, runpy, signal
+
+if __name__ == "__main__":
+    from megatron_rmt.job import digests
+
+    digests.file_digest = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+    runpy.run_path({pretrain!r}, run_name="__main__")
+"""
+
+
 @pytest.mark.multiprocess
+@pytest.mark.slow
+def test_a_job_that_is_killed_between_files_and_digest_resumes(
+    inputs: TinyInputs, copied: Path, tmp_path: Path
+):
+    """With a digest of an earlier save beside files that are new."""
+    program = tmp_path / "program.py"
+    program.write_text(KILLED.format(pretrain=str(PRETRAIN)))
+    (copied / "latest_checkpointed_iteration.txt").write_text("2")
+    saving = [*RMT, *TP2, "--save", str(copied), "--save-interval", "2", "--exit-interval", "4"]
+    with pytest.raises(AssertionError, match=r"died without a traceback|Connection closed"):
+        run(tmp_path / "killed", 2, [*inputs.flags(copied), *saving], program)
+    folder = copied / "iter_0000004"
+    files = sorted(path.name for path in folder.glob("*.distcp"))
+    recorded = recorded_digests(folder)
+    assert damage(folder, recorded.keys() & files, recorded) == []
+    assert len(run(tmp_path / "again", 2, [*inputs.flags(copied), *saving]).metrics) == 2
+    recorded = recorded_digests(folder)
+    assert recorded.keys() == {".metadata", *files}
+    assert damage(folder, recorded, recorded) == []
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_without_digests_a_save_writes_none_and_removes_old_ones(
     inputs: TinyInputs, tmp_path: Path
 ):

@@ -23,6 +23,7 @@ from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.checkpoints import refuse_what_is_not_finite
 from megatron_rmt.job.data_files import empty_split
 from megatron_rmt.job.digests import check_digests, index_with_digest, with_digests
+from megatron_rmt.job.index_cache import whole_indices
 from megatron_rmt.job.processes import end_with_torchrun, start_save_worker, write_results_queue
 from megatron_rmt.job.resume import check_same_settings, stored_arguments
 from megatron_rmt.job.run_lock import lock_problem
@@ -160,6 +161,14 @@ def _build_datasets(original: Callable[..., Any], builder: Any) -> Any:
     return original(builder)
 
 
+def _build_indices(original: Callable[..., Any], dataset: Any) -> Any:
+    from megatron.training import get_args
+
+    if not Settings.of(get_args()).rmt:
+        return original(dataset)
+    return whole_indices(original, dataset)
+
+
 def _generate_state_dict(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a checkpoint holds; with the baseline when it is saved, which is when it has an
     iteration."""
@@ -277,6 +286,13 @@ PATCHES: tuple[Symbol, ...] = (
         "BlendedMegatronDatasetBuilder.build",
         "",
         _build_datasets,
+    ),
+    # Neither half a cache of samples nor one of an earlier corpus is trained on.
+    Symbol(
+        "megatron.core.datasets.gpt_dataset",
+        "GPTDataset._build_document_sample_shuffle_indices",
+        "",
+        _build_indices,
     ),
     # The wheel ships the compiled helper and no Makefile.
     Symbol("megatron.core.datasets.utils", "compile_helpers", "", _compile_helpers),
