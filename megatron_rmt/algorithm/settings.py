@@ -194,6 +194,9 @@ class Settings:
     allow_changed_settings: bool = setting(False)
     """Go on from a checkpoint of RMT that was trained with other settings, which are named once;
     else they are refused"""
+    no_digests: bool = setting(False)
+    """Neither write nor check digests of a checkpoint's files, which find bits that flipped on
+    disk"""
     max_tokens: int | None = setting(None, "[1, inf)", "tokens", unset="as read")
     """Deal the samples of a step out again after the rollouts: evenly over the data-parallel ranks,
     several in one micro-batch up to N packed tokens, if they fit in the number of micro-batches

@@ -18,6 +18,7 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.schedules import schedule_of_step
+from megatron_rmt.job.data_files import marks_of_data
 from megatron_rmt.job.held_out import is_measured, log_held_out, measure_held_out
 from megatron_rmt.job.idle_steps import note_idle_step
 from megatron_rmt.job.metrics import metrics_path, write_metrics
@@ -54,6 +55,7 @@ def prepared(model: GPTModel) -> MidTraining:
     run = prepare(args, model, get_tokenizer())
     # Megatron stores all arguments with each checkpoint.
     args.rmt_prompt_rendering = rendering(run.prompt)
+    args.rmt_data = marks_of_data(args)
     if run.baseline is not None and args.iteration > 0:
         _resume_baseline(run.baseline, args)
     return run
