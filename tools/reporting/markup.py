@@ -35,7 +35,7 @@ def escaped(text: str) -> Markup:
     return Markup(html.escape(text.translate(_SHOWN)))
 
 
-def tag(name: str, *children: str, **attributes: Attribute) -> Markup:
+def tag(name: str, /, *children: str, **attributes: Attribute) -> Markup:
     """An element. An attribute's name may end in ``_`` where Python keeps the word (``class_``),
     other ``_`` become ``-``; None and False leave it out, True gives it no value."""
     words = [name]
