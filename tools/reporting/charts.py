@@ -9,12 +9,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from reporting.markup import Markup, tag
 from reporting.reading import Estimate
 
-WIDTH, HEIGHT = 360, 210
-LEFT, RIGHT, TOP, BOTTOM = 40, 44, 10, 28
+WIDTH, HEIGHT = 360, 222
+LEFT, RIGHT, TOP, BOTTOM = 42, 50, 10, 38
 # Of a line; more of them no screen shows.
 MOST_POINTS = 240
 SERIES = 6
@@ -130,7 +131,7 @@ def line_chart(
         x = round(across(mark), 1)
         parts.append(tag("text", f"{mark:g}", class_="axis middle", x=x, y=HEIGHT - BOTTOM + 15))
     parts.append(
-        tag("text", "step", class_="axis right", x=LEFT - 5, y=HEIGHT - BOTTOM + 15),
+        tag("text", "step", class_="axis middle", x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 5),
     )
     for one, (faint, line) in zip(drawn, lines, strict=True):
         look = f"c{one.color % SERIES}"
@@ -151,12 +152,11 @@ def line_chart(
                 for step, value in line
             ]
     ends = [
-        (down(line[-1][1]), form(line[-1][1]), one)
-        for one, (_, line) in zip(drawn, lines, strict=True)
+        (down(line[-1][1]), (one, line[-1])) for one, (_, line) in zip(drawn, lines, strict=True)
     ]
-    for y, (text, one) in _apart([(y, (text, one)) for y, text, one in ends]):
-        look = f"end t{one.color % SERIES}"
-        parts.append(tag("text", text, class_=look, x=WIDTH - RIGHT + 5, y=round(y + 4, 1)))
+    for y, (one, (step, value)) in _apart(ends):
+        place = {"x": round(across(step) + 6, 1), "y": round(y + 4, 1)}
+        parts.append(tag("text", form(value), class_=f"end t{one.color % SERIES}", **place))
     spoken = "; ".join(
         f"{one.label or title}: {form(line[0][1])} at step {line[0][0]:g}, "
         f"{form(line[-1][1])} at step {line[-1][0]:g}"
@@ -191,9 +191,7 @@ def _whole_ticks(first: float, last: float) -> list[float]:
     return [mark for mark in found if first <= mark <= last]
 
 
-def _apart(
-    labels: list[tuple[float, object]], distance: float = 13.0
-) -> list[tuple[float, object]]:
+def _apart(labels: list[tuple[float, Any]], distance: float = 13.0) -> list[tuple[float, Any]]:
     """Labels at heights that leave each of them room, in order of height, inside the chart."""
     labels = sorted(labels, key=lambda label: label[0])
     heights: list[float] = []

@@ -157,10 +157,11 @@ def _figure(panel: Panel, runs: Sequence[Run]) -> Markup:
     )
 
 
-def span_of(runs: Sequence[Run]) -> tuple[float, float]:
-    """First and last step of all runs, so that charts below each other can be compared."""
+def span_of(runs: Sequence[Run]) -> tuple[float, float] | None:
+    """First and last step of all runs, so that charts below each other can be compared; None
+    before any."""
     steps = [step for run in runs for step in (*run.iterations[:1], *run.iterations[-1:])]
-    return min(steps), max(steps)
+    return (min(steps), max(steps)) if steps else None
 
 
 def warm_up_end(run: Run) -> float | None:
