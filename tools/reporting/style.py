@@ -24,7 +24,7 @@ _SHEET = """
   --ink: light-dark(#1c2126, #e4e7eb); --soft: light-dark(#59626d, #a2abb6);
   --rule: light-dark(#d8dce1, #363c44); --link: light-dark(#0067a8, #5ab4f0);
   --good: light-dark(#00694e, #3cc79c); --bad: light-dark(#a83a00, #f0984a);
-  --shade-h: light-dark(#2c78be, #4a96dc); --shade-p: light-dark(#c86e14, #d27a28); }
+  --shade-h: light-dark(#2c78be, #2a6aa6); --shade-p: light-dark(#c86e14, #b4651c); }
 :root:has(#light:checked) { color-scheme: light; }
 :root:has(#dark:checked) { color-scheme: dark; }
 * { box-sizing: border-box; }
@@ -100,7 +100,7 @@ summary .context { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; color
   unicode-bidi: isolate; } .truth { font-family: ui-monospace, "DejaVu Sans Mono", monospace;
   background: var(--card); border-bottom: 2px solid var(--good); unicode-bidi: isolate; }
 .facts { color: var(--soft); font-size: 0.9rem; } summary .facts { margin-left: 10px; }
-.facts span + span { margin-left: 12px; } .facts b { color: var(--ink); unicode-bidi: isolate; }
+.facts > span { display: inline-block; } .facts span + span { margin-left: 12px; } .facts b { color: var(--ink); unicode-bidi: isolate; }
 .facts .right { color: var(--good); font-weight: 600; }
 .facts .wrong { color: var(--bad); font-weight: 600; }
 .badge { margin-left: 10px; padding: 1px 8px; border-radius: 9px; border: 1px solid var(--soft);
