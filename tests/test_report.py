@@ -5,6 +5,7 @@ import html.parser
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -345,6 +346,22 @@ def test_several_runs_share_the_charts_and_are_told_apart(tmp_path: Path):
     assert [one.name for one in inputs.runs] == [str(folders[0]), str(folders[2])]
 
 
+@pytest.mark.parametrize("runs", [1, 2])
+def test_no_two_lines_of_a_chart_are_told_by_their_color_alone(tmp_path: Path, runs: int):
+    """One run has a color and a dash for each metric; of several, a run has a color, a metric a
+    dash."""
+    names = ("held-out thought", "held-out no thought", "held-out next token")
+    rows = [{"iteration": step, **dict.fromkeys(names, 0.1 * step)} for step in (0, 1)]
+    for number in range(runs):
+        (tmp_path / str(number)).mkdir()
+        _write(tmp_path / str(number) / reading.METRICS, rows)
+    shown = _page(*(tmp_path / str(number) for number in range(runs)))
+    paths = re.findall(r'<path class="line c(\d) d(\d)"', shown)
+    assert len({*paths}) == len(paths) == 3 * runs
+    assert len({dash for _, dash in paths}) == 3
+    assert len({color for color, _ in paths}) == (3 if runs == 1 else runs)
+
+
 def test_the_headline_has_the_values_and_intervals_of_the_evaluations(tmp_path: Path):
     paths = [_evaluation(tmp_path / name) for name in ("before.json", "after.json")]
     shown = _Reader(_page(*paths)).text.split("How often is the next token right?")[1]
@@ -543,11 +560,14 @@ def report_of_a_run(inputs: TinyInputs, tmp_path_factory: pytest.TempPathFactory
     flags += ["--rmt-eval-interval", "2", "--rmt-eval-data", str(held_out)]
     run(folder / "tiny", 1, [*inputs.flags(), *RMT, *flags])
     table = {"title": "A study of many columns", "columns": [f"column {n}" for n in range(20)]}
+    # What cannot be broken between words must be broken in one.
+    table["note"] = "w" * 300
     study = folder / "study.json"
     study.write_text(json.dumps({"tables": [table | {"rows": [["some words"] * 20] * 2}]}))
     evaluations = [_evaluation(folder / name) for name in ("before.json", "after.json")]
     words = [folder / "tiny/metrics.jsonl", *evaluations, study]
-    report.main([*map(str, words), "--output", str(folder / "report.html")])
+    flags = ["--output", str(folder / "report.html"), "--title", "A title of " + "w" * 300]
+    report.main([*map(str, words), *flags])
     return folder / "report.html"
 
 

@@ -100,7 +100,8 @@ summary .context { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; color
   unicode-bidi: isolate; } .truth { font-family: ui-monospace, "DejaVu Sans Mono", monospace;
   background: var(--card); border-bottom: 2px solid var(--good); unicode-bidi: isolate; }
 .facts { color: var(--soft); font-size: 0.9rem; } summary .facts { margin-left: 10px; }
-.facts > span { display: inline-block; } .facts span + span { margin-left: 12px; } .facts b { color: var(--ink); unicode-bidi: isolate; }
+.facts > span { display: inline-block; }
+.facts span + span { margin-left: 12px; } .facts b { color: var(--ink); unicode-bidi: isolate; }
 .facts .right { color: var(--good); font-weight: 600; }
 .facts .wrong { color: var(--bad); font-weight: 600; }
 .badge { margin-left: 10px; padding: 1px 8px; border-radius: 9px; border: 1px solid var(--soft);
