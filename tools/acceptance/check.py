@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 NEEDS_A_GPU = "needs a GPU"
 
@@ -14,7 +15,7 @@ NEEDS_A_GPU = "needs a GPU"
 class Machine:
     """device: where the checks compute. gpus: how many there are. folder: for what runs write."""
 
-    device: torch.device
+    device: "torch.device"
     gpus: int
     folder: Path
 
@@ -63,7 +64,7 @@ class Check:
     limit: float = 180
 
 
-def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+def relative(value: "torch.Tensor", reference: "torch.Tensor") -> float:
     """Norm of the difference over the norm of the float64 ``reference``."""
     value, reference = value.detach().double().cpu(), reference.detach().double().cpu()
     # A gradient that is 0 is compared as it is.

@@ -51,6 +51,7 @@ CHECKS: tuple[Check, ...] = (
         draws.split_vocabulary,
         f"Train without tensor parallelism, whose ranks would draw other tokens; {REPORT}.",
         gpus=2,
+        runs=True,
     ),
     Check(
         "head-fp32",
@@ -123,6 +124,7 @@ CHECKS: tuple[Check, ...] = (
         "Transformer Engine against local layers",
         engine.layers,
         "Pass --transformer-impl local, or the version of Transformer Engine in docs/support.md.",
+        gpus=1,
     ),
     *(
         Check(
@@ -131,6 +133,7 @@ CHECKS: tuple[Check, ...] = (
             of(engine.fp8_weights, recipe=recipe),
             "Leave out --fp8-format: rollouts would run on weights of an earlier step. If only the "
             "control is small, the check cannot tell, and Transformer Engine has changed.",
+            gpus=1,
         )
         for recipe in ("tensorwise", "blockwise")
     ),
@@ -187,6 +190,7 @@ CHECKS: tuple[Check, ...] = (
         "the same, Transformer Engine",
         of(training.rollouts_and_update, flags=training.ENGINE, bound=5e-2),
         "Pass --transformer-impl local, or see te-layers.",
+        gpus=1,
         runs=True,
         limit=600,
     ),
@@ -199,6 +203,7 @@ CHECKS: tuple[Check, ...] = (
             bound=0.3,
         ),
         "Leave out --fp8-format, or try blockwise, whose scales do not depend on the batch.",
+        gpus=1,
         runs=True,
         limit=600,
     ),

@@ -49,7 +49,7 @@ class Sizes:
 
 
 # Qwen3-14B as one rank of TP 4 holds it, with a quarter of its tokens of a step.
-LARGE = Sizes(40, 5120, 4352, 10, 2, 128, 37984, 1024, 8, 8, 48)
+LARGE = Sizes(40, 5120, 4352, 10, 2, 128, 37984, 1024, 8, 8, 96)
 # Small enough for a CPU, and for an exact comparison.
 SMALL = Sizes(2, 64, 96, 4, 2, 16, 199, 24, 3, 4, 12)
 
@@ -210,5 +210,21 @@ def speed(machine: Machine) -> Found:
                 _rollouts(policy, sizes, samples, recorded, spread=False)[1] for _ in range(3)
             ][1:]
             numbers[f"{samples} samples, {name}"] = 1e3 * min(taken) / sizes.tokens
+    if machine.on_gpu:
+        numbers["reading the weights alone"] = 1e3 * _seconds_to_read(policy)
     value = ", ".join(f"{name} {number:.1f}" for name, number in numbers.items())
     return Found(None, f"ms a token: {value}", numbers=numbers)
+
+
+def _seconds_to_read(policy: Policy) -> float:
+    """What a copy of as many bytes as half of the weights, read and written, takes."""
+    size = sum(weight.nbytes for weight in policy.model.parameters())
+    source = torch.zeros(size // 2, dtype=torch.uint8, device=policy.device)
+    target, taken = torch.empty_like(source), []
+    for _ in range(3):
+        _finish(policy.device)
+        began = time.perf_counter()
+        target.copy_(source)
+        _finish(policy.device)
+        taken.append(time.perf_counter() - began)
+    return min(taken)

@@ -35,7 +35,8 @@ def layers(machine: Machine) -> Found:
 
     single_process_megatron()
     local, engine = like_models()
-    attach_tree_attention(local), attach_tree_attention(engine)
+    for model in (local, engine):
+        attach_tree_attention(model)
     expected, by_weight = logits_and_gradients(local)
     logits, gradients = logits_and_gradients(engine)
     errors = {"scores": relative(logits, expected)}

@@ -21,6 +21,11 @@ MIXTURE = (
     "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 "
     "--moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall"
 )
+# Fused layers of other packages have other roundings, and may not be there.
+LOCAL = (
+    "--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion "
+    "--no-persist-layer-norm --no-rope-fusion"
+).split()
 ENGINE = ("--bf16", "--transformer-impl", "transformer_engine")
 # With thoughts of 1 to 24 tokens the ranks are done at different times in each step.
 UNEVEN = "--train-iters 30 --rmt-initial-budget 12 --rmt-no-budget-decay --rmt-max-tokens 600"
@@ -30,9 +35,7 @@ MEMORY_MODEL = (
     "--group-query-attention --num-query-groups 8 --kv-channels 128 "
     "--max-position-embeddings 4096 --position-embedding-type rope --normalization RMSNorm "
     "--swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --bf16 "
-    "--tokenizer-type HuggingFaceTokenizer --transformer-impl local "
-    "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm "
-    "--no-rope-fusion"
+    "--tokenizer-type HuggingFaceTokenizer"
 )
 MEMORY_STEPS = (
     "--train-iters 2 --seq-length 1024 --global-batch-size 2 --rmt-positions-per-sample 8 "
@@ -74,7 +77,11 @@ def _run(
     if not done.exists():
         metrics.unlink(missing_ok=True)
         words = [str(program), *(own_model or _inputs(machine).flags(resume_from)), *RMT]
-        words += ["--distributed-timeout-minutes", "2", "--rmt-metrics-file", str(metrics), *flags]
+        words += ["--rmt-metrics-file", str(metrics)]
+        words += [] if "transformer_engine" in flags else LOCAL
+        # A rank that waits for another this long waits for good.
+        words += ["--distributed-timeout-minutes", "2"] if machine.on_gpu else []
+        words += flags
         run_program(machine, name, ranks, words, LIMIT if machine.on_gpu else LIMIT_ON_CPU)
         done.write_text("", encoding="utf-8")
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -159,7 +166,7 @@ def memory(machine: Machine) -> Found:
         )
         length = lines[-1]["thought length"]
         measured = json.loads(target.read_text(encoding="utf-8"))["allocated"]
-    planned = _planned(machine, [*of_run, *RMT, *changes], length)
+    planned = _planned(machine, [*of_run, *RMT, *LOCAL, *changes], length)
     numbers = {"planned GiB": planned}
     if measured is None:
         return Found(None, f"planned {planned:.2f} GiB", numbers=numbers)
