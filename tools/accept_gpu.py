@@ -95,6 +95,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="checks whose names begin with one of these")
     parser.add_argument("--runs", choices=("all", "none"), default="all", help="whole runs as well")
     parser.add_argument("--minutes", type=float, default=40, help="of all checks (default 40)")
+    parser.add_argument("--keep", type=Path, help="folder for what runs print and write")
     parser.add_argument("--output", type=Path, default=Path("acceptance.json"))
     # Of the process that carries out the checks: where it writes, its folder, a pipe, their names.
     parser.add_argument("--apart", nargs="+", help=argparse.SUPPRESS)
@@ -115,12 +116,16 @@ def main(words: Sequence[str] | None = None) -> int:
     chosen = [check for check in CHECKS if check.name.startswith(wanted)]
     if not chosen:
         parser.error(f"--only is {' '.join(wanted)}; known are {', '.join(checks)}")
+    if flags.keep and flags.keep.exists() and any(flags.keep.iterdir()):
+        parser.error(f"--keep is {flags.keep}, which holds something; name a new folder.")
     patience = PATIENCE_ON_CPU if on_cpu else 1
     limits = {
         own.name: patience * own.limit for own in chosen if not (own.runs and flags.runs == "none")
     }
     rows: list[tuple[Check, Found, float]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(flags.keep or temporary)
+        os.makedirs(folder, exist_ok=True)
         command = [sys.executable, __file__, *["--cpu"] * on_cpu, "--apart", folder]
         command.append(str(flags.only is not None))
         log = Path(folder, "log")

@@ -29,8 +29,8 @@ def results(
     """(name, what was found, seconds) of each check of ``limits``, in turn.
 
     limits: seconds of each check. command: starts a process that calls ``carry_out_all`` with the
-    file descriptor and the names that are put behind it. log: gets what it prints. seconds: of all
-    checks together; what then is left has failed.
+    file descriptor and the names that are put behind it. log: what the newest process prints.
+    seconds: of all checks together; what then is left has failed.
     """
     end = time.monotonic() + seconds
     left = list(limits)
@@ -75,7 +75,7 @@ def _process(
     command: Sequence[str], names: Sequence[str], log: Path
 ) -> Iterator[tuple[subprocess.Popen, Connection]]:
     ours, theirs = Pipe(duplex=False)
-    with log.open("ab") as output:
+    with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, str(theirs.fileno()), *names],
             pass_fds=[theirs.fileno()],

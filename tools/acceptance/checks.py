@@ -219,7 +219,7 @@ CHECKS: tuple[Check, ...] = (
         "run-twice",
         "the same seed again, bf16",
         training.repeated,
-        "See the message: a run ended with an error.",
+        "A run ended with an error: see its log in the folder of --keep.",
         runs=True,
         limit=600,
     ),

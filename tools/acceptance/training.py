@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,10 +23,10 @@ MIXTURE = (
     "--moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall"
 )
 # Fused layers of other packages have other roundings, and may not be there.
-LOCAL = (
+LOCAL = shlex.split(
     "--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion "
     "--no-persist-layer-norm --no-rope-fusion"
-).split()
+)
 ENGINE = ("--bf16", "--transformer-impl", "transformer_engine")
 # With thoughts of 1 to 24 tokens the ranks are done at different times in each step.
 UNEVEN = "--train-iters 30 --rmt-initial-budget 12 --rmt-no-budget-decay --rmt-max-tokens 600"
