@@ -62,7 +62,7 @@ def p_value(tokens: Tensor, probabilities: Tensor) -> float:
 
 def distribution(machine: Machine) -> Found:
     """Chi-square of many draws from one row of scores against softmax in float64."""
-    draws, columns = (2**18, 1001) if machine.on_gpu else (2**14, 301)
+    draws, columns = (2**18, 1001) if machine.on_gpu else (2**13, 201)
     scores = _scores(columns)
     logits = scores.to(machine.device).expand(draws, -1)
     found = {}
