@@ -71,13 +71,15 @@ class MicroBatch:
 
     reasoned: its samples, with the positions that are chosen and what comes of them; after packing
     other samples. first_row: of its trunk in the key-value store. entropies, predictions: of its
-    rows, once read. metrics: what it will report.
+    rows, once read. tiers: of its rows, once its positions are chosen. metrics: what it will
+    report.
     """
 
     reasoned: list[ReasonedSample]
     first_row: int
     entropies: Tensor | None = None
     predictions: Tensor | None = None
+    tiers: Tensor | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
 
     @property
@@ -90,12 +92,16 @@ class MicroBatch:
 class Collected:
     """What the update of one step needs: its micro-batches, the loss, and the wall seconds that
     each phase took on this rank. reasoned: this rank's samples as it read them, with what it rolled
-    out. idle: why the whole global batch taught nothing by its rollouts, None if it did."""
+    out. entropies, tiers: of these samples' rows, ``[rows]`` fp32 in nats and int64, -1 where none
+    may be chosen. idle: why the whole global batch taught nothing by its rollouts, None if it
+    did."""
 
     updates: list[Update]
     settings: LossSettings
     seconds: dict[str, float]
     reasoned: list[ReasonedSample]
+    entropies: Tensor
+    tiers: Tensor
     idle: str | None
 
 
@@ -155,7 +161,9 @@ def collect(
     times.append(time.perf_counter())
     phases = ("trunk", "rollout", "tree")
     seconds = {name: times[i + 1] - times[i] for i, name in enumerate(phases)}
-    return Collected(updates, settings, seconds, reasoned, idle)
+    entropies = torch.cat([own.entropies for own in micro_batches])
+    tier = torch.cat([own.tiers for own in micro_batches])
+    return Collected(updates, settings, seconds, reasoned, entropies, tier, idle)
 
 
 def global_sample_indices(args: Namespace, micro_batches: int) -> list[list[int]]:
@@ -245,11 +253,16 @@ def _choose(
 ) -> list[Exception]:
     """Choose one trunk's positions by its entropies. Returns what is wrong with them, likewise."""
     try:
-        tier = choose(run, own.reasoned, own.entropies, thresholds, schedule)
+        own.tiers = choose(run, own.reasoned, own.entropies, thresholds, schedule)
     except DoorError as error:
         return [error]
     own.metrics |= trunk_metrics(
-        own.reasoned, own.entropies, own.predictions, tier, schedule, run.settings.entropy_ceiling
+        own.reasoned,
+        own.entropies,
+        own.predictions,
+        own.tiers,
+        schedule,
+        run.settings.entropy_ceiling,
     )
     own.metrics |= answer_metrics(own.reasoned, run.prompt)
     return []

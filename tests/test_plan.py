@@ -379,6 +379,9 @@ def test_weights_that_are_not_kept_in_fp8_have_copies():
     assert copied.decoding - wide.decoding == pytest.approx(linear)
     assert copied.activations - wide.activations == pytest.approx(2 * linear)
     assert kept.decoding == wide.decoding
+    assert kept.activations == wide.activations
+    # A byte and its transpose take what bf16 does.
+    assert kept.weights == pytest.approx(wide.weights)
 
 
 def test_what_does_not_fit_comes_with_flags_that_do(

@@ -24,7 +24,13 @@ from megatron_rmt.job.idle_steps import note_idle_step
 from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.not_taken import Progress, left_to_the_next_run, skipped
 from megatron_rmt.job.resume import rendering
-from megatron_rmt.job.samples import is_shown, read_samples, write_samples
+from megatron_rmt.job.samples import (
+    is_shown,
+    read_samples,
+    read_text,
+    write_samples,
+    write_text,
+)
 from megatron_rmt.job.user_batch import BatchError, foreign_token_problem, take_batches
 from megatron_rmt.mid_training import MidTraining, prepare
 from megatron_rmt.model.gpt import generating, whole_parameters
@@ -152,7 +158,9 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
             values["grad norm"] = float("nan") if result[5] is None else result[5]
             write_metrics(path, iteration + 1, values | measured)
     if _is_last_rank() and is_shown(run.settings, iteration):
-        write_samples(options, read_samples(run.prompt, collected.reasoned, iteration))
+        read = (run.prompt, collected.reasoned, collected.entropies)
+        write_samples(options, read_samples(*read, iteration))
+        write_text(options, read_text(*read, collected.tiers, iteration))
     return result
 
 
