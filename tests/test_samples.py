@@ -18,7 +18,7 @@ from tests.packed import reasoned
 from tests.tiny_run import PRETRAIN, RMT, TinyInputs, run
 from tests.tiny_step import BYTES, readable_rows, scored, tiny_prompt, tiny_trunk
 
-COLUMNS = ["iteration", "context", "truth", "thought", "prediction", "reward"]
+COLUMNS = ["iteration", "budget", "context", "truth", "thought", "prediction", "reward"]
 
 
 def test_rows_by_hand():

@@ -28,13 +28,14 @@ TABLE = "rmt samples"
 class ShownRollout:
     """One rollout as text; bytes that are no UTF-8 are replaced, special tokens left out.
 
-    iteration: 1 for the first step. context: the end of what stood before the position. truth: how
-    the text really goes on, a few tokens of it. thought: up to the end marker, or to the end of the
-    response where there is none. prediction: empty if it could not be read. reward: match and
-    length together, as trained on.
+    iteration: 1 for the first step. budget: tokens of thought asked for. context: the end of what
+    stood before the position. truth: how the text really goes on, a few tokens of it. thought: up
+    to the end marker, or to the end of the response where there is none. prediction: empty if it
+    could not be read. reward: match and length together, as trained on.
     """
 
     iteration: int
+    budget: int
     context: str
     truth: str
     thought: str
@@ -60,16 +61,15 @@ def read_samples(
     places = [(of.sample, position) for of in reasoned for position in of.positions]
     shown = []
     for sample, position in places[:POSITIONS]:
+        budget = position.budget
         context = prompt.text(text_before(sample, position.row))[-CONTEXT_CHARACTERS:]
         truth = prompt.text(continuation(prompt, sample, position.row, TRUTH_TOKENS))
         for rollout, response, reward in zip(
             position.rollouts, position.responses, position.rewards, strict=True
         ):
             thought = _thought(prompt, rollout.tokens.tolist())
-            prediction = response.prediction.decode(errors="replace")
-            shown.append(
-                ShownRollout(iteration + 1, context, truth, thought, prediction, round(reward, 6))
-            )
+            read = thought, response.prediction.decode(errors="replace"), round(reward, 6)
+            shown.append(ShownRollout(iteration + 1, budget, context, truth, *read))
     return shown
 
 
