@@ -540,6 +540,16 @@ def test_measuring_held_out_documents_changes_no_digit_of_a_run(measured: Run, r
     assert all(0 < measured.metrics[at]["held-out next token"] < 1 for at in probed)
 
 
+def test_a_resumed_run_is_measured_where_the_uninterrupted_one_is_and_alike(
+    start: Start, measuring: list[str], measured: Run, stopped: tuple[Path, Run]
+):
+    """It was stopped after step 3, whose measurement is not taken again."""
+    resumed = start(1, [*RMT, *measuring], resume_from=stopped[0])
+    assert [line["iteration"] for line in resumed.metrics] == [4, 5, 6]
+    assert "held-out gain" in resumed.metrics[-1]
+    assert resumed.metrics == measured.metrics[4:]
+
+
 @pytest.mark.parametrize(
     ("flags", "ranks"),
     [
