@@ -98,6 +98,10 @@ class Settings:
     """k: shape of the decay; above 1 the budget falls late, below 1 early"""
     no_budget_decay: bool = setting(False, source="ablation of the paper")
     """The budget stays B_0"""
+    tier_budgets: tuple[float, float, float] | None = setting(
+        None, "(0, inf)", "parts of B_t", unset="B_t in every tier", **_TIERS
+    )
+    """Thought asked for in each tier, at least B_min: harder positions may think longer"""
     answer_tokens: int = setting(32, "[1, inf)", "tokens")
     """Most that an answer may take"""
     force_close: bool = setting(False)

@@ -41,10 +41,11 @@ _NOT_IN_TABLE = ("tokens", "log_probs")
 class ShownRollout:
     """One rollout as text; bytes that are no UTF-8 are replaced, special tokens left out.
 
-    iteration: 1 for the first step. context: the end of what stood before the position. truth: how
-    the text really goes on, a few tokens of it. thought: up to the end marker, or to the end of the
-    response where there is none. prediction: empty if it could not be read. reward: match and
-    length together, as trained on. advantage: over its group; 0 in all of a group without variance.
+    iteration: 1 for the first step. budget: tokens of thought asked for. context: the end of what
+    stood before the position. truth: how the text really goes on, a few tokens of it. thought: up
+    to the end marker, or to the end of the response where there is none. prediction: empty if it
+    could not be read. reward: match and length together, as trained on. advantage: over its group;
+    0 in all of a group without variance.
     right: well formed, and how the text goes on. sample: of the whole run, from 0. token: of the
     sample, the last one before the prediction, from 0. rollout: of the group, from 0. entropy: of
     the token to be predicted, nats. thought_tokens: length of the thought. tokens: text of each of
@@ -53,6 +54,7 @@ class ShownRollout:
     """
 
     iteration: int
+    budget: int
     context: str
     truth: str
     thought: str
@@ -121,6 +123,7 @@ def read_samples(
             shown.append(
                 ShownRollout(
                     iteration=iteration + 1,
+                    budget=position.budget,
                     context=context,
                     truth=prompt.text(following[:TRUTH_TOKENS]),
                     thought=_thought(prompt, tokens),
