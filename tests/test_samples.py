@@ -108,7 +108,7 @@ def test_a_text_has_the_entropy_of_each_token_where_it_is_predicted_and_the_chos
     sample = reasoned(tiny_trunk([9, 9]), [], None)[0].sample
     labelled = sample.labelled
     rows = [row for row in range(len(sample)) if labelled[row] and sample.columns[row] >= 0]
-    own = [ReasonedSample(sample, [ChosenPosition(row) for row in (rows[3], rows[-1])])]
+    own = [ReasonedSample(sample, [ChosenPosition(row, 1, []) for row in (rows[3], rows[-1])])]
     tiers = torch.where(labelled, torch.arange(len(sample)) % 4 - 1, -1)
     text = read_text(prompt, own, _entropies(own), tiers, 4)
     assert (text.iteration, text.sample) == (5, sample.index)
