@@ -234,7 +234,7 @@ def test_tables_hold_the_seeds_that_there_are(tmp_path: Path, capsys: pytest.Cap
     found = {row[0]: (row[1], row[2]["value"]) for row in results["rows"]}
     assert found == {"plain": (2, 37.5), "RMT": (1, 100.0)}
     assert [(row[0], row[1], row[2]["value"]) for row in differences["rows"]] == [("RMT", 1, 50.0)]
-    assert [row[:2] for row in costs["rows"]] == [["plain", 4.0], ["RMT", 4.0]]
+    assert [row[:2] for row in costs["rows"]] == [["plain", 4], ["RMT", 4]]
     shown = capsys.readouterr().out
     assert "| RMT | 1 | 100.0 [100.0, 100.0] |" in shown
     assert "### Held out: a: difference from plain" in shown

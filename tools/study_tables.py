@@ -140,6 +140,7 @@ def tables_of(
         table
         for file, by_arm in measured.items()
         for table in (_results(file, by_arm), _differences(file, by_arm, reference))
+        if table["rows"]
     ] + [_costs(costs)]
 
 
@@ -186,7 +187,8 @@ def _costs(costs: Mapping[str, Sequence[Cost]]) -> dict[str, Any]:
     )
 
     def mean(own: Sequence[Cost], field: str, scale: float, decimals: int) -> float:
-        return round(scale * statistics.mean(getattr(one, field) for one in own), decimals)
+        value = scale * statistics.mean(getattr(one, field) for one in own)
+        return round(value, decimals or None)
 
     return {
         "title": "Cost",
