@@ -16,7 +16,7 @@ from megatron_rmt.mid_training import (
     longest_position,
     prompts_of_a_sample,
 )
-from megatron_rmt.model.gpt import generating, gpt_model
+from megatron_rmt.model.gpt import chunks_of, generating, gpt_model, named_parameters
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.template import TEMPLATES
 from tests.distributed import run_distributed
@@ -48,10 +48,39 @@ def test_the_model_is_found_inside_its_wrappers_or_refused():
 
     model = build_model()
     assert gpt_model([model]) is gpt_model([Wrapper(Wrapper(model))]) is model
-    with pytest.raises(ValueError, match=r"this rank holds 2 model chunks; leave out virtual"):
-        gpt_model([model, model])
     with pytest.raises(ValueError, match=r"the model is a Linear; RMT trains a GPTModel"):
         gpt_model([Wrapper(torch.nn.Linear(1, 1))])
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_chunks_of_a_model_are_one_model_with_all_their_parameters():
+    chunks = [build_model(), build_model()]
+    model = gpt_model(chunks)
+    # What is kept for a run is found by the model.
+    assert gpt_model([*chunks]) is model
+    assert gpt_model(chunks[::-1]) is not model
+    assert chunks_of(model) == chunks
+    assert chunks_of(chunks[0]) == chunks[:1]
+    assert model.config is chunks[0].config
+    named = dict(named_parameters(chunks))
+    assert len(named) == 2 * len(dict(chunks[0].named_parameters()))
+    assert named["1.decoder.layers.0.mlp.linear_fc1.weight"] is (
+        chunks[1].decoder.layers[0].mlp.linear_fc1.weight
+    )
+    assert named.keys() == dict(model.named_parameters()).keys()
+    assert [*dict(named_parameters(chunks[:1]))] == [*dict(chunks[0].named_parameters())]
+    # Megatron changes the mode of the chunks.
+    for chunk in chunks:
+        chunk.eval()
+    with generating(model):
+        pass
+    assert not any(module.training for chunk in chunks for module in chunk.modules())
+    chunks[0].config.fp8 = chunks[1].config.fp8 = "e4m3"
+    layers = [chunk.decoder.layers[0].mlp.linear_fc1 for chunk in chunks]
+    for layer in layers:
+        layer.is_first_microbatch = False
+    with generating(model):
+        assert all(layer.is_first_microbatch for layer in layers)
 
 
 @pytest.mark.usefixtures("single_process_megatron")

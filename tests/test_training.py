@@ -59,6 +59,8 @@ COMPUTED = ("entropy", "next-token accuracy", "entropy of chosen", "ntp loss", "
 PACKED = ["--rmt-max-tokens", "600"]
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
+# Four layers: two chunks of one on each of two stages.
+PP2_VP2 = [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"]
 SHARDED_OPTIMIZER = ["--use-distributed-optimizer"]
 OVERLAP = ["--overlap-param-gather", "--overlap-grad-reduce"]
 SEPARATE_DOCUMENTS = ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"]
@@ -140,6 +142,7 @@ LAYOUTS = {
     "TP2": (2, TP2),
     "PP2": (2, PP2),
     "TP2 x PP2": (4, TP2 + PP2),
+    "PP2 x VP2": (2, PP2_VP2),
     "DP2, distributed optimizer": (2, SHARDED_OPTIMIZER),
     "DP2, overlapped communication": (2, SHARDED_OPTIMIZER + OVERLAP),
     "DP2, loss per token": (2, ["--calculate-per-token-loss"]),
@@ -155,6 +158,33 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(("ranks", "flags"), LAYOUTS.values(), ids=LAYOUTS)
 def test_a_layout_trains_like_one_process(
+    start: Start, reference: Run, ranks: int, flags: list[str]
+):
+    assert_same_curve(start(ranks, [*RMT, *flags]).metrics, reference.metrics)
+
+
+LAYERS = "--num-layers-per-virtual-pipeline-stage"
+LAYOUT = "--pipeline-model-parallel-layout"
+TOGETHER = "--microbatch-group-size-per-virtual-pipeline-stage"
+SHARDED = [*SHARDED_OPTIMIZER, *OVERLAP]
+INTERLEAVED = {
+    "TP2 x PP2 x VP2": (4, [*TP2, *PP2_VP2]),
+    "PP4, uneven": (4, ["--pipeline-model-parallel-size", "4", LAYOUT, "Et|t|||t|t||L"]),
+    "layers of a chunk": (2, [*PP2, LAYERS, "1"]),
+    "uneven": (2, [*PP2, LAYOUT, "Ett|t||tL"]),
+    "embedding and loss in chunks of their own": (2, [*PP2, LAYOUT, "E|tt|tt|L"]),
+    "micro-batches in groups of four": (2, [*PP2_VP2, TOGETHER, "4"]),
+    "DP2, packed": (4, [*PP2_VP2, *PACKED]),
+    "DP2, overlapped communication": (4, [*PP2_VP2, *SHARDED]),
+    "overlapped at both ends": (2, [*PP2_VP2, "--overlap-p2p-communication-warmup-flush"]),
+    "loss per token": (2, [*PP2_VP2, "--calculate-per-token-loss"]),
+    "waves": (2, [*PP2_VP2, "--rmt-rollout-kv-gib", "5e-4"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "flags"), INTERLEAVED.values(), ids=INTERLEAVED)
+def test_virtual_pipeline_stages_train_like_one_process(
     start: Start, reference: Run, ranks: int, flags: list[str]
 ):
     assert_same_curve(start(ranks, [*RMT, *flags]).metrics, reference.metrics)

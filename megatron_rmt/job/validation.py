@@ -22,7 +22,7 @@ from megatron_rmt.job.resume import (
     stored_arguments,
 )
 from megatron_rmt.job.settings import flag_name, setting_problems
-from megatron_rmt.mid_training import DOORS, fitting_problem, read_prompt
+from megatron_rmt.mid_training import DOORS, batch_sizes, fitting_problem, read_prompt
 from megatron_rmt.model.routers import routing_problems
 from megatron_rmt.prompt.ids_of_text import check_ids_are_text
 from megatron_rmt.prompt.prompt import NO_END_OF_DOCUMENT
@@ -59,6 +59,7 @@ def check_rmt_arguments(args: Namespace) -> None:
         return
     problems = [*setting_problems(args), *_doors(settings), *unsupported(args)]
     problems += [*_missing(args), *_precision(args), *_tracking(args)]
+    problems += filter(None, [interleaving_problem(args)])
     problems += [*held_out_problems(settings)]
     problems += [*checkpoint_problems(args), *filter(None, [save_problem(args.save)])]
     if not problems:
@@ -83,7 +84,6 @@ def unsupported(args: Namespace) -> Iterator[str]:
         "--attention-dropout": (0.0, "generation and update must agree"),
         "--hidden-dropout": (0.0, "generation and update must agree"),
         "--context-parallel-size": (1, "the tree is not split by it"),
-        "--num-virtual-stages-per-pipeline-rank": (None, "rollouts run one model chunk per stage"),
         "--multi-latent-attention": (False, "the key-value store holds plain keys and values"),
         "--mtp-num-layers": (None, "the head predicts one token"),
         "--window-size": (None, "branches see their trunk"),
@@ -128,11 +128,8 @@ def unsupported(args: Namespace) -> Iterator[str]:
         "--inprocess-restart": (False, "what RMT knows of a run ends with its process"),
         "--fake-process-group": (False, "ranks compare what they hold"),
     }
-    renamed = {
-        "--num-virtual-stages-per-pipeline-rank": "virtual_pipeline_model_parallel_size",
-    }
     for flag, (needed, why) in refused.items():
-        value = getattr(args, renamed.get(flag, flag[2:].replace("-", "_")), needed)
+        value = getattr(args, flag[2:].replace("-", "_"), needed)
         if value != needed and not (needed is None and not value):
             without = "it left out" if needed is None else needed
             yield f"{flag} is {value}; RMT needs {without}: {why}."
@@ -169,6 +166,31 @@ def _shards(args: Namespace) -> Iterator[str]:
                 f"--{name.replace('_', '-')} is {shards}; RMT needs it left out: rollouts need "
                 "whole weights."
             )
+
+
+def interleaving_problem(args: Namespace) -> str | None:
+    """One sentence if a step's micro-batches cannot be dealt out to virtual pipeline stages, which
+    Megatron finds out in the first update."""
+    if args.virtual_pipeline_model_parallel_size is None:
+        return None
+    stages = args.pipeline_model_parallel_size
+    together = args.microbatch_group_size_per_vp_stage or stages
+    if together < stages:
+        return (
+            f"--microbatch-group-size-per-virtual-pipeline-stage is {together}; {stages} pipeline "
+            f"stages need {stages} or more, or leave it out."
+        )
+    for size in batch_sizes(args):
+        count = size // (args.micro_batch_size * args.data_parallel_size)
+        if count < together or 0 < count % together < stages:
+            return (
+                f"--global-batch-size is {size}, which is {count} micro-batches for each "
+                f"data-parallel rank; virtual pipeline stages take {together} of them at a time "
+                f"(--microbatch-group-size-per-virtual-pipeline-stage), and a rest of {stages} or "
+                f"more: pass a multiple of "
+                f"{together * args.micro_batch_size * args.data_parallel_size}."
+            )
+    return None
 
 
 def _missing(args: Namespace) -> Iterator[str]:
