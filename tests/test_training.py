@@ -190,12 +190,50 @@ def test_virtual_pipeline_stages_train_like_one_process(
     assert_same_curve(start(ranks, [*RMT, *flags]).metrics, reference.metrics)
 
 
-def test_greedy_rollouts_are_alike_in_every_layout(start: Start, reference: Run):
-    alone = start(1, [*RMT, "--rmt-greedy"])
+@pytest.fixture(scope="session")
+def greedy(start: Start) -> list[Line]:
+    return start(1, [*RMT, "--rmt-greedy"]).metrics
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        pytest.param(4, TP2 + PP2, id="TP2 x PP2"),
+        pytest.param(2, PP2_VP2, id="PP2 x VP2", marks=pytest.mark.slow),
+    ],
+)
+def test_greedy_rollouts_are_alike_in_every_layout(
+    start: Start, greedy: list[Line], reference: Run, ranks: int, flags: list[str]
+):
     # Rollouts of a group are equal, so that there is nothing to learn from them.
-    assert [line["zero-variance groups"] for line in alone.metrics] == [1.0] * STEPS
-    assert alone.metrics[0]["rollout checksum"] != reference.metrics[0]["rollout checksum"]
-    assert_same_curve(start(4, [*RMT, "--rmt-greedy", *TP2, *PP2]).metrics, alone.metrics)
+    assert [line["zero-variance groups"] for line in greedy] == [1.0] * STEPS
+    assert greedy[0]["rollout checksum"] != reference.metrics[0]["rollout checksum"]
+    assert_same_curve(start(ranks, [*RMT, "--rmt-greedy", *flags]).metrics, greedy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [[], ["--rmt-reward", "information-gain", "--rmt-baseline-decay", "0.5"]]
+)
+def test_a_run_with_virtual_stages_resumes_bitwise_and_in_one_process(
+    start: Start, tmp_path: Path, options: list[str]
+):
+    flags, first, second = [*RMT, *options], tmp_path / "first", tmp_path / "second"
+    saving = ["--save-interval", "2", "--exit-interval", "4", "--save"]
+    whole = start(2, [*flags, *PP2_VP2, *saving, str(first)])
+    (first / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = start(2, [*flags, *PP2_VP2, *saving, str(second)], resume_from=first)
+    assert resumed.metrics == whole.metrics[2:]
+    ours, expected = (checkpoint_tensors(folder, 4) for folder in (second, first))
+    assert ours.keys() == expected.keys()
+    assert any(name.startswith("optimizer.state.exp_avg_sq") for name in ours)
+    assert any(name.startswith("rmt_baseline.decoder") for name in ours) == bool(options)
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
+    alone = start(1, [*flags, "--exit-interval", "4"], resume_from=first)
+    for line, expected_line in zip(alone.metrics, whole.metrics[2:], strict=True):
+        assert line["rollout checksum"] == expected_line["rollout checksum"]
+        for name in ("reward", "grad norm", "ntp loss"):
+            assert line[name] == pytest.approx(expected_line[name], rel=1e-3, abs=1e-5), name
 
 
 def test_separate_documents_train_alike_in_every_layout(start: Start, reference: Run):
@@ -448,6 +486,10 @@ EP2 = ["--expert-model-parallel-size", "2"]
         pytest.param([], EP2, id="EP2"),
         pytest.param([*BALANCED, *BIASED], PP2, id="PP2, balanced and biased"),
         pytest.param(TIERED[-4:], EP2, id="EP2, tiers", marks=pytest.mark.slow),
+        pytest.param(
+            [*BALANCED, *BIASED], PP2_VP2, id="PP2 x VP2, balanced", marks=pytest.mark.slow
+        ),
+        pytest.param([], [*EP2, *PP2_VP2], id="EP2 x PP2 x VP2", marks=pytest.mark.slow),
     ],
 )
 def test_experts_on_two_ranks_train_like_one_process(
@@ -463,7 +505,9 @@ def test_experts_on_two_ranks_train_like_one_process(
     resumed = [*flags, "--exit-interval", "3", "--no-load-optim", "--no-load-rng"]
     alone = start(1, resumed, resume_from=tmp_path)
     assert [line["iteration"] for line in alone.metrics] == [2, 3]
-    assert_same_curve(start(2, [*resumed, *layout], resume_from=tmp_path).metrics, alone.metrics)
+    ranks = 4 if layout[: len(EP2)] == EP2 != layout else 2
+    lines = start(ranks, [*resumed, *layout], resume_from=tmp_path).metrics
+    assert_same_curve(lines, alone.metrics)
 
 
 def test_a_warm_up_with_the_texts_own_thoughts_trains_alike_in_every_layout(
@@ -585,9 +629,10 @@ def test_a_resumed_run_is_measured_where_the_uninterrupted_one_is_and_alike(
     [
         pytest.param(TP2, 2),
         pytest.param(PP2, 2, marks=pytest.mark.slow),
+        pytest.param(PP2_VP2, 2, marks=pytest.mark.slow),
         pytest.param([*SHARDED_OPTIMIZER, *OVERLAP], 2, marks=pytest.mark.slow),
     ],
-    ids=["tensor", "pipeline", "data"],
+    ids=["tensor", "pipeline", "virtual", "data"],
 )
 def test_held_out_documents_are_measured_alike_in_every_layout(
     start: Start, measuring: list[str], measured: Run, flags: list[str], ranks: int
