@@ -23,7 +23,11 @@ import megatron_rmt
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.cpu import platform as cpu_platform
 from megatron_rmt.job.settings import GROUP_TITLE, add_rmt_arguments, readable_help
-from megatron_rmt.job.validation import check_rmt_arguments, interleaving_problem
+from megatron_rmt.job.validation import (
+    check_rmt_arguments,
+    interleaving_problem,
+    unsupported,
+)
 from tests.distributed import REPOSITORY, run_distributed
 
 # A model small enough to type; RMT's defaults fit in it.
@@ -395,6 +399,24 @@ def test_micro_batches_must_be_enough_for_virtual_pipeline_stages(
     # Only they ask for it.
     args.virtual_pipeline_model_parallel_size = None
     assert interleaving_problem(args) is None
+
+
+@pytest.mark.parametrize(
+    ("layout", "sentence"),
+    [
+        ("Et|t|t|tL", None),
+        # A chunk of a stage may be empty.
+        ("Et|t|t|||||tL", None),
+        ("Ett||tt|L", "is Ett||tt|L, which leaves nothing to pipeline stage 1; give each a layer"),
+        ("Et|t|t|||||xL", "is Et|t|t|||||xL: Invalid layer character: x"),
+    ],
+)
+def test_no_pipeline_stage_may_be_empty(layout: str, sentence: str | None):
+    args = _parse("--rmt", "--pipeline-model-parallel-size", "4")
+    args.pipeline_model_parallel_layout = layout
+    problems = [problem for problem in unsupported(args) if "-layout" in problem]
+    assert len(problems) == (sentence is not None)
+    assert all(sentence in problem for problem in problems)
 
 
 def test_the_schedules_need_a_number_of_steps():

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.settings import Settings
@@ -134,6 +135,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
             without = "it left out" if needed is None else needed
             yield f"{flag} is {value}; RMT needs {without}: {why}."
     yield from _shards(args)
+    yield from _empty_stages(args)
     if args.num_experts:
         yield from routing_problems(args)
     if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
@@ -151,6 +153,24 @@ def unsupported(args: Namespace) -> Iterator[str]:
         yield (
             f"--ckpt-format is {args.ckpt_format}; --rmt-baseline-decay {decay:g} saves an average "
             "with torch_dist."
+        )
+
+
+def _empty_stages(args: Namespace) -> Iterator[str]:
+    """Pipeline stages that would hold no parameter; a chunk of one may hold none."""
+    layout, stages = args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
+    if not layout:
+        return
+    try:
+        parts = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    except AssertionError as error:
+        yield f"--pipeline-model-parallel-layout is {layout}: {_one_line(error)}."
+        return
+    empty = [stage for stage in range(stages) if not any(parts[stage::stages])]
+    if empty:
+        yield (
+            f"--pipeline-model-parallel-layout is {layout}, which leaves nothing to pipeline stage "
+            f"{empty[0]}; give each a layer, the embedding or the loss."
         )
 
 
