@@ -172,13 +172,21 @@ def fitting_problem(args: Namespace, settings: Settings, prompt: Prompt) -> str 
 
 def largest_batch_size(args: Namespace) -> int:
     """Samples of the run's largest step, to which a ``--step-batch-size-schedule`` may grow."""
-    return max(batch_sizes(args))
+    return max(samples for _, samples in batches_of_run(args))
 
 
-def batch_sizes(args: Namespace) -> list[int]:
-    """Samples of the run's steps, in order, each size once for as long as it lasts."""
+def steps_of_run(args: Namespace) -> int:
+    """``--train-iters``, or what Megatron makes of ``--train-samples`` once the model is built."""
+    return args.train_iters or sum(steps for steps, _ in batches_of_run(args))
+
+
+def batches_of_run(args: Namespace) -> list[tuple[int, int]]:
+    """(steps, samples in each) of the run, in order; several with a
+    ``--step-batch-size-schedule``."""
+    steps = args.train_iters
     if not getattr(args, "step_batch_size_schedule", None):
-        return [args.global_batch_size]
+        size = args.global_batch_size
+        return [(args.train_samples // size if steps is None else steps, size)]
     # Imported here, as it is looked for when the patches are installed.
     from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
@@ -190,13 +198,15 @@ def batch_sizes(args: Namespace) -> list[int]:
         schedule=args.step_batch_size_schedule,
         seq_length=args.seq_length,
     ).schedule
-    consumed, steps, reached = 0, args.train_iters, []
+    samples = math.inf if steps is not None else args.train_samples
+    consumed, left, found = 0, math.inf if steps is None else steps, []
     for (_, size), (following, _) in itertools.pairwise([*schedule, (math.inf, 0)]):
-        if steps > 0 and following > consumed:
-            reached.append(size)
-            taken = -(-min(steps * size, following - consumed) // size)
-            consumed, steps = consumed + taken * size, steps - taken
-    return reached
+        until = min(following, samples)
+        if left > 0 and until > consumed:
+            taken = left if until == math.inf else min(left, -(-(until - consumed) // size))
+            found.append((taken, size))
+            consumed, left = consumed + taken * size, left - taken
+    return found
 
 
 def prompts_of_a_sample(args: Namespace, prompt: Prompt) -> str:

@@ -10,11 +10,13 @@ import torch.distributed as dist
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.mid_training import (
     as_rank_0_rendered,
+    batches_of_run,
     cache_size,
     fitting_problem,
     largest_batch_size,
     longest_position,
     prompts_of_a_sample,
+    steps_of_run,
 )
 from megatron_rmt.model.gpt import chunks_of, generating, gpt_model, named_parameters
 from megatron_rmt.prompt.prompt import Prompt
@@ -114,6 +116,43 @@ def _batches(schedule: str | None, train_iters: int, seq_length: int = 64) -> Na
         train_iters=train_iters,
         reset_attention_mask=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "samples", "batches"),
+    [
+        (None, 12, [(6, 2)]),
+        # Megatron leaves an incomplete step out, and with a schedule takes one more.
+        (None, 13, [(6, 2)]),
+        ("0:2 256:8", 13, [(2, 2), (2, 8)]),
+        ("0:2 256:8", 12, [(2, 2), (1, 8)]),
+        ("0:2 256:8", 4, [(2, 2)]),
+        ("0:3 256:8", 14, [(2, 3), (1, 8)]),
+    ],
+)
+def test_samples_are_counted_in_steps_as_megatron_does(
+    schedule: str | None, samples: int, batches: list[tuple[int, int]]
+):
+    from megatron.core import num_microbatches_calculator as calculator
+    from megatron.training import training
+
+    args = _batches(schedule, train_iters=0)
+    args.train_iters, args.train_samples = None, samples
+    assert batches_of_run(args) == batches
+    steps = steps_of_run(args)
+    assert steps == sum(count for count, _ in batches)
+    calculator.destroy_num_microbatches_calculator()
+    calculator.init_num_microbatches_calculator(
+        rank=1,
+        global_batch_size=None if schedule else args.global_batch_size,
+        micro_batch_size=1,
+        data_parallel_size=1,
+        step_batch_size_schedule=schedule,
+        seq_length=args.seq_length,
+    )
+    training.update_train_iters(args)
+    calculator.destroy_num_microbatches_calculator()
+    assert args.train_iters == steps == steps_of_run(args)
 
 
 @pytest.mark.parametrize(

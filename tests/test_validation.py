@@ -22,7 +22,12 @@ from transformers import PreTrainedTokenizerFast
 import megatron_rmt
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.cpu import platform as cpu_platform
-from megatron_rmt.job.settings import GROUP_TITLE, add_rmt_arguments, readable_help
+from megatron_rmt.job.settings import (
+    GROUP_TITLE,
+    add_rmt_arguments,
+    readable_help,
+    setting_problems,
+)
 from megatron_rmt.job.validation import (
     check_rmt_arguments,
     interleaving_problem,
@@ -151,6 +156,10 @@ TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
 EXPERTS = ("--num-experts", "4")
 # flags -> what the sentence says: the flag, its value, the remedy.
 BAD = {
+    ("--phase-transition-iterations", "4"): "--phase-transition-iterations is 4; RMT needs it left "
+    "out: each phase reads other data",
+    ("--rampup-batch-size", "2", "2", "8"): "--rampup-batch-size is ['2', '2', '8']; RMT needs it "
+    "left out: Megatron ignores it since 0.19, and --step-batch-size-schedule is in its place.",
     ("--rmt-positions-per-sample", "0"): "--rmt-positions-per-sample is 0; pass a number in "
     "[1, inf).",
     ("--rmt-positions-per-sample", "129"): "--rmt-positions-per-sample is 129; pass at most "
@@ -422,7 +431,11 @@ def test_no_pipeline_stage_may_be_empty(layout: str, sentence: str | None):
 def test_the_schedules_need_a_number_of_steps():
     args = _parse("--rmt")
     args.train_iters = None
-    assert "--train-iters is not set" in _refusal(args)
+    assert "--train-iters is not set; RMT's schedules need it, or --train-samples." in (
+        _refusal(args)
+    )
+    args.train_samples = 20
+    assert [*setting_problems(args)] == []
 
 
 def test_apex_is_never_needed():
@@ -475,7 +488,6 @@ def test_what_the_page_of_megatrons_flags_calls_refused_is_and_nothing_else():
     # another flag of.
     tried |= {"--delay-wgrad-compute", "--ep-overlap-early-attn-memory-release"}
     tried |= {"--fp8-output-proj", "--yaml-cfg"}
-    tried |= {"--train-samples", "--phase-transition-iterations"}
     tried |= {"--enable-cuda-graph", "--external-cuda-graph"}
     refused = {flag for _, flags, state in _documented() if "refused" in state for flag in flags}
     assert refused <= tried | {"--moe-token-dispatcher-type"}

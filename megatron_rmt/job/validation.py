@@ -23,7 +23,7 @@ from megatron_rmt.job.resume import (
     stored_arguments,
 )
 from megatron_rmt.job.settings import flag_name, setting_problems
-from megatron_rmt.mid_training import DOORS, batch_sizes, fitting_problem, read_prompt
+from megatron_rmt.mid_training import DOORS, batches_of_run, fitting_problem, read_prompt
 from megatron_rmt.model.routers import routing_problems
 from megatron_rmt.prompt.ids_of_text import check_ids_are_text
 from megatron_rmt.prompt.prompt import NO_END_OF_DOCUMENT
@@ -60,9 +60,10 @@ def check_rmt_arguments(args: Namespace) -> None:
         return
     problems = [*setting_problems(args), *_doors(settings), *unsupported(args)]
     problems += [*_missing(args), *_precision(args), *_tracking(args)]
-    problems += filter(None, [interleaving_problem(args)])
     problems += [*held_out_problems(settings)]
     problems += [*checkpoint_problems(args), *filter(None, [save_problem(args.save)])]
+    if not problems:
+        problems = [*filter(None, [interleaving_problem(args)])]
     if not problems:
         # These read files, and rely on what was checked above.
         problems = [*_vocabulary(args)]
@@ -124,6 +125,14 @@ def unsupported(args: Namespace) -> Iterator[str]:
         "--reuse-grad-buf-for-mxfp8-param-ag": (
             False,
             "it is for MXFP8, which needs a Blackwell GPU",
+        ),
+        "--phase-transition-iterations": (
+            None,
+            "each phase reads other data, and a resumed run goes on with its own",
+        ),
+        "--rampup-batch-size": (
+            None,
+            "Megatron ignores it since 0.19, and --step-batch-size-schedule is in its place",
         ),
         "--freeze-all-layers": (False, "nothing would learn"),
         "--inprocess-restart": (False, "what RMT knows of a run ends with its process"),
@@ -200,7 +209,7 @@ def interleaving_problem(args: Namespace) -> str | None:
             f"--microbatch-group-size-per-virtual-pipeline-stage is {together}; {stages} pipeline "
             f"stages need {stages} or more, or leave it out."
         )
-    for size in batch_sizes(args):
+    for _, size in batches_of_run(args):
         count = size // (args.micro_batch_size * args.data_parallel_size)
         if count < together or 0 < count % together < stages:
             return (

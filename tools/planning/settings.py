@@ -32,7 +32,7 @@ from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.settings import add_rmt_arguments, setting_problems
 from megatron_rmt.job.validation import interleaving_problem, unsupported
-from megatron_rmt.mid_training import fitting_problem, largest_batch_size, read_prompt
+from megatron_rmt.mid_training import fitting_problem, largest_batch_size, read_prompt, steps_of_run
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.template import load_template
 from model_on_hand import FLAGS
@@ -219,7 +219,8 @@ def _derive_layout(args: Namespace) -> None:
     args.data_parallel_size = args.world_size // (tp * pp)
     args.expert_data_parallel_size = args.world_size // of_experts
     at_once = args.micro_batch_size * args.data_parallel_size
-    args.global_batch_size = largest_batch_size(args) or at_once
+    args.global_batch_size = args.global_batch_size or at_once
+    args.train_iters, args.global_batch_size = steps_of_run(args), largest_batch_size(args)
     tensor, pipeline = f"--tensor-model-parallel-size {tp}", f"--pipeline-model-parallel-size {pp}"
     three = "--expert-model-parallel-size, --expert-tensor-parallel-size and "
     three += "--pipeline-model-parallel-size"
