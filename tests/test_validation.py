@@ -158,7 +158,7 @@ EXPERTS = ("--num-experts", "4")
 BAD = {
     ("--phase-transition-iterations", "4"): "--phase-transition-iterations is 4; RMT needs it left "
     "out: each phase reads other data",
-    ("--rampup-batch-size", "2", "2", "8"): "--rampup-batch-size is ['2', '2', '8']; RMT needs it "
+    ("--rampup-batch-size", "2", "2", "8"): "--rampup-batch-size is [2, 2, 8]; RMT needs it "
     "left out: Megatron ignores it since 0.19, and --step-batch-size-schedule is in its place.",
     ("--rmt-positions-per-sample", "0"): "--rmt-positions-per-sample is 0; pass a number in "
     "[1, inf).",
