@@ -47,14 +47,12 @@ class FullDisk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch):
     """``disk(room)``: from now on files opened for appending have so many bytes left."""
-    open_path = Path.open
 
     def limit(room: int) -> None:
-        def opened(path: Path, mode: str = "r", *rest, **named):
-            file = open_path(path, mode, *rest, **named)
-            return FullDisk(file, room) if mode == "ab" else file
+        def opened(*rest, **named) -> FullDisk:
+            return FullDisk(open(*rest, **named), room)
 
-        monkeypatch.setattr(Path, "open", opened)
+        monkeypatch.setattr(metrics, "open", opened, raising=False)
 
     return limit
 
@@ -88,6 +86,20 @@ def test_a_place_where_nothing_can_be_written_is_said_once(path, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert path in said
+
+
+def test_a_pipe_that_nobody_reads_holds_nothing_up(tmp_path, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    append_lines(pipe, ["{}"])
+    assert f"RMT: {pipe} cannot be written (OSError: [Errno 6]" in capsys.readouterr().err
+    tracking._told.clear()
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    append_lines(pipe, ['{"a": 1}'])
+    assert os.read(reader, 100) == b'{"a": 1}\n'
+    append_lines(pipe, ["x" * 10**6])
+    assert "its reader does not read); training goes on" in capsys.readouterr().err
+    os.close(reader)
 
 
 def test_a_folder_that_is_deleted_is_made_again(tmp_path):
