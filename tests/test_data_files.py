@@ -94,6 +94,16 @@ def test_a_missing_file_is_named_whichever_flag_names_it(flag: str, tmp_path: Pa
     assert "nowhere/train.idx; pass the prefix of a .bin and .idx file." in problem
 
 
+@pytest.mark.parametrize("weight", ["nan", "inf", "-0.5", "1e999"])
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_weight_that_is_none_is_refused(flag: str, weight: str, tmp_path: Path):
+    good = _write(tmp_path / "good", [[1, 257, 2]])
+    args = _named_by(flag, ["0.5", good, weight, good], tmp_path)
+    (problem,) = data_problems(args, VOCABULARY)
+    assert problem.startswith(flag.split()[0])
+    assert problem.endswith(f"gives a corpus the weight {weight}; pass a finite number, 0 or more.")
+
+
 def test_every_flag_of_megatrons_is_read_as_megatron_reads_it(tmp_path: Path):
     for flag in FLAGS:
         args = _named_by(flag, ["30", "a/b", "70", "c"], tmp_path)
@@ -157,6 +167,18 @@ def _longer(prefix: str) -> None:
         file.write(struct.pack("<H", 7))
 
 
+def _swapped(prefix: str) -> None:
+    """The index as a machine of the other byte order would write it."""
+    path = Path(f"{prefix}.idx")
+    content = path.read_bytes()
+    magic, version, code, sequences, documents = struct.unpack_from("<9sQBQQ", content)
+    sizes = struct.unpack_from(f"<{sequences}i{sequences}q{documents}q", content, 34)
+    path.write_bytes(
+        struct.pack(">9sQBQQ", magic, version, code, sequences, documents)
+        + struct.pack(f">{sequences}i{sequences}q{documents}q", *sizes)
+    )
+
+
 # Code 1 is uint8, 4 int32, 7 float32.
 DAMAGES = {
     "tokens cut": (_cut("bin", 0.5), "they are cut off, or not of one corpus"),
@@ -165,6 +187,7 @@ DAMAGES = {
     "index cut": (_cut("idx", 0.6), "is damaged: it has"),
     "index gone": (_cut("idx", 0), "is no index of token files"),
     "another file": (_text, "is no index of token files"),
+    "another byte order": (_swapped, "is damaged (version 72057594037927936, number 8 for the"),
     "another corpus": (_other_index, "they are cut off, or not of one corpus"),
     "int32 for uint16": (_type(4), "they are cut off, or not of one corpus"),
     "uint8 for uint16": (_type(1), "they are cut off, or not of one corpus"),
