@@ -142,6 +142,19 @@ def test_the_ablation_without_rl_needs_nothing_of_rmt():
     assert not Settings.of(args).trains_with_rl
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_that_are_not_finite_are_refused(tokenizer: str, value: str):
+    flags = ["--rmt", "--tokenizer-model", tokenizer]
+    for flag in ("--lr", "--min-lr", "--weight-decay", "--adam-beta2", "--adam-eps"):
+        refusal = _refusal(_parse(*flags, f"{flag}={value}"))
+        assert f"{flag} is {value}; pass a finite number." in refusal
+    assert "--clip-grad is nan; pass" in _refusal(_parse(*flags, "--clip-grad", "nan"))
+    check_rmt_arguments(_parse(*flags, "--clip-grad", "inf"))
+    flags += [*EXPERTS, "--moe-router-load-balancing-type", "aux_loss", "global_aux_loss"]
+    refusal = _refusal(_parse(*flags, "--moe-aux-loss-coeff", "0.1", value.removeprefix("-")))
+    assert f"--moe-aux-loss-coeff is {value.removeprefix('-')}; pass a finite number." in refusal
+
+
 BLOCKWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise")
 TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
 EXPERTS = ("--num-experts", "4")

@@ -1,5 +1,6 @@
 """What RMT cannot run with, found on every rank before a model is built: all problems at once."""
 
+import math
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from megatron_rmt.prompt.prompt import NO_END_OF_DOCUMENT
 from megatron_rmt.prompt.token_bytes import token_bytes
 
 _OFFLOADING = "it plans by the passes of the first step, and rollouts and trees run others"
+# Of Megatron's numbers, bounds that may be without an end.
+_BOUNDS = frozenset({"clip_grad", "grad_norm_skip_threshold"})
 _OUTPUT_LAYER = "it listens to the output layer, which RMT's head stands in for"
 # Megatron's datasets ask the tokenizer for the end of a text.
 _NEED_ENDS = (
@@ -57,7 +60,8 @@ def check_rmt_arguments(args: Namespace) -> None:
         return
     if not settings.trains_with_rl:
         return
-    problems = [*setting_problems(args), *_doors(settings), *unsupported(args)]
+    problems = [*setting_problems(args), *_not_finite(args)]
+    problems += [*_doors(settings), *unsupported(args)]
     problems += [*_missing(args), *_precision(args), *_tracking(args)]
     problems += [*held_out_problems(settings)]
     problems += [*checkpoint_problems(args), *filter(None, [save_problem(args.save)])]
@@ -66,6 +70,17 @@ def check_rmt_arguments(args: Namespace) -> None:
         problems = [*_vocabulary(args)]
     if problems:
         raise ValueError("RMT cannot train with these settings: " + " ".join(problems))
+
+
+def _not_finite(args: Namespace) -> Iterator[str]:
+    """Numbers of Megatron's, such as the learning rate, that are NaN or infinite: its parser takes
+    them, and they would be in all weights after the first step."""
+    for name, value in vars(args).items():
+        for part in value if isinstance(value, list) else [value]:
+            if name.startswith("rmt_") or not isinstance(part, float) or math.isfinite(part):
+                continue
+            if name not in _BOUNDS or math.isnan(part):
+                yield f"--{name.replace('_', '-')} is {part}; pass a finite number."
 
 
 def _doors(settings: Settings) -> Iterator[str]:
