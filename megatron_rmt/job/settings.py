@@ -13,6 +13,7 @@ line holds wins. A switch that the file turns on cannot be turned off there.
 import contextlib
 import functools
 import importlib.metadata
+import io
 import typing
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from megatron.training.argument_utils import ArgumentGroupFactory
 from omegaconf import OmegaConf
 
@@ -136,7 +138,11 @@ def read_config(path: str) -> dict[str, Any]:
     """
     remedy = "pass UTF-8 lines like 'group-size: 8', each key once"
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        text = Path(path).read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            # A few lines of them can stand for more values than there is memory.
+            raise ValueError("it repeats a part of itself (*)")
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except Exception as error:
         # YAML's constructors raise whatever Python's conversions of a value raise.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
