@@ -82,6 +82,7 @@ def take_batches(
             batches = [_rotated(batch, end_of_document, separate_documents) for batch in batches]
         for arguments, batch in zip(recorded, batches, strict=True):
             mask = arguments.get("attention_mask")
+            problems.append(_number_problem(batch))
             problems.append(_mask_problem(mask, batch, end_of_document, separate_documents))
             problems.append(token_problem(batch))
     _raise_together(problems)
@@ -183,6 +184,24 @@ def _rotated(batch: UserBatch, end_of_document: int, separate_documents: bool) -
         if not counts.all():
             own.copy_(torch.arange(len(own)))
     return replace(batch, position_ids=position_ids)
+
+
+def _number_problem(batch: UserBatch) -> str | None:
+    """Weights that no loss can be weighed by, and positions before the first."""
+    weights = batch.loss_mask
+    wrong = weights[~((weights >= 0) & weights.isfinite())]
+    if len(wrong):
+        return (
+            f"forward_step_func gives GPTModel.forward a loss_mask that holds {float(wrong[0])}; "
+            "pass finite weights, 0 or more."
+        )
+    lowest = int(batch.position_ids.min())
+    if lowest < 0:
+        return (
+            f"forward_step_func gives GPTModel.forward position_ids from {lowest} on; count "
+            "tokens from 0."
+        )
+    return None
 
 
 def _mask_problem(
