@@ -317,9 +317,18 @@ def test_a_signal_in_a_long_rollout_saves_the_step_before_and_the_rest_is_as_eve
     assert [*stopped.metrics, *resumed.metrics] == whole.metrics
 
 
-@pytest.mark.parametrize("layout", cases({"TP2": TP2, "PP2": PP2, "DP2": []}))
-def test_ranks_cut_a_long_rollout_short_together(start: Start, tmp_path: Path, layout: list[str]):
-    stopped = start(2, [*LONG, *layout, "--exit-signal-handler"], STOP)
+TOLD_BY = {"TP2": (TP2, STOP), "PP2": (PP2, STOP), "DP2": ([], STOP)}
+TOLD_BY["Ctrl-C, TP2"] = TP2, STOP.replace("SIGTERM", "SIGINT")
+# Twice: the second one changes nothing.
+TOLD_BY["twice, DP2"] = [], STOP.replace("== 2:", "in (2, 3):")
+
+
+@pytest.mark.parametrize("told", cases(TOLD_BY))
+def test_ranks_cut_a_long_rollout_short_together(
+    start: Start, tmp_path: Path, told: tuple[list[str], str]
+):
+    layout, signal = told
+    stopped = start(2, [*LONG, *layout, "--exit-signal-handler"], signal)
     assert TOLD in stopped.log
     assert (tmp_path / "saved/latest_checkpointed_iteration.txt").read_text() == "2"
 
