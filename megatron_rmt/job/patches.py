@@ -24,9 +24,14 @@ from megatron_rmt.job.checkpoints import refuse_what_is_not_finite
 from megatron_rmt.job.data_files import empty_split
 from megatron_rmt.job.digests import check_digests, index_with_digest, with_digests
 from megatron_rmt.job.index_cache import whole_indices
-from megatron_rmt.job.processes import end_with_torchrun, start_save_worker, write_results_queue
+from megatron_rmt.job.processes import (
+    end_when_interrupted,
+    end_with_torchrun,
+    start_save_worker,
+    write_results_queue,
+)
 from megatron_rmt.job.resume import check_same_settings, stored_arguments
-from megatron_rmt.job.run_lock import lock_problem
+from megatron_rmt.job.run_lock import lock_problem, metrics_lock_problem
 from megatron_rmt.job.settings import add_rmt_arguments, readable_help, versions
 from megatron_rmt.job.tracking import continue_wandb_run, forgive_writer, never_ending_training
 from megatron_rmt.job.train_step import PROGRESS, prepared, run_step
@@ -91,6 +96,7 @@ def _validate_args(original: Callable[..., Any], args: Any, *others: Any, **name
     if not Settings.of(args).rmt:
         return result
     end_with_torchrun()
+    end_when_interrupted()
     continue_wandb_run(args)
     if Settings.of(args).trains_with_rl:
         # Megatron hands all arguments to wandb as the configuration of the run.
@@ -124,13 +130,21 @@ def _check_checkpoint_args(
 def _setup_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from megatron.training import get_args
 
-    if Settings.of(get_args()).trains_with_rl:
+    options = get_args()
+    if Settings.of(options).trains_with_rl:
         # The first moment at which one rank can tell the others, and no model is built yet.
-        problem = [lock_problem(get_args().save) if torch.distributed.get_rank() == 0 else None]
-        torch.distributed.broadcast_object_list(problem, src=0)
-        if problem[0] is not None:
-            raise SystemExit(f"RMT cannot train here: {problem[0]}")
+        _end_if(0, lock_problem, options.save)
+        last = torch.distributed.get_world_size() - 1
+        _end_if(last, metrics_lock_problem, options.rmt_metrics_file)
     return original(*args, **kwargs)
+
+
+def _end_if(rank: int, find: Callable[[str | None], str | None], place: str | None) -> None:
+    """All ranks end if ``rank`` finds a problem with a ``place`` to which it writes."""
+    problem = [find(place) if torch.distributed.get_rank() == rank else None]
+    torch.distributed.broadcast_object_list(problem, src=rank)
+    if problem[0] is not None:
+        raise SystemExit(f"RMT cannot train here: {problem[0]}")
 
 
 def _get_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -296,7 +310,7 @@ PATCHES: tuple[Symbol, ...] = (
     ),
     # The wheel ships the compiled helper and no Makefile.
     Symbol("megatron.core.datasets.utils", "compile_helpers", "", _compile_helpers),
-    # One job at a time writes to --save.
+    # One job at a time writes to --save and to --rmt-metrics-file.
     Symbol("megatron.training.training", "setup_model_and_optimizer", "", _setup_model),
     # Another model than a GPTModel, where a job's own function builds it, is refused before its
     # checkpoint and the data are read.
