@@ -58,7 +58,8 @@ def _args(load: Path | str | None = None, **changes: Any) -> Namespace:
 def _saved(folder: Path, tracker: str | bytes | None, *iterations: int) -> Path:
     for iteration in iterations:
         (folder / f"iter_{iteration:07d}").mkdir(parents=True)
-        (folder / f"iter_{iteration:07d}/.metadata").touch()
+        whole = folder / f"iter_{iteration:07d}/metadata.json"
+        whole.write_text('{"sharded_backend": "torch_dist"}')
     if tracker is not None:
         content = tracker.encode() if isinstance(tracker, str) else tracker
         (folder / TRACKER).write_bytes(content)
@@ -157,6 +158,29 @@ def test_a_deleted_or_empty_iteration_is_refused(tmp_path: Path):
     (load / TRACKER).write_text("release")
     (problem,) = checkpoint_problems(_args(load))
     assert f"there is no release in it, which {TRACKER} says to load;" in problem
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "7", "null", "\xff", "[" * 5000, "{}"])
+def test_a_checkpoint_whose_last_file_is_damaged_is_refused(content: str, tmp_path: Path):
+    load = _saved(tmp_path, "4", 2, 4)
+    (load / "iter_0000004/metadata.json").write_text(content, encoding="latin-1")
+    (problem,) = checkpoint_problems(_args(load))
+    assert problem == (
+        f"--load is {load}, but iter_0000004 in it, which {TRACKER} says to load, is no whole "
+        "checkpoint (metadata.json is damaged); write the number of a whole checkpoint into "
+        f"{TRACKER} (saved: iter_0000002, iter_0000004), or leave the flag out to begin anew."
+    )
+    assert [*checkpoint_problems(_args(load, ckpt_step=2))] == []
+
+
+def test_a_checkpoint_that_is_half_there_is_refused(tmp_path: Path):
+    load = _saved(tmp_path, "4", 2, 4)
+    (load / "iter_0000004/metadata.json").rename(load / "iter_0000004/__0_0.distcp")
+    (problem,) = checkpoint_problems(_args(load))
+    assert "(there is no metadata.json, which is written last); write the number" in problem
+    # Of Megatron's older format nothing is known.
+    (load / "iter_0000004/mp_rank_00").mkdir()
+    assert [*checkpoint_problems(_args(load))] == []
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path):

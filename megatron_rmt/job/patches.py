@@ -276,9 +276,10 @@ def _load_global_dist_base_checkpoint(
     except CheckpointException as error:
         # torch has told it to all ranks.
         first, _ = next(iter(error.failures.values()))
+        reason = " ".join(str(first).split()) or type(first).__name__
         raise SystemExit(
-            f"RMT: the checkpoint {folder} is not loaded: {' '.join(str(first).split())}; copy it "
-            "again, or name another one with --ckpt-step."
+            f"RMT: the checkpoint {folder} is not loaded: {reason}; copy it again, or name another "
+            "one with --ckpt-step."
         ) from None
 
 

@@ -9,6 +9,7 @@ difference is refused by name, unless ``--rmt-allow-changed-settings`` is given.
 
 import hashlib
 import itertools
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -78,6 +79,11 @@ def checkpoint_problems(args: Namespace) -> Iterator[str]:
                 f"{flag} is {place}, but there is no {folder.name} in it, which "
                 f"{_reason(step, folder)} says to load; {_choices(Path(place))}."
             )
+        elif folder is not None and (reason := _half_there(folder)):
+            yield (
+                f"{flag} is {place}, but {folder.name} in it, which {_reason(step, folder)} says "
+                f"to load, is no whole checkpoint ({reason}); {_choices(Path(place))}."
+            )
         alone = not (args.pretrained_checkpoint or args.non_persistent_ckpt_type)
         if folder is None and flag == "--load" and args.exit_on_missing_checkpoint and alone:
             yield (
@@ -110,6 +116,20 @@ def checkpoint_folder(load: Path, step: int | None) -> Path | None:
         )
     chosen = step or word
     return None if chosen is None else load / f"iter_{int(chosen):07d}"
+
+
+def _half_there(folder: Path) -> str | None:
+    """What says that a checkpoint was not written to its end, or was damaged; in words."""
+    last = folder / "metadata.json"
+    if not last.exists():
+        # Megatron's older format has a folder for each rank, and nothing that comes last.
+        older = any(path.name.startswith("mp_rank_0") for path in folder.iterdir())
+        return None if older else f"there is no {last.name}, which is written last"
+    try:
+        whole = "sharded_backend" in json.loads(last.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        whole = False
+    return None if whole else f"{last.name} is damaged"
 
 
 def _reason(step: int | None, folder: Path) -> str:
