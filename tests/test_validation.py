@@ -155,6 +155,22 @@ def test_numbers_that_are_not_finite_are_refused(tokenizer: str, value: str):
     assert f"--moe-aux-loss-coeff is {value.removeprefix('-')}; pass a finite number." in refusal
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "interval"),
+    [
+        ("--adam-beta1", "1.0", "[0, 1)"),
+        ("--adam-beta2", "1.5", "[0, 1)"),
+        ("--adam-eps", "0.0", "(0, inf)"),
+        ("--weight-decay", "-0.1", "[0, inf)"),
+    ],
+)
+def test_numbers_that_the_optimizer_cannot_work_with_are_refused(
+    tokenizer: str, flag: str, value: str, interval: str
+):
+    refusal = _refusal(_parse("--rmt", "--tokenizer-model", tokenizer, f"{flag}={value}"))
+    assert f"{flag} is {value}; pass a number in {interval}." in refusal
+
+
 BLOCKWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise")
 TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
 EXPERTS = ("--num-experts", "4")

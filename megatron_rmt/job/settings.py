@@ -200,7 +200,7 @@ def setting_problems(args: Namespace) -> Iterator[str]:
     for field in fields(Settings):
         value, interval = getattr(settings, field.name), field.metadata["interval"]
         parts = value if isinstance(value, tuple) else (value,)
-        if not interval or value is None or all(_lies_in(part, interval) for part in parts):
+        if not interval or value is None or all(lies_in(part, interval) for part in parts):
             continue
         remedy = f"pass {'numbers' if len(parts) > 1 else 'a number'} in {interval}"
         if field.default is None:
@@ -264,7 +264,7 @@ def setting_problems(args: Namespace) -> Iterator[str]:
         yield f"--rmt-metrics-file is {settings.metrics_file}, a folder; pass a file in it."
 
 
-def _lies_in(value: float, interval: str) -> bool:
+def lies_in(value: float, interval: str) -> bool:
     """Whether ``value`` lies in an interval as written in mathematics; NaN lies in none."""
     low, high = map(float, interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
