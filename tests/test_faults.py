@@ -147,6 +147,22 @@ def test_weights_that_are_not_finite_are_not_saved(start: Start, tmp_path: Path)
     assert_ended(start, tmp_path, 2, sentence, 2, TP2, fault, "== 4")
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_and_the_last_one_stays(
+    start: Start, tmp_path: Path
+):
+    """No file may become as large as theirs; a full disk ends alike."""
+    fault = "import resource\n"
+    fault += "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, resource.RLIM_INFINITY))"
+    sentence = (
+        r"checkpoint .*iter_0000004 is not written \(rank \d: .*; \S+ MB are free there\); make"
+    )
+    with pytest.raises(AssertionError, match=sentence) as failure:
+        start(2, TP2, fault, "== 4")
+    assert "SystemExit: RMT: the checkpoint" in str(failure.value)
+    assert (tmp_path / "saved/latest_checkpointed_iteration.txt").read_text() == "2"
+    assert checkpoint_tensors(tmp_path / "saved", 2)
+
+
 HOOK = (
     f"parameter = parameters[{FIRST!r}]\n"
     "hook = parameter.register_hook(lambda of: of * torch.nan if rank == 1 else of)\n"

@@ -20,7 +20,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rmt.algorithm.settings import Settings
-from megatron_rmt.job.checkpoints import refuse_what_is_not_finite
+from megatron_rmt.job.checkpoints import refuse_what_is_not_finite, unwritten
 from megatron_rmt.job.data_files import empty_split
 from megatron_rmt.job.digests import check_digests, index_with_digest, with_digests
 from megatron_rmt.job.index_cache import whole_indices
@@ -231,7 +231,12 @@ def _save_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     call.apply_defaults()
     values = call.arguments
     refuse_what_is_not_finite(values["model"], values["optimizer"], values["iteration"])
-    result = original(*args, **kwargs)
+    try:
+        result = original(*args, **kwargs)
+    except OSError as error:
+        # What one rank writes alone, such as the file that names the last iteration.
+        place = Path(get_args().save)
+        raise SystemExit(unwritten(place, {torch.distributed.get_rank(): (error,)})) from None
     if not values["non_persistent_ckpt"]:
         PROGRESS.held = values["iteration"]
     return result
@@ -253,10 +258,17 @@ def _save_state_dict_async_finalize(
 
     settings = Settings.of(get_args())
     finalize = functools.partial(original, storage_writer, global_metadata, dist_wrapper)
-    if settings.rmt and dist_wrapper.is_coordinator:
-        index_with_digest(finalize, storage_writer, not settings.no_digests)
-    else:
-        finalize()
+    try:
+        if settings.rmt and dist_wrapper.is_coordinator:
+            index_with_digest(finalize, storage_writer, not settings.no_digests)
+        else:
+            finalize()
+    except CheckpointException as error:
+        if not settings.rmt:
+            raise
+        # Every rank raises it, and the coordinator knows why.
+        found = error.failures and unwritten(Path(storage_writer.checkpoint_dir), error.failures)
+        raise SystemExit(dist_wrapper.broadcast_object(found)) from None
 
 
 def _load_global_dist_base_checkpoint(
