@@ -87,6 +87,24 @@ def test_nothing_saved_yet_is_a_first_start_unless_a_checkpoint_is_asked_for(tmp
         f"--load is {load} and --exit-on-missing-checkpoint is set, but there is no {TRACKER} in "
         "it; pass the folder of a checkpoint."
     )
+    # Elsewhere there is one to begin with, or may be.
+    whole = str(_saved(tmp_path / "whole", "4", 4))
+    for named in ({"pretrained_checkpoint": whole}, {"non_persistent_ckpt_type": "local"}):
+        args = _args(load, exit_on_missing_checkpoint=True, **named)
+        assert [*checkpoint_problems(args)] == []
+
+
+def test_what_a_run_that_begins_with_weights_alone_was_trained_with_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stored = Namespace(seed=3)
+    monkeypatch.setattr(
+        "megatron.core.dist_checkpointing.load_common_state_dict", lambda _: {"args": stored}
+    )
+    load = _saved(tmp_path, "4", 4)
+    assert stored_arguments(_args(load)) is stored
+    assert stored_arguments(_args(load, finetune=True)) is None
+    assert stored_arguments(_args("msc://bucket/run")) is None
 
 
 @pytest.mark.parametrize(
@@ -328,6 +346,10 @@ def test_another_corpus_is_named_and_a_moved_one_is_the_same(tmp_path: Path):
         Path(file).write_bytes(content)
         (said,) = changed_data(_args(data_path=[here]), stored)
         assert said == f"{here}.bin and .idx hold another corpus than they did"
+        # Of two the one that was replaced.
+        both = _args(data_path=["1", other, "1", here])
+        both.rmt_data = {other: marks_of_data(both)[other], here: "as it was"}
+        assert changed_data(both, both) == [said]
         with pytest.raises(ValueError, match="hold another corpus than they did; pass what they"):
             check_same_settings(_args(data_path=[here]), PROMPT, stored)
         Path(file).write_bytes(kept)

@@ -65,6 +65,21 @@ def test_a_second_job_is_refused_until_the_first_is_dead(
     assert lock_problem(str(tmp_path)) is None, "it is its own already"
 
 
+def _is_refused_elsewhere(folder: Path) -> bool:
+    """Whether another process, a fork of this one, may not write to ``folder``."""
+    child = os.fork()
+    if child == 0:
+        run_lock._held.clear()
+        os._exit(int(lock_problem(str(folder)) is not None))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_who_asks_for_a_lock_of_its_own_again_keeps_it(tmp_path: Path):
+    for _ in range(2):
+        assert lock_problem(str(tmp_path)) is None
+        assert _is_refused_elsewhere(tmp_path)
+
+
 def test_a_machine_that_may_be_gone_is_waited_for(
     holder: tuple[subprocess.Popen[str], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

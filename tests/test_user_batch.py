@@ -240,6 +240,7 @@ def test_an_argument_of_the_jobs_own_model_is_refused_by_its_name():
         ("rope", True, [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 1, 2]),
         ("rope", True, [0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]),
         ("rope", False, [3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8]),
+        ("rope", False, [0, 1, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]),
         ("learned_absolute", False, [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 1, 2]),
     ],
 )

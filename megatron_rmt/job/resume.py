@@ -85,7 +85,7 @@ def checkpoint_problems(args: Namespace) -> Iterator[str]:
                 f"to load, is no whole checkpoint ({reason}); {_choices(Path(place))}."
             )
         alone = not (args.pretrained_checkpoint or args.non_persistent_ckpt_type)
-        if folder is None and flag == "--load" and args.exit_on_missing_checkpoint and alone:
+        if folder is None and args.exit_on_missing_checkpoint and alone:
             yield (
                 f"--load is {place} and --exit-on-missing-checkpoint is set, but there is no "
                 f"{TRACKER} in it; pass the folder of a checkpoint."
