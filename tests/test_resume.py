@@ -201,9 +201,13 @@ def test_a_checkpoint_that_is_half_there_is_refused(tmp_path: Path):
     assert [*checkpoint_problems(_args(load))] == []
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path):
+def test_a_folder_that_cannot_be_written_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     assert save_problem(None) is None
     assert save_problem("msc://bucket/run") is None
+    assert os.listdir(tmp_path) == []
     assert save_problem(str(tmp_path / "new/run")) is None
     assert os.listdir(tmp_path / "new/run") == []
     (tmp_path / "file").touch()
@@ -219,9 +223,13 @@ def test_a_full_disk_is_found_before_the_run(tmp_path: Path, monkeypatch: pytest
             return self
 
         def __exit__(self, *_: Any) -> None:
-            raise OSError(28, "No space left on device")
+            if self.written:  # when what was written is flushed
+                raise OSError(28, "No space left on device")
 
-        def write(self, content: bytes) -> None: ...
+        def write(self, content: bytes) -> None:
+            self.written = content
+
+        written = b""
 
     monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
     assert "(No space left on device); pass a folder with room" in save_problem(str(tmp_path))
