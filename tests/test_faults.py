@@ -187,6 +187,13 @@ def test_a_bad_step_is_skipped_and_its_samples_are_put_aside(start: Start, tmp_p
 
 
 @pytest.mark.slow
+def test_bad_steps_with_a_good_one_between_are_not_in_a_row(start: Start):
+    ended = start(1, ["--rmt-max-bad-steps", "2"], HOOK.replace("rank == 1", "True"), "in (1, 3)")
+    assert [line["iteration"] for line in ended.metrics] == [1, 2, 3, 4]
+    assert [line.get("skipped in a row") for line in ended.metrics] == [1, None, 1, None]
+
+
+@pytest.mark.slow
 def test_as_many_bad_steps_in_a_row_as_are_allowed_end_the_run(start: Start, tmp_path: Path):
     sentence = r"iteration 4: the gradient .* bad step 2 of --rmt-max-bad-steps 2 in a row"
     assert_ended(start, tmp_path, 2, sentence, 2, ["--rmt-max-bad-steps", "2"], HOOK, ">= 3")

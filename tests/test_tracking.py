@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -134,6 +135,10 @@ def test_the_start_of_a_last_line_that_is_too_long_is_not_looked_for(tmp_path, m
     path.write_text('{"a": 123456789')
     append_lines(path, ['{"b": 3}'])
     assert path.read_text() == '{"a": 123456789\n{"b": 3}\n'
+    # Nor does it begin where one begins to look.
+    path.write_text('text before {"a": 1')
+    append_lines(path, ['{"b": 3}'])
+    assert path.read_text() == 'text before {"a": 1\n{"b": 3}\n'
 
 
 class Broken:
@@ -226,6 +231,14 @@ def test_a_resumed_job_names_the_same_wandb_run_and_another_job_another(tmp_path
     assert run_id(_args(tmp_path / "one", wandb_exp_name="f")) != first
     (tmp_path / "one" / WANDB_KEY).write_text("$(rm -rf)")
     assert run_id(_args(tmp_path / "one")) not in ("", first)
+    assert re.fullmatch(r"[0-9a-f]{16}\n", (tmp_path / "one" / WANDB_KEY).read_text())
+
+
+def test_a_run_that_the_environment_names_is_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    continue_wandb_run(_args(tmp_path))
+    assert os.environ["WANDB_RUN_ID"] == "mine"
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("changes", [{"wandb_project": ""}, {"save": None}, {"rank": 0}])

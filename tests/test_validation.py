@@ -142,6 +142,18 @@ def test_the_ablation_without_rl_needs_nothing_of_rmt():
     assert not Settings.of(args).trains_with_rl
 
 
+def test_a_sharded_optimizer_that_is_neither_saved_nor_loaded_is_accepted(
+    tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("megatron_rmt.job.validation.HAVE_APEX_OR_TE", False)
+    flags = ["--rmt", "--tokenizer-model", tokenizer, "--use-distributed-optimizer"]
+    load, save = ["--load", str(tmp_path)], ["--save", str(tmp_path)]
+    for bad in (load, save):
+        assert "--use-distributed-optimizer is on, whose" in _refusal(_parse(*flags, *bad))
+    for good in ([], [*load, "--finetune"], [*load, "--no-load-optim"], [*save, "--no-save-optim"]):
+        check_rmt_arguments(_parse(*flags, *good))
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_numbers_that_are_not_finite_are_refused(tokenizer: str, value: str):
     flags = ["--rmt", "--tokenizer-model", tokenizer]

@@ -277,7 +277,7 @@ def foreign_token_of_a_batch(args: Namespace, token: int, vocabulary: int) -> st
     """One sentence on a ``token`` that a batch holds, with file and document if they are found."""
     left = SEARCHED_TOKENS
     for file in token_files(args):
-        if left > 0 and file.index.is_file() and file.tokens.is_file():
+        if file.index.is_file() and file.tokens.is_file():
             found = foreign_token(file, vocabulary, left)
             if found is not None:
                 return found
