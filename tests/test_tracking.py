@@ -136,9 +136,9 @@ def test_the_start_of_a_last_line_that_is_too_long_is_not_looked_for(tmp_path, m
     append_lines(path, ['{"b": 3}'])
     assert path.read_text() == '{"a": 123456789\n{"b": 3}\n'
     # Nor does it begin where one begins to look.
-    path.write_text('text before {"a": 1')
+    path.write_text('text before {"a": 12')
     append_lines(path, ['{"b": 3}'])
-    assert path.read_text() == 'text before {"a": 1\n{"b": 3}\n'
+    assert path.read_text() == 'text before {"a": 12\n{"b": 3}\n'
 
 
 class Broken:
