@@ -186,7 +186,7 @@ def test_a_checkpoint_whose_last_file_is_damaged_is_refused(content: str, tmp_pa
     assert problem == (
         f"--load is {load}, but iter_0000004 in it, which {TRACKER} says to load, is no whole "
         "checkpoint (metadata.json is damaged); write the number of a whole checkpoint into "
-        f"{TRACKER} (saved: iter_0000002, iter_0000004), or leave the flag out to begin anew."
+        f"{TRACKER} (saved: iter_0000002), or leave the flag out to begin anew."
     )
     assert [*checkpoint_problems(_args(load, ckpt_step=2))] == []
 

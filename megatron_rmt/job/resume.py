@@ -137,7 +137,8 @@ def _reason(step: int | None, folder: Path) -> str:
 
 
 def _choices(load: Path) -> str:
-    saved = sorted(path.name for path in load.glob("iter_*") if path.is_dir())
+    folders = [path for path in load.glob("iter_*") if path.is_dir()]
+    saved = sorted(path.name for path in folders if not _half_there(path))
     if not saved:
         return "leave the flag out to begin anew, as nothing is saved there"
     return (
