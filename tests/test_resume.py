@@ -165,6 +165,7 @@ def test_a_tracker_that_is_a_folder_is_refused(tmp_path: Path):
 
 def test_a_deleted_or_empty_iteration_is_refused(tmp_path: Path):
     load = _saved(tmp_path, "6", 2, 4)
+    (load / "iter_0000005").touch()
     (problem,) = checkpoint_problems(_args(load))
     assert problem.startswith(
         f"--load is {load}, but there is no iter_0000006 in it, which {TRACKER} says to load; write"
