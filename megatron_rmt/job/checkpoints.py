@@ -1,9 +1,12 @@
 """Where checkpoints go, and what goes in: finite numbers only, whichever path saves."""
 
+import contextlib
 import itertools
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,18 @@ def save_problem(save: str | None) -> str | None:
             "with room that this user may write to."
         )
     return None
+
+
+def unwritten(folder: Path, failures: Mapping[int, tuple[BaseException, Any]]) -> str:
+    """One sentence on a checkpoint that could not be written. failures: (error, ...) by rank."""
+    rank, (error, *_) = next(iter(failures.items()))
+    reason = " ".join(str(error).split()) or type(error).__name__
+    with contextlib.suppress(OSError):
+        reason += f"; {shutil.disk_usage(folder).free / 1e6:.3g} MB are free there"
+    return (
+        f"RMT: the checkpoint {folder} is not written (rank {rank}: {reason}); make room, or look "
+        "at the disk and its rights, and restart from the last checkpoint, which is as it was."
+    )
 
 
 @torch.no_grad()
