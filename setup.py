@@ -34,7 +34,13 @@ setup(
         "quickstart": ["gguf>=0.10"],
         # Corpora compressed by zstd, and Parquet.
         "corpora": ["backports.zstd; python_version < '3.14'", "pyarrow"],
-        "test": ["backports.zstd; python_version < '3.14'", "pyarrow", "pytest>=8", "hypothesis>=6.100", "ruff>=0.17,<0.18"],
+        "test": [
+            "backports.zstd; python_version < '3.14'",
+            "pyarrow",
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.17,<0.18",
+        ],
         "benchmark": ["trl>=1.16"],
     },
 )

@@ -7,8 +7,8 @@ trains, and all draws are pure functions of (seed, way, document, token, respons
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_rmt.algorithm.rewards import is_right
+from megatron_rmt.algorithm.rewards import is_right, says
 from megatron_rmt.mid_training import MidTraining
 from megatron_rmt.model.gpt import generating
 from megatron_rmt.prompt.prompt import Prompt
@@ -45,12 +45,13 @@ class Text:
     """A held-out document.
 
     number: the key of its draws. ids: all its tokens. read: how many of them the model reads; what
-    follows is truth alone.
+    follows is truth alone. answers: what it marks as an answer, by the token that begins it.
     """
 
     number: int
     ids: Sequence[int]
     read: int
+    answers: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,13 @@ class Thought(NamedTuple):
 
 @dataclass(frozen=True)
 class Answered:
-    """What one response says: response, as it is read; right: it predicts the text; by_itself: the
-    thought ended without force; thought: its own, None where it was given."""
+    """What one response says: response, as it is read; right: it predicts the text; whole: it says
+    the answer that the text marks there, and no more; by_itself: the thought ended without force;
+    thought: its own, None where it was given."""
 
     response: Response
     right: bool
+    whole: bool
     by_itself: bool
     thought: Thought | None
 
@@ -171,13 +174,14 @@ def _read(
     tokens = rollout.tokens.tolist()
     response = prompt.read(tokens if how.thinks else [*prompt.close, *tokens])
     right = is_right(response, truth, boxed=prompt.template.answer == "boxed")
+    whole = says(response, place.text.answers.get(place.token, b""))
     own = None
     if given is not None:
         # One that was never closed is answered after no more than it would be where it was drawn.
-        right = right and given.closed
+        right, whole = right and given.closed, whole and given.closed
     elif how.thinks:
         own = Thought(_through_close(prompt, tokens), response.thought_length, response.closed)
-    return Answered(response, right, response.closed and bool(rollout.drawn.all()), own)
+    return Answered(response, right, whole, response.closed and bool(rollout.drawn.all()), own)
 
 
 def _through_close(prompt: Prompt, tokens: Sequence[int]) -> tuple[int, ...]:

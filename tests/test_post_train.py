@@ -218,3 +218,7 @@ def test_the_script_trains_answers_to_questions_and_evaluate_measures_them(
     )
     documents = json.loads((tmp_path / "after.json").read_text())["documents"]
     assert [len(one["positions"]) for one in documents] == [1] * 10
+    # Every answer is a digit, so a right beginning is all of it, unless more is said.
+    for one in documents:
+        for name in ("", "no_thought_"):
+            assert len(one[f"{name}whole_answer"]) == 1

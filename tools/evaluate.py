@@ -25,9 +25,11 @@ truth, mean nats a token over the next --rmt-target-tokens true tokens, at tempe
 --rmt-reward that wants no answer gets none drawn.
 
 An answer counts by the template's rule of training: it must be a byte prefix of the true text and
-end where a token ends. Answers are sampled as in training unless --rmt-greedy; with several
---samples the accuracy is their mean. Intervals (95 %) are bootstrapped over documents, because the
-positions of one document are not independent; there is none for fewer than two documents.
+end where a token ends. With --positions answers it is judged as a whole answer, too: the first line
+of what is said must be the text of the span, and no more. Answers are sampled as in training unless
+--rmt-greedy; with several --samples the accuracy is their mean. Intervals (95 %) are bootstrapped
+over documents, because the positions of one document are not independent; there is none for fewer
+than two documents.
 
 Two evaluations can be compared on the same positions and with the same prompt only:
 --positions-from takes documents, positions and splits from an earlier output, whatever the
@@ -220,14 +222,16 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
     check_flags(flags, others)
     earlier = None if flags.positions_from is None else read_output(flags.positions_from)
     length = flags.seq_length or 512
+    positions = flags.positions
     per_document = 16 if flags.positions_per_document is None else flags.positions_per_document
     if earlier is not None:
-        length = kept_settings(earlier, flags.positions_from)["seq_length"]
+        kept = kept_settings(earlier, flags.positions_from)
+        length, positions = kept["seq_length"], kept["positions"]
         per_document = 0
     words = megatron_flags(flags, length, others)
     # All lines are read before the model is loaded, so that a mistake in them shows at once.
     files = names_of(flags.data)
-    answers = flags.positions == "answers"
+    answers = positions == "answers"
     texts = [
         text
         for name, path in files.items()

@@ -81,6 +81,8 @@ RATES = {
     "well_formed": ("well-formed answers, %", 100.0),
     "closed_by_itself": ("closed by itself, %", 100.0),
     "no_thought_well_formed": ("well-formed without thought, %", 100.0),
+    "whole_answer": ("whole answers, %", 100.0),
+    "no_thought_whole_answer": ("whole answers without thought, %", 100.0),
 }
 
 
@@ -95,7 +97,8 @@ class Record:
     the true one. entropy: in nats, summed over the counted tokens. positions: indices of the tokens
     predicted by reasoning, ascending; the lists after it belong to them and sum over the samples of
     a position, but for those of ``ONCE``. What is not measured is empty. thought, swapped,
-    no_thought: right answers. ..._likeliest: the true token is the most likely one. ..._log_prob:
+    no_thought: right answers. ...whole_answer: those that say the answer that the text marks, and
+    no more. ..._likeliest: the true token is the most likely one. ..._log_prob:
     nats, mean over the true tokens.
     """
 
@@ -122,6 +125,8 @@ class Record:
     thought_log_prob: list[float] = field(default_factory=list)
     swapped_log_prob: list[float] = field(default_factory=list)
     no_thought_log_prob: list[float] = field(default_factory=list)
+    whole_answer: list[int] = field(default_factory=list)
+    no_thought_whole_answer: list[int] = field(default_factory=list)
 
     def values(self, name: str) -> tuple[Sequence[int], Sequence[float]]:
         """(the tokens at which the result ``name`` was measured, what came out)."""

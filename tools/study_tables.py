@@ -31,6 +31,7 @@ class Column(NamedTuple):
 
 MEASURES = (
     Column("thought, then answer, %", "thought"),
+    Column("whole answer, %", "whole_answer"),
     Column("next token at once, %", "next_token_sampled"),
     Column("thought minus next token", "thought_minus_next_token_sampled"),
     Column("empty thought, %", "no_thought"),

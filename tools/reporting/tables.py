@@ -29,6 +29,8 @@ RATES: dict[str, tuple[str, float, int]] = {
     "thought_length": ("tokens of a thought", 1.0, 1),
     "well_formed": ("well-formed answers, %", 100.0, 1),
     "closed_by_itself": ("thoughts closed by the model, %", 100.0, 1),
+    "whole_answer": ("whole answers, %", 100.0, 1),
+    "no_thought_whole_answer": ("whole answers without thought, %", 100.0, 1),
 }
 
 
