@@ -61,7 +61,7 @@ def test_a_span_begins_with_the_token_that_holds_its_first_byte():
         found = answers_by_token(TEXT, ((first, len(TEXT)),), ids, bytes_of)
         assert found == {_slow_first_token(first): TEXT[first:].encode()}
     # A blank before the answer is part of its token.
-    assert answers_by_token(TEXT, ((TEXT.index("42"), 9),), ids, bytes_of) == {4: b"42"}
+    assert answers_by_token(TEXT, ((TEXT.index("42"), 9),), ids, bytes_of) == {4: b"42 "}
 
 
 def test_first_tokens_are_ascending_and_each_has_its_longest_span():
