@@ -27,7 +27,7 @@ from megatron_rmt.rollout.generate import RolloutSettings, generate
 from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.memory import in_bytes
-from megatron_rmt.rollout.prefill import read_trunk
+from megatron_rmt.rollout.prefill import TrunkReading, read_trunk
 from megatron_rmt.rollout.responses import Rollout, written
 from megatron_rmt.rollout.trunk import NO_LABEL, Sample
 from megatron_rmt.update.scoring import continuation
@@ -111,10 +111,15 @@ def in_prompt(prompt: Prompt, ids: Sequence[int]) -> list[int]:
 
 
 def read_text(
-    run: MidTraining, text: Text, store: KeyValueStore, first_row: int
-) -> tuple[Tensor, Tensor]:
-    """Entropies ``[tokens]`` fp32 in nats and most likely next tokens ``[tokens]`` int64 of the
-    bare text; its keys and values, as it stands in a prompt, go to ``store`` from ``first_row``."""
+    run: MidTraining,
+    text: Text,
+    store: KeyValueStore,
+    first_row: int,
+    *,
+    with_log_probs: bool = False,
+) -> TrunkReading:
+    """What the model predicts after each token of the bare text, with_log_probs: also of the next
+    one; its keys and values, as it stands in a prompt, go to ``store`` from ``first_row``."""
     ids, top_k = list(text.ids[: text.read]), run.settings.entropy_top_k
     asked = in_prompt(run.prompt, ids)
     # The plain prediction is that of the bare text under every template.
@@ -123,7 +128,9 @@ def read_text(
         read_trunk(run.policy, [sample], store, first_row, top_k=top_k)
         store, first_row = KeyValueStore(len(ids)), 0
     sample = document_sample(torch.tensor(ids))
-    return read_trunk(run.policy, [sample], store, first_row, top_k=top_k)
+    return read_trunk(
+        run.policy, [sample], store, first_row, top_k=top_k, with_log_probs=with_log_probs
+    )
 
 
 def answer(
@@ -303,7 +310,7 @@ def _standing_of(
     store, first_row = KeyValueStore(sum(lengths)), 0
     places, right_at_once = [], 0
     for (text, tokens), length in zip(part, lengths, strict=True):
-        _, predictions = read_text(run, text, store, first_row)
+        predictions = read_text(run, text, store, first_row).predictions
         right_at_once += sum(int(predictions[token - 1]) == text.ids[token] for token in tokens)
         places += [Place(text, token, first_row) for token in tokens]
         first_row += length

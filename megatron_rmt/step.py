@@ -235,9 +235,8 @@ def _read(run: MidTraining, micro_batch: MicroBatch, store: KeyValueStore) -> li
     before one of them leaves."""
     trunk = [of.sample for of in micro_batch.reasoned]
     top_k = run.settings.entropy_top_k
-    micro_batch.entropies, micro_batch.predictions = read_trunk(
-        run.policy, trunk, store, micro_batch.first_row, top_k=top_k
-    )
+    found = read_trunk(run.policy, trunk, store, micro_batch.first_row, top_k=top_k)
+    micro_batch.entropies, micro_batch.predictions = found.entropies, found.predictions
     return entropy_problems(trunk, micro_batch.entropies)
 
 

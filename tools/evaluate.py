@@ -8,7 +8,8 @@
 The splits are the papers' (RPT, arXiv 2506.08007; RMT, arXiv 2509.24375): positions whose next
 token the model predicts with an entropy above 0.5 (easy), 1.0 (medium) and 1.5 nats (hard). They
 are nested; "average" is the mean of the three, "all" that of all positions whatever their entropy.
-The most likely token after the plain document is judged at every position. Some positions of each
+The most likely token after the plain document is judged at every position, and the perplexity is
+that of the plain text, over all tokens that count. Some positions of each
 document (--positions) are predicted in four ways:
 
 - next token: at once, from the plain document;

@@ -76,7 +76,8 @@ def read_document(
     on.
     """
     text, prompt = _text(document, how), run.prompt
-    entropies, predictions = read_text(run, text, store, first_row)
+    found = read_text(run, text, store, first_row, with_log_probs=True)
+    entropies, predictions = found.entropies, found.predictions
     if not torch.isfinite(entropies).all():
         raise ValueError(
             f"--load: the model's entropies on line {document.line} are not finite; its weights or "
@@ -113,6 +114,7 @@ def read_document(
         difficulty=difficulty,
         next_token=next_token,
         entropy=float(entropies[:-1][counted].double().sum()),
+        text_log_prob=float(found.log_probs[:-1][counted].double().sum()),
         positions=positions,
     )
 

@@ -38,10 +38,18 @@ MEASURES = (
     Column("another's thought, %", "swapped"),
     Column("log p after thought, nats", "thought_log_prob", 1.0, 2),
     Column("log p at once, nats", "log_prob", 1.0, 2),
+    Column("perplexity", "perplexity", 1.0, 2),
     Column("tokens of a thought", "thought_length", 1.0),
     Column("well-formed, %", "well_formed"),
 )
-COMPARED = ("thought", "next_token_sampled", "thought_log_prob", "log_prob", "thought_length")
+COMPARED = (
+    "thought",
+    "next_token_sampled",
+    "thought_log_prob",
+    "log_prob",
+    "perplexity",
+    "thought_length",
+)
 
 
 @dataclass(frozen=True)
