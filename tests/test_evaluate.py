@@ -485,6 +485,42 @@ def test_thoughts_begin_where_their_document_stands_in_the_prompt(
         assert position.next_position == before
 
 
+@pytest.mark.usefixtures("single_process_megatron")
+def test_log_p_of_the_text_is_of_the_tokens_that_count():
+    import torch
+
+    import evaluation_passes
+    from megatron_rmt.model.visibility import attach_tree_attention
+    from megatron_rmt.rollout.kv_cache import KeyValueStore
+    from tests import test_probe
+    from tests.tiny_model import build_model, stock_logits
+
+    model = build_model()
+    ids = torch.randint(11, 40, (12,), generator=torch.Generator().manual_seed(1))
+    ids[7] = test_probe.END  # no text
+    log_probs = stock_logits(model, ids).detach().log_softmax(-1)[range(11), ids[1:]]
+    attach_tree_attention(model)
+    for head in ([], test_probe.HEAD):
+        run = test_probe._run(model, test_probe._prompt(head))
+        document = evaluation_documents.Document(1, ids.tolist(), first=4)
+        how = evaluation_passes.Reasoning(
+            length=10,
+            positions=0,
+            answers=False,
+            budget=1,
+            samples=1,
+            swap=False,
+            at_once=1,
+            seed=0,
+        )
+        store = KeyValueStore(10 + len(head))
+        found = evaluation_passes.read_document(run, document, None, store, 0, how)
+        counted = [token for token, digit in enumerate(found.difficulty) if digit != "-"]
+        assert counted == [4, 5, 6, 8, 9]
+        expected = sum(float(log_probs[token - 1]) for token in counted)
+        assert found.text_log_prob == pytest.approx(expected, rel=1e-6)
+
+
 def test_positions_are_above_the_lowest_threshold_and_uniform():
     from megatron_rmt.probe import draw_positions
 
