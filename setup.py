@@ -41,6 +41,8 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.17,<0.18",
         ],
+        # lm-evaluation-harness, for tools/evaluate.py --tasks.
+        "tasks": ["lm_eval>=0.4.13"],
         "benchmark": ["trl>=1.16"],
     },
 )

@@ -31,16 +31,25 @@ class Column(NamedTuple):
 
 MEASURES = (
     Column("thought, then answer, %", "thought"),
+    Column("whole answer, %", "whole_answer"),
     Column("next token at once, %", "next_token_sampled"),
     Column("thought minus next token", "thought_minus_next_token_sampled"),
     Column("empty thought, %", "no_thought"),
     Column("another's thought, %", "swapped"),
     Column("log p after thought, nats", "thought_log_prob", 1.0, 2),
     Column("log p at once, nats", "log_prob", 1.0, 2),
+    Column("perplexity", "perplexity", 1.0, 2),
     Column("tokens of a thought", "thought_length", 1.0),
     Column("well-formed, %", "well_formed"),
 )
-COMPARED = ("thought", "next_token_sampled", "thought_log_prob", "log_prob", "thought_length")
+COMPARED = (
+    "thought",
+    "next_token_sampled",
+    "thought_log_prob",
+    "log_prob",
+    "perplexity",
+    "thought_length",
+)
 
 
 @dataclass(frozen=True)
