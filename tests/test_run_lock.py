@@ -88,6 +88,8 @@ def test_a_machine_that_may_be_gone_is_waited_for(
     began = time.monotonic()
     assert "(process 17 on elsewhere); end that job" in lock_problem(str(tmp_path))
     assert time.monotonic() - began >= 0.5
+    (tmp_path / NAME).write_bytes(b"\xff\xfe")
+    assert "(process ? on \ufffd\ufffd); end that job" in lock_problem(str(tmp_path))
 
 
 def test_what_a_dead_job_wrote_is_in_nobodys_way(tmp_path: Path):
