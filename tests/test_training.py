@@ -167,20 +167,13 @@ LAYERS = "--num-layers-per-virtual-pipeline-stage"
 LAYOUT = "--pipeline-model-parallel-layout"
 TOGETHER = "--microbatch-group-size-per-virtual-pipeline-stage"
 SHARDED = [*SHARDED_OPTIMIZER, *OVERLAP]
-PP4 = ["--pipeline-model-parallel-size", "4", LAYOUT, "Et|t|t|||||tL"]
-GATHERED = ["--overlap-param-gather-with-optimizer-step", "--ckpt-format", "torch"]
-GATHERED += ["--auto-detect-ckpt-format"]
 INTERLEAVED = {
     "TP2 x PP2 x VP2": (4, [*TP2, *PP2_VP2]),
-    "PP4, chunks without layers": (4, PP4),
-    "PP4, communication not overlapped": (4, [*PP4, "--no-overlap-p2p-communication"]),
     "layers of a chunk": (2, [*PP2, LAYERS, "1"]),
-    "uneven": (2, [*PP2, LAYOUT, "Ett|t||tL"]),
     "embedding and loss in chunks of their own": (2, [*PP2, LAYOUT, "E|tt|tt|L"]),
     "micro-batches in groups of four": (2, [*PP2_VP2, TOGETHER, "4"]),
     "DP2, packed": (4, [*PP2_VP2, *PACKED]),
     "DP2, overlapped communication": (4, [*PP2_VP2, *SHARDED]),
-    "DP2, gathered in the optimizer's step": (4, [*PP2_VP2, *SHARDED, *GATHERED]),
     "overlapped at both ends": (2, [*PP2_VP2, "--overlap-p2p-communication-warmup-flush"]),
     "loss per token": (2, [*PP2_VP2, "--calculate-per-token-loss"]),
     "waves": (2, [*PP2_VP2, "--rmt-rollout-kv-gib", "5e-4"]),

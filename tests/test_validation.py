@@ -156,6 +156,8 @@ TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
 EXPERTS = ("--num-experts", "4")
 # flags -> what the sentence says: the flag, its value, the remedy.
 BAD = {
+    ("--overlap-param-gather-with-optimizer-step",): "--overlap-param-gather-with-optimizer-step "
+    "is True; RMT needs False: rollouts need whole weights.",
     ("--phase-transition-iterations", "4"): "--phase-transition-iterations is 4; RMT needs it left "
     "out: each phase reads other data",
     ("--rampup-batch-size", "2", "2", "8"): "--rampup-batch-size is [2, 2, 8]; RMT needs it "
@@ -414,13 +416,12 @@ def test_micro_batches_must_be_enough_for_virtual_pipeline_stages(
     ("layout", "sentence"),
     [
         ("Et|t|t|tL", None),
-        # A chunk of a stage may be empty.
-        ("Et|t|t|||||tL", None),
-        ("Ett||tt|L", "is Ett||tt|L, which leaves nothing to pipeline stage 1; give each a layer"),
+        ("E|t|t|t|t|t|t|L", None),
+        ("Ett||tt|L", "is Ett||tt|L, which leaves a chunk without a layer; give each a layer"),
         ("Et|t|t|||||xL", "is Et|t|t|||||xL: Invalid layer character: x"),
     ],
 )
-def test_no_pipeline_stage_may_be_empty(layout: str, sentence: str | None):
+def test_no_chunk_may_be_empty(layout: str, sentence: str | None):
     args = _parse("--rmt", "--pipeline-model-parallel-size", "4")
     args.pipeline_model_parallel_layout = layout
     problems = [problem for problem in unsupported(args) if "-layout" in problem]

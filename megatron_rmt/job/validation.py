@@ -126,6 +126,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
             False,
             "it is for MXFP8, which needs a Blackwell GPU",
         ),
+        "--overlap-param-gather-with-optimizer-step": (False, "rollouts need whole weights"),
         "--phase-transition-iterations": (
             None,
             "each phase reads other data, and a resumed run goes on with its own",
@@ -166,8 +167,8 @@ def unsupported(args: Namespace) -> Iterator[str]:
 
 
 def _empty_stages(args: Namespace) -> Iterator[str]:
-    """Pipeline stages that would hold no parameter; a chunk of one may hold none."""
-    layout, stages = args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
+    """Chunks of a pipeline stage that would hold no parameter."""
+    layout = args.pipeline_model_parallel_layout
     if not layout:
         return
     try:
@@ -175,11 +176,10 @@ def _empty_stages(args: Namespace) -> Iterator[str]:
     except AssertionError as error:
         yield f"--pipeline-model-parallel-layout is {layout}: {_one_line(error)}."
         return
-    empty = [stage for stage in range(stages) if not any(parts[stage::stages])]
-    if empty:
+    if not all(parts):
         yield (
-            f"--pipeline-model-parallel-layout is {layout}, which leaves nothing to pipeline stage "
-            f"{empty[0]}; give each a layer, the embedding or the loss."
+            f"--pipeline-model-parallel-layout is {layout}, which leaves a chunk without a layer; "
+            "give each a layer, the embedding or the loss."
         )
 
 
