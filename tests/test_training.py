@@ -170,6 +170,7 @@ SHARDED = [*SHARDED_OPTIMIZER, *OVERLAP]
 INTERLEAVED = {
     "TP2 x PP2 x VP2": (4, [*TP2, *PP2_VP2]),
     "layers of a chunk": (2, [*PP2, LAYERS, "1"]),
+    "uneven": (2, [*PP2, LAYOUT, "Ett|t||tL"]),
     "embedding and loss in chunks of their own": (2, [*PP2, LAYOUT, "E|tt|tt|L"]),
     "micro-batches in groups of four": (2, [*PP2_VP2, TOGETHER, "4"]),
     "DP2, packed": (4, [*PP2_VP2, *PACKED]),

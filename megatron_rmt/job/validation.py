@@ -167,8 +167,8 @@ def unsupported(args: Namespace) -> Iterator[str]:
 
 
 def _empty_stages(args: Namespace) -> Iterator[str]:
-    """Chunks of a pipeline stage that would hold no parameter."""
-    layout = args.pipeline_model_parallel_layout
+    """Pipeline stages that would hold no parameter; a chunk of one may hold none."""
+    layout, stages = args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
     if not layout:
         return
     try:
@@ -176,10 +176,11 @@ def _empty_stages(args: Namespace) -> Iterator[str]:
     except AssertionError as error:
         yield f"--pipeline-model-parallel-layout is {layout}: {_one_line(error)}."
         return
-    if not all(parts):
+    empty = [stage for stage in range(stages) if not any(parts[stage::stages])]
+    if empty:
         yield (
-            f"--pipeline-model-parallel-layout is {layout}, which leaves a chunk without a layer; "
-            "give each a layer, the embedding or the loss."
+            f"--pipeline-model-parallel-layout is {layout}, which leaves nothing to pipeline stage "
+            f"{empty[0]}; give each a layer, the embedding or the loss."
         )
 
 
