@@ -197,6 +197,8 @@ TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
 EXPERTS = ("--num-experts", "4")
 # flags -> what the sentence says: the flag, its value, the remedy.
 BAD = {
+    ("--overlap-param-gather-with-optimizer-step",): "--overlap-param-gather-with-optimizer-step "
+    "is True; RMT needs False: rollouts need whole weights.",
     ("--phase-transition-iterations", "4"): "--phase-transition-iterations is 4; RMT needs it left "
     "out: each phase reads other data",
     ("--rampup-batch-size", "2", "2", "8"): "--rampup-batch-size is [2, 2, 8]; RMT needs it "

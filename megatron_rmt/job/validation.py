@@ -148,6 +148,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
             False,
             "it is for MXFP8, which needs a Blackwell GPU",
         ),
+        "--overlap-param-gather-with-optimizer-step": (False, "rollouts need whole weights"),
         "--phase-transition-iterations": (
             None,
             "each phase reads other data, and a resumed run goes on with its own",
