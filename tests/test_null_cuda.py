@@ -55,6 +55,32 @@ def phases(null_device: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return json.loads((root / "report.json").read_text(encoding="utf-8"))["phases"]
 
 
+def test_settings_of_the_tests_process_do_not_reach_the_device(monkeypatch: pytest.MonkeyPatch):
+    for name in ("TORCHDYNAMO_DISABLE", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    found = device.environment(Path("folder"))
+    assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert not {"TORCHDYNAMO_DISABLE", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"} & {*found}
+
+
+def test_a_failure_says_why_and_not_what_every_run_says(tmp_path: Path):
+    program = tmp_path / "fails.py"
+    program.write_text(
+        "import sys\n"
+        "print('  adam_beta1 ........... 0.9', 'INFO:megatron: > padded vocab', sep='\\n')\n"
+        "print('/a/b.py:1: UserWarning: slow', '  warnings.warn(', sep='\\n', file=sys.stderr)\n"
+        "raise ValueError('no such device')\n",
+        encoding="utf-8",
+    )
+    arguments = ["-c", f"exec(open({str(program)!r}).read())"]
+    with pytest.raises(AssertionError, match="exit code 1") as caught:
+        device.run(tmp_path, "timeit", ["-n1", "-r1", arguments[1]])
+    assert str(caught.value).endswith("ValueError: no such device")
+    for said in ("adam_beta1", "padded vocab", "warn"):
+        assert said not in str(caught.value)
+
+
 def test_two_steps_run_to_their_end(phases: dict[str, list[Any]]):
     assert len(phases["step"]) == 2
     assert len(phases["update"]) == 2
