@@ -106,7 +106,16 @@ def _difference(found: Tensor, *_: Any) -> Tensor:
 
 
 def _log_probs(found: Tensor, *_: Any) -> Tensor:
-    return -torch.linspace(1, 2, len(found))
+    """Of the truth, and whether it is the likeliest; or which rollout each row is of, as laid out
+    on the host."""
+    if not found.is_floating_point():
+        return found
+    return -torch.linspace(1, 2, found.shape[-1], dtype=found.dtype).expand(found.shape)
+
+
+def _is_trained(found: Tensor, names: Mapping[str, Any], _: Script) -> Tensor:
+    """Whether there is anything to train, validate, test on, as rank 0 would say: the first."""
+    return found if hasattr(names["args"], "do_train") else torch.ones_like(found)
 
 
 def _sizes_of_samples(found: Tensor, names: Mapping[str, Any], _: Script) -> Tensor:
@@ -128,6 +137,7 @@ ANSWERS: dict[str, Answer] = {
     "job.user_batch.check_tokens": _foreign_tokens,
     "rollout.generate._Decoder._take_tokens": _flags,
     "rollout.live_rollouts.LiveRollouts.responses": _responses,
+    "rollout.memory._largest": _as_it_is,
     "rollout.prefill.EntropyHistogram.__init__": _cumulative_counts,
     "rollout.prefill.read_trunk": _entropies_and_predictions,
     "step._check_trunk_fits": _as_it_is,
@@ -135,7 +145,12 @@ ANSWERS: dict[str, Answer] = {
     "update.agreement.agree": _zeros,
     "update.logprob_check.check_log_probs": _difference,
     "update.packing.repack": _sizes_of_samples,
-    "update.truth.log_probs_of_truth": _log_probs,
+    "update.truth._read_truth": _log_probs,
+}
+
+# Of Megatron, what is neither zero nor copied there by this rank.
+MEGATRON_ANSWERS: dict[str, Answer] = {
+    "megatron.training.training.build_train_valid_test_data_loaders": _is_trained,
 }
 
 
@@ -173,8 +188,9 @@ def _scripted(read: Callable[..., Any], script: Script) -> Callable[..., Any]:
                     "tests/null_cuda/answers.py what it finds there."
                 )
         else:
-            # Megatron's own: norms, losses, whether a gradient overflowed.
-            answer = _zeros if tensor.is_floating_point() else _as_it_is
+            # Norms, losses, whether a gradient overflowed.
+            usual = _zeros if tensor.is_floating_point() else _as_it_is
+            answer = MEGATRON_ANSWERS.get(place, usual)
         # The one copy and wait of this read.
         found = tensor.detach().to("cpu")
         return read(answer(found, names, script), *args, **kwargs)
