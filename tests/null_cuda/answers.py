@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+# Whose functions read, as their modules' names begin.
+READERS = ("megatron.", "megatron_rmt.", "torch._inductor.")
 READS = ("tolist", "item", "cpu", "__bool__", "__int__", "__float__", "__index__")
 
 
@@ -118,12 +120,11 @@ def _is_trained(found: Tensor, names: Mapping[str, Any], _: Script) -> Tensor:
     return found if hasattr(names["args"], "do_train") else torch.ones_like(found)
 
 
-def _sizes_of_samples(found: Tensor, names: Mapping[str, Any], _: Script) -> Tensor:
-    return names["own"].to("cpu").repeat(names["ranks"], 1)
-
-
-def _bytes_of_samples(found: Tensor, names: Mapping[str, Any], _: Script) -> Tensor:
-    """Each rank's samples are copies of this one's."""
+def _other_samples(found: Tensor, names: Mapping[str, Any], _: Script) -> Tensor:
+    """The sizes of all ranks' samples, then the bytes of those that arrive: copies of this rank's
+    own."""
+    if found.dtype != torch.uint8:
+        return names["own"].to("cpu").repeat(names["ranks"], 1)
     sent = names["sent"]
     content = b"".join(sent[sample % len(sent)] for sample in names["arrived"])
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -144,7 +145,7 @@ ANSWERS: dict[str, Answer] = {
     "step._grow": _sums,
     "update.agreement.agree": _zeros,
     "update.logprob_check.check_log_probs": _difference,
-    "update.packing.repack": _sizes_of_samples,
+    "update.packing.repack": _other_samples,
     "update.truth._read_truth": _log_probs,
 }
 
@@ -188,7 +189,7 @@ def _scripted(read: Callable[..., Any], script: Script) -> Callable[..., Any]:
                     "tests/null_cuda/answers.py what it finds there."
                 )
         else:
-            # Norms, losses, whether a gradient overflowed.
+            # Norms, losses, whether a gradient overflowed; of a compiler, constants.
             usual = _zeros if tensor.is_floating_point() else _as_it_is
             answer = MEGATRON_ANSWERS.get(place, usual)
         # The one copy and wait of this read.
@@ -199,11 +200,11 @@ def _scripted(read: Callable[..., Any], script: Script) -> Callable[..., Any]:
 
 
 def _reader() -> tuple[str, Mapping[str, Any]]:
-    """The function of Megatron or RMT that reads, and its local variables."""
+    """The function of Megatron, RMT or torch's compiler that reads, and its local variables."""
     frame = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] in ("megatron", "megatron_rmt"):
+        if module.startswith(READERS):
             function = frame.f_code.co_qualname.split(".<locals>")[0]
             return f"{module}.{function}", frame.f_locals
         frame = frame.f_back
