@@ -77,3 +77,17 @@ def test_a_decode_step_is_one_launch_and_one_wait(phases: dict[str, list[Any]]):
     taken = [own["events"] for own in phases["take tokens"]]
     assert all(events.get("wait", 0) <= 1 for events in taken)
     assert {"pinned copy to host": 1, "wait": 1} in taken
+
+
+def test_a_draw_is_four_launches_and_a_search_a_few_more(null_device: Path):
+    output = device.run(null_device, "tests.null_cuda.draws", [])
+    found = json.loads(output[output.index("{") :].splitlines()[0])
+    for ranks, collectives in (("1", 0), ("2", 3)):
+        own = {kind: of["kernels"] for kind, of in found[ranks].items()}
+        assert own["all"]["launch"] == 4
+        assert own["all"].get("collective", 0) == collectives
+        assert not {"wait", "pageable copy to host", "memset"} & own["both"].keys()
+        assert found[ranks]["all"]["plain"]["launch"] > 50
+        assert found[ranks]["both"]["plain"]["launch"] > 1000
+    assert found["1"]["both"]["kernels"]["launch"] <= 16
+    assert found["2"]["both"]["kernels"]["launch"] <= 36

@@ -3,6 +3,7 @@
 Scores are split over the tensor-parallel ranks; ``algorithm.rng`` gives the numbers for the draws.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -255,6 +256,18 @@ def sample_tokens(
     if rows == 0:
         nothing = torch.empty(0, device=logits.device)
         return nothing.long(), nothing
+    if logits.is_cuda and logits.dtype == torch.float32 and importlib.util.find_spec("triton"):
+        from megatron_rmt.rollout import sampling_triton
+
+        return sampling_triton.sample_tokens(
+            logits,
+            uniforms,
+            temperature=temperature,
+            vocab_start=vocab_start,
+            tp_group=tp_group,
+            top_k=top_k,
+            top_p=top_p,
+        )
 
     # First level: the cumulative sum over blocks, of the tokens that may be drawn.
     maxima = reduce_over_ranks(logits.amax(1), ReduceOp.MAX, tp_group)
