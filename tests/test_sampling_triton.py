@@ -35,7 +35,7 @@ def weights(scores, maxima, temperature):
 
 
 sampling._weights = weights
-kernels.COLUMNS, kernels.SEARCH_COLUMNS, kernels.ROWS = 512, 64, 8
+kernels.COLUMNS, kernels.SEARCH_COLUMNS, kernels.ROWS = 512, 128, 4
 
 
 class Group:
@@ -95,17 +95,17 @@ def drawn(logits, numbers, bounds, how):
 kinds = [{}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 40, "top_p": 0.9}, {"top_k": 9000},
          {"top_p": 1.0}, {"top_k": 1}]
 checked = 0
-for rows, columns in [(1, 1), (2, 255), (3, 256), (5, 257), (9, 1300)]:
+for rows, columns in [(1, 1), (2, 255), (3, 256), (5, 257), (6, 700)]:
     logits, numbers = problem(rows, columns)
-    for kind in kinds if columns in (257, 1300) else kinds[:4]:
+    for kind in kinds if columns == 700 else kinds[:4]:
         for temperature in (0.8, 2.0)[: 1 + (not kind)]:
             how = kind | {"temperature": temperature}
             expected = sampling.sample_tokens(
                 logits, numbers, vocab_start=0, tp_group=None, **how
             )
             splits = [[0, columns]]
-            if columns == 1300 and kind in kinds[:4]:
-                splits += [[0, 333, 334, 1300]]
+            if columns == 700 and kind in kinds[:4]:
+                splits += [[0, 333, 334, 700]]
             for bounds in splits:
                 for found in drawn(logits, numbers, bounds, how):
                     assert torch.equal(found[0], expected[0]), (rows, columns, how)
@@ -160,7 +160,13 @@ def test_kernels_draw_what_the_plain_path_draws():
         [sys.executable, "-c", PROGRAM],
         capture_output=True,
         text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            # It would make torch's exponentials of numpy's.
+            "TORCHDYNAMO_DISABLE": "1",
+            "PYTHONPATH": str(REPOSITORY),
+        },
         timeout=240,
     )
     assert process.returncode == 0, process.stderr[-3000:]
