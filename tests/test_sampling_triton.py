@@ -148,10 +148,11 @@ def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     logits = (4 * torch.randn(rows, columns + 3, generator=generator))[:, :columns]
     logits[-1] = logits[-1].round()
     logits[0, columns // 2 :] -= 60 * (columns > 1)
-    logits[rows // 2, : columns // 3] = -torch.inf
+    logits[rows // 2, : columns * 2 // 3] = -torch.inf
     numbers = torch.rand(rows, generator=generator, dtype=torch.float64)
     numbers[-1] = 1 - 2.0**-53
-    numbers[:1] = 0.0
+    # Where whole blocks lie before the first token that may be drawn, too.
+    numbers[[0, rows // 2]] = 0.0
     return logits, numbers
 
 
