@@ -16,7 +16,7 @@ from megatron_rmt.algorithm.curriculum import SELECTIONS, Selection, has_reserve
 from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.losses import LOSSES, TokenLoss
 from megatron_rmt.algorithm.rewards import REWARDS, Reward, needs_answer
-from megatron_rmt.algorithm.schedules import Schedule
+from megatron_rmt.algorithm.schedules import Schedule, longest_budgets
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.rotary import check_rotary_scaling
@@ -136,12 +136,12 @@ def as_rank_0_rendered(prompt: Prompt) -> Prompt:
 
 def longest_position(seq_length: int, settings: Settings, prompt: Prompt) -> int:
     """A bound on every position id: a sample behind its preamble, stem and response."""
-    budget = settings.initial_budget
-    asked = len(prompt.preamble) + len(prompt.stem(budget))
-    response = prompt.longest_response(budget, settings.warmup_iters > 0)
+    budgets = longest_budgets(settings)
+    tail = prompt.longest_tail(budgets, settings.warmup_iters > 0)
     # A reward may ask for the truth behind the longest thought, whose end is then written.
-    closed_thought = 2 * budget + len(prompt.close) + prompt.target_tokens - 1
-    return seq_length + asked + max(response, closed_thought)
+    closed_thought = max(len(prompt.stem(own)) + 2 * own for own in budgets)
+    closed_thought += len(prompt.close) + prompt.target_tokens - 1
+    return seq_length + len(prompt.preamble) + max(tail, closed_thought)
 
 
 def fitting_problem(args: Namespace, settings: Settings, prompt: Prompt) -> str | None:
@@ -157,8 +157,8 @@ def fitting_problem(args: Namespace, settings: Settings, prompt: Prompt) -> str 
     if args.position_embedding_type != "none" and limit is not None and needed > limit:
         return (
             f"--max-position-embeddings is {limit} but a sample of {args.seq_length} tokens, the "
-            f"prompt and 2 * {settings.initial_budget} tokens of thought with their answer take "
-            f"{needed}; lower --rmt-initial-budget or --seq-length, or raise "
+            f"prompt and 2 * {max(longest_budgets(settings))} tokens of thought with their answer "
+            f"take {needed}; lower --rmt-initial-budget or --seq-length, or raise "
             "--max-position-embeddings if the model allows."
         )
     held = args.micro_batch_size * (args.seq_length + len(prompt.preamble))
@@ -216,7 +216,7 @@ def cache_size(
 ) -> CacheSize:
     """Keys and values of the largest step's rollouts on one rank, at the longest thoughts of the
     run, with one prompt in each sample."""
-    budget, samples = settings.initial_budget, largest_batch_size(args) // data_parallel_size
+    samples = largest_batch_size(args) // data_parallel_size
     select = find("--rmt-select", settings.select, SELECTIONS)
     positions = settings.positions_per_sample + reserve_positions(settings, select)
     draws_in_warm_up = settings.warmup_iters > 0 and settings.warmup_thought == "drawn"
@@ -225,7 +225,7 @@ def cache_size(
         trunk_tokens=samples * (args.seq_length + len(prompt.preamble)),
         rows=samples * positions * settings.group_size,
         rows_per_position=settings.group_size,
-        tail_tokens=len(prompt.stem(budget)) + prompt.longest_response(budget, draws_in_warm_up),
+        tail_tokens=prompt.longest_tail(longest_budgets(settings), draws_in_warm_up),
         in_flight=in_flight,
     )
 

@@ -213,24 +213,22 @@ def truth_after(
     ids = list(text.ids[: min(text.read, tokens[-1] + prompt.target_tokens)])
     asked = in_prompt(prompt, ids)
     more = len(asked) - len(ids)
-    positions = []
+    positions, stem = [], prompt.stem(budget)
     for token, own in zip(tokens, thoughts, strict=True):
         rollouts = [written(one.tokens[: one.length]) for one in own]
         responses = [Response(one.length, True, True, b"") for one in own]
         none = written([]), Response(0, True, True, b"")
-        positions.append(
-            ChosenPosition(token + more - 1, [*rollouts, none[0]], [*responses, none[1]])
-        )
+        group = [*rollouts, none[0]], [*responses, none[1]]
+        positions.append(ChosenPosition(token + more - 1, budget, stem, *group))
     group = len(positions[0].rollouts)
     sample = document_sample(torch.tensor(asked))
     log_probs, likeliest = predictions_of_truth(
-        run.policy, prompt, [ReasonedSample(sample, positions)], budget, group
+        run.policy, prompt, [ReasonedSample(sample, positions)], group
     )
     if asked != ids:
-        bare = ReasonedSample(
-            document_sample(torch.tensor(ids)), [ChosenPosition(token - 1) for token in tokens]
-        )
-        plain = predictions_of_truth(run.policy, prompt, [bare], budget, 1)
+        silent = [ChosenPosition(token - 1, budget, stem) for token in tokens]
+        bare = ReasonedSample(document_sample(torch.tensor(ids)), silent)
+        plain = predictions_of_truth(run.policy, prompt, [bare], 1)
         log_probs = log_probs._replace(alone=plain[0].alone)
         likeliest = likeliest._replace(alone=plain[1].alone)
     return log_probs, likeliest

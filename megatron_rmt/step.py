@@ -9,6 +9,7 @@ then consume. Nothing is kept from one step to the next: everything random is a 
 (seed, iteration, sample, position, rollout, token), so a resumed run repeats itself.
 """
 
+import dataclasses
 import functools
 import time
 from argparse import Namespace
@@ -71,13 +72,15 @@ class MicroBatch:
 
     reasoned: its samples, with the positions that are chosen and what comes of them; after packing
     other samples. first_row: of its trunk in the key-value store. entropies, predictions: of its
-    rows, once read. metrics: what it will report.
+    rows, once read. tiers: of its rows, once its positions are chosen. metrics: what it will
+    report.
     """
 
     reasoned: list[ReasonedSample]
     first_row: int
     entropies: Tensor | None = None
     predictions: Tensor | None = None
+    tiers: Tensor | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
 
     @property
@@ -90,12 +93,16 @@ class MicroBatch:
 class Collected:
     """What the update of one step needs: its micro-batches, the loss, and the wall seconds that
     each phase took on this rank. reasoned: this rank's samples as it read them, with what it rolled
-    out. idle: why the whole global batch taught nothing by its rollouts, None if it did."""
+    out. entropies, tiers: of these samples' rows, ``[rows]`` fp32 in nats and int64, -1 where none
+    may be chosen. idle: why the whole global batch taught nothing by its rollouts, None if it
+    did."""
 
     updates: list[Update]
     settings: LossSettings
     seconds: dict[str, float]
     reasoned: list[ReasonedSample]
+    entropies: Tensor
+    tiers: Tensor
     idle: str | None
 
 
@@ -155,7 +162,9 @@ def collect(
     times.append(time.perf_counter())
     phases = ("trunk", "rollout", "tree")
     seconds = {name: times[i + 1] - times[i] for i, name in enumerate(phases)}
-    return Collected(updates, settings, seconds, reasoned, idle)
+    entropies = torch.cat([own.entropies for own in micro_batches])
+    tier = torch.cat([own.tiers for own in micro_batches])
+    return Collected(updates, settings, seconds, reasoned, entropies, tier, idle)
 
 
 def global_sample_indices(args: Namespace, micro_batches: int) -> list[list[int]]:
@@ -215,8 +224,7 @@ def _check_trunk_fits(run: MidTraining, trunk_tokens: int, schedule: Schedule) -
         trunk_tokens=trunk_tokens,
         rows=schedule.group,
         rows_per_position=schedule.group,
-        tail_tokens=len(prompt.stem(schedule.budget))
-        + prompt.longest_response(schedule.budget, schedule.warm_up),
+        tail_tokens=prompt.longest_tail(schedule.tier_budgets, schedule.warm_up),
         in_flight=parallel_state.get_pipeline_model_parallel_world_size(),
     )
     size.positions_at_once(in_bytes(settings.rollout_kv_gib))
@@ -245,11 +253,16 @@ def _choose(
 ) -> list[Exception]:
     """Choose one trunk's positions by its entropies. Returns what is wrong with them, likewise."""
     try:
-        tier = choose(run, own.reasoned, own.entropies, thresholds, schedule)
+        own.tiers = choose(run, own.reasoned, own.entropies, thresholds, schedule)
     except DoorError as error:
         return [error]
     own.metrics |= trunk_metrics(
-        own.reasoned, own.entropies, own.predictions, tier, schedule, run.settings.entropy_ceiling
+        own.reasoned,
+        own.entropies,
+        own.predictions,
+        own.tiers,
+        schedule,
+        run.settings.entropy_ceiling,
     )
     own.metrics |= answer_metrics(own.reasoned, run.prompt)
     return []
@@ -268,6 +281,7 @@ def choose(
     Raises:
         DoorError: the selection returned something else than positions that may be chosen.
     """
+    stems = {budget: run.prompt.stem(budget) for budget in set(schedule.tier_budgets)}
     found = []
     for of, own in zip(reasoned, entropies.split([len(of.sample) for of in reasoned]), strict=True):
         sample = of.sample
@@ -294,7 +308,11 @@ def choose(
                 "of positions whose tier is 0 or more, "
                 f"{'' if in_any_order else 'ascending, '}each once."
             )
-        of.positions = [ChosenPosition(row, place=rows.index(row)) for row in ascending]
+        budgets = [schedule.tier_budgets[tier[row]] for row in ascending]
+        of.positions = [
+            ChosenPosition(row, budget, stems[budget], place=rows.index(row))
+            for row, budget in zip(ascending, budgets, strict=True)
+        ]
         found.append(tier)
     return torch.cat(found)
 
@@ -319,7 +337,7 @@ def _respond(
         for of in (of for own in micro_batches for of in own.reasoned):
             for position in of.positions:
                 rollout, response = response_from_text(
-                    run.prompt, of.sample, position.row, schedule.budget
+                    run.prompt, of.sample, position.row, position.budget
                 )
                 position.rollouts, position.responses = [rollout], [response]
         return False
@@ -338,15 +356,22 @@ def _respond(
         graph=not settings.no_decode_graph,
     )
     places = _rollout_positions(run, micro_batches, schedule)
-    try:
-        groups = generate(run.policy, run.prompt, store, places, how, stop)
-    except StoppedError:
-        return True
     positions = [position for own in micro_batches for position in own.positions]
-    for position, group in zip(positions, groups, strict=True):
-        position.rollouts = group
-        position.responses = [run.prompt.read(own.tokens.tolist()) for own in group]
-    return False
+    stopped = False
+    # Positions that are asked for as much are decoded together. Ranks that share experts take part
+    # in each other's passes, so all of them come here equally often, whatever they hold.
+    for budget in sorted(set(schedule.tier_budgets)):
+        own = [] if stopped else [i for i, at in enumerate(positions) if at.budget == budget]
+        asked, of_budget = [places[i] for i in own], dataclasses.replace(how, budget=budget)
+        try:
+            groups = generate(run.policy, run.prompt, store, asked, of_budget, stop)
+        except StoppedError:
+            stopped = True
+            continue
+        for i, group in zip(own, groups, strict=True):
+            positions[i].rollouts = group
+            positions[i].responses = [run.prompt.read(one.tokens.tolist()) for one in group]
+    return stopped
 
 
 def _rollout_positions(
@@ -382,14 +407,17 @@ def _score(run: MidTraining, micro_batch: MicroBatch, schedule: Schedule) -> lis
     @functools.cache
     def of_truth() -> tuple[Tensor, Tensor]:
         read = functools.partial(log_probs_of_truth, run.policy, run.prompt)
-        without, after = read(reasoned, schedule.budget, schedule.group)
+        without, after = read(reasoned, schedule.group)
         if run.baseline is not None:
+            none = {"rollouts": [], "responses": []}
             silent = [
-                ReasonedSample(of.sample, [ChosenPosition(own.row) for own in of.positions])
+                ReasonedSample(
+                    of.sample, [dataclasses.replace(own, **none) for own in of.positions]
+                )
                 for of in reasoned
             ]
             with run.baseline.in_place_of_the_weights():
-                without, _ = read(silent, schedule.budget, group=1)
+                without, _ = read(silent, group=1)
         return without, after
 
     evidence = gather_evidence(run.prompt, reasoned, schedule, of_truth)
@@ -418,7 +446,6 @@ def _repack(run: MidTraining, micro_batches: Sequence[MicroBatch], schedule: Sch
     packed = repack(
         [own.reasoned for own in micro_batches],
         tree_cost(run.policy.model.config, run.policy.vocab_size),
-        stem_length=len(run.prompt.stem(schedule.budget)),
         max_tokens=run.settings.max_tokens,
         use_all=parallel_state.get_pipeline_model_parallel_world_size() > 1,
         dp_group=parallel_state.get_data_parallel_group(),
@@ -432,11 +459,10 @@ def _grow(
     run: MidTraining, micro_batches: Sequence[MicroBatch], schedule: Schedule
 ) -> tuple[list[Update], LossSettings, str | None]:
     """The trees, with the weights of the loss of the global batch, and ``Collected.idle``."""
-    settings, stem = run.settings, run.prompt.stem(schedule.budget)
+    settings = run.settings
     trees = [
         grow_tree(
             own.reasoned,
-            stem,
             longest_position=run.policy.longest_position,
             device=run.policy.device,
             attention=run.policy.attention,
@@ -457,7 +483,7 @@ def _grow(
     updates = []
     for own, tree in zip(micro_batches, trees, strict=True):
         weights = loss_weights(own.positions, tree, positions, ntp_tokens, schedule)
-        own.metrics |= size_metrics(own.reasoned, tree, len(stem), settings.max_tokens, slots)
+        own.metrics |= size_metrics(own.reasoned, tree, settings.max_tokens, slots)
         updates.append(Update(tree, weights, own.metrics, reasoned=own.reasoned))
     loss = LossSettings(
         ntp_coefficient=0.0 if settings.no_ntp else settings.ntp_coefficient,

@@ -99,7 +99,11 @@ class Responses:
 
 
 def reasoned(
-    trunk: Trunk, rows: Sequence[int], responses: Responses | None
+    trunk: Trunk,
+    rows: Sequence[int],
+    responses: Responses | None,
+    stem: Sequence[int] = (3,),
+    budget: int = 4,
 ) -> list[ReasonedSample]:
     """The samples of ``trunk``; ``rows`` of the trunk are chosen, with these responses."""
     groups = itertools.repeat([]) if responses is None else responses.split()
@@ -107,7 +111,8 @@ def reasoned(
     starts = first_rows([of.sample for of in found])
     for row, group in zip(rows, groups, strict=responses is not None):
         number = int(trunk.samples[row])
-        found[number].positions.append(ChosenPosition(row - starts[number], group))
+        own = row - starts[number]
+        found[number].positions.append(ChosenPosition(own, budget, stem, group))
     return found
 
 
@@ -115,4 +120,4 @@ def grow_tree(
     trunk: Trunk, rows: Sequence[int], stem: Sequence[int], responses: Responses | None, **how: Any
 ) -> Tree:
     """``update.tree.grow_tree`` of ``reasoned``."""
-    return tree.grow_tree(reasoned(trunk, rows, responses), stem, **how)
+    return tree.grow_tree(reasoned(trunk, rows, responses, stem), **how)

@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-from megatron_rmt.algorithm.budget import token_budget
+from megatron_rmt.algorithm.budget import tier_budget, token_budget
 
 
 def test_budget_decays_from_800_to_a_fifth():
@@ -43,3 +43,11 @@ def test_an_exponent_above_1_lets_the_budget_fall_late():
 
 def test_decay_of_one_keeps_the_budget():
     assert {token_budget(iteration, 10, 37, 1, 1.0) for iteration in range(11)} == {37}
+
+
+def test_a_tiers_budget_is_its_part_of_it_and_no_less_than_the_minimum():
+    assert [tier_budget(7, part, 1) for part in (0.1, 0.5, 1.0, 2.0)] == [1, 3, 7, 14]
+    assert tier_budget(7, 0.5, 5) == 5
+    # 2.1 * 10 is one rounding error above 21, 1.1 * 10 and 0.7 * 10 one below or above theirs.
+    for tenths in range(1, 40):
+        assert tier_budget(10, tenths / 10, 1) == tenths

@@ -447,14 +447,12 @@ def test_log_probs_when_drawn_equal_those_of_the_update(name):
         reasoned = []
         for sample in trunk:
             own = [
-                ChosenPosition(_chosen_row(number, column)[2], group)
+                ChosenPosition(_chosen_row(number, column)[2], case.budget, STEM, group)
                 for (number, column), group in zip(CHOSEN, groups, strict=True)
                 if _samples()[number] is sample
             ]
             reasoned.append(ReasonedSample(sample, own))
-        tree = grow_tree(
-            reasoned, STEM, longest_position=LONGEST_POSITION, device=torch.device("cpu")
-        )
+        tree = grow_tree(reasoned, longest_position=LONGEST_POSITION, device=torch.device("cpu"))
         settings = LossSettings(
             ntp_coefficient=0.1,
             temperature=case.temperature,

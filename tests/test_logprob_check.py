@@ -66,7 +66,7 @@ def test_where_nothing_was_drawn_there_is_nothing_to_compare_but_numbers_must_be
 @pytest.mark.parametrize(("prediction", "kind"), [(5, "sample 7"), (-1, "a response to sample 7")])
 def test_a_log_prob_that_is_not_finite_is_named_with_its_sample(prediction, kind):
     of = scored()
-    tree = grow_tree(of.reasoned, [3], longest_position=200, device=torch.device("cpu"))
+    tree = grow_tree(of.reasoned, longest_position=200, device=torch.device("cpu"))
     update = Update(tree, None, {}, reasoned=of.reasoned)
     update.output = torch.zeros(1 + len(tree.targets))
     check_log_probs([update], tolerance=0.0)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from argparse import Namespace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,9 @@ from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.mid_training import (
     as_rank_0_rendered,
     cache_size,
+    fitting_problem,
     largest_batch_size,
+    longest_position,
     prompts_of_a_sample,
 )
 from megatron_rmt.model.gpt import generating, gpt_model
@@ -20,6 +21,7 @@ from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.template import TEMPLATES
 from tests.distributed import run_distributed
 from tests.tiny_model import build_model
+from tests.tiny_step import tiny_prompt
 
 
 @pytest.mark.usefixtures("single_process_megatron")
@@ -70,9 +72,8 @@ def test_quantized_weights_are_made_again_before_and_after_rollouts(precision):
     assert bool(layer._fp8_workspaces) == (precision is None)
 
 
-PROMPT = SimpleNamespace(
-    preamble=[1, 2], stem=lambda budget: [3], longest_response=lambda budget, warm_up: 2 * budget
-)
+# "ff" before a document, the budget's digits behind it.
+PROMPT = tiny_prompt(answer_tokens=1)
 
 
 def _batches(schedule: str | None, train_iters: int, seq_length: int = 64) -> Namespace:
@@ -106,6 +107,24 @@ def test_the_largest_batch_is_that_of_the_schedule_as_far_as_the_run_goes(
     assert largest_batch_size(args) == largest
     size = cache_size(args, settings, PROMPT, token_bytes=4, data_parallel_size=2, in_flight=1)
     assert (size.rows, size.trunk_tokens) == (largest // 2 * 12, largest // 2 * (64 + 2))
+
+
+def test_room_is_made_for_the_tier_that_may_think_longest():
+    args = _batches(None, 6)
+    how = {"token_bytes": 4, "data_parallel_size": 2, "in_flight": 1}
+    plain = Settings(initial_budget=6)
+    # 6 * 0.5, 6 * 1 and 6 * 2 tokens; a stem of two digits, and an answer.
+    tiered = Settings(initial_budget=6, tier_budgets=(2.0, 0.5, 1.0))
+    tails = [cache_size(args, own, PROMPT, **how).tail_tokens for own in (plain, tiered)]
+    assert tails == [1 + 12 + 1, 2 + 24 + 1]
+    longest = [longest_position(64, own, PROMPT) for own in (plain, tiered)]
+    assert longest == [64 + 2 + tail for tail in tails]
+    fits = Namespace(
+        padded_vocab_size=None, seq_length=64, position_embedding_type="rope", micro_batch_size=1
+    )
+    fits.max_position_embeddings = longest[0]
+    assert fitting_problem(fits, plain, PROMPT) is None
+    assert "2 * 12 tokens of thought" in fitting_problem(fits, tiered, PROMPT)
 
 
 def test_numbers_that_count_one_prompt_a_sample_say_so_where_there_may_be_more():

@@ -60,14 +60,14 @@ def _samples(
         drawn=(torch.rand(shape, generator=generator) < 0.7) & real,
         log_probs=torch.randn(shape, generator=generator) * real,
     )
-    found = reasoned(trunk, rows, responses)
+    found = reasoned(trunk, rows, responses, STEM)
     for position in (position for of in found for position in of.positions):
         position.advantages = torch.randn(GROUP, generator=generator).tolist()
     return found
 
 
 def _grow(samples: list[ReasonedSample]) -> Tree:
-    return grow_tree(samples, STEM, longest_position=100, device=torch.device("cpu"))
+    return grow_tree(samples, longest_position=100, device=torch.device("cpu"))
 
 
 def _assert_equal(found: list[ReasonedSample], expected: list[ReasonedSample]) -> None:
@@ -115,7 +115,7 @@ def _ancestors(of: ReasonedSample) -> int:
 
 def test_sizes_are_those_of_the_grown_tree():
     for of in _samples(3):
-        tree, size = _grow([of]), tree_size(of, len(STEM))
+        tree, size = _grow([of]), tree_size(of)
         assert size.tokens == tree.visibility.tokens
         assert size.predictions == len(tree.targets)
         assert size.pairs == _ancestors(of)
@@ -212,7 +212,6 @@ def _repacked(micro_batches: int, limit: int, use_all: bool) -> list[list[Reason
     return repack(
         [_of_rank(rank, index) for index in range(micro_batches)],
         TreeCost(1000, 1, 500),
-        stem_length=len(STEM),
         max_tokens=limit,
         use_all=use_all,
         dp_group=torch.distributed.group.WORLD,
@@ -231,7 +230,7 @@ def test_samples_arrive_unchanged_on_the_rank_that_they_were_dealt_to(ranks, lim
         for index in range(micro_batches)
         for sample in _of_rank(rank, index)
     ]
-    sizes = [tree_size(sample, len(STEM)) for sample in samples]
+    sizes = [tree_size(sample) for sample in samples]
     cost = TreeCost(1000, 1, 500)
     dealt = deal_out(
         sizes,

@@ -64,6 +64,27 @@ def test_the_wheels_compiled_helper_is_not_compiled_again():
     utils.compile_helpers()
 
 
+def _refuse_with_a_text(args: argparse.Namespace) -> None:
+    raise AssertionError("--rmt goes with nothing")
+
+
+def _refuse_without_one(args: argparse.Namespace) -> None:
+    raise AssertionError
+
+
+def test_what_megatron_refuses_is_one_sentence():
+    text = "Megatron refuses these flags: "
+    for refuse, said in (
+        (_refuse_with_a_text, "--rmt goes with nothing"),
+        (_refuse_without_one, "raise AssertionError"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            patches._validate_args(refuse, argparse.Namespace(rmt=True))
+        assert str(error.value) == text + said
+        with pytest.raises(AssertionError):
+            patches._validate_args(refuse, argparse.Namespace(rmt=False))
+
+
 def _nothing_is_patched() -> bool:
     return not any(hasattr(symbol, "megatron_rmt_original") for symbol in _current().values())
 

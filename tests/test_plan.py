@@ -52,7 +52,8 @@ def test_tokens_and_pairs_are_the_mean_over_all_positions(separate: bool):
     )
     rows = (sample.columns >= 0).nonzero()[:, 0].tolist()
     group = [written([7] * 6)] * 2
-    sizes = [tree_size(ReasonedSample(sample, [ChosenPosition(row, group)]), STEM) for row in rows]
+    positions = [ChosenPosition(row, 1, [7] * STEM, group) for row in rows]
+    sizes = [tree_size(ReasonedSample(sample, [own])) for own in positions]
     args = Namespace(seq_length=12, rmt_positions_per_sample=1, rmt_group_size=2, positions_drawn=1)
     documents = documents_in_samples(DOCUMENTS if separate else [12], 12)
     work = sample_work(args, documents, Lengths(len(HEAD), STEM, 6))
@@ -239,7 +240,9 @@ def test_a_reserve_is_rolled_out_and_not_trained():
     assert with_reserve.work.decode.tokens == 2 * plain.work.decode.tokens
     # Twice the positions reach a little further into the document.
     assert 2 < with_reserve.flops.rollout / plain.flops.rollout < 2.5
-    of_step = [cache_of_step(own.args, own.work, own.allocated) for own in (plain, with_reserve)]
+    of_step = [
+        cache_of_step(own.args, own.work, own.tokens.allocated) for own in (plain, with_reserve)
+    ]
     assert of_step[1].positions == 2 * of_step[0].positions
 
 
@@ -288,7 +291,7 @@ def test_tokens_and_operations_are_those_of_a_run(inputs: TinyInputs, tmp_path: 
 
     printed = re.search(r"number of parameters on .*: (\d+)", finished.log)
     assert parameters(first.args, stage=0).total == int(printed[1])
-    keys_and_values = cache_of_step(first.args, first.work, first.allocated)
+    keys_and_values = cache_of_step(first.args, first.work, first.tokens.allocated)
     assert f"at most: {keys_and_values.describe()};" in finished.log
 
 
@@ -345,7 +348,7 @@ def test_seconds_follow_the_hardware():
     weights = parameters(planned.args, stage=0).total * 2
     assert seconds.rollout > seconds.passes * weights / 3350e9
     # Four waves: of the 64 positions 17 fit at a time.
-    assert seconds.passes == 4 * (planned.first.longest - 1)
+    assert seconds.passes == 4 * (planned.first.tokens.longest - 1)
     slower = plan.make_plan(request([*words, "--bandwidth-efficiency", 0.1])).first.seconds
     assert slower.rollout > 2 * seconds.rollout
     assert slower.update == seconds.update
@@ -379,6 +382,9 @@ def test_weights_that_are_not_kept_in_fp8_have_copies():
     assert copied.decoding - wide.decoding == pytest.approx(linear)
     assert copied.activations - wide.activations == pytest.approx(2 * linear)
     assert kept.decoding == wide.decoding
+    assert kept.activations == wide.activations
+    # A byte and its transpose take what bf16 does.
+    assert kept.weights == pytest.approx(wide.weights)
 
 
 def test_what_does_not_fit_comes_with_flags_that_do(

@@ -476,10 +476,10 @@ def test_positions_hold_the_longest_thought_with_its_end_written_for_a_reward(
     batch = UserBatch(text, torch.arange(length)[None], text, torch.ones(1, length))
     (sample,) = build_trunk(batch, [0], preamble=[], end_of_document=0, separate_documents=False)
     thought = [OTHER] * 2 * budget
-    last = ChosenPosition(length - 1, [written([*thought, *prompt.close, OTHER])])
+    responses = [written([*thought, *prompt.close, OTHER])]
+    last = ChosenPosition(length - 1, budget, prompt.stem(budget), responses)
     tree = grow_tree(
         [ReasonedSample(sample, [last])],
-        prompt.stem(budget),
         longest_position=longest_position(length, settings, prompt),
         device=torch.device("cpu"),
     )

@@ -86,7 +86,7 @@ def test_positions_are_kept_as_a_slow_reference_keeps_them(differing: float):
         "rmt kept without variance": (flat, 8.0),
     }
     # Whatever is not trained predicts its token again.
-    tree = grow_tree(samples, [3], longest_position=200, device=torch.device("cpu"))
+    tree = grow_tree(samples, longest_position=200, device=torch.device("cpu"))
     labelled = sum(int(of.sample.labelled.sum()) for of in samples)
     assert tree.trunk_predictions == labelled - 8
 

@@ -11,9 +11,11 @@ import pytest
 
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.checkpoints import save_problem
+from megatron_rmt.job.data_files import marks_of_data
 from megatron_rmt.job.resume import (
     MAY_CHANGE,
     TRACKER,
+    changed_data,
     changed_settings,
     check_same_settings,
     checkpoint_folder,
@@ -282,6 +284,32 @@ def test_changed_settings_are_refused_or_named_once(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == f"RMT: {differ}; going on with these.\n"
 
 
+def test_another_corpus_is_named_and_a_moved_one_is_the_same(tmp_path: Path):
+    for name in ("here/a", "here/b", "there/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.idx").write_bytes(b"index of " + name[-1:].encode())
+        (tmp_path / f"{name}.bin").write_bytes(b"tokens" * 30_000 + name[-1:].encode())
+    here, other, there = (str(tmp_path / name) for name in ("here/a", "here/b", "there/a"))
+    stored = _args(data_path=["0.5", here])
+    stored.rmt_data = marks_of_data(stored)
+    assert changed_data(_args(data_path=["0.7", here]), stored) == []
+    assert changed_data(_args(data_path=[there]), stored) == []
+    assert changed_data(_args(data_path=[other]), _args()) == [], "an older version saved none"
+    (said,) = changed_data(_args(data_path=[other]), stored)
+    assert said == f"the data flags name {other} and named {here}"
+    (said,) = changed_data(_args(), stored)
+    assert said == f"the data flags name no token files and named {here}"
+    for file, content in ((f"{here}.idx", b"index of b"), (f"{here}.bin", b"tokens" * 30_000)):
+        kept = Path(file).read_bytes()
+        Path(file).write_bytes(content)
+        (said,) = changed_data(_args(data_path=[here]), stored)
+        assert said == f"{here}.bin and .idx hold another corpus than they did"
+        with pytest.raises(ValueError, match="hold another corpus than they did; pass what they"):
+            check_same_settings(_args(data_path=[here]), PROMPT, stored)
+        Path(file).write_bytes(kept)
+    assert changed_data(_args(data_path=[here]), stored) == []
+
+
 def test_a_checkpoint_of_something_else_is_a_first_start():
     args = _args(train_iters=12)
     for stored in (
@@ -300,6 +328,7 @@ def test_a_run_is_resumed_under_its_own_settings_only(inputs: TinyInputs, tmp_pa
     run(tmp_path / "first", 1, [*inputs.flags(), *RMT, *flags])
     stored = stored_arguments(_args(saved))
     assert stored.rmt_prompt_rendering["close"] == "</think>"
+    assert stored.rmt_data == marks_of_data(_args(data_path=[str(inputs.data)]))
     assert stored_arguments(_args(saved, finetune=True)) is None
 
     resumed = inputs.flags(resume_from=saved)

@@ -144,7 +144,7 @@ def _evidence(**changes: Any) -> Evidence:
         "truth": [[b" the", b" cat"], [b" cat", b" sat"]],
         "responses": responses,
         "thought_lengths": torch.tensor([[2.0, 3.0], [4.0, 5.0]]),
-        "budget": 4,
+        "budget": torch.tensor([[4.0], [4.0]]),
         "boxed": True,
         "log_probs_of_truth": lambda: (torch.zeros(2), torch.zeros(2, 2)),
     }

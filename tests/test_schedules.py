@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rmt.algorithm.schedules import Schedule, schedule_of_step
+from megatron_rmt.algorithm.schedules import Schedule, longest_budgets, schedule_of_step
 from megatron_rmt.algorithm.settings import Settings
 
 
@@ -54,3 +54,16 @@ def test_responses_from_the_text_are_spread_over_more_positions():
     assert [schedule.thought_from_text for schedule in schedules] == [1, 1, 1, 0, 0]
     shapes = [(schedule.positions_per_sample, schedule.group) for schedule in schedules]
     assert shapes == [(8, 1)] * 3 + [(4, 2)] * 2
+
+
+def test_harder_tiers_may_think_longer_and_the_longest_is_at_the_start():
+    assert _schedule(50).tier_budgets == (357, 357, 357)
+    parts = {"tier_budgets": (0.5, 1.0, 2.0), "minimum_budget": 100}
+    schedules = [_schedule(iteration, **parts) for iteration in (0, 50, 100)]
+    assert [of.tier_budgets for of in schedules] == [
+        (400, 800, 1600),
+        (178, 357, 714),
+        (100, 160, 320),
+    ]
+    assert [of.budget for of in schedules] == [800, 357, 160]
+    assert longest_budgets(Settings(**parts)) == (400, 800, 1600)

@@ -93,6 +93,19 @@ def test_rewards_and_advantages_by_hand():
     assert of.metrics["rmt budget"] == (8, 2)
 
 
+def test_each_position_is_measured_by_its_own_budget():
+    of = scored(answer_tokens=1)
+    of.reasoned[0].positions[1].budget = 2
+    again = score(of.run, of.schedule, of.reasoned)
+    # Thoughts of 2 and 8 tokens for 4, of 1 and 4 for 2.
+    assert again.evidence.budget.tolist() == [[4.0], [2.0]]
+    assert again.rewards == [[0.75 + 0.25 * 0.5, 0.0], [0.25 * 0.5, 0.75]]
+    assert again.metrics["rmt length reward"] == (1.0, 4)
+    assert again.metrics["rmt budget"] == (6, 2)
+    # Both of 8 and of 4 tokens were ended by the bound, the latter by force.
+    assert again.metrics["rmt truncated"] == (2, 4)
+
+
 @pytest.mark.parametrize(
     "earned",
     [
@@ -167,7 +180,9 @@ def test_responses_from_the_text_are_its_next_tokens_and_the_answer():
     assert not any(own.drawn.any() for own in responses)
 
     schedule = tiny_schedule(budget=3, group=1, warm_up=True, thought_from_text=True)
-    positions = [ChosenPosition(row, [own]) for row, own in zip(rows, responses, strict=True)]
+    positions = [
+        ChosenPosition(row, 3, [3], [own]) for row, own in zip(rows, responses, strict=True)
+    ]
     of = score(run, schedule, [ReasonedSample(sample, positions)])
     assert of.advantages == [[0.0]] * 3
     for name in ("rmt match rate", "rmt reward", "rmt thought length", "rmt closed by itself"):

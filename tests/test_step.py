@@ -239,7 +239,7 @@ def test_a_selection_that_returns_what_may_not_be_chosen_is_refused(rows):
 
 
 def _grow(of: Scored) -> Tree:
-    return grow_tree(of.reasoned, [3], longest_position=200, device=torch.device("cpu"))
+    return grow_tree(of.reasoned, longest_position=200, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("warm_up", [False, True])
@@ -282,13 +282,28 @@ def test_thought_and_answer_from_the_text_weigh_the_same():
     torch.testing.assert_close(on_responses, torch.tensor(expected * 3))
 
 
+def test_each_position_is_asked_for_the_budget_of_its_tier():
+    trunk = tiny_trunk()
+    samples = reasoned(trunk, [], None)
+    schedule = tiny_schedule(probabilities=None, positions_per_sample=12, tier_budgets=(2, 4, 12))
+    tier = choose(tiny_run(), samples, _entropies(trunk), THRESHOLDS, schedule)
+    found = {}
+    for of, own in zip(samples, tier.split([len(of.sample) for of in samples]), strict=True):
+        for position in of.positions:
+            found.setdefault(int(own[position.row]), set()).add(
+                (position.budget, tuple(position.stem))
+            )
+    assert found == {0: {(2, (2,))}, 1: {(4, (4,))}, 2: {(12, (1, 2))}}
+
+
 def test_every_token_of_a_tree_is_counted_once():
     of = scored()
+    of.reasoned[0].positions[1].stem = [2, 3, 4]
     tree = _grow(of)
-    metrics = size_metrics(of.reasoned, pad_tree(tree, 128), 1, None, 4.0)
+    metrics = size_metrics(of.reasoned, pad_tree(tree, 128), None, 4.0)
     lengths = [len(rollout) for sample in of.reasoned for rollout in sample.rollouts]
     assert metrics["rmt trunk tokens"] == (sum(len(s.sample) for s in of.reasoned), 0.25)
-    assert metrics["rmt stem tokens"] == (2, 0.25)
+    assert metrics["rmt stem tokens"] == (1 + 3, 0.25)
     assert metrics["rmt branch tokens"] == (sum(length - 1 for length in lengths), 0.25)
     counted = [metrics[f"rmt {part} tokens"][0] for part in ("trunk", "stem", "branch")]
     assert sum(counted) == tree.visibility.tokens
@@ -317,14 +332,14 @@ def test_padding_and_tokens_above_the_limit_are_reported():
     tree = _grow(of)
     tokens = tree.visibility.tokens
     padded = pad_tree(tree, tokens + 28)
-    unlimited = size_metrics(of.reasoned, padded, 1, None, 4.0)
+    unlimited = size_metrics(of.reasoned, padded, None, 4.0)
     assert unlimited["rmt padding"] == (28, tokens + 28)
     assert unlimited["rmt tokens above limit"] == (0, 1)
-    limited = size_metrics(of.reasoned, padded, 1, tokens - 3, 4.0)
+    limited = size_metrics(of.reasoned, padded, tokens - 3, 4.0)
     assert limited["rmt tokens above limit"] == (3, 1)
 
-    grown = grow_tree([], [3], longest_position=200, device=torch.device("cpu"))
-    empty = size_metrics([], grown, 1, 5, 4.0)
+    grown = grow_tree([], longest_position=200, device=torch.device("cpu"))
+    empty = size_metrics([], grown, 5, 4.0)
     assert empty["rmt padding"] == (1, 1)
     assert empty["rmt tokens above limit"] == (0, 1)
     assert [count for name, (count, _) in empty.items() if name.endswith("tokens")] == [0, 0, 0]

@@ -343,6 +343,54 @@ def test_a_selecting_run_resumes_bitwise(start: Start, selecting: list[Line], tm
     assert resumed.metrics == selecting[1:]
 
 
+TIERED = [*RMT, "--exit-interval", "3", "--rmt-tier-budgets", "0.5", "1", "2"]
+
+
+@pytest.fixture(scope="session")
+def tiered(start: Start) -> list[Line]:
+    return start(1, TIERED).metrics
+
+
+def test_harder_positions_are_asked_for_longer_thoughts(tiered: list[Line], reference: Run):
+    budgets = [(3, 6, 12), (2, 4, 8), (1, 3, 6)]
+    for line, plain, asked in zip(tiered, reference.metrics, budgets, strict=False):
+        shares = [line[f"chosen {tier}"] for tier in ("easy", "medium", "hard")]
+        assert all(share < 1 for share in shares)
+        mean = sum(share * own for share, own in zip(shares, asked, strict=True))
+        assert line["budget"] == pytest.approx(mean, rel=1e-6)
+        # What the rollouts drew under each stem is what the update sees under it.
+        assert line["largest logprob difference"] < 1e-4
+        assert line["trunk tokens"] == plain["trunk tokens"]
+    # The weights, so the positions, are still those of the run without.
+    assert [tiered[0][f"chosen {tier}"] for tier in ("easy", "medium", "hard")] == [
+        reference.metrics[0][f"chosen {tier}"] for tier in ("easy", "medium", "hard")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        pytest.param(2, [*SHARDED_OPTIMIZER, *PACKED], id="DP2, packed"),
+        pytest.param(4, [*TP2, *PP2], id="TP2 x PP2", marks=pytest.mark.slow),
+        pytest.param(2, TP2, id="TP2", marks=pytest.mark.slow),
+        pytest.param(2, PP2, id="PP2", marks=pytest.mark.slow),
+    ],
+)
+def test_budgets_of_tiers_train_alike_in_every_layout(
+    start: Start, tiered: list[Line], ranks: int, flags: list[str]
+):
+    assert_same_curve(start(ranks, [*TIERED, *flags]).metrics, tiered)
+
+
+@pytest.mark.slow
+def test_a_run_with_budgets_of_tiers_resumes_bitwise(
+    start: Start, tiered: list[Line], tmp_path: Path
+):
+    saving = ["--save", str(tmp_path), "--save-interval", "1"]
+    start(1, [*TIERED, *saving, "--exit-interval", "1"])
+    assert start(1, TIERED, resume_from=tmp_path).metrics == tiered[1:]
+
+
 def test_without_ntp_only_the_policy_loss_trains(start: Start, reference: Run):
     lines = start(1, [*RMT, "--rmt-no-ntp", "--exit-interval", "2"]).metrics
     first, first_hybrid = lines[0], reference.metrics[0]
@@ -361,17 +409,23 @@ BIASED = ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-
 BIASED += ["--moe-router-bias-update-rate", "0.05"]
 
 
+EP2 = ["--expert-model-parallel-size", "2"]
+
+
 @pytest.mark.parametrize(
-    ("routing", "layout"),
-    [([], ["--expert-model-parallel-size", "2"]), ([*BALANCED, *BIASED], PP2)],
-    ids=["EP2", "PP2, balanced and biased"],
+    ("options", "layout"),
+    [
+        pytest.param([], EP2, id="EP2"),
+        pytest.param([*BALANCED, *BIASED], PP2, id="PP2, balanced and biased"),
+        pytest.param(TIERED[-4:], EP2, id="EP2, tiers", marks=pytest.mark.slow),
+    ],
 )
 def test_experts_on_two_ranks_train_like_one_process(
-    start: Start, tmp_path: Path, routing: list[str], layout: list[str]
+    start: Start, tmp_path: Path, options: list[str], layout: list[str]
 ):
     """The ranks of experts, which are also data-parallel, have rollouts of different lengths;
     those of a pipeline pad their trees, which no router counts."""
-    flags = [*RMT, *MIXTURE, *routing]
+    flags = [*RMT, *MIXTURE, *options]
     first = ["--finetune", "--save", str(tmp_path), "--save-interval", "1", "--exit-interval", "1"]
     no_checkpoint = ["--load", str(tmp_path / "none")]
     start(1, [*flags, *first, *no_checkpoint])
@@ -484,6 +538,16 @@ def test_measuring_held_out_documents_changes_no_digit_of_a_run(measured: Run, r
     assert probed == [0, 3, 6]
     assert all(measured.metrics[at]["held-out positions"] == 20 for at in probed)
     assert all(0 < measured.metrics[at]["held-out next token"] < 1 for at in probed)
+
+
+def test_a_resumed_run_is_measured_where_the_uninterrupted_one_is_and_alike(
+    start: Start, measuring: list[str], measured: Run, stopped: tuple[Path, Run]
+):
+    """It was stopped after step 3, whose measurement is not taken again."""
+    resumed = start(1, [*RMT, *measuring], resume_from=stopped[0])
+    assert [line["iteration"] for line in resumed.metrics] == [4, 5, 6]
+    assert "held-out gain" in resumed.metrics[-1]
+    assert resumed.metrics == measured.metrics[4:]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megatron_rmt.model.blocks import ancestry
 from megatron_rmt.update.tree import Tree, pad_tree
-from tests.packed import Responses, Trunk, build_trunk, grow_tree
+from megatron_rmt.update.tree import grow_tree as grow_samples
+from tests.packed import Responses, Trunk, build_trunk, grow_tree, reasoned
 
 END_OF_DOCUMENT = 0
 CPU = torch.device("cpu")
@@ -205,3 +206,22 @@ def test_padding_adds_rows_that_nobody_sees():
         assert torch.equal(getattr(padded, name), getattr(original, name))
     same = pad_tree(original, size)
     assert len(same.tokens) == len(same.visibility.position_ids) == size
+
+
+def test_positions_have_stems_of_their_own():
+    """What a position adds to the trunk is what it adds alone."""
+    trunk, responses, stems = _trunk([41], True), _responses(LENGTHS), [[31], [32, 33, 34], [35]]
+    stems = (stems * len(ROWS))[: len(ROWS)]
+    samples = reasoned(trunk, ROWS, responses)
+    for position, stem in zip((p for of in samples for p in of.positions), stems, strict=True):
+        position.stem = stem
+    tree = grow_samples(samples, longest_position=100, device=CPU)
+    added = [
+        _grow(trunk, [row], stem, responses.positions(number, number + 1))
+        for number, (row, stem) in enumerate(zip(ROWS, stems, strict=True))
+    ]
+    size = len(trunk)
+    tokens, places = zip(*((own.tokens, own.visibility.position_ids) for own in added), strict=True)
+    assert torch.equal(tree.tokens[size:], torch.cat([own[size:] for own in tokens]))
+    found = tree.visibility.position_ids[size:]
+    assert torch.equal(found, torch.cat([own[size:] for own in places]))

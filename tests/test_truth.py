@@ -30,7 +30,7 @@ def test_both_are_the_means_of_the_stock_model_on_whole_sequences(tokens: int, t
     encode = {"4": STEM, "</t>": [CLOSE]}.__getitem__
     prompt = dataclasses.replace(tiny_prompt(), bytes_of=BYTES_OF, encode=encode)
     prompt = dataclasses.replace(prompt, target_tokens=tokens)
-    samples = reasoned(trunk, ROWS, _responses())
+    samples = reasoned(trunk, ROWS, _responses(), STEM)
     for position in (position for of in samples for position in of.positions):
         position.responses = [prompt.read(own.tokens.tolist()) for own in position.rollouts]
 
@@ -44,7 +44,7 @@ def test_both_are_the_means_of_the_stock_model_on_whole_sequences(tokens: int, t
             expected[position, rollout] = _mean_log_prob(model, text, truth)
     attach_tree_attention(model)
     policy = Policy(model, VOCAB, LONGEST_POSITION, head_chunk_size=7)
-    without, after_thought = log_probs_of_truth(policy, prompt, samples, 4, 3)
+    without, after_thought = log_probs_of_truth(policy, prompt, samples, 3)
     found = torch.cat([after_thought, without[:, None]], 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     # Equal thoughts are worth the same to the last digit.
@@ -64,7 +64,7 @@ def test_without_a_position_there_is_none():
     encode = {"4": STEM, "</t>": [CLOSE]}.__getitem__
     prompt = dataclasses.replace(tiny_prompt(), bytes_of=BYTES_OF, encode=encode)
     policy = Policy(model, VOCAB, LONGEST_POSITION, head_chunk_size=7)
-    found = log_probs_of_truth(policy, prompt, reasoned(tiny_trunk([]), [], None), 4, 3)
+    found = log_probs_of_truth(policy, prompt, reasoned(tiny_trunk([]), [], None), 3)
     assert [list(own.shape) for own in found] == [[0], [0, 3]]
 
 
@@ -80,4 +80,4 @@ def _responses() -> Responses:
 def test_boxed_answers_are_refused_by_name():
     prompt = tiny_prompt(template=dataclasses.replace(TEMPLATE, answer="boxed"))
     with pytest.raises(ValueError, match=r"--rmt-template test asks .* pass --rmt-template inline"):
-        log_probs_of_truth(None, prompt, [], budget=4, group=2)
+        log_probs_of_truth(None, prompt, [], group=2)

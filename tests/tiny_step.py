@@ -37,10 +37,12 @@ def settings_of_step(**changes: Any) -> Settings:
 
 
 def tiny_prompt(answer_tokens: int = 3, template: Template = TEMPLATE) -> Prompt:
-    """Every token is a letter, a space or the end of thought."""
+    """Tokens are letters, a space and the end of thought; a digit is the token of its number."""
 
     def encode(text: str) -> list[int]:
-        return [CLOSE] if text == "</t>" else [BYTES.index(letter.encode()) for letter in text]
+        if text == "</t>":
+            return [CLOSE]
+        return [int(of) if of.isdigit() else BYTES.index(of.encode()) for of in text]
 
     return Prompt(template, encode, BYTES, [0], 0, answer_tokens)
 
@@ -87,7 +89,9 @@ def tiny_schedule(iteration: int = 0, **changes: Any) -> Schedule:
         "warm_up": False,
         "thought_from_text": False,
     }
-    return Schedule(iteration, **options | changes)
+    options |= changes
+    budgets = {"tier_budgets": (options["budget"],) * 3}
+    return Schedule(iteration, **budgets | options)
 
 
 def readable_rows(trunk: Trunk | Sample, count: int) -> list[int]:

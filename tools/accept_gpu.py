@@ -4,18 +4,19 @@
     python tools/accept_gpu.py --only head flex     the checks whose names begin so
     python tools/accept_gpu.py --cpu                the forms of the checks that a CPU has
 
-It prints a table, writes ``acceptance.json`` (versions, numbers; to be pasted into an issue) and
-ends with 1 if a check failed. Without a GPU it takes ``--cpu`` by itself; what then needs a GPU
-says so and states no number.
+It prints a table and what to do about each failure, writes ``acceptance.json`` (versions, numbers;
+to be pasted into an issue) and ends with 1 if a check failed. A check that crashes or hangs fails,
+and the others go on; ``--minutes`` bounds them all. Without a GPU it takes ``--cpu`` by itself;
+what then needs a GPU says so and states no number.
 """
 
 import argparse
-import functools
 import json
 import os
+import signal
 import sys
 import tempfile
-import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,51 +28,16 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 ON_CPU = "--cpu" in sys.argv or not torch.cuda.is_available()
+GPUS = 0 if ON_CPU else torch.cuda.device_count()
 
-from acceptance import numbers, timings, training
+from acceptance.apart import carry_out_all, results
 from acceptance.check import NEEDS_A_GPU, Check, Found, Machine
+from acceptance.checks import CHECKS
 
-of = functools.partial
-CHECKS: tuple[Check, ...] = (
-    Check("versions", "card, versions, allocator", numbers.surroundings),
-    Check("random", "uniform numbers, bit for bit", numbers.random_numbers),
-    Check("head-fp32", "head against float64", of(numbers.head, dtype=torch.float32, bound=3e-6)),
-    Check("head-bf16", "head against float64", of(numbers.head, dtype=torch.bfloat16, bound=6e-3)),
-    Check("head-main-grad", "weight gradient in fp32", numbers.main_grad),
-    Check("sdpa", "tree attention against float64", of(numbers.tree_attention, backend="sdpa")),
-    Check("lse", "tree attention against float64", of(numbers.tree_attention, backend="lse")),
-    Check("flex", "the same", of(numbers.tree_attention, backend="flex"), gpus=1),
-    Check("waits", "the head waits for nothing", timings.waits, gpus=1),
-    Check("speed-flex", "forward and backward", timings.flex_speed, gpus=1),
-    Check("speed-head", "chunks of 384 and 4096", timings.head_speed, gpus=1),
-    Check(
-        "run-fp32",
-        "rollouts and update agree",
-        of(training.rollouts_and_update, flags=(), bound=1e-4),
-        runs=True,
-    ),
-    Check(
-        "run-bf16",
-        "rollouts and update agree",
-        of(training.rollouts_and_update, flags=("--bf16",), bound=5e-2),
-        runs=True,
-    ),
-    Check("run-resumed", "goes on as if it had not stopped", training.resumed, runs=True),
-    *(
-        Check(
-            f"layout-{name}",
-            "the curve of one rank",
-            of(training.layout, ranks=2, flags=flags),
-            gpus=2,
-            runs=True,
-        )
-        for name, flags in {
-            "tp2": "--tensor-model-parallel-size 2",
-            "pp2": "--pipeline-model-parallel-size 2",
-            "dp2": "--overlap-grad-reduce",
-        }.items()
-    ),
-)
+# A busy core takes longer than the limits say.
+PATIENCE_ON_CPU = 10
+# Of the table; acceptance.json holds all of it.
+WIDEST = 64
 
 
 def carry_out(check: Check, machine: Machine, cpu_ranks: bool) -> Found:
@@ -85,14 +51,21 @@ def carry_out(check: Check, machine: Machine, cpu_ranks: bool) -> Found:
     try:
         return check.run(machine)
     except Exception as error:  # a check that breaks has failed, and the others go on
-        return Found(False, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        return Found.error(error)
 
 
 def table(rows: Sequence[tuple[Check, Found, float]]) -> str:
     """One line for each check: passed or not, what was found, the bound, seconds."""
     words = {True: "ok", False: "FAILED", None: "-"}
     lines = [
-        [check.name, check.says, words[found.passed], found.value, found.bound, f"{seconds:.0f} s"]
+        [
+            check.name,
+            check.says,
+            words[found.passed],
+            found.value if len(found.value) <= WIDEST else f"{found.value[: WIDEST - 3]}...",
+            found.bound,
+            f"{seconds:.0f} s",
+        ]
         for check, found, seconds in rows
     ]
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
@@ -104,6 +77,15 @@ def table(rows: Sequence[tuple[Check, Found, float]]) -> str:
     )
 
 
+def failures(rows: Sequence[tuple[Check, Found, float]]) -> str:
+    """What failed, in full, and what to do about it."""
+    return "\n".join(
+        f"\n{check.name}: {found.value}\n  {check.remedy}"
+        for check, found, _ in rows
+        if found.passed is False
+    )
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Carry out the checks; 1 if one failed."""
     parser = argparse.ArgumentParser(
@@ -112,32 +94,60 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="the forms for a CPU")
     parser.add_argument("--only", nargs="+", help="checks whose names begin with one of these")
     parser.add_argument("--runs", choices=("all", "none"), default="all", help="whole runs as well")
+    parser.add_argument("--minutes", type=float, default=40, help="of all checks (default 40)")
+    parser.add_argument("--keep", type=Path, help="folder for what runs print and write")
     parser.add_argument("--output", type=Path, default=Path("acceptance.json"))
+    # Of the process that carries out the checks: where it writes, its folder, a pipe, their names.
+    parser.add_argument("--apart", nargs="+", help=argparse.SUPPRESS)
     flags = parser.parse_args(words)
+    checks = {check.name: check for check in CHECKS}
     on_cpu = ON_CPU or flags.cpu
-    wanted = tuple(flags.only or [""])
-    checks = [check for check in CHECKS if check.name.startswith(wanted)]
-    if not checks:
-        parser.error(f"--only is {' '.join(wanted)}; known are {', '.join(c.name for c in CHECKS)}")
-    rows: list[tuple[Check, Found, float]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    if flags.apart:
+        folder, cpu_ranks, descriptor, *names = flags.apart
         device = torch.device("cpu") if on_cpu else torch.device("cuda", 0)
-        gpus = 0 if on_cpu else torch.cuda.device_count()
-        machine = Machine(device, gpus, Path(folder))
-        for check in checks:
-            if check.runs and flags.runs == "none":
-                continue
-            started = time.perf_counter()
-            found = carry_out(check, machine, cpu_ranks=flags.only is not None)
-            rows.append((check, found, time.perf_counter() - started))
+        machine = Machine(device, GPUS, Path(folder))
+        carry_out_all(
+            int(descriptor),
+            names,
+            lambda name: carry_out(checks[name], machine, cpu_ranks == "True"),
+        )
+        return 0
+    wanted = tuple(flags.only or [""])
+    chosen = [check for check in CHECKS if check.name.startswith(wanted)]
+    if not chosen:
+        parser.error(f"--only is {' '.join(wanted)}; known are {', '.join(checks)}")
+    if flags.keep and flags.keep.exists() and any(flags.keep.iterdir()):
+        parser.error(f"--keep is {flags.keep}, which holds something; name a new folder.")
+    patience = PATIENCE_ON_CPU if on_cpu else 1
+    limits = {
+        own.name: patience * own.limit for own in chosen if not (own.runs and flags.runs == "none")
+    }
+    rows: list[tuple[Check, Found, float]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(flags.keep or temporary)
+        os.makedirs(folder, exist_ok=True)
+        command = [sys.executable, __file__, *["--cpu"] * on_cpu, "--apart", folder]
+        command.append(str(flags.only is not None))
+        log = Path(folder, "log")
+        for name, found, seconds in results(limits, command, log, 60 * flags.minutes):
+            rows.append((checks[name], found, seconds))
             print(table(rows[-1:]), file=sys.stderr, flush=True)
     print(table(rows))
+    print(failures(rows))
+    counted = Counter(found.passed for _, found, _ in rows)
+    spent = sum(seconds for _, _, seconds in rows)
+    print(
+        f"\n{counted[True]} hold, {counted[False]} failed, {counted[None]} state no bound or were "
+        f"not carried out; {spent / 60:.0f} minutes; written to {flags.output}"
+    )
     content = {
         check.name: asdict(found) | {"seconds": round(seconds, 1)} for check, found, seconds in rows
     }
     flags.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return int(any(found.passed is False for _, found, _ in rows))
+    return int(counted[False] > 0)
 
 
 if __name__ == "__main__":
+    # Whoever ends this ends the process of the checks as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

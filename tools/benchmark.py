@@ -3,6 +3,7 @@
     python tools/benchmark.py update      one update: trunk, stems and branches
     python tools/benchmark.py head        the language-model head: log-probs, gradients
     python tools/benchmark.py rollout     one step's rollouts
+    python tools/benchmark.py reward      a step with each reward and selection
 
 Each prints its table; ``--json FILE`` also writes it with every single time. Cases are interleaved
 and medians compared, so that a machine whose speed drifts gives the same ratios; absolute times are
@@ -21,6 +22,7 @@ COMMANDS = {
     "update": "benchmarks.update",
     "head": "benchmarks.head",
     "rollout": "benchmarks.rollout",
+    "reward": "benchmarks.reward",
 }
 
 

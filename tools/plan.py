@@ -43,6 +43,7 @@ from megatron_rmt.mid_training import positions_drawn
 from megatron_rmt.prompt.prompt import Prompt
 from planning.memory import RankMemory, as_gib, largest_rank, micro_batch, model_parameters
 from planning.settings import (
+    StepLengths,
     complete_settings,
     corpus_documents,
     is_counted,
@@ -117,17 +118,14 @@ class Request:
 @dataclass(frozen=True)
 class Step:
     """One step. args: the settings, with the positions and the group of this step. seconds: None
-    where no hardware is known. longest: response. allocated: tokens of a response that keys and
-    values are held for."""
+    where no hardware is known."""
 
     args: Namespace
     schedule: Schedule
-    thought: float
+    tokens: StepLengths
     work: SampleWork
     flops: StepFlops
     seconds: StepSeconds | None
-    longest: float
-    allocated: float
 
 
 def step_at(
@@ -144,23 +142,25 @@ def step_at(
     own = {"rmt_positions_per_sample": positions, "rmt_group_size": group}
     own["positions_drawn"] = positions_drawn(settings, select, schedule)
     args = Namespace(**vars(args) | own)
-    bound = request.prompt.bound(schedule.budget, warm_up=schedule.warm_up).thought
     written = request.thought is None or schedule.thought_from_text
-    thought = bound if at_bound else schedule.budget if written else request.thought
-    thought = min(bound, thought)
+
+    def thought(budget: int, bound: int) -> float:
+        return bound if at_bound else budget if written else request.thought
+
     answer = min(8, args.rmt_answer_tokens) if request.answer is None else request.answer
-    lengths, longest, allocated = lengths_of_step(request.prompt, schedule, thought, answer)
-    work = sample_work(args, documents, lengths)
+    tokens = lengths_of_step(request.prompt, schedule, thought, answer)
+    work = sample_work(args, documents, tokens.lengths)
     if schedule.thought_from_text:
         work = without_rollouts(work)
     flops = step_flops(args, work)
     seconds = None
     if request.hardware is not None:
         shares = request.efficiency, request.bandwidth_efficiency
-        seconds = step_seconds(args, work, flops, longest, request.hardware, *shares)
+        responses = tokens.longest, tokens.passes
+        seconds = step_seconds(args, work, flops, *responses, request.hardware, *shares)
         if schedule.thought_from_text:
             seconds = dataclasses.replace(seconds, rollout=0.0, passes=0.0)
-    return Step(args, schedule, thought, work, flops, seconds, longest, allocated)
+    return Step(args, schedule, tokens, work, flops, seconds)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,9 @@ def make_plan(request: Request, **changes: Any) -> Plan:
         for index in range(count)
     ]
     # Steps differ in nothing else that counts here.
-    same = {"iteration": 0, "progress": 0.0, "probabilities": None}
+    same = {"iteration": 0, "progress": 0.0}
+    if settings.tier_budgets is None:
+        same["probabilities"] = None
     kinds = Counter(dataclasses.replace(step, **same) for step in drawn)
     steps = {kind: step_at(request, args, documents, kind) for kind in kinds}
     last = schedule_of_step(settings, args.train_iters - 1, args.train_iters)
@@ -204,9 +206,10 @@ def make_plan(request: Request, **changes: Any) -> Plan:
         name: sum(all_numbers[kind][name] * times for kind, times in kinds.items()) / count
         for name in all_numbers[first]
     }
-    # The first steps of either kind have the longest thoughts. A warm-up from the text is counted
-    # as if it rolled out, which is more than it takes.
-    fullest = [steps[first], *(step for kind, step in steps.items() if not kind.warm_up)][:2]
+    # The first steps of either kind have the longest thoughts, unless the tiers' budgets differ. A
+    # warm-up from the text is counted as if it rolled out, which is more than it takes.
+    fullest = [steps[first], *(step for kind, step in steps.items() if not kind.warm_up)]
+    fullest = fullest[:2] if settings.tier_budgets is None else fullest
     at_bound = [step_at(request, args, documents, step.schedule, at_bound=True) for step in fullest]
     return Plan(
         args=args,
@@ -221,7 +224,7 @@ def make_plan(request: Request, **changes: Any) -> Plan:
 
 
 def _fullest(steps: Sequence[Step]) -> RankMemory:
-    memories = [largest_rank(step.args, step.work, step.allocated) for step in steps]
+    memories = [largest_rank(step.args, step.work, step.tokens.allocated) for step in steps]
     return max(memories, key=lambda memory: memory.peak)
 
 
@@ -231,8 +234,8 @@ def numbers(step: Step) -> dict[str, float]:
     batch = args.global_batch_size
     rolled_out = 0.0 if step.schedule.thought_from_text else tokens.stem + tokens.branch
     values = {
-        "budget": float(step.schedule.budget),
-        "thought length": step.thought,
+        "budget": step.tokens.budget,
+        "thought length": step.tokens.thought,
         "trunk tokens": batch * tokens.trunk,
         "stem tokens": batch * tokens.stem,
         "branch tokens": batch * tokens.branch,
@@ -349,7 +352,10 @@ def report(request: Request, plan: Plan) -> str:
     device = request.hardware.name if request.hardware else "CPU"
     lengths = "counted by its tokenizer" if is_counted(prompt) else "estimated, no tokenizer here"
     stem = len(prompt.stem(plan.first.schedule.budget))
-    thoughts = "B_t tokens" if request.thought is None else f"{request.thought:g} tokens"
+    parts = " / ".join(f"{part:g}" for part in args.rmt_tier_budgets or ())
+    asked = f"{parts} x B_t (easy / medium / hard)" if parts else "B_t"
+    thoughts = asked if request.thought is None else f"{request.thought:g}"
+    most = "twice that" if parts else "2 * B_t"
     lines = [
         f"Plan: {model_parameters(args) / 1e9:.3g} billion parameters on {args.world_size} x "
         f"{device}, TP {args.tensor_model_parallel_size}, PP {args.pipeline_model_parallel_size}, "
@@ -357,7 +363,8 @@ def report(request: Request, plan: Plan) -> str:
         f"{args.seq_length} tokens, {args.rmt_positions_per_sample} positions x "
         f"{args.rmt_group_size} rollouts in each.",
         "All numbers are estimates. Assumed:",
-        f"  thoughts of {thoughts} (at most 2 * B_t), all positions found, uniform in the sample;",
+        f"  thoughts of {thoughts} tokens (at most {most}), all positions found, uniform in the "
+        "sample;",
         f"  prompt {lengths}: head {len(prompt.preamble)}, stem {stem} tokens;",
         f"  {plan.corpus}: {plan.documents.pieces:.3g} a sample.",
         "",

@@ -1,4 +1,4 @@
-"""The thinking budget, which decays over training (RMT, arXiv 2509.24375)."""
+"""The thinking budget, which decays over training (RMT, arXiv 2509.24375), and its tiers'."""
 
 import math
 
@@ -22,5 +22,20 @@ def token_budget(
         exponent: k, 1 in the paper: above 1 the budget falls late, below 1 early.
     """
     budget = initial * decay ** ((iteration / train_iters) ** exponent)
-    # A power that is a whole number mathematically may come out one rounding error below it.
-    return max(minimum, math.floor(budget * (1 + 1e-12)))
+    return _whole(budget, minimum)
+
+
+def tier_budget(budget: int, part: float, minimum: int) -> int:
+    """Tokens asked for in a tier: max(minimum, floor(part * budget)).
+
+    Args:
+        budget: B_t.
+        part: above 0; 1 is B_t itself.
+        minimum: B_min, at least 1.
+    """
+    return _whole(part * budget, minimum)
+
+
+def _whole(tokens: float, minimum: int) -> int:
+    # What is a whole number mathematically may come out one rounding error below it.
+    return max(minimum, math.floor(tokens * (1 + 1e-12)))

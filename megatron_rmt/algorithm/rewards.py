@@ -32,16 +32,17 @@ class Evidence:
 
     trunk: the text before a position, by its index. truth: how it really goes on, the bytes of each
     token, up to 64 tokens and to the end of the document. responses: ``[positions][group]``.
-    thought_lengths: fp32 ``[positions, group]`` in tokens. budget: B_t. boxed: answers are written
-    in a box. target_tokens: how many of the true tokens are to be predicted. log_probs_of_truth:
-    see ``log_prob_of_truth``; it runs the model.
+    thought_lengths: fp32 ``[positions, group]`` in tokens. budget: tokens of thought asked for,
+    fp32 ``[positions, 1]``. boxed: answers are written in a box. target_tokens: how many of the
+    true tokens are to be predicted. log_probs_of_truth: see ``log_prob_of_truth``; it runs the
+    model.
     """
 
     trunk: Callable[[int], bytes]
     truth: Sequence[Sequence[bytes]]
     responses: Sequence[Sequence[ReadResponse]]
     thought_lengths: Tensor
-    budget: int
+    budget: Tensor
     boxed: bool
     log_probs_of_truth: Callable[[], tuple[Tensor, Tensor]]
     target_tokens: int = 1
@@ -171,14 +172,14 @@ def _is_prefix(prediction: bytes, truth: Sequence[bytes]) -> bool:
     return 0 < len(prediction) == end and b"".join(truth).startswith(prediction)
 
 
-def length_reward(lengths: Tensor, budget: int, maximum: float = 1.0) -> Tensor:
+def length_reward(lengths: Tensor, budget: Tensor | int, maximum: float = 1.0) -> Tensor:
     """Triangular reward of thoughts' lengths l against the budget B (RMT's r_len).
 
     maximum * l / B on [0, B], maximum * (2 - l / B) on (B, 2B], 0 beyond.
 
     Args:
         lengths: tokens of each thought, any shape.
-        budget: tokens asked for, above 0.
+        budget: tokens asked for, above 0; a tensor's shape goes with that of ``lengths``.
         maximum: the reward at l = B.
 
     Returns:

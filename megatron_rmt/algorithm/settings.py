@@ -98,6 +98,10 @@ class Settings:
     """k: shape of the decay; above 1 the budget falls late, below 1 early"""
     no_budget_decay: bool = setting(False, source="ablation of the paper")
     """The budget stays B_0"""
+    tier_budgets: tuple[float, float, float] | None = setting(
+        None, "(0, inf)", "parts of B_t", unset="B_t in every tier", **_TIERS
+    )
+    """Thought asked for in each tier, at least B_min: harder positions may think longer"""
     answer_tokens: int = setting(32, "[1, inf)", "tokens")
     """Most that an answer may take"""
     force_close: bool = setting(False)
@@ -194,6 +198,9 @@ class Settings:
     allow_changed_settings: bool = setting(False)
     """Go on from a checkpoint of RMT that was trained with other settings, which are named once;
     else they are refused"""
+    no_digests: bool = setting(False)
+    """Neither write nor check digests of a checkpoint's files, which find bits that flipped on
+    disk"""
     max_tokens: int | None = setting(None, "[1, inf)", "tokens", unset="as read")
     """Deal the samples of a step out again after the rollouts: evenly over the data-parallel ranks,
     several in one micro-batch up to N packed tokens, if they fit in the number of micro-batches

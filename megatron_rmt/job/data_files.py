@@ -8,6 +8,7 @@ What a split of them holds is checked where Megatron builds its own data sets (`
 
 import json
 import struct
+import zlib
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ SAMPLED_TOKENS = 1_000_000
 PLACES = 16
 SEARCHED_TOKENS = 1_000_000_000
 _HEADER = struct.Struct(f"<{len(_INDEX_HEADER)}sQBQQ")
+_MARKED_BYTES = 1 << 16
 _SPLITS = ("train", "valid", "test")
 
 
@@ -234,6 +236,26 @@ def foreign_token(file: TokenFile, vocabulary: int, most: int, *, places: int = 
                     "model's tokenizer."
                 )
     return None
+
+
+def marks_of_data(args: Namespace) -> dict[str, str]:
+    """A short text for each pair of token files, by prefix, which another corpus would not have: of
+    its sizes, the beginning of the index, and both ends of the tokens.
+
+    Raises:
+        ValueError: a file of the data flags' words cannot be read.
+    """
+    files = [file for file in token_files(args) if file.index.is_file() and file.tokens.is_file()]
+    return {file.prefix: f"{_mark(file.index)}-{_mark(file.tokens)}" for file in files}
+
+
+def _mark(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        crc = zlib.crc32(stream.read(_MARKED_BYTES))
+        stream.seek(max(0, size - _MARKED_BYTES))
+        crc = zlib.crc32(stream.read(), crc)
+    return f"{size:x}.{crc:08x}"
 
 
 def foreign_token_of_a_batch(args: Namespace, token: int, vocabulary: int) -> str:

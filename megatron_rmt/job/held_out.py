@@ -77,7 +77,9 @@ def held_out_problems(settings: Settings) -> Iterator[str]:
         yield str(error)
 
 
-def _tokenized(run: MidTraining, tokenizer: Any) -> HeldOut:
+def tokenize_held_out(run: MidTraining, tokenizer: Any) -> HeldOut:
+    """The documents by Megatron's ``tokenizer``, as much of each as a sample holds, and the tokens
+    to be predicted: a function of the settings alone, so the same ones every time."""
     settings, prompt, length = run.settings, run.prompt, run.args.seq_length
     texts, chosen = [], []
     for number, (text, spans) in enumerate(read_held_out(settings)):
@@ -93,15 +95,14 @@ def _tokenized(run: MidTraining, tokenizer: Any) -> HeldOut:
     return HeldOut(texts, chosen)
 
 
-def measure_held_out(run: MidTraining, budget: int) -> dict[str, float | None]:
+def measure_held_out(run: MidTraining, held_out: HeldOut, budget: int) -> dict[str, float | None]:
     """Metrics by name, the same on every rank. Collective over all ranks.
 
+    budget: tokens of thought asked for, at every position: tiers have no budgets of their own here.
     "held-out next token", "... thought", "... no thought": parts of the positions that are right;
     "... gain" in nats a token; see ``probe.Standing``.
     """
-    from megatron.training import get_tokenizer
-
-    found = standing(run, _tokenized(run, get_tokenizer()), budget)
+    found = standing(run, held_out, budget)
     return {
         f"held-out {name.replace('_', ' ')}": value / found.positions if found.positions else None
         for name, value in vars(found).items()

@@ -9,16 +9,21 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.checkpoints import refuse_what_is_not_finite
 from megatron_rmt.job.data_files import empty_split
+from megatron_rmt.job.digests import check_digests, index_with_digest, with_digests
+from megatron_rmt.job.index_cache import whole_indices
 from megatron_rmt.job.processes import end_with_torchrun, start_save_worker, write_results_queue
 from megatron_rmt.job.resume import check_same_settings, stored_arguments
 from megatron_rmt.job.run_lock import lock_problem
@@ -70,7 +75,14 @@ def _add_arguments(original: Callable[..., Any], parser: Any) -> Any:
 
 
 def _validate_args(original: Callable[..., Any], args: Any, *others: Any, **named: Any) -> Any:
-    result = original(args, *others, **named)
+    try:
+        result = original(args, *others, **named)
+    except AssertionError as error:
+        if not Settings.of(args).rmt:
+            raise
+        # Many of Megatron's assertions say nothing; their line does.
+        text = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise SystemExit(f"Megatron refuses these flags: {text}") from None
     try:
         check_rmt_arguments(args)
     except ValueError as error:
@@ -149,6 +161,14 @@ def _build_datasets(original: Callable[..., Any], builder: Any) -> Any:
     return original(builder)
 
 
+def _build_indices(original: Callable[..., Any], dataset: Any) -> Any:
+    from megatron.training import get_args
+
+    if not Settings.of(get_args()).rmt:
+        return original(dataset)
+    return whole_indices(original, dataset)
+
+
 def _generate_state_dict(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a checkpoint holds; with the baseline when it is saved, which is when it has an
     iteration."""
@@ -203,6 +223,51 @@ def _save_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     return result
 
 
+def _get_save_function_and_args(original: Callable[..., Any], writer: Any) -> Any:
+    from megatron.training import get_args
+
+    settings = Settings.of(get_args())
+    if not settings.rmt:
+        return original(writer)
+    return with_digests(original, writer, not settings.no_digests)
+
+
+def _save_state_dict_async_finalize(
+    original: Callable[..., Any], storage_writer: Any, global_metadata: Any, dist_wrapper: Any
+) -> None:
+    from megatron.training import get_args
+
+    settings = Settings.of(get_args())
+    finalize = functools.partial(original, storage_writer, global_metadata, dist_wrapper)
+    if settings.rmt and dist_wrapper.is_coordinator:
+        index_with_digest(finalize, storage_writer, not settings.no_digests)
+    else:
+        finalize()
+
+
+def _load_global_dist_base_checkpoint(
+    original: Callable[..., Any], load_dir: str, args: Any, rank0: bool, *others: Any, **named: Any
+) -> Any:
+    """Megatron calls it twice; the first time with ``rank0``, on all ranks, for what is no tensor,
+    and before that for its own arguments, when no rank can tell another anything yet."""
+    from megatron.training.checkpointing import get_checkpoint_name
+
+    call = inspect.signature(original).bind(load_dir, args, rank0, *others, **named).arguments
+    folder = get_checkpoint_name(load_dir, call["iteration"], call["release"], return_base_dir=True)
+    agreed = rank0 and torch.distributed.is_initialized()
+    if agreed and not Settings.of(args).no_digests and "://" not in folder:
+        check_digests(Path(folder))
+    try:
+        return original(load_dir, args, rank0, *others, **named)
+    except CheckpointException as error:
+        # torch has told it to all ranks.
+        first, _ = next(iter(error.failures.values()))
+        raise SystemExit(
+            f"RMT: the checkpoint {folder} is not loaded: {' '.join(str(first).split())}; copy it "
+            "again, or name another one with --ckpt-step."
+        ) from None
+
+
 PATCHES: tuple[Symbol, ...] = (
     # The --rmt-* flags.
     Symbol("megatron.training.arguments", "add_megatron_arguments", "parser", _add_arguments),
@@ -221,6 +286,13 @@ PATCHES: tuple[Symbol, ...] = (
         "BlendedMegatronDatasetBuilder.build",
         "",
         _build_datasets,
+    ),
+    # Neither half a cache of samples nor one of an earlier corpus is trained on.
+    Symbol(
+        "megatron.core.datasets.gpt_dataset",
+        "GPTDataset._build_document_sample_shuffle_indices",
+        "",
+        _build_indices,
     ),
     # The wheel ships the compiled helper and no Makefile.
     Symbol("megatron.core.datasets.utils", "compile_helpers", "", _compile_helpers),
@@ -265,6 +337,25 @@ PATCHES: tuple[Symbol, ...] = (
             _save_checkpoint,
         )
         for module in ("training", "checkpointing")
+    ),
+    # Bits that flip in a checkpoint are seen before it is loaded.
+    Symbol(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "FileSystemWriterAsync.get_save_function_and_args",
+        "",
+        _get_save_function_and_args,
+    ),
+    Symbol(
+        "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+        "save_state_dict_async_finalize",
+        "storage_writer global_metadata dist_wrapper",
+        _save_state_dict_async_finalize,
+    ),
+    Symbol(
+        "megatron.training.checkpointing",
+        "_load_global_dist_base_checkpoint",
+        "load_dir args rank0 iteration release",
+        _load_global_dist_base_checkpoint,
     ),
     # Processes that save a checkpoint end with the rank that started them.
     Symbol(

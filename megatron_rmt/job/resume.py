@@ -1,9 +1,10 @@
 """What a run goes on from: the checkpoint that ``--load`` names, and the settings behind it.
 
 Megatron stores all arguments with a checkpoint, ``--rmt-*`` among them, and RMT adds how the prompt
-was rendered (``args.rmt_prompt_rendering``). A resumed run repeats the one that was not stopped,
-digit for digit, only if all that decides what a step computes is as it was; so a difference is
-refused by name, unless ``--rmt-allow-changed-settings`` is given.
+was rendered (``args.rmt_prompt_rendering``) and marks of the token files (``args.rmt_data``): of
+the data Megatron keeps nothing but the number of samples taken. A resumed run repeats the one that
+was not stopped, digit for digit, only if all that decides what a step computes is as it was; so a
+difference is refused by name, unless ``--rmt-allow-changed-settings`` is given.
 """
 
 import hashlib
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.job.data_files import marks_of_data
 from megatron_rmt.job.settings import as_typed, flag_name
 from megatron_rmt.prompt.prompt import Prompt
 
@@ -28,6 +31,7 @@ MAY_CHANGE = frozenset(
         "rmt",
         "config",
         "allow_changed_settings",
+        "no_digests",
         "logprob_tolerance",
         "max_bad_steps",
         "rollout_kv_gib",
@@ -139,8 +143,8 @@ def stored_arguments(args: Namespace) -> Any:
     try:
         folder = checkpoint_folder(Path(args.load), args.ckpt_step)
         return folder and dist_checkpointing.load_common_state_dict(folder).get("args")
-    except Exception:  # another format, or damaged: Megatron reads it again, and says what it finds
-        return None
+    except (Exception, CheckpointException):
+        return None  # another format, or damaged: Megatron reads it again, and says what it finds
 
 
 def check_same_settings(args: Namespace, prompt: Prompt, stored: Any) -> None:
@@ -153,7 +157,7 @@ def check_same_settings(args: Namespace, prompt: Prompt, stored: Any) -> None:
     """
     if stored is None or not Settings.of(stored).trains_with_rl:
         return
-    changed = changed_settings(args, rendering(prompt), stored)
+    changed = changed_settings(args, rendering(prompt), stored) + changed_data(args, stored)
     if not changed:
         return
     differ = f"--load {args.load} was trained with other settings: {'; '.join(changed)}"
@@ -180,6 +184,23 @@ def changed_settings(args: Namespace, rendered: Mapping[str, str], stored: Any) 
     # Another text is other tokens, too.
     other = [name for name in other if name != "tokens" or other == ["tokens"]]
     return changed + [_changed_text(name, rendered[name], before.get(name, "")) for name in other]
+
+
+def changed_data(args: Namespace, stored: Any) -> list[str]:
+    """Whether the token files are others than those of the run that ``stored`` these arguments;
+    they may have been moved.
+
+    Raises:
+        ValueError: see ``data_files.marks_of_data``.
+    """
+    now, then = marks_of_data(args), getattr(stored, "rmt_data", None)
+    if then is None or [*now.values()] == [*then.values()]:
+        return []
+    replaced = [prefix for prefix in now if prefix in then and now[prefix] != then[prefix]]
+    if replaced:
+        return [f"{replaced[0]}.bin and .idx hold another corpus than they did"]
+    named, before = (", ".join(prefixes) or "no token files" for prefixes in (now, then))
+    return [f"the data flags name {named} and named {before}"]
 
 
 def _deciding(args: Any) -> dict[str, Any]:

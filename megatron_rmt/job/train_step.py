@@ -18,16 +18,29 @@ from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.schedules import schedule_of_step
-from megatron_rmt.job.held_out import is_measured, log_held_out, measure_held_out
+from megatron_rmt.job.data_files import marks_of_data
+from megatron_rmt.job.held_out import (
+    is_measured,
+    log_held_out,
+    measure_held_out,
+    tokenize_held_out,
+)
 from megatron_rmt.job.idle_steps import note_idle_step
 from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.not_taken import Progress, left_to_the_next_run, skipped
 from megatron_rmt.job.resume import rendering
-from megatron_rmt.job.samples import is_shown, read_samples, write_samples
+from megatron_rmt.job.samples import (
+    is_shown,
+    read_samples,
+    read_text,
+    write_samples,
+    write_text,
+)
 from megatron_rmt.job.user_batch import BatchError, foreign_token_problem, take_batches
 from megatron_rmt.mid_training import MidTraining, prepare
 from megatron_rmt.model.gpt import generating, whole_parameters
 from megatron_rmt.model.routers import counting_trees
+from megatron_rmt.probe import HeldOut
 from megatron_rmt.rollout.generate import StoppedError
 from megatron_rmt.rollout.memory import CacheError
 from megatron_rmt.step import collect
@@ -54,9 +67,18 @@ def prepared(model: GPTModel) -> MidTraining:
     run = prepare(args, model, get_tokenizer())
     # Megatron stores all arguments with each checkpoint.
     args.rmt_prompt_rendering = rendering(run.prompt)
+    args.rmt_data = marks_of_data(args)
     if run.baseline is not None and args.iteration > 0:
         _resume_baseline(run.baseline, args)
     return run
+
+
+@functools.lru_cache(maxsize=1)
+def held_out_of(model: GPTModel) -> HeldOut:
+    """The documents that the run of ``model`` is measured on, tokenized once."""
+    from megatron.training import get_tokenizer
+
+    return tokenize_held_out(prepared(model), get_tokenizer())
 
 
 def _resume_baseline(baseline: Baseline, args: Namespace) -> None:
@@ -150,7 +172,9 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
             values["grad norm"] = float("nan") if result[5] is None else result[5]
             write_metrics(path, iteration + 1, values | measured)
     if _is_last_rank() and is_shown(run.settings, iteration):
-        write_samples(options, read_samples(run.prompt, collected.reasoned, iteration))
+        read = (run.prompt, collected.reasoned, collected.entropies)
+        write_samples(options, read_samples(*read, iteration))
+        write_text(options, read_text(*read, collected.tiers, iteration))
     return result
 
 
@@ -171,7 +195,7 @@ def _measure(
     if not is_measured(run.settings, steps):
         return {}
     with _gathered(run.args, chunks):
-        values = measure_held_out(run, budget)
+        values = measure_held_out(run, held_out_of(run.policy.model), budget)
     if _is_last_rank():
         log_held_out(values, steps)
         path = metrics_path(run.args)

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -229,6 +229,11 @@ class Prompt:
         if warm_up:
             bounds.append(self.bound(budget, warm_up=True, truth_tokens=self._longest_truth))
         return max(bound.tokens for bound in bounds)
+
+    def longest_tail(self, budgets: Iterable[int], warm_up: bool) -> int:
+        """Most tokens of a stem and its response, likewise, where some position is asked for each
+        of ``budgets``."""
+        return max(len(self.stem(own)) + self.longest_response(own, warm_up) for own in budgets)
 
 
 def _ends(tokenizer: Any, bytes_of: Sequence[bytes]) -> list[int]:

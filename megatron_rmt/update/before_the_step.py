@@ -15,8 +15,8 @@ from megatron_rmt.update.tree import ChosenPosition, ReasonedSample
 
 
 def chosen_alike(reasoned: Sequence[ReasonedSample]) -> list[Copy]:
-    """The chosen positions, for comparison over the ranks of one model."""
-    return _of_model("chosen positions", reasoned, lambda position: [position.row])
+    """The chosen positions and their budgets, for comparison over the ranks of one model."""
+    return _of_model("chosen positions", reasoned, lambda own: [own.row, own.budget])
 
 
 def drawn_alike(reasoned: Sequence[ReasonedSample]) -> list[Copy]:

@@ -32,20 +32,21 @@ class TreeSize(NamedTuple):
     predictions: int
 
 
-def tree_size(of: ReasonedSample, stem_length: int) -> TreeSize:
-    """Size of the tree that one sample grows into, with stems of ``stem_length`` tokens."""
+def tree_size(of: ReasonedSample) -> TreeSize:
+    """Size of the tree that one sample grows into."""
     sample = of.sample
     tokens = len(sample)
     pairs = sum(_triangle(limit - first) for first, limit in sample.documents)
     predictions = int(sample.labelled.sum()) - len(of.positions)
     for position in of.positions:
         seen = position.row + 1 - sample.document_of(position.row)[0]
-        tokens += stem_length
-        pairs += stem_length * seen + _triangle(stem_length)
+        stem = len(position.stem)
+        tokens += stem
+        pairs += stem * seen + _triangle(stem)
         for rollout in position.rollouts:
             branch = max(0, len(rollout) - 1)
             tokens += branch
-            pairs += branch * (seen + stem_length) + _triangle(branch)
+            pairs += branch * (seen + stem) + _triangle(branch)
             predictions += len(rollout)
     return TreeSize(tokens, pairs, predictions)
 
@@ -136,7 +137,6 @@ def repack(
     micro_batches: Sequence[Sequence[ReasonedSample]],
     cost: TreeCost,
     *,
-    stem_length: int,
     max_tokens: int,
     use_all: bool,
     dp_group: dist.ProcessGroup,
@@ -151,10 +151,7 @@ def repack(
     samples = [sample for micro_batch in micro_batches for sample in micro_batch]
     sent = [pickle.dumps(sample) for sample in samples]
     own = torch.tensor(
-        [
-            [*tree_size(sample, stem_length), len(content)]
-            for sample, content in zip(samples, sent, strict=True)
-        ],
+        [[*tree_size(sample), len(content)] for sample, content in zip(samples, sent, strict=True)],
         dtype=torch.int64,
         device=device,
     )

@@ -85,7 +85,7 @@ def response_metrics(
 ) -> dict[str, Metric]:
     """Of responses that have been scored."""
     places = [
-        (rollout, response)
+        (rollout, response, position.budget)
         for position in positions
         for rollout, response in zip(position.rollouts, position.responses, strict=True)
     ]
@@ -101,20 +101,20 @@ def response_metrics(
     flat = sum(not any(position.advantages) for position in positions)
     sums = {
         "rmt match rate": (match(evidence).sum(), answered),
-        "rmt well-formed rate": (sum(own.well_formed for _, own in places), judged),
+        "rmt well-formed rate": (sum(own.well_formed for _, own, _ in places), judged),
         "rmt closed by itself": (
-            sum(own.closed and bool(rollout.drawn.all()) for rollout, own in places),
+            sum(own.closed and bool(rollout.drawn.all()) for rollout, own, _ in places),
             thought,
         ),
         "rmt thought length": (evidence.thought_lengths.sum(), thought),
         "rmt length reward": (by_length.sum(), thought),
         "rmt reward": (rewards.sum(), judged),
         "rmt truncated": (
-            sum(is_truncated(*place, schedule.budget, prompt.stop) for place in places),
+            sum(is_truncated(*place, prompt.stop) for place in places),
             judged,
         ),
         "rmt zero-variance groups": (flat, 0.0 if schedule.warm_up else float(len(positions))),
-        "rmt budget": (schedule.budget * len(positions), float(len(positions))),
+        "rmt budget": (sum(own.budget for own in positions), float(len(positions))),
     }
     metrics = {name: (float(of) if count else 0.0, count) for name, (of, count) in sums.items()}
     taken = metrics.keys() & evidence.reports.keys()
@@ -154,7 +154,6 @@ def checksum(reasoned: Sequence[ReasonedSample]) -> Metric:
 def size_metrics(
     reasoned: Sequence[ReasonedSample],
     tree: Tree,
-    stem_length: int,
     max_tokens: int | None,
     slots: float,
 ) -> dict[str, Metric]:
@@ -163,7 +162,7 @@ def size_metrics(
     rows, tokens = float(tree.tokens.shape[0]), float(tree.visibility.tokens)
     counts = {
         "trunk": sum(len(of.sample) for of in reasoned),
-        "stem": stem_length * sum(len(of.positions) for of in reasoned),
+        "stem": sum(len(own.stem) for of in reasoned for own in of.positions),
         "branch": sum(max(0, len(own) - 1) for of in reasoned for own in of.rollouts),
     }
     excess = 0.0 if max_tokens is None else max(0.0, tokens - max_tokens)

@@ -61,7 +61,7 @@ def gather_evidence(
         truth=[in_bytes(continuation(prompt, sample, position.row)) for sample, position in places],
         responses=[position.responses for _, position in places],
         thought_lengths=torch.tensor(lengths, dtype=torch.float32).view(-1, schedule.group),
-        budget=schedule.budget,
+        budget=torch.tensor([[float(position.budget)] for _, position in places]).view(-1, 1),
         boxed=prompt.template.answer == "boxed",
         log_probs_of_truth=log_probs_of_truth,
         target_tokens=prompt.target_tokens,

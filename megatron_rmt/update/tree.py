@@ -24,13 +24,16 @@ from megatron_rmt.rollout.trunk import NO_LABEL, Sample, first_rows, trunk_block
 class ChosenPosition:
     """A position that is reasoned about, and what comes of it in the course of a step.
 
-    row: of its sample; its label is the token to be predicted. rollouts: its group. responses: what
-    each of them says. rewards, advantages: fp32 numbers, one for each. place: in the order in which
-    the selection returned its sample's positions. differs: whether the group earns different
-    amounts beside the length reward.
+    row: of its sample; its label is the token to be predicted. budget: tokens of thought asked for.
+    stem: the token ids that ask for them. rollouts: its group. responses: what each of them says.
+    rewards, advantages: fp32 numbers, one for each. place: in the order in which the selection
+    returned its sample's positions. differs: whether the group earns different amounts beside the
+    length reward.
     """
 
     row: int
+    budget: int
+    stem: Sequence[int]
     rollouts: list[Rollout] = field(default_factory=list)
     responses: list[Response] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -116,7 +119,6 @@ _NO_SAMPLE = Sample(
 
 def grow_tree(
     reasoned: Sequence[ReasonedSample],
-    stem: Sequence[int],
     *,
     longest_position: int,
     device: torch.device,
@@ -129,7 +131,6 @@ def grow_tree(
     """
     reasoned = reasoned or [ReasonedSample(_NO_SAMPLE)]
     trunk = [of.sample for of in reasoned]
-    stem_tokens = np.array(list(stem), dtype=np.int64)
     # The trunk: which of its rows predict their label.
     tokens = [sample.tokens.numpy() for sample in trunk]
     position_ids = [sample.position_ids.numpy() for sample in trunk]
@@ -146,17 +147,18 @@ def grow_tree(
             predicted[start + position.row] = False
             # The last token of a response predicts nothing, so it has no row.
             branches = [max(0, len(rollout) - 1) for rollout in position.rollouts]
+            stem = np.array(position.stem, dtype=np.int64)
             document, _ = of.sample.document_of(position.row)
             own = (size, start + document, start + position.row + 1)
-            blocks.append(position_block(*own, len(stem_tokens), branches))
+            blocks.append(position_block(*own, len(stem), branches))
             after = int(of.sample.position_ids[position.row]) + 1
-            tokens.append(stem_tokens)
-            position_ids.append(after + np.arange(len(stem_tokens)))
-            size += len(stem_tokens)
+            tokens.append(stem)
+            position_ids.append(after + np.arange(len(stem)))
+            size += len(stem)
             last_of_stem = np.array([size - 1])
             for rollout, branch in zip(position.rollouts, branches, strict=True):
                 tokens.append(rollout.tokens[:branch])
-                position_ids.append(after + len(stem_tokens) + np.arange(branch))
+                position_ids.append(after + len(stem) + np.arange(branch))
                 if len(rollout):
                     predicting += [last_of_stem, np.arange(size, size + branch)]
                 size += branch

@@ -33,7 +33,6 @@ def log_probs_of_truth(
     policy: Policy,
     prompt: Prompt,
     reasoned: Sequence[ReasonedSample],
-    budget: int,
     group: int,
 ) -> AfterText:
     """Mean log-probs of the next ``prompt.target_tokens`` true tokens, as far as the text goes, at
@@ -46,7 +45,7 @@ def log_probs_of_truth(
     Raises:
         DoorError: answers are boxed, so that the tokens do not stand right after the thought.
     """
-    (log_probs,) = _read_truth(policy, prompt, reasoned, budget, group, asks_likeliest=False)
+    (log_probs,) = _read_truth(policy, prompt, reasoned, group, asks_likeliest=False)
     return log_probs
 
 
@@ -54,12 +53,11 @@ def predictions_of_truth(
     policy: Policy,
     prompt: Prompt,
     reasoned: Sequence[ReasonedSample],
-    budget: int,
     group: int,
 ) -> tuple[AfterText, AfterText]:
     """``log_probs_of_truth``, and from the same pass 1.0 where the first true token is the most
     likely one, else 0.0."""
-    log_probs, likeliest = _read_truth(policy, prompt, reasoned, budget, group, asks_likeliest=True)
+    log_probs, likeliest = _read_truth(policy, prompt, reasoned, group, asks_likeliest=True)
     return log_probs, likeliest
 
 
@@ -68,7 +66,6 @@ def _read_truth(
     policy: Policy,
     prompt: Prompt,
     reasoned: Sequence[ReasonedSample],
-    budget: int,
     group: int,
     *,
     asks_likeliest: bool,
@@ -96,7 +93,7 @@ def _read_truth(
             ]
             once = list(dict.fromkeys(thoughts))
             closed = [written([*thought, *prompt.close, *truth]) for thought in once]
-            positions.append(ChosenPosition(position.row, closed))
+            positions.append(ChosenPosition(position.row, position.budget, position.stem, closed))
             which += [len(lengths) + once.index(thought) for thought in thoughts]
             lengths += [len(truth)] * len(once)
             alone.append(start + position.row + torch.arange(len(truth)))
@@ -105,7 +102,6 @@ def _read_truth(
     device = policy.device
     tree = grow_tree(
         samples,
-        prompt.stem(budget),
         longest_position=policy.longest_position,
         device=device,
         attention=policy.attention,

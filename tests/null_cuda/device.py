@@ -88,8 +88,10 @@ def environment(folder: Path) -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()
-        # The tests' own process runs without compilation and on the CPU.
+        # The tests' own process runs without compilation and on the CPU; the device has no virtual
+        # memory, which expandable segments need.
         if name not in ("TORCHDYNAMO_DISABLE", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
+        and not name.endswith("_ALLOC_CONF")
     }
     return inherited | {
         FOLDER: str(folder),
@@ -113,7 +115,7 @@ def run(folder: Path, module: str, arguments: Sequence[str], timeout: float = 12
     Raises:
         AssertionError: it failed; the message ends with the last lines that it wrote.
     """
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-X", "faulthandler", "-m", module, *arguments]
     process = subprocess.run(
         command,
         env=environment(folder),

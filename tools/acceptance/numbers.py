@@ -1,4 +1,4 @@
-"""Numbers of one device against float64 on the CPU: head, attention of trees, random numbers."""
+"""Numbers of one device against float64 on the CPU: head, attention, random numbers, gathers."""
 
 import hashlib
 import importlib.metadata
@@ -16,6 +16,10 @@ from megatron_rmt.job.settings import versions
 from megatron_rmt.model.blocks import Block, ancestry, position_block
 from megatron_rmt.model.head import token_entropies, token_loss_sum
 from megatron_rmt.model.tree_attention import BACKENDS
+from megatron_rmt.rollout.decode_attention import decode_attention as attend_by_limits
+from megatron_rmt.rollout.row_limits import RowLimits
+from megatron_rmt.update.forward_step import _rows_of as rows_of
+from tests import decode_problem
 
 
 def surroundings(machine: Machine) -> Found:
@@ -176,3 +180,36 @@ def _attended(
         outputs.append(weights @ value[:, of_key])
     expected = torch.stack(outputs, 1)
     return found, [expected, *torch.autograd.grad(expected, wide, by_output.double())]
+
+
+def decode_attention(machine: Machine, std: float) -> Found:
+    """Attention of decoding in bf16 against float64, scores of spread ``std``, ragged limits."""
+    errors = {}
+    for rows in (1, 256, 2048) if machine.on_gpu else (1, 48):
+        trunk, capacity = (1500, 300) if machine.on_gpu else (200, 40)
+        given = decode_problem.problem(rows, 10, 2, 128, trunk, capacity, torch.bfloat16, std)
+        query, *stored, limits, scale = given
+        on_device = [[x.to(machine.device) for x in pair] for pair in stored]
+        moved = RowLimits(*(x.to(machine.device) for x in limits))
+        output = attend_by_limits(query.to(machine.device), *on_device, moved, scale)
+        errors[f"{rows} rows"] = decode_problem.error(output.cpu(), *given)
+    return Found.below(errors, decode_problem.BOUNDS[torch.bfloat16])
+
+
+def repeated_rows(machine: Machine) -> Found:
+    """The gradient of hidden states of which some are read many times: the same bits each time."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(512, 256, generator=generator)
+    rows = torch.randint(64, (8192,), generator=generator)
+    by_rows = torch.randn(len(rows), 256, generator=generator)
+    expected = torch.zeros(hidden.shape, dtype=torch.float64).index_add_(0, rows, by_rows.double())
+    found = []
+    for _ in range(5):
+        own = _leaf(hidden, machine.device, torch.float32)
+        picked = rows_of(own, rows.to(machine.device), sorts=machine.on_gpu)
+        picked.backward(by_rows.to(machine.device))
+        found.append(own.grad)
+    others = sum(not torch.equal(found[0], other) for other in found[1:])
+    off = relative(found[0], expected)
+    value = f"{others} of {len(found) - 1} differ, off by {off:.1g}"
+    return Found(others == 0 and off < 1e-5, value, "0, < 1e-05", {"differ": others, "off": off})

@@ -120,20 +120,47 @@ def run(flags: argparse.Namespace) -> Report:
     threads = flags.threads or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        checkpoint = flags.checkpoint or work / "megatron"
-        if not flags.checkpoint:
-            _tool("convert_checkpoint.py to-megatron --source smollm2 --target", checkpoint)
-        if not flags.data:
-            _tool("generate_corpus.py --train-documents 50 --output", work / "corpus")
+        checkpoint = flags.checkpoint or make_checkpoint(work)
+        data = flags.data or make_corpus(work)
         engine = Engine(checkpoint, flags.dtype, flags.document, flags.tokens)
         torch.set_num_threads(threads)
-        workload = engine.workload(flags, flags.data or work / "corpus/train.jsonl")
+        workload = engine.workload(flags, data)
         if flags.no_huggingface:
             return _measure(flags, engine, workload, None)
         source = f"--source {shlex.quote(str(checkpoint))}"
         _tool(f"convert_checkpoint.py to-huggingface {source} --target", work / "huggingface")
         with HuggingFace(work / "huggingface", workload.prompts, threads) as baseline:
             return _measure(flags, engine, workload, baseline)
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """SmolLM2-135M, converted into a folder of ``folder``.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    checkpoint = folder / "megatron"
+    _tool("convert_checkpoint.py to-megatron --source smollm2 --target", checkpoint)
+    return checkpoint
+
+
+def make_corpus(folder: Path) -> Path:
+    """A JSONL file of generated documents, in a folder of ``folder``."""
+    _tool("generate_corpus.py --train-documents 50 --output", folder / "corpus")
+    return folder / "corpus/train.jsonl"
+
+
+def corpus_tokens(data: Path, count: int) -> list[int]:
+    """The first ``count`` tokens of the documents in ``data``, end to end, by Megatron's tokenizer.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    text = "\n\n".join(row.text("text") for row in read_rows(data))
+    tokens = list(get_tokenizer().tokenize(text[: 20 * count])[:count])
+    if len(tokens) < count:
+        raise ValueError(f"--data {data} has only {len(tokens)} tokens; pass a longer text.")
+    return tokens
 
 
 def _tool(words: str, target: Path) -> None:
@@ -383,15 +410,12 @@ class Engine:
         Raises:
             ValueError: there are not so many tokens, or not so many positions in them.
         """
-        text = "\n\n".join(row.text("text") for row in read_rows(data))
-        document = get_tokenizer().tokenize(text[: 20 * flags.document])[: flags.document]
-        if len(document) < flags.document:
-            raise ValueError(f"--data {data} has only {len(document)} tokens; pass a longer text.")
+        document = corpus_tokens(data, flags.document)
         if not 0 < flags.positions <= flags.document:
             raise ValueError(f"--positions is {flags.positions}; pass 1 to --document.")
         step = flags.document // flags.positions
         return Workload(
-            document=list(document),
+            document=document,
             prefixes=[step * (index + 1) for index in range(flags.positions)],
             stem=self.prompt.stem(-(-flags.tokens // 2)),
             group=flags.group,

@@ -121,6 +121,8 @@ class Problem:
         drawn, log_probs = np.ones(count, dtype=bool), np.zeros(count, dtype=np.float32)
         return ChosenPosition(
             row=self.rows[position],
+            budget=count,
+            stem=self.stem.tolist(),
             rollouts=[
                 Rollout(tokens.numpy(), drawn, log_probs) for tokens in self.responses[position]
             ],
@@ -164,7 +166,7 @@ class Layout:
     @functools.cached_property
     def sizes(self) -> list[TreeSize]:
         """Of each sample's tree."""
-        return [tree_size(of, len(self.problem.stem)) for of in self.reasoned]
+        return [tree_size(of) for of in self.reasoned]
 
     @property
     def size(self) -> int:
@@ -176,7 +178,6 @@ class Layout:
         problem, length = self.problem, self.problem.responses.shape[2]
         tree = grow_tree(
             self.reasoned,
-            problem.stem.tolist(),
             longest_position=len(problem.document) + len(problem.stem) + length,
             device=device,
             attention=attention,

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ from conversion.weight_names import (
     rows_of,
     weights_of,
 )
+from megatron_rmt.job.digests import damage, recorded_digests
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # Where Megatron keeps what is no tensor, among it the arguments of the training job: an object of
@@ -202,6 +203,8 @@ class MegatronWeights:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.reader = dcp.FileSystemReader(directory)
+        self.digests = _recorded_digests(directory)
+        self._check_digests({".metadata"})
         index = _read_index(directory)
         self.reader.set_up_storage_reader(index, is_coordinator=True)
         self.stored: dict[str, TensorStorageMetadata] = {
@@ -282,7 +285,7 @@ class MegatronWeights:
         self._check_files(expected)
 
     def _check_files(self, keys: set[str]) -> None:
-        """Every chunk lies within its file."""
+        """Every chunk lies within its file, which is as it was written."""
         problems = []
         sizes: dict[str, int] = {}
         for index, chunk in self.reader.storage_data.items():
@@ -298,6 +301,18 @@ class MegatronWeights:
                 problems.append(f"{name} is cut")
         if problems:
             raise ValueError(f"{self.directory} is incomplete: {summary(problems)}; copy it again.")
+        self._check_digests(sizes.keys())
+
+    def _check_digests(self, names: Set[str]) -> None:
+        """Reads each file that has a digest once, whichever of its tensors are asked for."""
+        own = self.digests.keys() & names
+        problems = damage(self.directory, sorted(own), self.digests)
+        self.digests = {name: crc for name, crc in self.digests.items() if name not in own}
+        if problems:
+            raise ValueError(
+                f"{self.directory} is damaged: {summary(problems)}; copy it again, choose another "
+                "--iteration, or delete rmt_digest_*.json in it to read it as it is."
+            )
 
     def _find(self, weight: Weight, place: Place) -> tuple[str, int, tuple[int, ...] | None]:
         """Key, how many axes of it number places, and shape of one place (None: not there).
@@ -394,6 +409,13 @@ _OBJECT = ReadItem(
     storage_offsets=torch.Size([0]),
     lengths=torch.Size([0]),
 )
+
+
+def _recorded_digests(directory: Path) -> dict[str, str]:
+    try:
+        return recorded_digests(directory)
+    except ValueError as error:
+        raise ValueError(f"{directory} is damaged: {error}.") from None
 
 
 def _read_index(directory: Path) -> Metadata:

@@ -164,12 +164,15 @@ def rank_memory(args: Namespace, work: SampleWork, longest: float, stage: int) -
     batch = micro_batch(args, work)
     activations, head, backward = _update(args, batch, held, stage)
     key_values, decoding = _rollouts(args, work, batch, longest)
-    if args.fp8 and not args.fp8_param_gather:
-        # Transformer Engine keeps each weight in FP8 as well, and, for backward, its transpose.
-        linear = held.total - held.tables
+    weights, linear = held.total * args.params_bytes, held.total - held.tables
+    if args.fp8_param_gather:
+        # In FP8 alone, with the transpose that a Hopper GPU's products of backward need.
+        weights = 2 * linear + held.tables * args.params_bytes
+    elif args.fp8:
+        # Transformer Engine makes copies in FP8: for rollouts, and with transposes for the update.
         decoding, activations = decoding + linear, activations + 2 * linear
     return RankMemory(
-        weights=held.total * (1 if args.fp8_param_gather else args.params_bytes),
+        weights=weights,
         gradients=held.total * args.gradient_bytes,
         optimizer=_optimizer(args, held),
         activations=activations,

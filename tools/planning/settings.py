@@ -12,8 +12,10 @@ import os
 import shlex
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -268,18 +270,51 @@ def _derive_model(args: Namespace, prompt: Prompt) -> None:
     args.head_columns = len(prompt.bytes_of) or known
 
 
-def lengths_of_step(
-    prompt: Prompt, schedule: Schedule, thought: float, answer: float
-) -> tuple[Lengths, float, int]:
-    """(lengths, longest response, tokens that its keys and values are allocated for) of a step.
+@dataclass(frozen=True)
+class StepLengths:
+    """Tokens of one step's prompts and responses. budget, thought: means over the tiers, as lengths
+    are. longest: response. passes: of decoding, one after the other; positions that are asked for
+    as much are decoded together. allocated: of a response, for its keys and values."""
 
-    thought, answer: their mean lengths; the former is cut where generation stops.
+    lengths: Lengths
+    budget: float
+    thought: float
+    longest: float
+    passes: float
+    allocated: int
+
+
+def lengths_of_step(
+    prompt: Prompt, schedule: Schedule, thought: Callable[[int, int], float], answer: float
+) -> StepLengths:
+    """The lengths of a step in which every tier holds the share of positions that is asked of it.
+
+    thought: mean length by budget and by the bound where generation stops, which cuts it. answer:
+    mean length.
     """
-    bound = prompt.bound(schedule.budget, warm_up=schedule.warm_up)
-    after = len(prompt.close) + answer
-    response = min(thought, bound.thought) + after
-    if thought >= bound.thought and not bound.close:
-        # Given up there, without an end of thought or an answer.
-        response = float(bound.thought)
-    lengths = Lengths(len(prompt.preamble), len(prompt.stem(schedule.budget)), response)
-    return lengths, max(response, bound.thought + after), bound.tokens
+    shares: Counter[int] = Counter()
+    for budget, share in zip(
+        schedule.tier_budgets, schedule.probabilities or (1, 1, 1), strict=True
+    ):
+        shares[budget] += share
+    total, means, longest, allocated = sum(shares.values()), np.zeros(4), [], []
+    for budget, share in shares.items():
+        bound = prompt.bound(budget, warm_up=schedule.warm_up)
+        after = len(prompt.close) + answer
+        own = min(bound.thought, thought(budget, bound.thought))
+        response = own + after
+        if own >= bound.thought and not bound.close:
+            # Given up there, without an end of thought or an answer.
+            response = float(bound.thought)
+        means += share / total * np.array([len(prompt.stem(budget)), response, budget, own])
+        longest.append(max(response, bound.thought + after))
+        allocated.append(bound.tokens)
+    stem, response, budget, own = means.tolist()
+    return StepLengths(
+        lengths=Lengths(len(prompt.preamble), stem, response),
+        budget=budget,
+        thought=own,
+        longest=max(longest),
+        passes=sum(max(0.0, of_budget - 1) for of_budget in longest),
+        allocated=max(allocated),
+    )

@@ -65,12 +65,14 @@ def step_seconds(
     work: SampleWork,
     step: StepFlops,
     longest: float,
+    passes: float,
     hardware: Hardware,
     efficiency: float,
     bandwidth_efficiency: float,
 ) -> StepSeconds:
     """Of a step with ``work`` and ``step`` operations, where the longest response has ``longest``
-    tokens. efficiency, bandwidth_efficiency: attained shares of the peaks.
+    tokens. passes: of decoding, were all rollouts decoded at once. efficiency,
+    bandwidth_efficiency: attained shares of the peaks.
 
     Raises:
         ValueError: not even one position fits into ``--rmt-rollout-kv-gib``.
@@ -89,7 +91,7 @@ def step_seconds(
     directions = 3 if step.recompute else 2
     update = (step.update + step.recompute) / (args.world_size * peak)
     update += directions * samples * work.update.tokens * all_reduced / stages
-    rollout, passes = _rollout(args, work, longest, hardware, peak, bandwidth_efficiency)
+    rollout, passes = _rollout(args, work, longest, passes, hardware, peak, bandwidth_efficiency)
     stems = flops(work.stems, model_cost(args)) * args.global_batch_size
     return StepSeconds(
         # Each micro-batch passes through all stages before the next.
@@ -105,6 +107,7 @@ def _rollout(
     args: Namespace,
     work: SampleWork,
     longest: float,
+    passes: float,
     hardware: Hardware,
     peak: float,
     bandwidth_efficiency: float,
@@ -119,14 +122,13 @@ def _rollout(
     waves = -(-positions // at_once)
     # Waves run ``stages`` at a time; each stage works at all of them in turn.
     rounds = -(-waves // stages) * stages
-    passes = max(0.0, longest - 1)
     mean = work.tokens.branch / (args.rmt_positions_per_sample * args.rmt_group_size)
     # Rollouts end one after the other.
     alive = min(1.0, mean / passes) if passes else 1.0
     rows = at_once * args.rmt_group_size * alive
     in_wave = at_once / args.positions_drawn
     stem = work.tokens.stem / args.rmt_positions_per_sample
-    tail = stem + passes / 2
+    tail = stem + max(0.0, longest - 1) / 2
 
     held = [parameters(args, stage) for stage in range(stages)]
     touched = 1.0

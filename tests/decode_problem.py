@@ -1,0 +1,74 @@
+"""Arguments of decode attention that reach its edges, and how far a result is from float64."""
+
+import torch
+
+from megatron_rmt.rollout.row_limits import RowLimits
+
+# Of norms, rounding of the output included: weights are rounded to the dtype of the values.
+BOUNDS = {torch.bfloat16: 6e-3, torch.float16: 7e-4, torch.float32: 2e-6, torch.float64: 1e-12}
+
+
+def problem(
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    trunk: int,
+    capacity: int,
+    dtype: torch.dtype,
+    std: float,
+) -> tuple:
+    """Arguments of ``decode_attention`` whose scores have ``std``: ragged limits, rows of two
+    samples that follow each other and one that does not, tails in any order, and padding."""
+    generator = torch.Generator().manual_seed(rows + dim + trunk)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def whole(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, (rows,), generator=generator, dtype=torch.int32)
+
+    # Longer rows in memory than are used, as where a query is a part of a wider product.
+    query = (normal(rows, heads + 1, dim) * std)[:, :heads].to(dtype)
+    keys = [normal(kv_heads, trunk, dim).to(dtype) for _ in range(2)]
+    tails = [normal(rows + 2, kv_heads, capacity, dim).to(dtype) for _ in range(2)]
+    limit = whole(1, trunk)
+    first = torch.where(torch.arange(rows) < rows // 2, 0, trunk // 3).int()
+    first = torch.minimum(first, limit - 1)
+    first[rows // 3], limit[rows // 3] = trunk - 1, trunk
+    length = whole(0, capacity)
+    length[-1] = capacity
+    tail = torch.randperm(rows + 2, generator=generator)[:rows].int()
+    if rows > 3:
+        limit[1] = 0
+        limit[2] = length[2] = first[2] = 0
+    for row in range(rows):
+        for stored in tails:
+            stored[tail[row], :, length[row] :] = torch.nan
+    return query, keys, tails, RowLimits(first, limit, tail, length), dim**-0.5
+
+
+def error(
+    found: torch.Tensor,
+    query: torch.Tensor,
+    trunk: list[torch.Tensor],
+    tails: list[torch.Tensor],
+    limits: RowLimits,
+    scale: float,
+) -> float:
+    """Relative to dense attention in float64, row by row."""
+    expected = torch.zeros(query.shape, dtype=torch.float64)
+    repeats = query.shape[1] // trunk[0].shape[0]
+    for row, (first, limit, tail, length) in enumerate(
+        zip(*(x.tolist() for x in limits), strict=True)
+    ):
+        key, value = (
+            torch.cat([shared[:, first:limit], own[tail, :, :length]], 1).double()
+            for shared, own in zip(trunk, tails, strict=True)
+        )
+        key, value = (x.repeat_interleave(repeats, 0) for x in (key, value))
+        scores = torch.einsum("hd,hkd->hk", query[row].double(), key) * scale
+        expected[row] = torch.einsum("hk,hkd->hd", scores.softmax(-1), value)
+    assert found.shape == query.shape
+    assert found.dtype == query.dtype
+    return float((found.double() - expected).norm() / expected.norm())

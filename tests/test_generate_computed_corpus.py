@@ -1,0 +1,106 @@
+"""The computed corpus is right, its held-out digits are new, and it is the same each time."""
+
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import generate_computed_corpus
+
+LINE = re.compile(r"([a-e](?:[-+][a-e])+)\? (?:Work: (\S+)\. )?Answer: (\d)")
+Rows = dict[str, list[dict[str, Any]]]
+
+
+def read(folder: Path) -> Rows:
+    return {
+        path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in folder.iterdir()
+    }
+
+
+def digits_of(text: str) -> dict[str, int]:
+    pairs = [pair.split("=") for pair in text.partition("\n")[0].split(", ")]
+    return {letter: int(digit) for letter, digit in pairs}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    folder = tmp_path_factory.mktemp("corpus")
+    generate_computed_corpus.generate(folder, train_documents=200, heldout_documents=40, seed=7)
+    return read(folder)
+
+
+def test_every_answer_is_the_value_of_its_question(rows: Rows):
+    for row in itertools.chain.from_iterable(rows.values()):
+        digits = digits_of(row["text"])
+        for line in row["text"].splitlines()[1:]:
+            expression, _, answer = LINE.fullmatch(line).groups()
+            assert eval(expression, {}, digits) == int(answer)
+
+
+def test_shown_work_puts_in_the_digits_and_totals_from_left_to_right(rows: Rows):
+    for row in itertools.chain.from_iterable(rows.values()):
+        digits = digits_of(row["text"])
+        for line in row["text"].splitlines()[1:]:
+            expression, work, answer = LINE.fullmatch(line).groups()
+            if work is None:
+                continue
+            total, tape = 0, ""
+            for sign, letter in re.findall(r"([-+]?)(\w)", expression):
+                total += -digits[letter] if sign == "-" else digits[letter]
+                tape += f"{sign}{digits[letter]}" + (f"={total}" if sign else "")
+            assert work == tape
+            assert work.endswith(f"={answer}")
+
+
+def test_answer_spans_are_the_answers_whose_work_is_not_shown(rows: Rows):
+    for row in itertools.chain.from_iterable(rows.values()):
+        text = row["text"]
+        hidden = [m.span(3) for m in LINE.finditer(text) if m[2] is None]
+        assert row["answer_spans"] == [list(span) for span in hidden]
+        assert hidden
+
+
+def test_half_of_the_questions_show_their_work(rows: Rows):
+    lines = [LINE.fullmatch(x) for r in rows["train"] for x in r["text"].splitlines()[1:]]
+    assert len(lines) == 2000
+    assert 0.46 < sum(line[2] is not None for line in lines) / len(lines) < 0.54
+
+
+def test_held_out_documents_have_digits_of_their_own_and_longer_questions_are_new(rows: Rows):
+    seen = {tuple(digits_of(row["text"]).values()) for row in rows["train"]}
+    for split, terms in (("heldout", 4), ("heldout_longer", 5)):
+        digits = [tuple(digits_of(row["text"]).values()) for row in rows[split]]
+        assert len(set(digits)) == len(digits) == 40
+        assert not seen & set(digits)
+        lines = [LINE.fullmatch(x) for r in rows[split] for x in r["text"].splitlines()[1:]]
+        assert {len(line[1]) for line in lines} == {2 * terms - 1}
+
+
+def test_a_larger_set_begins_with_the_smaller_and_another_seed_differs(rows: Rows, tmp_path: Path):
+    generate_computed_corpus.generate(tmp_path / "a", 20, 10, seed=7)
+    generate_computed_corpus.generate(tmp_path / "b", 20, 10, seed=8)
+    smaller, other = read(tmp_path / "a"), read(tmp_path / "b")
+    assert all(rows[split][: len(smaller[split])] == smaller[split] for split in rows)
+    assert all(other[split] != smaller[split] for split in rows)
+
+
+@pytest.mark.parametrize("flag", ["--train-documents", "--heldout-documents"])
+def test_a_number_of_documents_below_one_is_refused(flag: str, tmp_path: Path):
+    with pytest.raises(SystemExit, match=f"{flag} is 0; it must be 1 or more"):
+        generate_computed_corpus.main(["--output", str(tmp_path), flag, "0"])
+
+
+def test_more_documents_than_there_are_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(generate_computed_corpus, "HELD_OUT", 4000)  # leaves about 15
+    with pytest.raises(SystemExit, match="ask for fewer documents"):
+        generate_computed_corpus.main(
+            ["--output", str(tmp_path), "--heldout-documents", "100", "--train-documents", "1"]
+        )
+    assert not list(tmp_path.glob("*.partial"))
