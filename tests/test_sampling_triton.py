@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.distributed import REPOSITORY
 
@@ -22,10 +21,11 @@ import numpy as np
 import torch
 import megatron_rmt.rollout.sampling_triton as kernels
 from megatron_rmt.rollout import sampling
-from tests.test_sampling_triton import problem
+from tests.sampling_problem import problem
 
-own, plain = (inspect.signature(module.sample_tokens) for module in (kernels, sampling))
-assert own == plain
+for name in ("sample_tokens", "most_probable"):
+    own, plain = (inspect.signature(getattr(module, name)) for module in (kernels, sampling))
+    assert own == plain
 
 
 def weights(scores, maxima, temperature):
@@ -35,7 +35,8 @@ def weights(scores, maxima, temperature):
 
 
 sampling._weights = weights
-kernels.COLUMNS, kernels.SEARCH_COLUMNS, kernels.ROWS = 512, 128, 4
+# Small, so that few columns and rows are several passes of a program, and several programs.
+kernels.COLUMNS, kernels.SEARCH_COLUMNS, kernels.ROWS = 512, 256, 2
 
 
 class Group:
@@ -55,10 +56,12 @@ class Group:
     def all(self, values):
         self.shared["values"][self._rank] = values.clone()
         self.turn.release()
-        self.shared["barrier"].wait()
-        found = torch.stack(self.shared["values"])
-        self.shared["barrier"].wait()
-        self.turn.acquire()
+        try:
+            self.shared["barrier"].wait()
+            found = torch.stack(self.shared["values"])
+            self.shared["barrier"].wait()
+        finally:
+            self.turn.acquire()
         return found
 
 
@@ -74,49 +77,92 @@ kernels.reduce_over_ranks = reduce_over_ranks
 kernels.of_all_ranks = lambda values, group: values[None] if group is None else group.all(values)
 
 
+def first_with_maximum(ids, maxima, group):
+    if group is None:
+        return ids
+    all_ids, all_maxima = group.all(ids), group.all(maxima)
+    return all_ids.masked_fill(all_maxima != all_maxima.amax(0), 2**60).amin(0)
+
+
+kernels.first_with_maximum = first_with_maximum
+
+
 def drawn(logits, numbers, bounds, how):
-    shared = {"values": [None] * (len(bounds) - 1), "barrier": threading.Barrier(len(bounds) - 1)}
-    results = [None] * (len(bounds) - 1)
+    ranks = len(bounds) - 1
+    shared = {"values": [None] * ranks, "barrier": threading.Barrier(ranks)}
+    results, failures = [None] * ranks, []
 
     def run(rank):
         start, stop = bounds[rank : rank + 2]
-        group = Group(rank, shared) if len(bounds) > 2 else None
+        group = Group(rank, shared) if ranks > 1 else None
         with Group.turn:
-            results[rank] = kernels.sample_tokens(
-                logits[:, start:stop], numbers, vocab_start=start, tp_group=group, **how
-            )
+            try:
+                given = {"vocab_start": start, "tp_group": group, **how}
+                own = logits[:, start:stop]
+                if numbers is None:
+                    results[rank] = kernels.most_probable(own, **given)
+                else:
+                    results[rank] = kernels.sample_tokens(own, numbers, **given)
+            except BaseException as error:
+                failures.append(error)
+                # Those that wait for this one end too.
+                shared["barrier"].abort()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(results))]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
+    if failures:
+        raise failures[0]
     return results
 
 
-kinds = [{}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 40, "top_p": 0.9}, {"top_k": 9000},
-         {"top_p": 1.0}, {"top_k": 1}]
+WHOLE, SPLIT = [0, 600], [0, 250, 251, 600]
+BOTH = {"top_k": 40, "top_p": 0.9}
 checked = 0
-for rows, columns in [(1, 1), (2, 255), (3, 256), (5, 257), (6, 700)]:
-    logits, numbers = problem(rows, columns)
-    for kind in kinds if columns == 700 else kinds[:4]:
-        for temperature in (0.8, 2.0)[: 1 + (not kind)]:
-            how = kind | {"temperature": temperature}
-            expected = sampling.sample_tokens(
-                logits, numbers, vocab_start=0, tp_group=None, **how
-            )
-            splits = [[0, columns]]
-            if columns == 700 and kind in kinds[:4]:
-                splits += [[0, 333, 334, 700]]
-            for bounds in splits:
-                for found in drawn(logits, numbers, bounds, how):
-                    assert torch.equal(found[0], expected[0]), (rows, columns, how)
-                    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-6)
-                checked += 1
+for rows, bounds, how in [
+    # Below, at and above a block, and with several passes of a program.
+    (1, [0, 1], {"temperature": 0.8}),
+    (2, [0, 255], {"temperature": 0.8}),
+    (3, [0, 256], {"temperature": 2.0}),
+    (3, [0, 257], {"temperature": 0.8}),
+    (5, WHOLE, {"temperature": 0.8}),
+    (5, SPLIT, {"temperature": 0.8}),
+    (5, SPLIT, {"temperature": 2.0}),
+    (1, [0, 1], BOTH | {"temperature": 0.8}),
+    (3, [0, 257], {"top_k": 1, "temperature": 0.8}),
+    (3, [0, 257], {"top_k": 9000, "temperature": 0.8}),
+    (3, [0, 257], {"top_p": 1.0, "temperature": 0.8}),
+    (3, WHOLE, {"top_k": 3, "temperature": 0.8}),
+    (3, WHOLE, {"top_p": 0.6, "temperature": 0.8}),
+    (3, WHOLE, BOTH | {"temperature": 0.8}),
+    (2, SPLIT, {"top_k": 3, "temperature": 0.8}),
+    (2, SPLIT, BOTH | {"temperature": 2.0}),
+]:
+    logits, numbers = problem(rows, bounds[-1])
+    expected = sampling.sample_tokens(logits, numbers, vocab_start=0, tp_group=None, **how)
+    for found in drawn(logits, numbers, bounds, how):
+        assert torch.equal(found[0], expected[0]), (rows, bounds, how, found, expected)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-6)
+    checked += 1
+
+for rows, bounds in [(1, [0, 1]), (3, [0, 257]), (5, WHOLE), (5, SPLIT)]:
+    logits, _ = problem(rows, bounds[-1])
+    # The first of equals, in one program's pass and in another's, on one rank and on another.
+    logits[:, bounds[-1] * 2 // 3] = logits[-1, [bounds[-1] - 1, bounds[-1] // 2]] = 30.0
+    how = {"temperature": 0.8}
+    expected = sampling.most_probable(logits, vocab_start=0, tp_group=None, **how)
+    for found in drawn(logits, None, bounds, how):
+        assert torch.equal(found[0], expected[0]), (rows, bounds, found, expected)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-6)
 
 # What is not finite says so; the ids are arbitrary.
 logits, numbers = problem(4, 300)
 logits[0], logits[1, 7], logits[2, 299] = -torch.inf, torch.nan, torch.inf
-[(_, log_probs)] = drawn(logits, numbers, [0, 300], {"temperature": 1.0, "top_p": 0.9})
+[(_, log_probs)] = drawn(logits, numbers, [0, 300], {"temperature": 1.0})
 assert log_probs.isfinite().tolist() == [False, False, False, True]
+[(ids, log_probs)] = drawn(logits, None, [0, 300], {"temperature": 1.0})
+assert log_probs.isfinite().tolist() == [False, False, False, True]
+assert ((ids >= 0) & (ids < 300)).all()
 # A rank that has another uniform number is told so, or tells the one that drew.
 own = kernels.sample_tokens
 
@@ -137,23 +183,9 @@ KINDS = {
     **dict.fromkeys(("logits", "maxima", "log_probs"), "*fp32"),
     **dict.fromkeys(("enough", "reached", "shard_sums", "uniforms", "drawn"), "*fp64"),
     **dict.fromkeys(("least", "kept"), "*i32"),
-    **dict.fromkeys(("block_sums", "tokens"), "*i64"),
+    **dict.fromkeys(("block_sums", "tokens", "ids"), "*i64"),
     "factor": "fp32",
 }
-
-
-def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores fp32 with ties, vanishing ones and -inf, whose rows are not dense, and numbers."""
-    generator = torch.Generator().manual_seed(rows + columns)
-    logits = (4 * torch.randn(rows, columns + 3, generator=generator))[:, :columns]
-    logits[-1] = logits[-1].round()
-    logits[0, columns // 2 :] -= 60 * (columns > 1)
-    logits[rows // 2, : columns * 2 // 3] = -torch.inf
-    numbers = torch.rand(rows, generator=generator, dtype=torch.float64)
-    numbers[-1] = 1 - 2.0**-53
-    # Where whole blocks lie before the first token that may be drawn, too.
-    numbers[[0, rows // 2]] = 0.0
-    return logits, numbers
 
 
 def test_kernels_draw_what_the_plain_path_draws():

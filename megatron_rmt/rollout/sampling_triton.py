@@ -1,4 +1,4 @@
-"""``sample_tokens`` for fp32 scores on a GPU: four launches, whatever the vocabulary and the rows.
+"""Tokens from fp32 scores on a GPU: four launches, whatever the vocabulary and the rows.
 
 A program of a kernel reads the scores of one row. Weights are the whole numbers of ``sampling``,
 so that their sums are exact here too, and the draws the same over any split of the vocabulary; what
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from megatron_rmt.model.head import of_all_ranks, reduce_over_ranks
+from megatron_rmt.model.head import first_with_maximum, of_all_ranks, reduce_over_ranks
 
 _SCALE = tl.constexpr(2.0**34)
 _LEAST_EXPONENT = tl.constexpr(-24.0)
@@ -48,26 +48,14 @@ def sample_tokens(
     """As ``sampling.sample_tokens``."""
     rows, columns = logits.shape
     several = tp_group is not None and tp_group.size() > 1
-    maxima = logits.new_empty(rows)
-    width = min(COLUMNS, max(_BLOCK.value, triton.next_power_of_2(columns)))
-    _maxima[(rows,)](logits, logits.stride(0), columns, maxima, width=width, num_warps=WARPS)
+    maxima, _ = _largest(logits, vocab_start)
     reduce_over_ranks(maxima, ReduceOp.MAX, tp_group)
     scores = logits, logits.stride(0), columns, maxima, 1.0 / temperature
     blocks = triton.cdiv(columns, _BLOCK.value)
     block_sums = torch.empty(rows, blocks, dtype=torch.int64, device=logits.device)
 
     def sums_of_shards(least: Tensor | None) -> Tensor:
-        own = torch.empty_like(uniforms)
-        _sum_blocks[(rows,)](
-            *scores,
-            maxima if least is None else least,
-            block_sums,
-            own,
-            has_least=least is not None,
-            width=width,
-            num_warps=WARPS,
-        )
-        return of_all_ranks(own, tp_group)
+        return of_all_ranks(_sums(scores, least, block_sums), tp_group)
 
     whole = shard_sums = sums_of_shards(None)
     least = None
@@ -114,6 +102,62 @@ def sample_tokens(
     return tokens, log_probs
 
 
+def most_probable(
+    logits: Tensor, *, temperature: float, vocab_start: int, tp_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """As ``sampling.most_probable``."""
+    (rows, columns), factor = logits.shape, 1.0 / temperature
+    own_maxima, ids = _largest(logits, vocab_start)
+    maxima = reduce_over_ranks(own_maxima.clone(), ReduceOp.MAX, tp_group)
+    scores = logits, logits.stride(0), columns, maxima, factor
+    blocks = triton.cdiv(columns, _BLOCK.value)
+    block_sums = torch.empty(rows, blocks, dtype=torch.int64, device=logits.device)
+    total = reduce_over_ranks(_sums(scores, None, block_sums), ReduceOp.SUM, tp_group)
+    # The likeliest token itself weighs 1.
+    log_probs = -(total / _SCALE.value).log()
+    return first_with_maximum(ids, own_maxima, tp_group), log_probs.float()
+
+
+def _width(columns: int) -> int:
+    return min(COLUMNS, max(_BLOCK.value, triton.next_power_of_2(columns)))
+
+
+def _largest(logits: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
+    """The largest score of each row of this shard, and the first token int64 that has it."""
+    rows, columns = logits.shape
+    maxima = logits.new_empty(rows)
+    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    _maxima[(rows,)](
+        logits,
+        logits.stride(0),
+        columns,
+        vocab_start,
+        maxima,
+        ids,
+        width=_width(columns),
+        num_warps=WARPS,
+    )
+    return maxima, ids
+
+
+def _sums(
+    scores: tuple[Tensor, int, int, Tensor, float], least: Tensor | None, block_sums: Tensor
+) -> Tensor:
+    """Sums of this shard's weights fp64 ``[rows]``; those of its blocks in ``block_sums``."""
+    _, _, columns, maxima, _ = scores
+    own = torch.empty(len(maxima), dtype=torch.float64, device=maxima.device)
+    _sum_blocks[(len(maxima),)](
+        *scores,
+        maxima if least is None else least,
+        block_sums,
+        own,
+        has_least=least is not None,
+        width=_width(columns),
+        num_warps=WARPS,
+    )
+    return own
+
+
 def _least_number(
     scores: tuple[Tensor, int, int, Tensor, float],
     enough: Tensor,
@@ -151,17 +195,23 @@ def _least_number(
 
 
 @triton.jit
-def _maxima(logits, stride, columns, maxima, width: tl.constexpr):
-    """The largest score of each row, NaN if one is."""
+def _maxima(logits, stride, columns, vocab_start, maxima, ids, width: tl.constexpr):
+    """The largest score of each row, NaN if one is, and the first token that has it."""
     row = tl.program_id(0)
     lanes = tl.arange(0, width)
     largest = tl.full([width], -float("inf"), tl.float32)
+    first = lanes
     for start in range(0, columns, width):
         at = start + lanes
         z = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < columns, other=-float("inf"))
+        first = tl.where(z > largest, at, first)
         largest = tl.maximum(largest, z, propagate_nan=tl.PropagateNan.ALL)
     is_nan = tl.max((largest != largest).to(tl.int32), 0) > 0
-    tl.store(maxima + row, tl.where(is_nan, float("nan"), tl.max(largest, 0)))
+    maximum = tl.max(largest, 0)
+    tl.store(maxima + row, tl.where(is_nan, float("nan"), maximum))
+    # Where a score is NaN the token is arbitrary, but there is one.
+    column = tl.min(tl.where(largest == maximum, first, columns - 1), 0)
+    tl.store(ids + row, (vocab_start + tl.minimum(column, columns - 1)).to(tl.int64))
 
 
 @triton.jit
