@@ -209,3 +209,17 @@ def test_the_planners_memory_of_a_recipe_is_what_the_allocator_gives_out(
     highest = max(found.values(), key=lambda peak: peak.allocated)
     planned = max(peak.planned for peak in found.values())
     assert planned == pytest.approx(highest.allocated, rel=0.05)
+
+
+def test_a_draw_is_four_launches_and_a_search_a_few_more(null_device: Path):
+    output = device.run(null_device, "tests.null_cuda.draws", [])
+    found = json.loads(output[output.index("{") :].splitlines()[0])
+    for ranks, collectives in (("1", 0), ("2", 3)):
+        own = {kind: of["kernels"] for kind, of in found[ranks].items()}
+        assert own["all"]["launch"] == 4
+        assert own["all"].get("collective", 0) == collectives
+        assert not {"wait", "pageable copy to host", "memset"} & own["both"].keys()
+        assert found[ranks]["all"]["plain"]["launch"] > 50
+        assert found[ranks]["both"]["plain"]["launch"] > 1000
+    assert found["1"]["both"]["kernels"]["launch"] <= 16
+    assert found["2"]["both"]["kernels"]["launch"] <= 36

@@ -3,8 +3,10 @@
 Scores are split over the tensor-parallel ranks; ``algorithm.rng`` gives the numbers for the draws.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -101,11 +103,21 @@ class DecodeHead:
         """A token ``[rows]`` and its log-prob fp32 for each row of ``scores``."""
         how = self.how
         given = {"vocab_start": self.start, "tp_group": self.tp_group}
-        if not how.greedy:
-            given |= {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p}
-            return sample_tokens(scores, uniforms, **given)
-        tokens = greedy_tokens(scores, **given)
-        return tokens, token_log_probs(scores, tokens, temperature=how.temperature, **given)
+        given |= {"temperature": how.temperature}
+        if how.greedy:
+            return most_probable(scores, **given)
+        return sample_tokens(scores, uniforms, top_k=how.top_k, top_p=how.top_p, **given)
+
+
+def _kernels(logits: Tensor) -> ModuleType | None:
+    """``sampling_triton`` for fp32 scores on a GPU with Triton, else None: torch's operations."""
+    if not (
+        logits.is_cuda and logits.dtype == torch.float32 and importlib.util.find_spec("triton")
+    ):
+        return None
+    from megatron_rmt.rollout import sampling_triton
+
+    return sampling_triton
 
 
 def _row_chunks(scores: Tensor) -> Iterator[slice]:
@@ -255,6 +267,17 @@ def sample_tokens(
     if rows == 0:
         nothing = torch.empty(0, device=logits.device)
         return nothing.long(), nothing
+    kernels = _kernels(logits)
+    if kernels is not None:
+        return kernels.sample_tokens(
+            logits,
+            uniforms,
+            temperature=temperature,
+            vocab_start=vocab_start,
+            tp_group=tp_group,
+            top_k=top_k,
+            top_p=top_p,
+        )
 
     # First level: the cumulative sum over blocks, of the tokens that may be drawn.
     maxima = reduce_over_ranks(logits.amax(1), ReduceOp.MAX, tp_group)
@@ -320,6 +343,18 @@ def greedy_tokens(logits: Tensor, *, vocab_start: int, tp_group: ProcessGroup | 
         int64 [rows] global token ids, equal on all ranks.
     """
     return first_with_maximum(logits.argmax(1) + vocab_start, logits.amax(1), tp_group)
+
+
+def most_probable(
+    logits: Tensor, *, temperature: float, vocab_start: int, tp_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """``greedy_tokens`` and their log-probs fp32 under softmax(logits / temperature)."""
+    shard = {"vocab_start": vocab_start, "tp_group": tp_group}
+    kernels = _kernels(logits) if len(logits) else None
+    if kernels is not None:
+        return kernels.most_probable(logits, temperature=temperature, **shard)
+    tokens = greedy_tokens(logits, **shard)
+    return tokens, token_log_probs(logits, tokens, temperature=temperature, **shard)
 
 
 def token_log_probs(
