@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rmt.model.gpt import named_parameters
-
 
 def save_problem(save: str | None) -> str | None:
     """One sentence if checkpoints could not be written: tried now, not after the first hours."""
@@ -75,6 +73,9 @@ def refuse_what_is_not_finite(model: list[torch.nn.Module], optimizer: Any, iter
 
 def _saved(model: list[torch.nn.Module], optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     """The floating-point tensors of a rank that a checkpoint would hold, by name."""
+    # ``console`` reads this module before Megatron, whose warnings it leaves out, is imported.
+    from megatron_rmt.model.gpt import named_parameters
+
     for name, own in named_parameters(model):
         if own.numel():
             yield name, own.detach()
