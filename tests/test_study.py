@@ -74,6 +74,7 @@ def measured(rights: list[list[int]]) -> Measured:
         ({"colour": "red"}, "'colour' is unknown"),
         ({"arms": {"plain": "--flag"}}, "arms: plain: '--flag' must be a mapping with flags"),
         ({"arms": {"plain": {"flags": "", "colour": 1}}}, "arms: plain: 'colour' is unknown"),
+        ({"arms": {"a/b": {"flags": ""}}}, "arms: a/b is no name of a file; leave out the /."),
         ({"arms": {"plain": {"flags": 1}}}, "arms: plain: flags is 1; it must be a str"),
         (
             {"arms": {"plain": {"flags": "", "from": "RMT"}, "RMT": {"flags": ""}}},

@@ -6,7 +6,6 @@ Runs on the device of ``device.run``; two tensor-parallel ranks, of which this i
 one alone; with the kernels and by the plain path.
 """
 
-import importlib.util
 import json
 import os
 import sys
@@ -50,8 +49,8 @@ def main() -> None:
         for kind, how in KINDS.items():
             own = found.setdefault(name, {}).setdefault(kind, {})
             for path in ("kernels", "plain"):
-                triton = importlib.util.find_spec("triton") if path == "kernels" else None
-                with mock.patch("importlib.util.find_spec", return_value=triton):
+                kernels = sampling._triton() if path == "kernels" else None
+                with mock.patch.object(sampling, "_triton", return_value=kernels):
                     own[path] = _events(scores, uniforms, group, how)
     print(json.dumps(found))
     sys.stdout.flush()
