@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.model import tree_attention
-from megatron_rmt.model.blocks import Block, ancestry, position_block
+from megatron_rmt.model.blocks import Block, ancestry, keys_of_rows, position_block
 from megatron_rmt.model.lse_attention import LseAttention
 from megatron_rmt.model.tree_attention import (
     BACKENDS,
@@ -138,6 +139,7 @@ def test_visibility_is_that_of_every_row_written_out(tree):
     blocks, rows = TREES[tree], torch.arange(_tokens(TREES[tree]))
     visible = _brute_force(blocks)
     assert torch.equal(ancestry(blocks)(rows[:, None], rows), visible)
+    assert torch.equal(keys_of_rows(blocks), visible.sum(1))
 
 
 @pytest.mark.parametrize("branches", [[3, 2], [0, 1, 4], [0, 0], []])
@@ -166,6 +168,40 @@ def test_the_forward_of_flex_equals_dense_attention(tree):
     blocks, inputs = TREES[tree], _inputs(_tokens(TREES[tree]))
     output = FlexAttention(blocks)(*inputs, SCALE)
     assert max(_errors([output], [_dense(*inputs, _brute_force(blocks))])) < 1e-14
+
+
+def _parts(tokens: int) -> list[list[slice]]:
+    """In two parts, in three of which one is empty, and one row each."""
+    ends = [[0, tokens // 2, tokens], [0, tokens // 3, tokens // 3, tokens], [*range(tokens + 1)]]
+    return [[slice(*own) for own in itertools.pairwise(of)] for of in ends if len(of) < 50]
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("backend", ["sdpa", "lse"])
+def test_parts_of_the_rows_together_are_the_whole(backend: str, tree: str):
+    """As context-parallel ranks compute them: the gradients of keys and values add up."""
+    blocks, inputs = TREES[tree], _inputs(_tokens(TREES[tree]))
+    for parts in _parts(_tokens(blocks)):
+        attentions = [BACKENDS[backend](blocks, rows) for rows in parts]
+
+        def attend(
+            query: Tensor, key: Tensor, value: Tensor, parts=parts, attentions=attentions
+        ) -> Tensor:
+            own = zip(parts, attentions, strict=True)
+            return torch.cat([one(query[rows], key, value, SCALE) for rows, one in own])
+
+        result = _with_gradients(attend, inputs, torch.float64)
+        errors = _errors(result, _reference(blocks, inputs))
+        assert max(errors) < 1e-14, (parts, errors)
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_the_forward_of_flex_on_parts_of_the_rows_is_the_whole(tree: str):
+    blocks, inputs = TREES[tree], _inputs(_tokens(TREES[tree]))
+    expected = _dense(*inputs, _brute_force(blocks))
+    for parts in _parts(_tokens(blocks))[:2]:
+        found = [FlexAttention(blocks, own)(inputs[0][own], *inputs[1:], SCALE) for own in parts]
+        assert max(_errors([torch.cat(found)], [expected])) < 1e-14
 
 
 @pytest.mark.parametrize("tree", ["ragged", "long"])

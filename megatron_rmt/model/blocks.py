@@ -5,7 +5,7 @@ see all rows of their ancestors (a stem its trunk, a branch its trunk and its st
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,12 @@ class Block:
     def stem_limit(self) -> int:
         """The row after the causal segment: the first row of the first branch."""
         return self.limit - sum(self.branches)
+
+    def segments(self) -> Iterator[tuple[int, int]]:
+        """(first, limit) rows of the causal segment and of each branch, in order."""
+        yield self.first, self.stem_limit
+        ends = itertools.accumulate(self.branches, initial=self.stem_limit)
+        yield from itertools.pairwise(ends)
 
 
 def position_block(
@@ -65,9 +71,9 @@ def ancestry(blocks: Sequence[Block], device: torch.device | None = None) -> See
     """
     ends, segments, spans = [], [], []
     for block in blocks:
-        _, *branch_ends = itertools.accumulate(block.branches, initial=block.stem_limit)
-        ends += [block.limit, *branch_ends]
-        segments += [block.stem_limit - block.first, *block.branches]
+        _, *branches = block.segments()
+        ends += [block.limit, *(limit for _, limit in branches)]
+        segments += [limit - first for first, limit in block.segments()]
         spans.append((block.limit - block.first, block.trunk_first, block.trunk_limit))
 
     def of_rows(values: Sequence[int] | Tensor, rows: Sequence[int] | Tensor) -> Tensor:
@@ -83,6 +89,30 @@ def ancestry(blocks: Sequence[Block], device: torch.device | None = None) -> See
         return inside | ((trunk_first[query] <= key) & (key < trunk_limit[query]))
 
     return sees
+
+
+def rows_or_all(rows: slice | None, blocks: Sequence[Block]) -> slice:
+    """``rows``, or those of all ``blocks``."""
+    return slice(0, blocks[-1].limit if blocks else 0) if rows is None else rows
+
+
+def clipped(first: int, limit: int, rows: slice) -> tuple[int, int] | None:
+    """What of the rows ``[first, limit)`` is among ``rows``; None if nothing is."""
+    first, limit = max(first, rows.start), min(limit, rows.stop)
+    return (first, limit) if first < limit else None
+
+
+def keys_of_rows(blocks: Sequence[Block]) -> Tensor:
+    """How many rows each row of ``blocks`` sees, itself included: ``[rows]`` int64, on the CPU."""
+    ancestors, lengths = [], []
+    for block in blocks:
+        trunk, stem = block.trunk_limit - block.trunk_first, block.stem_limit - block.first
+        ancestors += [trunk, *[trunk + stem] * len(block.branches)]
+        lengths += [limit - first for first, limit in block.segments()]
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    # Of each segment, less the rows before it, which counting on through all of them adds.
+    before = torch.tensor(ancestors, dtype=torch.int64) - (sizes.cumsum(0) - sizes)
+    return before.repeat_interleave(sizes) + torch.arange(1, sum(lengths) + 1)
 
 
 def _batch(rows: Tensor) -> Tensor:

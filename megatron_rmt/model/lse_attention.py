@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_rmt.model.blocks import Block, _batch
+from megatron_rmt.model.blocks import Block, _batch, clipped, rows_or_all
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -18,7 +18,7 @@ _ROWS_FOR_BF16, _ROWS_FOR_BF16_CAUSAL = 768, 256
 
 @dataclass(frozen=True)
 class _Run:
-    """``count`` neighbouring segments of ``length`` rows each, from row ``first`` on."""
+    """``count`` neighbouring segments of ``length`` rows each, from the own row ``first`` on."""
 
     first: int
     length: int
@@ -32,7 +32,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Context:
-    """Rows ``[first, limit)`` see all rows of ``ancestors``, spans ``(first, limit)``."""
+    """The own rows ``[first, limit)`` see all rows of ``ancestors``, spans ``(first, limit)``."""
 
     first: int
     limit: int
@@ -50,37 +50,43 @@ class _Context:
             rows[first:limit] += part
 
 
-def _runs(blocks: Sequence[Block]) -> list[_Run]:
+def _runs(blocks: Sequence[Block], rows: slice) -> list[_Run]:
     runs: list[_Run] = []
-    for block in blocks:
-        first = block.first
-        for length in (block.stem_limit - block.first, *block.branches):
-            last = runs[-1] if runs else None
-            if last and last.length == length:
-                runs[-1] = _Run(last.first, length, last.count + 1)
-            elif length:
-                runs.append(_Run(first, length, 1))
-            first += length
+    for segment in (segment for block in blocks for segment in block.segments()):
+        own = clipped(*segment, rows)
+        if own is None:
+            continue
+        length, last = own[1] - own[0], runs[-1] if runs else None
+        if last and last.length == length:
+            runs[-1] = _Run(last.first, length, last.count + 1)
+        else:
+            runs.append(_Run(own[0] - rows.start, length, 1))
     return runs
 
 
-def _contexts(blocks: Sequence[Block]) -> list[_Context]:
+def _contexts(blocks: Sequence[Block], rows: slice) -> list[_Context]:
     contexts = []
     for block in blocks:
         trunk, stem = (block.trunk_first, block.trunk_limit), (block.first, block.stem_limit)
-        for rows, ancestors in ((stem, [trunk]), ((block.stem_limit, block.limit), [trunk, stem])):
-            seen = tuple(span for span in ancestors if span[1] > span[0])
-            if seen and rows[1] > rows[0]:
-                contexts.append(_Context(*rows, seen))
+        seen = [(stem, [trunk]), ((block.stem_limit, block.limit), [trunk, stem])]
+        # The rows of a segment that another rank begins see what that one holds of it.
+        cut = (own for own in block.segments() if own[0] < rows.start < own[1])
+        seen += [(segment, [(segment[0], rows.start)]) for segment in cut]
+        for segment, spans in seen:
+            ancestors = tuple(span for span in spans if span[1] > span[0])
+            own = clipped(*segment, rows)
+            if ancestors and own:
+                contexts.append(_Context(*(row - rows.start for row in own), ancestors))
     return contexts
 
 
 class LseAttention:
     """Unmasked flash attention of each part, merged by log-sum-exp; CPU, fp32, fp64 and bf16."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], rows: slice | None = None) -> None:
         self.blocks = blocks
-        self._parts = _runs(blocks), _contexts(blocks)
+        own = rows_or_all(rows, blocks)
+        self._parts = own, _runs(blocks, own), _contexts(blocks, own)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return _MergedParts.apply(query, key, value, *self._parts, scale)
@@ -97,14 +103,16 @@ class _MergedParts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, runs, contexts, scale):
+    def forward(ctx, query, key, value, own, runs, contexts, scale):
         wide = torch.promote_types(query.dtype, torch.float32)
         output = torch.empty_like(query, dtype=wide, memory_format=torch.contiguous_format)
         lse = query.new_empty(query.shape[:2], dtype=wide)
+        of_own_rows = query, key[own], value[own]
         for run in runs:
-            own, own_lse = _flash(run.of(query), run.of(key), run.of(value), 0.0, True, scale=scale)
-            run.of(output).copy_(own)
-            run.of(lse[..., None]).copy_(own_lse[..., None])
+            inputs = (run.of(x) for x in of_own_rows)
+            part, part_lse = _flash(*inputs, 0.0, True, scale=scale)
+            run.of(output).copy_(part)
+            run.of(lse[..., None]).copy_(part_lse[..., None])
         for context in contexts:
             rows = slice(context.first, context.limit)
             keys, values = context.keys(key), context.keys(value)
@@ -119,21 +127,23 @@ class _MergedParts(torch.autograd.Function):
             merged_lse.copy_(torch.logaddexp(merged_lse, part_lse))
         output = output.to(query.dtype)
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.parts = runs, contexts, scale
+        ctx.parts = own, runs, contexts, scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         query, key, value, output, lse = ctx.saved_tensors
-        runs, contexts, scale = ctx.parts
+        own, runs, contexts, scale = ctx.parts
         gradients = [
-            torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)
+            torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)
         ]
+        of_own_rows = gradients[0], gradients[1][own], gradients[2][own]
+        inputs = gradient, query, key[own], value[own], output
         for run in runs:
-            parts = (run.of(x) for x in (gradient, query, key, value, output))
+            parts = (run.of(x) for x in inputs)
             shares = _part_backward(*parts, run.of(lse[..., None])[..., 0], True, scale)
-            for total, share in zip(gradients, shares, strict=True):
+            for total, share in zip(of_own_rows, shares, strict=True):
                 run.of(total).copy_(share)
         heads = key.shape[1]
         for context in contexts:
@@ -153,7 +163,7 @@ class _MergedParts(torch.autograd.Function):
             context.add(gradients[1], of_key[0].transpose(0, 1))
             context.add(gradients[2], of_value[0].transpose(0, 1))
         of_query, of_key, of_value = (x.to(query.dtype) for x in gradients)
-        return of_query, of_key, of_value, None, None, None
+        return of_query, of_key, of_value, None, None, None, None
 
 
 def _part_backward(

@@ -1,6 +1,7 @@
 """Attention of the update's tree: three ways to compute what ``blocks`` says each row sees.
 
-Each backend is made from the blocks of one micro-batch and called once per layer:
+Each backend is made from the blocks of one micro-batch and called once per layer, for all rows or,
+where context-parallel ranks share them (``context_parallel``), for neighbouring ones:
 
 ``sdpa``  one scaled-dot-product call per block with a dense mask; any device, torch's autograd.
 ``lse``   flash attention without masks on the CPU: each row on its own segment, causally, and on
@@ -22,42 +23,47 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from megatron_rmt.model.blocks import Block, Sees, _batch, ancestry
+from megatron_rmt.model.blocks import Block, Sees, _batch, ancestry, clipped, rows_or_all
 from megatron_rmt.model.lse_attention import LseAttention
 
 
 class TreeAttention(Protocol):
-    """Attention over the blocks of one micro-batch."""
+    """Attention of ``rows``, all by default, over the blocks of one micro-batch."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None: ...
+    def __init__(self, blocks: Sequence[Block], rows: slice | None = None) -> None: ...
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """``query`` ``[tokens, heads, dim]`` over ``key`` and ``value`` ``[tokens, kv heads, dim]``
-        of one layer: ``[tokens, heads, dim]``, differentiable in all three."""
+        """``query`` ``[own rows, heads, dim]`` over ``key`` and ``value`` of one layer
+        ``[tokens, kv heads, dim]``: ``[own rows, heads, dim]``, differentiable in all three."""
         ...
 
 
 class SdpaAttention:
     """One ``scaled_dot_product_attention`` call per block, on its trunk's rows and its own."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], rows: slice | None = None) -> None:
         self.blocks = blocks
+        self._rows = rows_or_all(rows, blocks)
         self._sees: Sees | None = None
         self._masks: dict[Block, Tensor] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         outputs = [query[:0]]
         for block in self.blocks:
-            rows = slice(block.first, block.limit)
-            keys, values = key[rows], value[rows]
+            own = clipped(block.first, block.limit, self._rows)
+            if own is None:
+                continue
+            rows = query[own[0] - self._rows.start : own[1] - self._rows.start]
+            seen = slice(block.first, own[1])
+            keys, values = key[seen], value[seen]
             if block.trunk_limit > block.trunk_first:
                 trunk = slice(block.trunk_first, block.trunk_limit)
                 keys = torch.cat([key[trunk], keys])
                 values = torch.cat([value[trunk], values])
-            mask = self._mask(block, query.device)
+            mask = self._mask(block, own, query.device)
             with _kernels(query.device):
                 output = F.scaled_dot_product_attention(
-                    _batch(query[rows]),
+                    _batch(rows),
                     _batch(keys),
                     _batch(values),
                     attn_mask=mask,
@@ -68,15 +74,17 @@ class SdpaAttention:
             outputs.append(output[0].transpose(0, 1))
         return torch.cat(outputs)
 
-    def _mask(self, block: Block, device: torch.device) -> Tensor | None:
-        """``[rows, trunk rows + rows]`` bool, None where plainly causal. All layers need it."""
-        if not block.branches and block.trunk_limit == block.trunk_first:
+    def _mask(self, block: Block, own: tuple[int, int], device: torch.device) -> Tensor | None:
+        """``[own rows, trunk rows + rows]`` bool, None where plainly causal. All layers need it."""
+        whole = own[0] == block.first
+        if whole and not block.branches and block.trunk_limit == block.trunk_first:
             return None
         if block not in self._masks:
             trunk = torch.arange(block.trunk_first, block.trunk_limit, device=device)
-            own = torch.arange(block.first, block.limit, device=device)
+            keys = torch.cat([trunk, torch.arange(block.first, own[1], device=device)])
             sees = self._sees or ancestry(self.blocks, device)
-            self._sees, self._masks[block] = sees, sees(own[:, None], torch.cat([trunk, own]))
+            rows = torch.arange(*own, device=device)
+            self._sees, self._masks[block] = sees, sees(rows[:, None], keys)
         return self._masks[block]
 
 
@@ -97,24 +105,25 @@ class FlexAttention:
     anew for one row and for less than a block, on one rank while the others wait.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], rows: slice | None = None) -> None:
         self.blocks = blocks
+        self._rows = rows
         self._mask: BlockMask | None = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        tokens = len(query)
-        padding = -tokens % _FLEX_BLOCK
-        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (query, key, value))
+        count, tokens = len(query), len(key)
+        if not count:
+            return query
+        query, key, value = (
+            F.pad(x, (0, 0, 0, 0, 0, -len(x) % _FLEX_BLOCK)) for x in (query, key, value)
+        )
         if self._mask is None:
-            blocks = [*self.blocks, Block(tokens, tokens + padding)] if padding else self.blocks
+            padded = len(key) > tokens
+            blocks = [*self.blocks, Block(tokens, len(key))] if padded else self.blocks
             sees = ancestry(blocks, query.device)
-
-            def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                return sees(query, key)
-
+            visible = _visible(sees) if self._rows is None else _visible_to(self._rows, sees, query)
             make = _compiled(create_block_mask) if query.is_cuda else create_block_mask
-            rows = tokens + padding
-            self._mask = make(visible, None, None, rows, rows, device=query.device)
+            self._mask = make(visible, None, None, len(query), len(key), device=query.device)
         attend = _compiled(flex_attention) if query.is_cuda else flex_attention
         output = attend(
             _batch(query),
@@ -125,7 +134,25 @@ class FlexAttention:
             enable_gqa=query.shape[1] != key.shape[1],
             kernel_options=FLEX_OPTIONS if query.is_cuda else None,
         )
-        return output[0, :, :tokens].transpose(0, 1)
+        return output[0, :, :count].transpose(0, 1)
+
+
+def _visible(sees: Sees) -> Callable[..., Tensor]:
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(query, key)
+
+    return visible
+
+
+def _visible_to(rows: slice, sees: Sees, like: Tensor) -> Callable[..., Tensor]:
+    """For queries that count from the first of ``rows``; padding sees what the last one does."""
+    # Tensors, as numbers would be compiled in.
+    first, last = torch.tensor([rows.start, rows.stop - 1], device=like.device)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(torch.minimum(first + query, last), key)
+
+    return visible
 
 
 # Rows and keys of a block of FlexAttention's masks.

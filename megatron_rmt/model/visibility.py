@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_rmt.model.blocks import Block
+from megatron_rmt.model.context_parallel import RowSplit, alone, gather_keys
 from megatron_rmt.model.tree_attention import TreeAttention, backend_for
 
 # Megatron caches one rotary table per requested length: ask for few different lengths.
@@ -50,6 +51,7 @@ class Visibility(PackedSeqParams):
         self.qkv_format = "sbhd"
         self.max_seqlen_q = -(-longest // ROTARY_TABLE_STEP) * ROTARY_TABLE_STEP
         self.max_seqlen_kv = self.max_seqlen_q
+        self.cp_group = alone()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of ``query`` ``[tokens, heads, dim]`` over ``key``, ``value``
@@ -61,17 +63,22 @@ class Visibility(PackedSeqParams):
 class TreeVisibility(Visibility):
     """The update's visibility: documents and chosen positions, a few integers for each.
 
-    blocks: cover the rows ``[0, tokens)`` in order. attention: a name of ``--rmt-attention``.
+    blocks: cover the rows of the packed sequence in order. attention: a name of
+    ``--rmt-attention``. split: where context-parallel ranks share these rows, else None.
     """
 
     blocks: tuple[Block, ...] = ()
     attention: str = "auto"
+    split: RowSplit | None = None
     _backend: TreeAttention | None = field(default=None, init=False, repr=False, compare=False)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         # What a backend prepares from the blocks serves all layers, and recomputed ones.
         if self._backend is None or self._backend.blocks is not self.blocks:
-            self._backend = backend_for(self.attention, query.device)(self.blocks)
+            rows = None if self.split is None else self.split.own
+            self._backend = backend_for(self.attention, query.device)(self.blocks, rows)
+        if self.split is not None:
+            query, key, value = gather_keys(query, key, value, self.split)
         return self._backend(query, key, value, scale)
 
 
