@@ -27,6 +27,8 @@ from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.mid_training import MidTraining, positions_drawn
+from megatron_rmt.model.blocks import Block
+from megatron_rmt.model.context_parallel import RowSplit, balanced_bounds, context_parallel_group
 from megatron_rmt.rollout.generate import RolloutSettings, StoppedError, generate
 from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
@@ -60,7 +62,14 @@ from megatron_rmt.update.report import (
 )
 from megatron_rmt.update.reserve import keep_differing
 from megatron_rmt.update.scoring import bytes_before, gather_evidence, score
-from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, Tree, grow_tree, pad_tree
+from megatron_rmt.update.tree import (
+    ChosenPosition,
+    ReasonedSample,
+    Tree,
+    grow_tree,
+    pad_tree,
+    part_of_tree,
+)
 from megatron_rmt.update.truth import log_probs_of_truth
 from megatron_rmt.update.warm_up import response_from_text, true_target
 from megatron_rmt.update.weights import loss_weights
@@ -469,7 +478,6 @@ def _grow(
         )
         for own in micro_batches
     ]
-    trees = _aligned(run.args, trees)
     totals = torch.tensor(
         [
             float(sum(len(own.positions) for own in micro_batches)),
@@ -479,12 +487,23 @@ def _grow(
     ).to(run.policy.device)
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
     positions, ntp_tokens, telling = totals.tolist()
-    slots = float(len(micro_batches) * parallel_state.get_data_parallel_world_size())
+    weights = [
+        loss_weights(own.positions, tree, positions, ntp_tokens, schedule)
+        for own, tree in zip(micro_batches, trees, strict=True)
+    ]
+    # What this rank computes of them: all, or its part of the rows.
+    parts = trees
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    if context_parallel_group() is not None:
+        held = [part_of_tree(tree, _split(run, tree.visibility.blocks)) for tree in trees]
+        parts = [part for part, _ in held]
+        weights = [of.at(own) for of, (_, own) in zip(weights, held, strict=True)]
+    parts = _aligned(run.args, parts)
+    slots = float(len(micro_batches) * ranks)
     updates = []
-    for own, tree in zip(micro_batches, trees, strict=True):
-        weights = loss_weights(own.positions, tree, positions, ntp_tokens, schedule)
-        own.metrics |= size_metrics(own.reasoned, tree, settings.max_tokens, slots)
-        updates.append(Update(tree, weights, own.metrics, reasoned=own.reasoned))
+    for own, tree, part, of in zip(micro_batches, trees, parts, weights, strict=True):
+        own.metrics |= size_metrics(own.reasoned, tree, part, settings.max_tokens, slots)
+        updates.append(Update(part, of, own.metrics, reasoned=own.reasoned))
     loss = LossSettings(
         ntp_coefficient=0.0 if settings.no_ntp else settings.ntp_coefficient,
         temperature=settings.temperature,
@@ -495,6 +514,14 @@ def _grow(
         loss=run.loss,
     )
     return updates, loss, idle_reason(positions, ntp_tokens, telling, schedule.warm_up)
+
+
+def _split(run: MidTraining, blocks: Sequence[Block]) -> RowSplit:
+    """How context-parallel ranks share the rows of ``blocks``: by the operations of the layers."""
+    group = context_parallel_group()
+    cost = tree_cost(run.policy.model.config, run.policy.vocab_size)
+    bounds = balanced_bounds(blocks, group.size(), row_cost=cost.token, pair_cost=cost.pair)
+    return RowSplit(bounds, group)
 
 
 def idle_reason(positions: float, ntp_tokens: float, telling: float, warm_up: bool) -> str | None:
@@ -523,7 +550,9 @@ def _aligned(args: Namespace, trees: list[Tree]) -> list[Tree]:
         multiple *= 128
     longest = max(tree.tokens.shape[0] for tree in trees)
     same = parallel_state.get_pipeline_model_parallel_world_size() > 1
+    # A rank that holds no row of a tree has one of padding.
+    rows = [max(1, longest if same else tree.tokens.shape[0]) for tree in trees]
     return [
-        pad_tree(tree, -(-(longest if same else tree.tokens.shape[0]) // multiple) * multiple)
-        for tree in trees
+        pad_tree(tree, -(-count // multiple) * multiple)
+        for tree, count in zip(trees, rows, strict=True)
     ]

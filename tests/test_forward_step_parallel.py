@@ -1,5 +1,6 @@
 """The tree step over tensor- and pipeline-parallel ranks: gradients of the naive single process."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
 
+from megatron_rmt.model.context_parallel import RowSplit, balanced_bounds
 from megatron_rmt.model.visibility import attach_tree_attention
-from megatron_rmt.update.forward_step import make_forward_step
-from megatron_rmt.update.tree import pad_tree
+from megatron_rmt.update.forward_step import Update, make_forward_step
+from megatron_rmt.update.tree import pad_tree, part_of_tree
 from tests import test_forward_step as step
 from tests.distributed import run_distributed, single_process_megatron
 from tests.tiny_model import build_model
@@ -25,10 +27,11 @@ Named = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks divide the model. chunks: of a rank, with virtual pipeline stages. padding:
-    rows appended to every tree."""
+    """How the ranks divide the model. context: ranks that share each tree. chunks: of a rank, with
+    virtual pipeline stages. padding: rows appended to every tree, or to every part of one."""
 
     tensor: int = 1
+    context: int = 1
     pipeline: int = 1
     chunks: int = 1
     sequence_parallel: bool = False
@@ -37,7 +40,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline
+        return self.tensor * self.context * self.pipeline
 
     @property
     def layers(self) -> int:
@@ -80,7 +83,11 @@ def _rank_gradients(layout: Layout, attention: str, weights: Named) -> list[Name
     interleaved = layout.chunks > 1
     virtual = layout.chunks if interleaved else None
     parallel_state.initialize_model_parallel(
-        layout.tensor, layout.pipeline, virtual, create_gloo_process_groups=False
+        layout.tensor,
+        layout.pipeline,
+        virtual,
+        context_parallel_size=layout.context,
+        create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     if layout.sequence_parallel:
@@ -92,6 +99,7 @@ def _rank_gradients(layout: Layout, attention: str, weights: Named) -> list[Name
     stage = parallel_state.get_pipeline_model_parallel_rank()
     changes: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tensor,
+        "context_parallel_size": layout.context,
         "pipeline_model_parallel_size": layout.pipeline,
         "pipeline_dtype": torch.float64,
         "sequence_parallel": layout.sequence_parallel,
@@ -115,10 +123,14 @@ def _rank_gradients(layout: Layout, attention: str, weights: Named) -> list[Name
         model.load_state_dict(_own_part(weights, layout, tensor_rank, place), strict=False)
         attach_tree_attention(model)
         chunks.append(model.train())
-    updates = step._updates(_batches(attention, layout.padding), torch.float64, warm_up=False)
-    rows = len(updates[0].tree.tokens)
+    padding = 0 if layout.context > 1 else layout.padding
+    updates = step._updates(_batches(attention, padding), torch.float64, warm_up=False)
+    settings = step._loss_settings(updates)
+    if layout.context > 1:
+        updates = [_own_rows(update, layout) for update in updates]
+    rows = len(updates[0].tree.tokens) * layout.context
     get_forward_backward_func()(
-        forward_step_func=make_forward_step(step._loss_settings(updates)),
+        forward_step_func=make_forward_step(settings),
         data_iterator=[iter(updates) for _ in chunks] if interleaved else iter(updates),
         model=chunks if interleaved or layout.pipeline == 1 else chunks[0],
         num_microbatches=len(updates),
@@ -131,8 +143,28 @@ def _rank_gradients(layout: Layout, attention: str, weights: Named) -> list[Name
         for own in gradients:
             for name in own:
                 if "norm" in name:
-                    torch.distributed.all_reduce(own[name])
+                    group = parallel_state.get_tensor_model_parallel_group()
+                    torch.distributed.all_reduce(own[name], group=group)
+    for own in gradients if layout.context > 1 else []:
+        for gradient in own.values():
+            group = parallel_state.get_context_parallel_group()
+            torch.distributed.all_reduce(gradient, group=group)
     return gradients
+
+
+def _own_rows(update: Update, layout: Layout) -> Update:
+    """This context-parallel rank's part of one micro-batch. Pipeline stages want parts of one
+    size."""
+    group, tree = parallel_state.get_context_parallel_group(), update.tree
+    costs = {"row_cost": 1000, "pair_cost": 10}
+    split = RowSplit(balanced_bounds(tree.visibility.blocks, group.size(), **costs), group)
+    part, held = part_of_tree(tree, split)
+    rows = max(split.sizes) + layout.padding
+    if layout.sequence_parallel:
+        rows += -rows % layout.tensor
+    return dataclasses.replace(
+        update, tree=pad_tree(part, rows), predictions=update.predictions.at(held)
+    )
 
 
 def _batches(attention: str, padding: int = 0) -> list[step.MicroBatch]:
@@ -158,6 +190,11 @@ LAYOUTS = {
     "PP2": Layout(pipeline=2),
     "PP2, full recompute": Layout(pipeline=2, recompute=True),
     "PP2, full recompute, padding": Layout(pipeline=2, recompute=True, padding=5),
+    "CP2": Layout(context=2),
+    "CP3, padding": Layout(context=3, padding=3),
+    "CP2, full recompute": Layout(context=2, recompute=True),
+    "TP2 x CP2, sequence parallel": Layout(tensor=2, context=2, sequence_parallel=True),
+    "CP2 x PP2": Layout(context=2, pipeline=2, padding=4),
     "PP2 with two chunks": Layout(pipeline=2, chunks=2),
     "PP2 with two chunks, full recompute": Layout(pipeline=2, chunks=2, recompute=True),
 }
@@ -169,12 +206,12 @@ def test_gradients_equal_one_sequence_at_a_time_in_one_process(layout, attention
     chosen = LAYOUTS[layout]
     weights, reference = _weights_and_gradients(chosen.layers)
     # Sequence parallelism divides the rows.
-    if chosen.sequence_parallel:
+    if chosen.sequence_parallel and chosen.context == 1:
         chosen = Layout(**{**vars(chosen), "padding": 8 + _rows() % 2})
     ranks = run_distributed(chosen.ranks, _rank_gradients, chosen, attention, weights)
     seen = 0
     for rank, gradients in enumerate(ranks):
-        stage, tensor_rank = divmod(rank, chosen.tensor)
+        stage, tensor_rank = rank // (chosen.tensor * chosen.context), rank % chosen.tensor
         for number, own in enumerate(gradients):
             place = number * chosen.pipeline + stage
             expected = _own_part(reference, chosen, tensor_rank, place)

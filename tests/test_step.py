@@ -317,7 +317,7 @@ def test_every_token_of_a_tree_is_counted_once():
     of = scored()
     of.reasoned[0].positions[1].stem = [2, 3, 4]
     tree = _grow(of)
-    metrics = size_metrics(of.reasoned, pad_tree(tree, 128), None, 4.0)
+    metrics = size_metrics(of.reasoned, tree, pad_tree(tree, 128), None, 4.0)
     lengths = [len(rollout) for sample in of.reasoned for rollout in sample.rollouts]
     assert metrics["rmt trunk tokens"] == (sum(len(s.sample) for s in of.reasoned), 0.25)
     assert metrics["rmt stem tokens"] == (1 + 3, 0.25)
@@ -349,14 +349,14 @@ def test_padding_and_tokens_above_the_limit_are_reported():
     tree = _grow(of)
     tokens = tree.visibility.tokens
     padded = pad_tree(tree, tokens + 28)
-    unlimited = size_metrics(of.reasoned, padded, None, 4.0)
+    unlimited = size_metrics(of.reasoned, padded, padded, None, 4.0)
     assert unlimited["rmt padding"] == (28, tokens + 28)
     assert unlimited["rmt tokens above limit"] == (0, 1)
-    limited = size_metrics(of.reasoned, padded, tokens - 3, 4.0)
+    limited = size_metrics(of.reasoned, padded, padded, tokens - 3, 4.0)
     assert limited["rmt tokens above limit"] == (3, 1)
 
     grown = grow_tree([], longest_position=200, device=torch.device("cpu"))
-    empty = size_metrics([], grown, 5, 4.0)
+    empty = size_metrics([], grown, grown, 5, 4.0)
     assert empty["rmt padding"] == (1, 1)
     assert empty["rmt tokens above limit"] == (0, 1)
     assert [count for name, (count, _) in empty.items() if name.endswith("tokens")] == [0, 0, 0]

@@ -55,8 +55,8 @@ class Predictions(NamedTuple):
         padded = (torch.cat([on_trunk, values]) for values in of_responses)
         return cls(torch.cat([ntp, on_responses]), *padded)
 
-    def at(self, rows: slice) -> Self:
-        """Those of ``rows`` alone."""
+    def at(self, rows: slice | Tensor) -> Self:
+        """Those of ``rows`` alone, a slice or ``[predictions]`` bool."""
         return Predictions(*(values[rows] for values in self))
 
 

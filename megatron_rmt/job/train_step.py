@@ -254,7 +254,8 @@ def _for_trees(
     After it, so before the optimizer's step, the log-probs are compared with those of the rollouts,
     and all numbers must be finite.
     """
-    length = updates[0].tree.tokens.shape[0]
+    # Megatron divides it by the context-parallel ranks.
+    length = updates[0].tree.tokens.shape[0] * parallel_state.get_context_parallel_world_size()
 
     @functools.wraps(schedule)
     def forward_backward(**arguments: Any) -> Any:
@@ -272,6 +273,6 @@ def _largest_difference(updates: list[Update], device: torch.device) -> torch.Te
     torch.distributed.all_reduce(
         largest,
         op=torch.distributed.ReduceOp.MAX,
-        group=parallel_state.get_data_parallel_group(),
+        group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
     return largest

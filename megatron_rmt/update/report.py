@@ -154,12 +154,14 @@ def checksum(reasoned: Sequence[ReasonedSample]) -> Metric:
 def size_metrics(
     reasoned: Sequence[ReasonedSample],
     tree: Tree,
+    part: Tree,
     max_tokens: int | None,
     slots: float,
 ) -> dict[str, Metric]:
-    """Tokens of the whole global batch, the share of this tree's rows that are padding, and its
-    tokens above ``max_tokens``. slots: how many micro-batches report."""
-    rows, tokens = float(tree.tokens.shape[0]), float(tree.visibility.tokens)
+    """Tokens of the whole global batch, the share of the rows that are padding, and the tokens of
+    ``tree`` above ``max_tokens``. part: what this rank holds of it, padded. slots: how many
+    micro-batches report."""
+    rows, tokens = float(part.tokens.shape[0]), float(tree.visibility.tokens)
     counts = {
         "trunk": sum(len(of.sample) for of in reasoned),
         "stem": sum(len(own.stem) for of in reasoned for own in of.positions),
@@ -169,6 +171,6 @@ def size_metrics(
     return {
         **{f"rmt {name} tokens": (float(count), 1 / slots) for name, count in counts.items()},
         # A micro-batch that packing left empty has one row of no sample.
-        "rmt padding": (rows - sum(counts.values()), rows),
+        "rmt padding": (rows - (part.visibility.tokens if reasoned else 0), rows),
         "rmt tokens above limit": (excess, 1.0),
     }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.model.blocks import position_block
+from megatron_rmt.model.context_parallel import RowSplit
 from megatron_rmt.model.visibility import TreeVisibility
 from megatron_rmt.prompt.response import Response
 from megatron_rmt.rollout.responses import Rollout
@@ -73,7 +74,8 @@ class Tree:
     int64, the row whose output predicts ``targets`` ``[predictions]`` int64; the trunk's come
     first, ``trunk_predictions`` of them, then the responses'. ntp_mask: ``[trunk predictions]``
     fp32. rollouts: ``[response predictions]`` int64, which of the tree's rollouts. drawn:
-    ``[response predictions]`` bool. drawn_log_probs: ``[response predictions]`` fp32.
+    ``[response predictions]`` bool. drawn_log_probs: ``[response predictions]`` fp32. first_row: of
+    a part of a tree (``part_of_tree``) in the whole.
     """
 
     tokens: Tensor
@@ -85,12 +87,13 @@ class Tree:
     rollouts: Tensor
     drawn: Tensor
     drawn_log_probs: Tensor
+    first_row: int = 0
 
 
 def place_of_prediction(tree: Tree, reasoned: Sequence[ReasonedSample], prediction: int) -> str:
     """Where a prediction of a tree over ``reasoned`` is, for people."""
     if prediction < tree.trunk_predictions:
-        row = int(tree.predicting[prediction])
+        row = tree.first_row + int(tree.predicting[prediction])
         for of, start in zip(reasoned, first_rows([of.sample for of in reasoned]), strict=True):
             if start <= row < start + len(of.sample):
                 return of.sample.place(row - start)
@@ -182,6 +185,33 @@ def grow_tree(
 
 def _joined(arrays: Sequence[np.ndarray], dtype: type) -> Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype))
+
+
+def part_of_tree(tree: Tree, split: RowSplit) -> tuple[Tree, Tensor]:
+    """What this context-parallel rank holds of ``tree``, and which of its predictions those are,
+    ``[predictions]`` bool. It may hold no row."""
+    rows = split.own
+    held = split.holds(tree.predicting)
+    on_trunk, on_responses = held[: tree.trunk_predictions], held[tree.trunk_predictions :]
+    visibility = dataclasses.replace(
+        tree.visibility,
+        tokens=rows.stop - rows.start,
+        position_ids=tree.visibility.position_ids[rows],
+        split=split,
+    )
+    part = Tree(
+        tokens=tree.tokens[rows],
+        visibility=visibility,
+        predicting=tree.predicting[held] - rows.start,
+        targets=tree.targets[held],
+        trunk_predictions=int(on_trunk.sum()),
+        ntp_mask=tree.ntp_mask[on_trunk],
+        rollouts=tree.rollouts[on_responses],
+        drawn=tree.drawn[on_responses],
+        drawn_log_probs=tree.drawn_log_probs[on_responses],
+        first_row=rows.start,
+    )
+    return part, held
 
 
 def pad_tree(tree: Tree, rows: int) -> Tree:
