@@ -26,6 +26,7 @@ from megatron.core.enums import ModelType
 from megatron.core.utils import (
     StragglerDetector,
     get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_tokenizer, pretrain, print_rank_0
@@ -52,7 +53,7 @@ def get_batch(
             name: sample[name].to(device, non_blocking=True) if name in sample else None
             for name in BATCH_FIELDS
         }
-    return get_batch_on_this_tp_rank(
+    batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
         is_hybrid_cp=False,
@@ -67,6 +68,9 @@ def get_batch(
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
 
 

@@ -227,9 +227,10 @@ def cache_size(
     token_bytes: int,
     data_parallel_size: int,
     in_flight: int,
+    context_parallel_size: int = 1,
 ) -> CacheSize:
     """Keys and values of the largest step's rollouts on one rank, at the longest thoughts of the
-    run, with one prompt in each sample."""
+    run, with one prompt in each sample. Context-parallel ranks each hold the trunk whole."""
     samples = largest_batch_size(args) // data_parallel_size
     select = find("--rmt-select", settings.select, SELECTIONS)
     positions = settings.positions_per_sample + reserve_positions(settings, select)
@@ -237,7 +238,7 @@ def cache_size(
     return CacheSize(
         token_bytes=token_bytes,
         trunk_tokens=samples * (args.seq_length + len(prompt.preamble)),
-        rows=samples * positions * settings.group_size,
+        rows=-(-samples * positions // context_parallel_size) * settings.group_size,
         rows_per_position=settings.group_size,
         tail_tokens=prompt.longest_tail(longest_budgets(settings), draws_in_warm_up),
         in_flight=in_flight,
@@ -270,6 +271,7 @@ def _announce_memory(run: MidTraining) -> None:
         token_bytes=key_value_bytes(run.policy.model),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         in_flight=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
     )
     bound = in_bytes(run.settings.rollout_kv_gib)
     at_once = size.positions_at_once(bound)

@@ -282,11 +282,14 @@ class Standing:
 def standing(run: MidTraining, held_out: HeldOut, budget: int) -> Standing:
     """Measure ``held_out`` with thoughts of ``budget`` tokens, one at each position.
 
-    Collective over all ranks: data-parallel replicas share the documents, and sum up.
+    Collective over all ranks: data-parallel replicas, context-parallel ones among them, share the
+    documents, and sum up.
     """
     shared_experts = run.args.expert_model_parallel_size > 1
-    replicas = 1 if shared_experts else parallel_state.get_data_parallel_world_size()
-    own = range(parallel_state.get_data_parallel_rank() % replicas, len(held_out.texts), replicas)
+    all_of = {"with_context_parallel": True}
+    replicas = 1 if shared_experts else parallel_state.get_data_parallel_world_size(**all_of)
+    rank = parallel_state.get_data_parallel_rank(**all_of)
+    own = range(rank % replicas, len(held_out.texts), replicas)
     sums = torch.zeros(5, dtype=torch.float64)
     with generating(run.policy.model):
         for start in range(0, len(own), DOCUMENTS_AT_ONCE):
@@ -297,7 +300,7 @@ def standing(run: MidTraining, held_out: HeldOut, budget: int) -> Standing:
             sums += _standing_of(run, part, budget)
     if replicas > 1:
         sums = sums.to(run.policy.device)
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(**all_of))
     return Standing(*sums.tolist())
 
 

@@ -34,7 +34,8 @@ from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.memory import CacheSize, in_bytes, key_value_bytes
 from megatron_rmt.rollout.prefill import EntropyHistogram, read_trunk
-from megatron_rmt.rollout.trunk import UserBatch, build_trunk, first_rows
+from megatron_rmt.rollout.responses import Rollout
+from megatron_rmt.rollout.trunk import UserBatch, build_trunk, first_rows, trunk_blocks
 from megatron_rmt.update.agreement import (
     Copy,
     NotFiniteError,
@@ -122,6 +123,9 @@ def collect(
     stop: Callable[[], bool] | None = None,
 ) -> Collected:
     """Everything before the update of one step, for this data-parallel rank's micro-batches.
+
+    Context-parallel ranks have the same ones, and share the passes over them: the rows of trunks
+    and trees, and the positions whose rollouts are generated.
 
     stop: whether this rank has been told to stop. Collective over all ranks: the ranks of one model
     work in lockstep, and the loss's global means are summed over the data-parallel ranks.
@@ -244,7 +248,8 @@ def _read(run: MidTraining, micro_batch: MicroBatch, store: KeyValueStore) -> li
     before one of them leaves."""
     trunk = [of.sample for of in micro_batch.reasoned]
     top_k = run.settings.entropy_top_k
-    found = read_trunk(run.policy, trunk, store, micro_batch.first_row, top_k=top_k)
+    split = _split(run, trunk_blocks(trunk)) if context_parallel_group() is not None else None
+    found = read_trunk(run.policy, trunk, store, micro_batch.first_row, top_k=top_k, split=split)
     micro_batch.entropies, micro_batch.predictions = found.entropies, found.predictions
     return entropy_problems(trunk, micro_batch.entropies)
 
@@ -366,21 +371,46 @@ def _respond(
     )
     places = _rollout_positions(run, micro_batches, schedule)
     positions = [position for own in micro_batches for position in own.positions]
+    found: dict[int, list[Rollout]] = {}
     stopped = False
     # Positions that are asked for as much are decoded together. Ranks that share experts take part
     # in each other's passes, so all of them come here equally often, whatever they hold.
     for budget in sorted(set(schedule.tier_budgets)):
         own = [] if stopped else [i for i, at in enumerate(positions) if at.budget == budget]
+        own = _share(own)
         asked, of_budget = [places[i] for i in own], dataclasses.replace(how, budget=budget)
         try:
             groups = generate(run.policy, run.prompt, store, asked, of_budget, stop)
         except StoppedError:
             stopped = True
             continue
-        for i, group in zip(own, groups, strict=True):
-            positions[i].rollouts = group
-            positions[i].responses = [run.prompt.read(one.tokens.tolist()) for one in group]
+        found |= zip(own, groups, strict=True)
+    for of_rank, stopped_there in _of_context_parallel_ranks((found, stopped)):
+        found |= of_rank
+        stopped |= stopped_there
+    for i, group in found.items():
+        positions[i].rollouts = group
+        positions[i].responses = [run.prompt.read(one.tokens.tolist()) for one in group]
     return stopped
+
+
+def _share[T](items: Sequence[T]) -> Sequence[T]:
+    """What this context-parallel rank does of ``items``: neighbours, as many as the others."""
+    group, count = context_parallel_group(), len(items)
+    if group is None:
+        return items
+    first, limit = (count * rank // group.size() for rank in (group.rank(), group.rank() + 1))
+    return items[first:limit]
+
+
+def _of_context_parallel_ranks[T](value: T) -> list[T]:
+    """``value`` of each of the context-parallel ranks. Collective over them."""
+    group = context_parallel_group()
+    if group is None:
+        return [value]
+    found = [value] * group.size()
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def _rollout_positions(
@@ -415,7 +445,8 @@ def _score(run: MidTraining, micro_batch: MicroBatch, schedule: Schedule) -> lis
     # What runs the model, if a reward asks for it.
     @functools.cache
     def of_truth() -> tuple[Tensor, Tensor]:
-        read = functools.partial(log_probs_of_truth, run.policy, run.prompt)
+        split = functools.partial(_split, run) if context_parallel_group() is not None else None
+        read = functools.partial(log_probs_of_truth, run.policy, run.prompt, split=split)
         without, after = read(reasoned, schedule.group)
         if run.baseline is not None:
             none = {"rollouts": [], "responses": []}
@@ -493,13 +524,12 @@ def _grow(
     ]
     # What this rank computes of them: all, or its part of the rows.
     parts = trees
-    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     if context_parallel_group() is not None:
         held = [part_of_tree(tree, _split(run, tree.visibility.blocks)) for tree in trees]
         parts = [part for part, _ in held]
         weights = [of.at(own) for of, (_, own) in zip(weights, held, strict=True)]
     parts = _aligned(run.args, parts)
-    slots = float(len(micro_batches) * ranks)
+    slots = float(len(micro_batches) * parallel_state.get_data_parallel_world_size())
     updates = []
     for own, tree, part, of in zip(micro_batches, trees, parts, weights, strict=True):
         own.metrics |= size_metrics(own.reasoned, tree, part, settings.max_tokens, slots)
@@ -510,7 +540,7 @@ def _grow(
         vocab_size=run.policy.vocab_size,
         chunk_size=run.policy.head_chunk_size,
         ntp_tokens=max(ntp_tokens, 1.0),
-        scale=slots,
+        scale=slots * parallel_state.get_context_parallel_world_size(),
         loss=run.loss,
     )
     return updates, loss, idle_reason(positions, ntp_tokens, telling, schedule.warm_up)

@@ -353,6 +353,7 @@ def test_a_signal_in_a_long_rollout_saves_the_step_before_and_the_rest_is_as_eve
 
 
 TOLD_BY = {"TP2": (TP2, STOP), "PP2": (PP2, STOP), "DP2": ([], STOP)}
+TOLD_BY["CP2"] = ["--context-parallel-size", "2"], STOP
 TOLD_BY["Ctrl-C, TP2"] = TP2, STOP.replace("SIGTERM", "SIGINT")
 # Twice: the second one changes nothing.
 TOLD_BY["twice, DP2"] = [], STOP.replace("== 2:", "in (2, 3):")

@@ -467,7 +467,7 @@ def test_json_holds_the_same_numbers(
         ),
         (
             "--world-size 16 --context-parallel-size 2",
-            "--context-parallel-size is 2; RMT needs 1: the tree",
+            "--context-parallel-size is 2; a plan is of 1",
         ),
     ],
 )

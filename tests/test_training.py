@@ -59,6 +59,7 @@ COMPUTED = ("entropy", "next-token accuracy", "entropy of chosen", "ntp loss", "
 PACKED = ["--rmt-max-tokens", "600"]
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
+CP2 = ["--context-parallel-size", "2"]
 # Four layers: two chunks of one on each of two stages.
 PP2_VP2 = [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"]
 SHARDED_OPTIMIZER = ["--use-distributed-optimizer"]
@@ -143,6 +144,7 @@ LAYOUTS = {
     "PP2": (2, PP2),
     "TP2 x PP2": (4, TP2 + PP2),
     "PP2 x VP2": (2, PP2_VP2),
+    "CP2": (2, CP2),
     "DP2, distributed optimizer": (2, SHARDED_OPTIMIZER),
     "DP2, overlapped communication": (2, SHARDED_OPTIMIZER + OVERLAP),
     "DP2, loss per token": (2, ["--calculate-per-token-loss"]),
@@ -189,6 +191,31 @@ def test_virtual_pipeline_stages_train_like_one_process(
     assert_same_curve(start(ranks, [*RMT, *flags]).metrics, reference.metrics)
 
 
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
+RECOMPUTE += ["--recompute-num-layers", "1"]
+SHARING = {
+    "TP2 x CP2": (4, [*TP2, *CP2]),
+    "CP2 x DP2, distributed optimizer": (4, [*CP2, *SHARDED]),
+    "CP2 x DP2, packed": (4, [*CP2, *PACKED]),
+    "CP2 x PP2": (4, [*CP2, *PP2]),
+    "CP2 x PP2 x VP2": (4, [*CP2, *PP2_VP2]),
+    "loss per token": (2, [*CP2, "--calculate-per-token-loss"]),
+    "micro-batches of 2": (2, [*CP2, "--micro-batch-size", "2"]),
+    "waves": (2, [*CP2, "--rmt-rollout-kv-gib", "5e-4"]),
+    "dense masks": (2, [*CP2, "--rmt-attention", "sdpa"]),
+    "full recompute": (2, [*CP2, *RECOMPUTE]),
+    "CP4": (4, ["--context-parallel-size", "4"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "flags"), SHARING.values(), ids=SHARING)
+def test_context_parallel_ranks_train_like_one_process(
+    start: Start, reference: Run, ranks: int, flags: list[str]
+):
+    assert_same_curve(start(ranks, [*RMT, *flags]).metrics, reference.metrics)
+
+
 @pytest.fixture(scope="session")
 def greedy(start: Start) -> list[Line]:
     return start(1, [*RMT, "--rmt-greedy"]).metrics
@@ -199,6 +226,8 @@ def greedy(start: Start) -> list[Line]:
     [
         pytest.param(4, TP2 + PP2, id="TP2 x PP2"),
         pytest.param(2, PP2_VP2, id="PP2 x VP2", marks=pytest.mark.slow),
+        pytest.param(2, CP2, id="CP2", marks=pytest.mark.slow),
+        pytest.param(4, TP2 + CP2, id="TP2 x CP2", marks=pytest.mark.slow),
     ],
 )
 def test_greedy_rollouts_are_alike_in_every_layout(
@@ -211,17 +240,18 @@ def test_greedy_rollouts_are_alike_in_every_layout(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", [PP2_VP2, CP2], ids=["PP2 x VP2", "CP2"])
 @pytest.mark.parametrize(
     "options", [[], ["--rmt-reward", "information-gain", "--rmt-baseline-decay", "0.5"]]
 )
-def test_a_run_with_virtual_stages_resumes_bitwise_and_in_one_process(
-    start: Start, tmp_path: Path, options: list[str]
+def test_a_run_resumes_bitwise_in_its_layout_and_in_one_process(
+    start: Start, tmp_path: Path, options: list[str], layout: list[str]
 ):
     flags, first, second = [*RMT, *options], tmp_path / "first", tmp_path / "second"
     saving = ["--save-interval", "2", "--exit-interval", "4", "--save"]
-    whole = start(2, [*flags, *PP2_VP2, *saving, str(first)])
+    whole = start(2, [*flags, *layout, *saving, str(first)])
     (first / "latest_checkpointed_iteration.txt").write_text("2")
-    resumed = start(2, [*flags, *PP2_VP2, *saving, str(second)], resume_from=first)
+    resumed = start(2, [*flags, *layout, *saving, str(second)], resume_from=first)
     assert resumed.metrics == whole.metrics[2:]
     ours, expected = (checkpoint_tensors(folder, 4) for folder in (second, first))
     assert ours.keys() == expected.keys()
@@ -390,6 +420,7 @@ def test_a_selecting_run_follows_the_entropies_and_replaces_what_teaches_nothing
         pytest.param(2, [*SHARDED_OPTIMIZER, *PACKED], id="DP2, packed"),
         pytest.param(2, TP2, id="TP2", marks=pytest.mark.slow),
         pytest.param(2, PP2, id="PP2", marks=pytest.mark.slow),
+        pytest.param(2, CP2, id="CP2", marks=pytest.mark.slow),
     ],
 )
 def test_a_selecting_run_trains_alike_in_every_layout(
@@ -630,8 +661,9 @@ def test_a_resumed_run_is_measured_where_the_uninterrupted_one_is_and_alike(
         pytest.param(PP2, 2, marks=pytest.mark.slow),
         pytest.param(PP2_VP2, 2, marks=pytest.mark.slow),
         pytest.param([*SHARDED_OPTIMIZER, *OVERLAP], 2, marks=pytest.mark.slow),
+        pytest.param(CP2, 2, marks=pytest.mark.slow),
     ],
-    ids=["tensor", "pipeline", "virtual", "data"],
+    ids=["tensor", "pipeline", "virtual", "data", "context"],
 )
 def test_held_out_documents_are_measured_alike_in_every_layout(
     start: Start, measuring: list[str], measured: Run, flags: list[str], ranks: int

@@ -293,7 +293,10 @@ BAD = {
     ("--rmt-metrics-file", "."): "--rmt-metrics-file is ., a folder; pass a file in it.",
     ("--attention-dropout", "0.1"): "--attention-dropout is 0.1; RMT needs 0.0:",
     ("--hidden-dropout", "0.1"): "--hidden-dropout is 0.1; RMT needs 0.0:",
-    ("--context-parallel-size", "2"): "--context-parallel-size is 2; RMT needs 1:",
+    (*EXPERTS, "--context-parallel-size", "2"): "--context-parallel-size is 2; RMT needs 1 with "
+    "--num-experts: what the routers",
+    ("--context-parallel-size", "2", "--eval-iters", "1", "--transformer-impl", "local"): "--eval"
+    "-iters is 1; with --context-parallel-size 2 and --transformer-impl local pass 0: Megatron's",
     ("--multi-latent-attention",): "--multi-latent-attention is True; RMT needs False:",
     ("--mtp-num-layers", "1"): "--mtp-num-layers is 1; RMT needs it left out:",
     ("--window-size", "128,0"): "--window-size is (128, 0); RMT needs it left out:",

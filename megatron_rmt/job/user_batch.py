@@ -20,6 +20,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_rmt.job.data_files import foreign_token_of_a_batch
+from megatron_rmt.job.sample_parts import join_parts
+from megatron_rmt.model.context_parallel import context_parallel_group
 from megatron_rmt.rollout.trunk import UserBatch, document_starts
 
 FIRST_STAGE = ("input_ids", "position_ids")
@@ -47,7 +49,8 @@ def take_batches(
     """Take the next ``count`` micro-batches of this data-parallel rank from its data iterators.
 
     Collective over all ranks: one all-reduce of an integer, and with pipeline stages another one
-    and two broadcasts a micro-batch, after which every stage has the whole batch. data_iterators,
+    and two broadcasts a micro-batch, after which every stage has the whole batch; context-parallel
+    ranks, which may be given a part of each sample, gather it once a micro-batch. data_iterators,
     chunks, models: of each model chunk of this rank its iterator, the chunk, and the ``GPTModel``
     inside. end_of_document, separate_documents: as ``build_trunk`` takes them; an attention mask is
     compared with them. token_problem: what is wrong with the tokens of a batch, in a sentence
@@ -55,8 +58,8 @@ def take_batches(
 
     Raises:
         BatchError: on all ranks, if on one of them the forward step does not call the model,
-            gives it no labels or loss mask, another attention mask, foreign tokens, or what a tree
-            cannot carry.
+            gives it no labels or loss mask, another attention mask, foreign tokens, what a tree
+            cannot carry, or parts of samples that are not Megatron's.
     """
     recorded = [
         _recorded(forward_step, *of_chunk, count)
@@ -67,20 +70,24 @@ def take_batches(
         held = _held_here(chunk, len(chunks))
         for own in calls:
             problems += [_stray_problem(own), _missing_problem(own, held)]
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        # Before the stages exchange their parts.
+    exchanges = parallel_state.get_pipeline_model_parallel_world_size() > 1
+    if exchanges or context_parallel_group() is not None:
+        # Before the stages, and those that share a sample, exchange their parts.
         _raise_together(problems)
     batches: list[UserBatch] = []
     if not any(problems):
         calls_of_batches = [*zip(*recorded, strict=True)]
-        batches = [_complete(calls) for calls in calls_of_batches]
+        joined = [join_parts(_complete(calls)) for calls in calls_of_batches]
+        batches = [of.batch for of in joined]
+        problems += [of.problem for of in joined]
         if getattr(models[0], "position_embedding_type", None) == "rope":
             batches = [_rotated(batch, end_of_document, separate_documents) for batch in batches]
-        for calls, batch in zip(calls_of_batches, batches, strict=True):
+        for calls, batch, of in zip(calls_of_batches, batches, joined, strict=True):
             masks = [arguments.get("attention_mask") for arguments in calls]
             problems.append(_number_problem(batch))
             problems += [
-                _mask_problem(mask, batch, end_of_document, separate_documents) for mask in masks
+                _mask_problem(mask, batch, of.columns, end_of_document, separate_documents)
+                for mask in masks
             ]
             problems.append(token_problem(batch))
     _raise_together(problems)
@@ -234,17 +241,18 @@ def _number_problem(batch: UserBatch) -> str | None:
 
 
 def _mask_problem(
-    mask: Any, batch: UserBatch, end_of_document: int, separate_documents: bool
+    mask: Any, batch: UserBatch, columns: Tensor, end_of_document: int, separate_documents: bool
 ) -> str | None:
     """How a user's attention mask differs from what trees do: causal, documents apart if asked.
 
-    mask: True where a token is hidden, ``[1 or micro-batch, 1, sequence, sequence]``, or None. Rows
-    behind the last one with a loss, padding, influence nothing and are not compared.
+    mask: True where a token is hidden, ``[1 or micro-batch, 1, columns, sequence]``, or None.
+    columns: of the samples, those that this rank is given. Rows behind the last one with a loss,
+    padding, influence nothing and are not compared.
     """
     if mask is None:
         return None
     size, length = batch.tokens.shape
-    shapes = [(count, 1, length, length) for count in (1, size)]
+    shapes = [(count, 1, len(columns), length) for count in (1, size)]
     if not torch.is_tensor(mask) or tuple(mask.shape) not in shapes:
         form = f"of shape {list(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
         return (
@@ -256,14 +264,14 @@ def _mask_problem(
         rows = int(trained[-1]) + 1 if len(trained) else 0
         begins = torch.zeros(length, dtype=torch.int64)
         begins[document_starts(tokens, end_of_document) if separate_documents else [0]] = 1
-        document = begins.cumsum(0)[:rows].to(mask.device)
-        hidden = (document[:, None] != document).logical_or_(
-            torch.ones(rows, rows, dtype=torch.bool, device=mask.device).triu_(1)
-        )
-        given = mask[min(sample, len(mask) - 1), 0, :rows].bool()
+        document = begins.cumsum(0).to(mask.device)
+        places = (columns < rows).nonzero()[:, 0].to(mask.device)
+        own, seen = columns.to(mask.device)[places], torch.arange(rows, device=mask.device)
+        hidden = (document[own][:, None] != document[:rows]) | (seen > own[:, None])
+        given = mask[min(sample, len(mask) - 1), 0, places].bool()
         differs = (given[:, :rows] != hidden).any(1) | (~given[:, rows:]).any(1)
         if differs.any():
-            row = int(differs.nonzero()[0])
+            row = int(own[differs.nonzero()[0]])
             kind = "within each document" if separate_documents else "over the whole sample"
             return (
                 "forward_step_func gives GPTModel.forward an attention_mask that is not causal "

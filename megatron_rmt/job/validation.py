@@ -107,7 +107,6 @@ def unsupported(args: Namespace) -> Iterator[str]:
     refused = {
         "--attention-dropout": (0.0, "generation and update must agree"),
         "--hidden-dropout": (0.0, "generation and update must agree"),
-        "--context-parallel-size": (1, "the tree is not split by it"),
         "--multi-latent-attention": (False, "the key-value store holds plain keys and values"),
         "--mtp-num-layers": (None, "the head predicts one token"),
         "--window-size": (None, "branches see their trunk"),
@@ -136,7 +135,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
         "--use-megatron-fsdp": (False, "rollouts need whole weights"),
         "--hybrid-context-parallel": (
             False,
-            "it deals a batch out anew, and the tree is not split",
+            "it deals a batch out anew, and samples must stay where they are",
         ),
         "--logits-save-dir": (None, _OUTPUT_LAYER),
         "--logits-load-dir": (None, _OUTPUT_LAYER),
@@ -166,6 +165,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
         if value != needed and not (needed is None and not value):
             without = "it left out" if needed is None else needed
             yield f"{flag} is {value}; RMT needs {without}: {why}."
+    yield from _context_parallel(args)
     yield from _shards(args)
     yield from _empty_stages(args)
     if args.num_experts:
@@ -185,6 +185,23 @@ def unsupported(args: Namespace) -> Iterator[str]:
         yield (
             f"--ckpt-format is {args.ckpt_format}; --rmt-baseline-decay {decay:g} saves an average "
             "with torch_dist."
+        )
+
+
+def _context_parallel(args: Namespace) -> Iterator[str]:
+    """What context-parallel ranks cannot share yet."""
+    ranks = args.context_parallel_size
+    if ranks == 1:
+        return
+    if args.num_experts:
+        yield (
+            f"--context-parallel-size is {ranks}; RMT needs 1 with --num-experts: what the routers "
+            "add to the loss is taken over whole trees."
+        )
+    if args.transformer_impl == "local" and args.eval_iters:
+        yield (
+            f"--eval-iters is {args.eval_iters}; with --context-parallel-size {ranks} and "
+            "--transformer-impl local pass 0: Megatron's own attention does not share sequences."
         )
 
 

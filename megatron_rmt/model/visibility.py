@@ -73,12 +73,18 @@ class TreeVisibility(Visibility):
     _backend: TreeAttention | None = field(default=None, init=False, repr=False, compare=False)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if self.split is not None:
+            query, key, value = gather_keys(query, key, value, self.split)
+        return self.attend_all(layer, query, key, value, scale)
+
+    def attend_all(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """``attend`` with the keys and values of all ranks' rows."""
         # What a backend prepares from the blocks serves all layers, and recomputed ones.
         if self._backend is None or self._backend.blocks is not self.blocks:
             rows = None if self.split is None else self.split.own
             self._backend = backend_for(self.attention, query.device)(self.blocks, rows)
-        if self.split is not None:
-            query, key, value = gather_keys(query, key, value, self.split)
         return self._backend(query, key, value, scale)
 
 

@@ -112,9 +112,11 @@ class TrunkVisibility(TreeVisibility):
     store: KeyValueStore | None = None
     first_row: int = 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend_all(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         self.store.write_trunk(layer, self.first_row, key, value)
-        return super().attend(layer, query, key, value, scale)
+        return super().attend_all(layer, query, key, value, scale)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_rmt.model.context_parallel import RowSplit, on_all_ranks
 from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.head import token_entropies, token_loss_sum
 from megatron_rmt.model.pipeline import forward_through_stages, from_last_stage
@@ -44,25 +45,29 @@ def read_trunk(
     *,
     top_k: int | None = None,
     with_log_probs: bool = False,
+    split: RowSplit | None = None,
 ) -> TrunkReading:
     """Read one micro-batch's trunk: keys and values go to ``store`` from ``first_row`` on.
 
-    top_k: see ``token_entropies``. with_log_probs: of the labels, a second product of the head. The
-    same on every tensor- and pipeline-parallel rank.
+    top_k: see ``token_entropies``. with_log_probs: of the labels, a second product of the head.
+    split: context-parallel ranks, collectively, read a part of the rows each, and all store all
+    keys. The same on every tensor- and pipeline-parallel rank, and on those of ``split``.
     """
     device = policy.device
-    tokens = torch.cat([sample.tokens for sample in trunk]).to(device)
+    rows = slice(None) if split is None else split.own
+    tokens = torch.cat([sample.tokens for sample in trunk])[rows].to(device)
     visibility = TrunkVisibility(
         tokens=len(tokens),
         blocks=tuple(trunk_blocks(trunk)),
         attention=policy.attention,
+        split=split,
         store=store,
         first_row=first_row,
     )
-    position_ids = torch.cat([sample.position_ids for sample in trunk])
+    position_ids = torch.cat([sample.position_ids for sample in trunk])[rows]
     visibility.use_position_ids(position_ids.to(device), policy.longest_position)
 
-    labels = torch.cat([sample.labels for sample in trunk]).to(device)
+    labels = torch.cat([sample.labels for sample in trunk])[rows].to(device)
 
     def read(hidden: Tensor, weight: Tensor) -> list[Tensor]:
         how = {
@@ -83,7 +88,11 @@ def read_trunk(
     if found is None:
         dtypes = [torch.float32, torch.int64, *[torch.float32] * with_log_probs]
         found = [torch.empty(len(tokens), dtype=dtype, device=device) for dtype in dtypes]
-    return TrunkReading(*(from_last_stage(own.contiguous()).cpu() for own in found))
+    found = [from_last_stage(own.contiguous()) for own in found]
+    if split is not None:
+        held = split.holds(torch.arange(split.bounds[-1], device=device))
+        found = [on_all_ranks(own, held, split) for own in found]
+    return TrunkReading(*(own.cpu() for own in found))
 
 
 PERCENTILES = (10, 50, 90)

@@ -38,12 +38,16 @@ def _of_model(
     reasoned: Sequence[ReasonedSample],
     values: Callable[[ChosenPosition], Sequence[object]],
 ) -> list[Copy]:
-    """Nothing where a model is one rank's."""
-    group = parallel_state.get_model_parallel_group()
-    if dist.get_world_size(group) == 1:
+    """Nothing where a model and its samples are one rank's."""
+    groups = {
+        "tensor and pipeline parallel": parallel_state.get_model_parallel_group(),
+        "context parallel": parallel_state.get_context_parallel_group(),
+    }
+    shared = {how: group for how, group in groups.items() if dist.get_world_size(group) > 1}
+    if not shared:
         return []
     found = digest(*(value for of in reasoned for own in of.positions for value in values(own)))
-    return [Copy(f"{what}, over tensor and pipeline parallel", found, first_rank(group))]
+    return [Copy(f"{what}, over {how}", found, first_rank(of)) for how, of in shared.items()]
 
 
 def entropy_problems(trunk: Sequence[Sample], entropies: Tensor) -> list[Exception]:

@@ -1,8 +1,9 @@
 """Which parameters several ranks hold alike, and numbers by which their copies are compared.
 
 Tensor-parallel ranks hold all that is not split: norms, routers, biases. Their gradients are
-computed on each rank by itself, so rounding may part them a little. Data-parallel ranks hold
-everything, bit for bit, as do the first and last pipeline stage a tied embedding.
+computed on each rank by itself, so rounding may part them a little. Data-parallel ranks, and among
+them context-parallel ones, hold everything, bit for bit, as do the first and last pipeline stage a
+tied embedding.
 """
 
 import functools
@@ -41,7 +42,7 @@ def copies_of_parameters(model: Model, iteration: int) -> list[Copy]:
             "parameters that data-parallel ranks hold alike",
             replicated,
             iteration,
-            first_rank(parallel_state.get_data_parallel_group()),
+            first_rank(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         ),
         Copy(
             "parameters that tensor-parallel ranks hold alike",

@@ -159,8 +159,8 @@ def size_metrics(
     slots: float,
 ) -> dict[str, Metric]:
     """Tokens of the whole global batch, the share of the rows that are padding, and the tokens of
-    ``tree`` above ``max_tokens``. part: what this rank holds of it, padded. slots: how many
-    micro-batches report."""
+    ``tree`` above ``max_tokens``. part: what this rank holds of it, padded. slots: micro-batches of
+    the global batch, of which context-parallel ranks report the same."""
     rows, tokens = float(part.tokens.shape[0]), float(tree.visibility.tokens)
     counts = {
         "trunk": sum(len(of.sample) for of in reasoned),

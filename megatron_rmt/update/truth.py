@@ -1,6 +1,6 @@
 """How likely the true next tokens are, with and without the thought: one pass over a tree."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_rmt.algorithm.doors import DoorError
+from megatron_rmt.model.blocks import Block
+from megatron_rmt.model.context_parallel import RowSplit, on_all_ranks
 from megatron_rmt.model.gpt import Policy
 from megatron_rmt.model.head import token_entropies, token_loss_sum
 from megatron_rmt.model.pipeline import forward_through_stages, from_last_stage
@@ -15,7 +17,10 @@ from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.responses import written
 from megatron_rmt.rollout.trunk import first_rows
 from megatron_rmt.update.scoring import continuation
-from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree
+from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree, part_of_tree
+
+# How the rows of blocks are shared.
+Split = Callable[[Sequence[Block]], RowSplit]
 
 
 class AfterText(NamedTuple):
@@ -34,18 +39,20 @@ def log_probs_of_truth(
     prompt: Prompt,
     reasoned: Sequence[ReasonedSample],
     group: int,
+    split: Split | None = None,
 ) -> AfterText:
     """Mean log-probs of the next ``prompt.target_tokens`` true tokens, as far as the text goes, at
     the chosen positions: in nats a token at temperature 1, in fp32 or the dtype of the weights if
     it is wider, on every rank.
 
     Equal thoughts of a group are read once, so what they are worth is equal to the last digit.
-    Collective over the tensor- and pipeline-parallel ranks, and those that share experts.
+    split: how context-parallel ranks share the rows of a tree, if they do. Collective over them,
+    the tensor- and pipeline-parallel ranks, and those that share experts.
 
     Raises:
         DoorError: answers are boxed, so that the tokens do not stand right after the thought.
     """
-    (log_probs,) = _read_truth(policy, prompt, reasoned, group, asks_likeliest=False)
+    (log_probs,) = _read_truth(policy, prompt, reasoned, group, split, asks_likeliest=False)
     return log_probs
 
 
@@ -57,7 +64,7 @@ def predictions_of_truth(
 ) -> tuple[AfterText, AfterText]:
     """``log_probs_of_truth``, and from the same pass 1.0 where the first true token is the most
     likely one, else 0.0."""
-    log_probs, likeliest = _read_truth(policy, prompt, reasoned, group, asks_likeliest=True)
+    log_probs, likeliest = _read_truth(policy, prompt, reasoned, group, None, asks_likeliest=True)
     return log_probs, likeliest
 
 
@@ -67,6 +74,7 @@ def _read_truth(
     prompt: Prompt,
     reasoned: Sequence[ReasonedSample],
     group: int,
+    split: Split | None,
     *,
     asks_likeliest: bool,
 ) -> list[AfterText]:
@@ -114,6 +122,11 @@ def _read_truth(
     dtype = torch.promote_types(next(policy.model.parameters()).dtype, torch.float32)
     predicting = torch.cat([alone, tree.predicting[after]])
     targets = torch.cat([_joined(targets).to(device), tree.targets[after]])
+    of_rank = None if split is None else split(tree.visibility.blocks)
+    if of_rank is not None:
+        held = of_rank.holds(predicting)
+        tree, _ = part_of_tree(tree, of_rank)
+        predicting, targets = predicting[held] - tree.first_row, targets[held]
 
     def read(hidden: Tensor, weight: Tensor) -> Tensor:
         how = {
@@ -133,7 +146,10 @@ def _read_truth(
     found = forward_through_stages(policy.model, tree.tokens, tree.visibility, read)
     if found is None:
         found = torch.empty(1 + asks_likeliest, len(predicting), dtype=dtype, device=device)
-    found = from_last_stage(found.contiguous()).cpu()
+    found = from_last_stage(found.contiguous())
+    if of_rank is not None:
+        found = on_all_ranks(found, held, of_rank)
+    found = found.cpu()
     results = []
     for values, of_piece in zip(found, (torch.mean, _first), strict=False):
         without, after_thought = values.split([len(alone), len(after)])

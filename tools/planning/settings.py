@@ -191,6 +191,9 @@ def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: P
         if getattr(args, name) is None:
             raise ValueError(f"{_flag(name)} is not set; pass it as to the run.")
     problems = [*setting_problems(args), *unsupported(args)]
+    ranks = args.context_parallel_size
+    if ranks > 1:
+        problems.append(f"--context-parallel-size is {ranks}; a plan is of 1, which it counts.")
     if problems:
         raise ValueError(" ".join(problems))
     args.world_size, args.on_cpu = world_size, on_cpu
