@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_rmt.job import user_batch
@@ -473,6 +474,43 @@ def _on_data_parallel_rank(batches: list[Batch]) -> str:
 def test_what_one_data_parallel_rank_is_given_ends_all():
     for error in run_distributed(2, _on_data_parallel_rank, _batches(2)):
         assert "gives GPTModel.forward padding_mask, which would be lost" in error
+
+
+def _on_context_parallel_rank(batches: list[Batch]) -> list[Any]:
+    """Megatron's parts, causal masks among them; then the mask of one rank sees a token too many,
+    and then one rank is given what cannot be carried."""
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    group, model = parallel_state.get_context_parallel_group(), _stage_chunk()
+    outcomes = []
+    for wrong, stray in ((False, False), (True, False), (False, True)):
+
+        def step(iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
+            own = {name: value.clone() for name, value in next(iterator).items()}
+            own = get_batch_on_this_cp_rank(own, is_hybrid_cp=False, cp_group=group)
+            if wrong and group.rank() == 1:  # noqa: B023
+                # Its first row is the third of the sample.
+                own["attention_mask"][0, 0, 0, 3] = False
+            odd = {"padding_mask": torch.zeros(1)} if stray and group.rank() == 1 else {}  # noqa: B023
+            names = {"tokens": "input_ids"}
+            return model(
+                **{names.get(name, name): value for name, value in own.items()}, **odd
+            ), None
+
+        try:
+            taken = take_batches(step, iter(batches), model, model, len(batches))
+        except BatchError as error:
+            taken = str(error)
+        outcomes.append(taken)
+    return outcomes
+
+
+@pytest.mark.multiprocess
+def test_context_parallel_ranks_get_whole_samples_or_the_same_error():
+    batches = _batches(2, length=8)
+    for taken, *errors in run_distributed(2, _on_context_parallel_rank, batches):
+        _assert_equal(taken, batches)
+        assert "not causal over the whole sample (sample 0 of a micro-batch, row 2)" in errors[0]
+        assert "gives GPTModel.forward padding_mask, which would be lost" in errors[1]
 
 
 def _of_tokens(tokens: list[int], loss_mask: list[float], labels: list[int] | None = None):
