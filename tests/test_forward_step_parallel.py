@@ -200,8 +200,14 @@ LAYOUTS = {
 }
 
 
+SLOW = {"CP3, padding", "CP2, full recompute", "CP2 x PP2"}
+
+
 @pytest.mark.parametrize("attention", ["lse", "sdpa"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(own, marks=[pytest.mark.slow] if own in SLOW else []) for own in LAYOUTS],
+)
 def test_gradients_equal_one_sequence_at_a_time_in_one_process(layout, attention):
     chosen = LAYOUTS[layout]
     weights, reference = _weights_and_gradients(chosen.layers)
