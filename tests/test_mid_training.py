@@ -177,6 +177,15 @@ def test_the_largest_batch_is_that_of_the_schedule_as_far_as_the_run_goes(
     assert (size.rows, size.trunk_tokens) == (largest // 2 * 12, largest // 2 * (64 + 2))
 
 
+def test_context_parallel_ranks_each_have_the_trunk_and_their_share_of_the_rollouts():
+    args, settings = _batches(None, 6), Settings(positions_per_sample=3, group_size=4)
+    how = {"token_bytes": 4, "data_parallel_size": 2, "in_flight": 1}
+    alone = cache_size(args, settings, PROMPT, **how)
+    shared = cache_size(args, settings, PROMPT, **how, context_parallel_size=2)
+    assert (alone.positions, shared.positions) == (3, 2)
+    assert shared.trunk_tokens == alone.trunk_tokens
+
+
 def test_room_is_made_for_the_tier_that_may_think_longest():
     args = _batches(None, 6)
     how = {"token_bytes": 4, "data_parallel_size": 2, "in_flight": 1}
