@@ -248,7 +248,7 @@ def _read(run: MidTraining, micro_batch: MicroBatch, store: KeyValueStore) -> li
     before one of them leaves."""
     trunk = [of.sample for of in micro_batch.reasoned]
     top_k = run.settings.entropy_top_k
-    split = _split(run, trunk_blocks(trunk)) if context_parallel_group() is not None else None
+    split = _split(run, trunk_blocks(trunk))
     found = read_trunk(run.policy, trunk, store, micro_batch.first_row, top_k=top_k, split=split)
     micro_batch.entropies, micro_batch.predictions = found.entropies, found.predictions
     return entropy_problems(trunk, micro_batch.entropies)
@@ -445,7 +445,7 @@ def _score(run: MidTraining, micro_batch: MicroBatch, schedule: Schedule) -> lis
     # What runs the model, if a reward asks for it.
     @functools.cache
     def of_truth() -> tuple[Tensor, Tensor]:
-        split = functools.partial(_split, run) if context_parallel_group() is not None else None
+        split = functools.partial(_split, run)
         read = functools.partial(log_probs_of_truth, run.policy, run.prompt, split=split)
         without, after = read(reasoned, schedule.group)
         if run.baseline is not None:
@@ -523,11 +523,12 @@ def _grow(
         for own, tree in zip(micro_batches, trees, strict=True)
     ]
     # What this rank computes of them: all, or its part of the rows.
-    parts = trees
-    if context_parallel_group() is not None:
-        held = [part_of_tree(tree, _split(run, tree.visibility.blocks)) for tree in trees]
-        parts = [part for part, _ in held]
-        weights = [of.at(own) for of, (_, own) in zip(weights, held, strict=True)]
+    parts = [*trees]
+    for index, tree in enumerate(trees):
+        split = _split(run, tree.visibility.blocks)
+        if split is not None:
+            parts[index], held = part_of_tree(tree, split)
+            weights[index] = weights[index].at(held)
     parts = _aligned(run.args, parts)
     slots = float(len(micro_batches) * parallel_state.get_data_parallel_world_size())
     updates = []
@@ -546,9 +547,12 @@ def _grow(
     return updates, loss, idle_reason(positions, ntp_tokens, telling, schedule.warm_up)
 
 
-def _split(run: MidTraining, blocks: Sequence[Block]) -> RowSplit:
-    """How context-parallel ranks share the rows of ``blocks``: by the operations of the layers."""
+def _split(run: MidTraining, blocks: Sequence[Block]) -> RowSplit | None:
+    """How context-parallel ranks, if there are any, share the rows of ``blocks``: by the operations
+    of the layers."""
     group = context_parallel_group()
+    if group is None:
+        return None
     cost = tree_cost(run.policy.model.config, run.policy.vocab_size)
     bounds = balanced_bounds(blocks, group.size(), row_cost=cost.token, pair_cost=cost.pair)
     return RowSplit(bounds, group)

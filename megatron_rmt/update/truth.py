@@ -19,8 +19,8 @@ from megatron_rmt.rollout.trunk import first_rows
 from megatron_rmt.update.scoring import continuation
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree, part_of_tree
 
-# How the rows of blocks are shared.
-Split = Callable[[Sequence[Block]], RowSplit]
+# How context-parallel ranks share the rows of blocks, if they do.
+Split = Callable[[Sequence[Block]], RowSplit | None]
 
 
 class AfterText(NamedTuple):
@@ -46,8 +46,8 @@ def log_probs_of_truth(
     it is wider, on every rank.
 
     Equal thoughts of a group are read once, so what they are worth is equal to the last digit.
-    split: how context-parallel ranks share the rows of a tree, if they do. Collective over them,
-    the tensor- and pipeline-parallel ranks, and those that share experts.
+    Collective over the tensor- and pipeline-parallel ranks, those that share experts, and with a
+    ``split`` the context-parallel ones.
 
     Raises:
         DoorError: answers are boxed, so that the tokens do not stand right after the thought.
