@@ -110,7 +110,6 @@ def unsupported(args: Namespace) -> Iterator[str]:
         "--context-parallel-size": (1, "the tree is not split by it"),
         "--multi-latent-attention": (False, "the key-value store holds plain keys and values"),
         "--mtp-num-layers": (None, "the head predicts one token"),
-        "--softmax-type": ("vanilla", "tree attention has no attention sink"),
         "--experimental-attention-variant": (
             None,
             "tree attention stands in for softmax attention only",
