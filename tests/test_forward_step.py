@@ -303,6 +303,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "windows": {"window_size": (3, 0), "window_attn_skip_freq": [1, 0]},
     "off by one": {"softmax_type": "off-by-one"},
+    "YaRN": {"position_embedding": "yarn"},
+    "a part rotates, neighbours together": {"rotary_percent": 0.5, "rotary_interleaved": True},
     "windows, sinks, core attention recompute": {
         "window_size": (3, 0),
         "window_attn_skip_freq": [1, 0],

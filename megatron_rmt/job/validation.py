@@ -169,10 +169,10 @@ def unsupported(args: Namespace) -> Iterator[str]:
     yield from _windows(args)
     if args.num_experts:
         yield from routing_problems(args)
-    if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
+    if args.position_embedding_type not in ("rope", "yarn", "learned_absolute", "none"):
         yield (
             f"--position-embedding-type is {args.position_embedding_type}; RMT supports rope, "
-            "learned_absolute and none."
+            "yarn, learned_absolute and none."
         )
     if args.transformer_impl not in ("local", "transformer_engine"):
         yield (
