@@ -14,14 +14,20 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 from megatron_rmt.model.blocks import Block, Sees, _batch, ancestry, clipped, rows_or_all
 from megatron_rmt.model.lse_attention import LseAttention
@@ -32,35 +38,57 @@ class TreeAttention(Protocol):
 
     def __init__(self, blocks: Sequence[Block], rows: slice | None = None) -> None: ...
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
         """``query`` ``[own rows, heads, dim]`` over ``key`` and ``value`` of one layer
-        ``[tokens, kv heads, dim]``: ``[own rows, heads, dim]``, differentiable in all three."""
+        ``[tokens, kv heads, dim]``: ``[own rows, heads, dim]``, differentiable in all three.
+        window, sink: of the layer, as in ``LayerAttention``; differentiable in the sink too."""
         ...
 
 
 class SdpaAttention:
-    """One ``scaled_dot_product_attention`` call per block, on its trunk's rows and its own."""
+    """One ``scaled_dot_product_attention`` call per block, on its trunk's rows and its own; with a
+    window, on those of them that a row sees, and several calls for a document."""
 
     def __init__(self, blocks: Sequence[Block], rows: slice | None = None) -> None:
         self.blocks = blocks
         self._rows = rows_or_all(rows, blocks)
-        self._sees: Sees | None = None
-        self._masks: dict[Block, Tensor] = {}
+        self._sees: dict[int | None, Sees] = {}
+        self._masks: dict[tuple[_Piece, int | None], Tensor] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
+        width = query.shape[2]
+        if sink is not None:
+            query, key, value = _with_sink(query, key, value, sink, scale)
         outputs = [query[:0]]
-        for block in self.blocks:
-            own = clipped(block.first, block.limit, self._rows)
-            if own is None:
-                continue
-            rows = query[own[0] - self._rows.start : own[1] - self._rows.start]
-            seen = slice(block.first, own[1])
-            keys, values = key[seen], value[seen]
-            if block.trunk_limit > block.trunk_first:
-                trunk = slice(block.trunk_first, block.trunk_limit)
-                keys = torch.cat([key[trunk], keys])
-                values = torch.cat([value[trunk], values])
-            mask = self._mask(block, own, query.device)
+        first = self._rows.start
+        pieces = (piece for block in self.blocks for piece in _pieces(block, window, self._rows))
+        for piece in pieces:
+            rows = query[piece.first - first : piece.limit - first]
+            keys, values = map(piece.keys, (key, value))
+            mask = self._mask(piece, window, query.device)
+            if sink is not None:
+                # The key that is before all others, and, so that causal stays what it is, a row.
+                keys, values = (
+                    torch.cat([x[-1:], own]) for x, own in ((key, keys), (value, values))
+                )
+                rows = F.pad(rows, (0, 0, 0, 0, 1, 0))
+                mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
             with _kernels(query.device):
                 output = F.scaled_dot_product_attention(
                     _batch(rows),
@@ -71,21 +99,80 @@ class SdpaAttention:
                     scale=scale,
                     enable_gqa=query.shape[1] != key.shape[1],
                 )
-            outputs.append(output[0].transpose(0, 1))
-        return torch.cat(outputs)
+            outputs.append(output[0].transpose(0, 1)[int(sink is not None) :])
+        return torch.cat(outputs)[..., :width]
 
-    def _mask(self, block: Block, own: tuple[int, int], device: torch.device) -> Tensor | None:
-        """``[own rows, trunk rows + rows]`` bool, None where plainly causal. All layers need it."""
-        whole = own[0] == block.first
-        if whole and not block.branches and block.trunk_limit == block.trunk_first:
+    def _mask(self, piece: "_Piece", window: int | None, device: torch.device) -> Tensor | None:
+        """``[rows, keys]`` bool, None where plainly causal. All layers need it."""
+        if piece.is_causal and window is None:
             return None
-        if block not in self._masks:
-            trunk = torch.arange(block.trunk_first, block.trunk_limit, device=device)
-            keys = torch.cat([trunk, torch.arange(block.first, own[1], device=device)])
-            sees = self._sees or ancestry(self.blocks, device)
-            rows = torch.arange(*own, device=device)
-            self._sees, self._masks[block] = sees, sees(rows[:, None], keys)
-        return self._masks[block]
+        if (piece, window) not in self._masks:
+            if window not in self._sees:
+                self._sees[window] = ancestry(self.blocks, device, window)
+            rows = torch.arange(self.blocks[-1].limit, device=device)
+            own = rows[piece.first : piece.limit, None]
+            self._masks[piece, window] = self._sees[window](own, piece.keys(rows))
+        return self._masks[piece, window]
+
+
+# What it adds to the dims of queries and keys, of which some kernels want a multiple of it.
+_SINK_DIMS = 8
+
+
+def _with_sink(
+    query: Tensor, key: Tensor, value: Tensor, sink: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All with more dims, and one row more of keys and values at the end: a key whose product with
+    a query is that head's ``sink``, and its value, zero."""
+    wide = sink.to(torch.promote_types(sink.dtype, torch.float32)) / scale
+    # In two dims, as half precision rounds what one holds.
+    coarse = wide.to(query.dtype)
+    fine = (wide - coarse.to(wide.dtype)).to(query.dtype)
+    factors = F.pad(torch.stack([coarse, fine], dim=-1), (0, _SINK_DIMS - 2))
+    query = torch.cat([query, factors.expand(len(query), -1, -1)], dim=-1)
+    key, value = (F.pad(x, (0, _SINK_DIMS, 0, 0, 0, 1)) for x in (key, value))
+    of_sink = torch.zeros_like(key[-1:])
+    of_sink[..., -_SINK_DIMS : -_SINK_DIMS + 2] = 1
+    return query, torch.cat([key[:-1], of_sink]), value
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows ``[first, limit)`` of a block, and two spans of rows, each ``(first, limit)``, outside
+    of which they see nothing: of the trunk, and up to their own."""
+
+    first: int
+    limit: int
+    trunk: tuple[int, int]
+    own: tuple[int, int]
+    is_causal: bool
+
+    def keys(self, rows: Tensor) -> Tensor:
+        """What of ``rows`` ``[tokens, ...]`` lies in the spans."""
+        trunk, own = (rows[first:limit] for first, limit in (self.trunk, self.own))
+        return torch.cat([trunk, own]) if len(trunk) else own
+
+
+# Least rows of a document that are one piece where there is a window.
+_PIECE_ROWS = 256
+
+
+def _pieces(block: Block, window: int | None, rows: slice) -> Iterator[_Piece]:
+    """What of a block is among ``rows``, a document with a window in several pieces: none has a
+    dense mask of all rows."""
+    is_causal = not block.branches and block.trunk_limit == block.trunk_first
+    trunk, step = (0, 0), block.limit - block.first
+    if is_causal and window is not None:
+        step = max(window, _PIECE_ROWS)
+    elif not is_causal:
+        first = max(block.trunk_first, block.trunk_limit - (window or block.trunk_limit))
+        trunk = first, block.trunk_limit
+    for start in range(block.first, block.limit, max(1, step)):
+        own = clipped(start, min(block.limit, start + step), rows)
+        if own is None:
+            continue
+        seen = block.first if window is None or not is_causal else max(block.first, start - window)
+        yield _Piece(*own, trunk, (seen, own[1]), is_causal and own[0] == seen)
 
 
 def _kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -108,32 +195,46 @@ class FlexAttention:
     def __init__(self, blocks: Sequence[Block], rows: slice | None = None) -> None:
         self.blocks = blocks
         self._rows = rows
-        self._mask: BlockMask | None = None
+        self._masks: dict[int | None, BlockMask] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
         count, tokens = len(query), len(key)
         if not count:
-            return query
+            return query if sink is None else query + 0 * sink.sum()
         query, key, value = (
             F.pad(x, (0, 0, 0, 0, 0, -len(x) % _FLEX_BLOCK)) for x in (query, key, value)
         )
-        if self._mask is None:
+        if window not in self._masks:
             padded = len(key) > tokens
             blocks = [*self.blocks, Block(tokens, len(key))] if padded else self.blocks
-            sees = ancestry(blocks, query.device)
+            sees = ancestry(blocks, query.device, window)
             visible = _visible(sees) if self._rows is None else _visible_to(self._rows, sees, query)
             make = _compiled(create_block_mask) if query.is_cuda else create_block_mask
-            self._mask = make(visible, None, None, len(query), len(key), device=query.device)
+            mask = make(visible, None, None, len(query), len(key), device=query.device)
+            self._masks[window] = mask
         attend = _compiled(flex_attention) if query.is_cuda else flex_attention
         output = attend(
             _batch(query),
             _batch(key),
             _batch(value),
-            block_mask=self._mask,
+            block_mask=self._masks[window],
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
             kernel_options=FLEX_OPTIONS if query.is_cuda else None,
+            return_aux=None if sink is None else AuxRequest(lse=True),
         )
+        if sink is not None:
+            output, found = output
+            share = torch.sigmoid(found.lse - sink[:, None])
+            output = (output * share[..., None]).to(query.dtype)
         return output[0, :, :count].transpose(0, 1)
 
 
@@ -188,11 +289,12 @@ BACKENDS: dict[str, type[TreeAttention]] = {
 }
 
 
-def backend_for(name: str, device: torch.device) -> type[TreeAttention]:
+def backend_for(name: str, device: torch.device, *, windowed: bool = False) -> type[TreeAttention]:
     """The backend that ``--rmt-attention`` ``name`` means on ``device``.
 
     ``auto`` is lse on the CPU; on CUDA flex where torch can compile, else sdpa (the choice and flex
-    with CUDA are unverified on GPU).
+    with CUDA are unverified on GPU). In layers whose windows leave something out (``windowed``)
+    sdpa stands in for lse, which has no masks.
 
     Raises:
         ValueError: ``name`` does not run on ``device``.
@@ -211,7 +313,7 @@ def backend_for(name: str, device: torch.device) -> type[TreeAttention]:
             "--rmt-attention is lse, which is made of the CPU's flash attention, but the model is "
             f"on {device.type}; pass auto, flex or sdpa."
         )
-    return BACKENDS[name]
+    return SdpaAttention if name == "lse" and windowed else BACKENDS[name]
 
 
 def check_backend(name: str, device: torch.device) -> None:
