@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,13 +155,16 @@ def test_the_tracker_of_checkpoints_that_are_not_kept_is_read_too(tmp_path: Path
     assert [*checkpoint_problems(args)] == []
 
 
-def test_a_tracker_that_is_a_folder_is_refused(tmp_path: Path):
-    (tmp_path / TRACKER).mkdir()
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(os.mkdir, "Is a directory"), (os.mkfifo, "it is a pipe or a device, not a file")],
+)
+def test_a_tracker_that_is_no_file_is_refused(
+    make: Callable[[Path], None], reason: str, tmp_path: Path
+):
+    make(tmp_path / TRACKER)
     (problem,) = checkpoint_problems(_args(tmp_path))
-    assert (
-        "cannot be read (Is a directory); leave the flag out to begin anew, as nothing is"
-        in problem
-    )
+    assert f"cannot be read ({reason}); leave the flag out to begin anew, as nothing is" in problem
 
 
 def test_a_deleted_or_empty_iteration_is_refused(tmp_path: Path):

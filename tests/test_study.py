@@ -1,6 +1,7 @@
 """tools/study.py: what a study may say, that stages are done once, and the statistics of seeds."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -100,6 +101,12 @@ def test_a_file_that_is_no_study_is_one_sentence(tmp_path: Path, text: str):
     path.write_text(text)
     with pytest.raises(SystemExit, match=str(path)):
         study.main([str(path), "--output", str(tmp_path)])
+
+
+def test_a_pipe_is_no_study(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"cannot be read: .*it is a pipe or a device"):
+        study.read_study(tmp_path / "pipe")
 
 
 def test_the_studies_of_the_examples_can_be_read():

@@ -51,6 +51,7 @@ from typing import Any
 import yaml
 
 from evaluation import Measured, read_output
+from megatron_rmt.job.text_files import read_text_file
 from study_tables import as_markdown, read_cost, tables_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -95,7 +96,7 @@ def read_study(path: Path) -> Study:
         ValueError: one sentence about what in it cannot be meant.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text_file(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.data_files import marks_of_data
 from megatron_rmt.job.settings import as_typed, flag_name
+from megatron_rmt.job.text_files import read_text_file
 from megatron_rmt.mid_training import steps_of_run
 from megatron_rmt.prompt.prompt import Prompt
 
@@ -103,7 +104,7 @@ def checkpoint_folder(load: Path, step: int | None) -> Path | None:
     """
     tracker, word = load / TRACKER, None
     try:
-        word = tracker.read_text(encoding="utf-8").strip()
+        word = read_text_file(tracker).strip()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, UnicodeDecodeError) as error:
