@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
+from examples import post_train
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.checkpoints import save_problem
 from megatron_rmt.job.data_files import marks_of_data
 from megatron_rmt.job.resume import (
     MAY_CHANGE,
     TRACKER,
+    behind_doors,
     changed_data,
+    changed_doors,
     changed_settings,
     check_same_settings,
     checkpoint_folder,
@@ -369,6 +372,24 @@ def test_another_corpus_is_named_and_a_moved_one_is_the_same(tmp_path: Path):
     assert changed_data(_args(data_path=[here]), stored) == []
 
 
+def test_what_a_function_of_the_user_depends_on_is_compared_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    asks, args = "examples.post_train:answers", _args("run", rmt_select="tiers")
+    assert behind_doors(Settings.of(args)) == {}
+    args = _args("run", rmt_select=asks)
+    now = behind_doors(Settings.of(args))
+    assert now == {"MARKER": post_train.MARKER.decode()}
+    stored = _args(rmt_select=asks, rmt_doors=now)
+    check_same_settings(args, PROMPT, stored)
+    assert changed_doors(args, _args(rmt_select=asks)) == [], "an older version saved none"
+    monkeypatch.setattr(post_train.answers, "depends_on", {"MARKER": "Answer: ", "OTHER": "new"})
+    with pytest.raises(ValueError, match="with other settings: MARKER is 'Answer: ' and was '####"):
+        check_same_settings(args, PROMPT, stored)
+    args.rmt_allow_changed_settings = True
+    check_same_settings(args, PROMPT, stored)
+
+
 def test_a_checkpoint_of_something_else_is_a_first_start():
     args = _args(train_iters=12)
     for stored in (
@@ -388,6 +409,7 @@ def test_a_run_is_resumed_under_its_own_settings_only(inputs: TinyInputs, tmp_pa
     stored = stored_arguments(_args(saved))
     assert stored.rmt_prompt_rendering["close"] == "</think>"
     assert stored.rmt_data == marks_of_data(_args(data_path=[str(inputs.data)]))
+    assert stored.rmt_doors == {}
     assert stored_arguments(_args(saved, finetune=True)) is None
 
     resumed = inputs.flags(resume_from=saved)

@@ -38,6 +38,14 @@ CONTENT: dict[str, Any] = {
         "other": {"flags": ""},
     },
 }
+POST_TRAIN: dict[str, Any] = {
+    "after": ["plain", "RMT"],
+    "data": "{folder}/questions",
+    "marker": "Answer: ",
+    "heldout": {"asked": "{folder}/asked.jsonl"},
+    "flags": "--train-iters 3",
+    "positions": "--positions answers",
+}
 
 
 def written(path: Path, **changes: Any) -> Path:
@@ -85,6 +93,28 @@ def measured(rights: list[list[int]]) -> Measured:
             {"arms": {"a": {"flags": ""}, "plain": {"flags": "", "time_of": "a"}}},
             "arms: plain: time_of and step_time_of belong together",
         ),
+        ({"post_train": {"colour": 1}}, "post_train: 'colour' is unknown"),
+        ({"post_train": {"after": "RMT"}}, "post_train: after is 'RMT'; it must be a list"),
+        (
+            {"post_train": POST_TRAIN | {"marker": 3}},
+            "post_train: marker is 3; it must be a str",
+        ),
+        (
+            {"post_train": POST_TRAIN | {"after": ["RMT", "nobody"]}},
+            "post_train: after has 'nobody'; name arms of the study",
+        ),
+        (
+            {"post_train": POST_TRAIN | {"after": []}},
+            "post_train: after has ''; name arms of the study",
+        ),
+        (
+            {"post_train": POST_TRAIN | {"heldout": {"a": "a.jsonl"}}},
+            "post_train: heldout: 'a' is one of the study's; rename it",
+        ),
+        (
+            {"post_train": POST_TRAIN | {"after": ["RMT", "RMT"]}},
+            "post_train: after: an arm has that name already; rename it",
+        ),
     ],
 )
 def test_what_a_study_cannot_mean_is_one_sentence(
@@ -122,6 +152,100 @@ def test_arms_need_those_they_build_on_and_the_first(tmp_path: Path):
     assert study.needed(found, ["longer"]) == ["plain", "RMT", "longer"]
     with pytest.raises(ValueError, match="--arms nobody: the study has plain, RMT, longer, other"):
         study.needed(found, ["nobody"])
+
+
+def commands_of(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, arms: list[str], **changes: Any
+) -> dict[str, tuple[str, dict[str, str], str]]:
+    """What ``run_seed`` would start: command, environment and the stamps it builds on, by stage."""
+    found = {}
+
+    def run(
+        stages: study.Stages,
+        name: str,
+        command: list[str],
+        after: str = "",
+        environment: dict[str, str] | None = None,
+    ) -> str:
+        found[name] = (" ".join(command), environment or {}, after)
+        return f"<{name}>"
+
+    monkeypatch.setattr(study.Stages, "run", run)
+    asked = study.read_study(written(folder / "study.yaml", **changes))
+    study.run_seed(asked, 2, folder / "out", study.needed(asked, arms))
+    return found
+
+
+def test_post_training_begins_with_an_arm_and_asks_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    changes = {
+        "prepare": ["make {seed}"],
+        "train": "--seq-length 8",
+        "reason": "--rmt-template inline",
+        "evaluate": "--budget 4",
+        "post_train": POST_TRAIN | {"prepare": ["ask {seed}"]},
+    }
+    arms = ["RMT, post-trained"]
+    found = commands_of(monkeypatch, tmp_path, arms, **changes)
+    folder = tmp_path / "out/2"
+    assert [*found] == [
+        "prepare 1",
+        "prepare questions 1",
+        *("train plain", "evaluate plain a", "evaluate plain asked"),
+        *("train RMT", "evaluate RMT a", "evaluate RMT asked"),
+        *("train RMT, post-trained", "evaluate RMT, post-trained asked"),
+    ]
+    command, environment, after = found["train RMT, post-trained"]
+    assert command == ("bash examples/post_train.sh --seed 2 --rmt-template inline --train-iters 3")
+    assert environment == {
+        "CHECKPOINT": str(Path("somewhere").resolve()),
+        "START": str(folder / "RMT"),
+        "SAVE": str(folder / "RMT,-post-trained"),
+        "DATA": str(folder / "questions"),
+        "MARKER": "Answer: ",
+        "NPROC_PER_NODE": "1",
+    }
+    assert after == "<train RMT><prepare questions 1>"
+    assert "--positions answers" in found["evaluate plain asked"][0]
+    for name, load in (("RMT", "RMT"), ("RMT, post-trained", "RMT,-post-trained")):
+        command, _, after = found[f"evaluate {name} asked"]
+        assert f"--load {folder / load} --data {folder}/asked.jsonl" in command
+        assert f"--positions-from {folder}/plain.asked.json --budget 4" in command
+        assert after.startswith(f"<train {name}>")
+    # A study that is done is not begun anew when questions are added to it.
+    others = commands_of(monkeypatch, tmp_path, ["RMT"], **changes)
+    assert others == {name: found[name] for name in others}
+    assert not any("asked" in name or "questions" in name for name in others)
+
+
+def test_post_training_may_have_a_prompt_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    own = {"reason": "--rmt-answer-tokens 9", "evaluate": "--budget 7"}
+    found = commands_of(
+        *(monkeypatch, tmp_path, ["plain, post-trained"]),
+        reason="--rmt-answer-tokens 1",
+        evaluate="--budget 4",
+        post_train=POST_TRAIN | own,
+    )
+    assert "--rmt-answer-tokens 9" in found["train plain, post-trained"][0]
+    assert found["evaluate plain asked"][0].endswith("--budget 7 --rmt-answer-tokens 9")
+    assert found["evaluate plain a"][0].endswith("--budget 4 --rmt-answer-tokens 1")
+
+
+def test_post_trained_arms_are_compared_with_where_they_began_and_with_the_first(tmp_path: Path):
+    found = study.read_study(written(tmp_path / "study.yaml", post_train=POST_TRAIN))
+    assert study.compared(found) == {
+        "a": {"difference from plain": dict.fromkeys(("RMT", "longer", "other"), "plain")},
+        "asked": {
+            "gain by post-training": {
+                "plain, post-trained": "plain",
+                "RMT, post-trained": "RMT",
+            },
+            "difference from plain, post-trained": {"RMT, post-trained": "plain, post-trained"},
+        },
+    }
 
 
 def test_a_stage_is_done_once_until_it_or_one_before_it_changes(tmp_path: Path):
@@ -248,6 +372,7 @@ def test_tables_hold_the_seeds_that_there_are(tmp_path: Path, capsys: pytest.Cap
     assert found == {"plain": (2, 37.5), "RMT": (1, 100.0)}
     assert [(row[0], row[1], row[2]["value"]) for row in differences["rows"]] == [("RMT", 1, 50.0)]
     assert [row[:2] for row in costs["rows"]] == [["plain", 4], ["RMT", 4]]
+    assert "perplexity" not in results["columns"], "nobody measured it"
     shown = capsys.readouterr().out
     assert "| RMT | 1 | 100.0 [100.0, 100.0] |" in shown
     assert "### Held out: a: difference from plain" in shown
