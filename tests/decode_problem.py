@@ -1,5 +1,7 @@
 """Arguments of decode attention that reach its edges, and how far a result is from float64."""
 
+from typing import Any
+
 import torch
 
 from megatron_rmt.rollout.row_limits import RowLimits
@@ -45,7 +47,13 @@ def problem(
     for row in range(rows):
         for stored in tails:
             stored[tail[row], :, length[row] :] = torch.nan
-    return query, keys, tails, RowLimits(first, limit, tail, length), dim**-0.5
+    return query, keys, tails, RowLimits.of(first, limit, tail, length), dim**-0.5
+
+
+def within(window: int | None, *given: Any) -> tuple:
+    """The arguments in a layer with a ``window``."""
+    *tensors, limits, scale = given
+    return *tensors, limits.within(window), scale
 
 
 def error(
@@ -55,17 +63,20 @@ def error(
     tails: list[torch.Tensor],
     limits: RowLimits,
     scale: float,
+    window: int | None = None,
 ) -> float:
-    """Relative to dense attention in float64, row by row."""
+    """Relative to dense attention in float64, row by row; ``limits`` without the ``window``."""
     expected = torch.zeros(query.shape, dtype=torch.float64)
     repeats = query.shape[1] // trunk[0].shape[0]
-    for row, (first, limit, tail, length) in enumerate(
+    for row, (first, limit, tail, length, _) in enumerate(
         zip(*(x.tolist() for x in limits), strict=True)
     ):
         key, value = (
             torch.cat([shared[:, first:limit], own[tail, :, :length]], 1).double()
             for shared, own in zip(trunk, tails, strict=True)
         )
+        if window is not None:
+            key, value = (x[:, -(window + 1) :] for x in (key, value))
         key, value = (x.repeat_interleave(repeats, 0) for x in (key, value))
         scores = torch.einsum("hd,hkd->hk", query[row].double(), key) * scale
         expected[row] = torch.einsum("hk,hkd->hd", scores.softmax(-1), value)

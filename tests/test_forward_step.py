@@ -301,6 +301,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "mup_embedding_mult": 3.0,
         "mup_base_head_dim": 4.0,
     },
+    "windows": {"window_size": (3, 0), "window_attn_skip_freq": [1, 0]},
     "experts": {
         "num_moe_experts": 4,
         "moe_router_topk": 2,

@@ -30,6 +30,7 @@ from megatron_rmt.algorithm.losses import Predictions
 from megatron_rmt.algorithm.rng import uniforms
 from megatron_rmt.cpu import compiled as cpu_compiled
 from megatron_rmt.model.gpt import Policy
+from megatron_rmt.model.layer_attention import LayerAttention
 from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.response import Response
@@ -678,8 +679,8 @@ def test_the_host_waits_for_the_device_once_a_token(monkeypatch: pytest.MonkeyPa
     steps: list[int] = []
     attend = DecodeVisibility.attend
 
-    def attended(visibility: DecodeVisibility, layer: int, *others: Any) -> Tensor:
-        if layer == 1:
+    def attended(visibility: DecodeVisibility, layer: LayerAttention, *others: Any) -> Tensor:
+        if layer.number == 1:
             steps.append(len(reads))
         return attend(visibility, layer, *others)
 
@@ -709,8 +710,8 @@ def test_nothing_keeps_a_gradient_and_nothing_is_an_inference_tensor(
     held: list[Tensor] = []
     attend = DecodeVisibility.attend
 
-    def attended(visibility: DecodeVisibility, layer: int, *tensors: Any) -> Tensor:
-        held.extend([*tensors[:3], *visibility.tails.stored[layer]])
+    def attended(visibility: DecodeVisibility, layer: LayerAttention, *tensors: Any) -> Tensor:
+        held.extend([*tensors[:3], *visibility.tails.stored[layer.number]])
         return attend(visibility, layer, *tensors)
 
     monkeypatch.setattr(DecodeVisibility, "attend", attended)
@@ -754,6 +755,30 @@ def test_random_models_budgets_and_positions(seed: int, monkeypatch: pytest.Monk
         forced = len(case.close) if case.force_close else 0
         assert read.thought_length <= 2 * case.budget + forced
         assert len(tokens) <= 2 * case.budget + forced + case.answer_tokens
+
+
+# Windows of a token that end in the stem, in the trunk, and of layers that differ.
+ATTENTION: dict[str, dict[str, Any]] = {
+    "short windows": {"window_size": (1, 0)},
+    "windows": {"window_size": (6, 0), "window_attn_skip_freq": [0, 1]},
+}
+
+
+@pytest.mark.parametrize("by_limits", [False, True], ids=["slices", "limits"])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_responses_of_models_that_attend_otherwise(attention, by_limits: bool, monkeypatch):
+    models_ = [build_model(torch.float32, **ATTENTION[attention]) for _ in range(2)]
+    models_[1].load_state_dict(models_[0].state_dict())
+    attach_tree_attention(models_[1])
+    monkeypatch.setattr(sys.modules[__name__], "_models", lambda: [m.eval() for m in models_])
+    monkeypatch.setattr(generate_module, "tells_limits", lambda device: by_limits)
+    for case in (CASES["boxed"], CASES["greedy, forced close"]):
+        groups = _generate(case, CHOSEN, _filled_store())
+        for group, (number, column) in zip(groups, CHOSEN, strict=True):
+            tokens, drawn, log_probs = _slow_response(case, number, column, case.group - 1)
+            assert group[-1].tokens.tolist() == tokens
+            assert group[-1].drawn.tolist() == drawn
+            np.testing.assert_allclose(group[-1].log_probs, log_probs, rtol=0, atol=1e-5)
 
 
 EXPERTS = {

@@ -235,6 +235,25 @@ def test_a_run_with_virtual_stages_resumes_bitwise_and_in_one_process(
             assert line[name] == pytest.approx(expected_line[name], rel=1e-3, abs=1e-5), name
 
 
+ATTENTION = {"windows": ["--window-size", "9,0", "--window-attn-skip-freq", "2"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ATTENTION.values(), ids=ATTENTION)
+@pytest.mark.parametrize("greedy", [[], ["--rmt-greedy"]], ids=["sampled", "greedy"])
+def test_layers_that_attend_otherwise_train_alike_in_every_layout(
+    start: Start, reference: Run, tmp_path: Path, layers: list[str], greedy: list[str]
+):
+    flags = [*RMT, *greedy, *layers]
+    saving = ["--save", str(tmp_path), "--save-interval", "3"]
+    alone = start(1, [*flags, *saving])
+    assert alone.metrics[0]["entropy"] != reference.metrics[0]["entropy"]
+    for layout in (TP2, PP2):
+        assert_same_curve(start(2, [*flags, *layout]).metrics, alone.metrics)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    assert start(1, flags, resume_from=tmp_path).metrics == alone.metrics[3:]
+
+
 def test_separate_documents_train_alike_in_every_layout(start: Start, reference: Run):
     alone = start(1, [*RMT, *SEPARATE_DOCUMENTS])
     assert alone.metrics[0]["entropy"] != reference.metrics[0]["entropy"]

@@ -82,7 +82,9 @@ class LseAttention:
         self.blocks = blocks
         self._parts = _runs(blocks), _contexts(blocks)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: None = None
+    ) -> Tensor:
         return _MergedParts.apply(query, key, value, *self._parts, scale)
 
 

@@ -13,7 +13,8 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -31,33 +32,34 @@ class TreeAttention(Protocol):
 
     def __init__(self, blocks: Sequence[Block]) -> None: ...
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """``query`` ``[tokens, heads, dim]`` over ``key`` and ``value`` ``[tokens, kv heads, dim]``
-        of one layer: ``[tokens, heads, dim]``, differentiable in all three."""
+        of one layer: ``[tokens, heads, dim]``, differentiable in all three. window: of the layer,
+        as in ``LayerAttention``."""
         ...
 
 
 class SdpaAttention:
-    """One ``scaled_dot_product_attention`` call per block, on its trunk's rows and its own."""
+    """One ``scaled_dot_product_attention`` call per block, on its trunk's rows and its own; with a
+    window, on those of them that a row sees, and several calls for a document."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = blocks
-        self._sees: Sees | None = None
-        self._masks: dict[Block, Tensor] = {}
+        self._sees: dict[int | None, Sees] = {}
+        self._masks: dict[tuple[_Piece, int | None], Tensor] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         outputs = [query[:0]]
-        for block in self.blocks:
-            rows = slice(block.first, block.limit)
-            keys, values = key[rows], value[rows]
-            if block.trunk_limit > block.trunk_first:
-                trunk = slice(block.trunk_first, block.trunk_limit)
-                keys = torch.cat([key[trunk], keys])
-                values = torch.cat([value[trunk], values])
-            mask = self._mask(block, query.device)
+        for piece in (piece for block in self.blocks for piece in _pieces(block, window)):
+            keys, values = (piece.keys(x) for x in (key, value))
+            mask = self._mask(piece, window, query.device)
             with _kernels(query.device):
                 output = F.scaled_dot_product_attention(
-                    _batch(query[rows]),
+                    _batch(query[piece.first : piece.limit]),
                     _batch(keys),
                     _batch(values),
                     attn_mask=mask,
@@ -68,16 +70,52 @@ class SdpaAttention:
             outputs.append(output[0].transpose(0, 1))
         return torch.cat(outputs)
 
-    def _mask(self, block: Block, device: torch.device) -> Tensor | None:
-        """``[rows, trunk rows + rows]`` bool, None where plainly causal. All layers need it."""
-        if not block.branches and block.trunk_limit == block.trunk_first:
+    def _mask(self, piece: "_Piece", window: int | None, device: torch.device) -> Tensor | None:
+        """``[rows, keys]`` bool, None where plainly causal. All layers need it."""
+        if piece.is_causal and window is None:
             return None
-        if block not in self._masks:
-            trunk = torch.arange(block.trunk_first, block.trunk_limit, device=device)
-            own = torch.arange(block.first, block.limit, device=device)
-            sees = self._sees or ancestry(self.blocks, device)
-            self._sees, self._masks[block] = sees, sees(own[:, None], torch.cat([trunk, own]))
-        return self._masks[block]
+        if (piece, window) not in self._masks:
+            if window not in self._sees:
+                self._sees[window] = ancestry(self.blocks, device, window)
+            rows = torch.arange(self.blocks[-1].limit, device=device)
+            own = rows[piece.first : piece.limit, None]
+            self._masks[piece, window] = self._sees[window](own, piece.keys(rows))
+        return self._masks[piece, window]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows ``[first, limit)`` of a block, and two spans of rows, each ``(first, limit)``, outside
+    of which they see nothing: of the trunk, and up to their own."""
+
+    first: int
+    limit: int
+    trunk: tuple[int, int]
+    own: tuple[int, int]
+    is_causal: bool
+
+    def keys(self, rows: Tensor) -> Tensor:
+        """What of ``rows`` ``[tokens, ...]`` lies in the spans."""
+        trunk, own = (rows[first:limit] for first, limit in (self.trunk, self.own))
+        return torch.cat([trunk, own]) if len(trunk) else own
+
+
+# Least rows of a document that are one piece where there is a window.
+_PIECE_ROWS = 256
+
+
+def _pieces(block: Block, window: int | None) -> Iterator[_Piece]:
+    """A block, a document with a window in several pieces: none has a dense mask of all rows."""
+    is_causal = not block.branches and block.trunk_limit == block.trunk_first
+    if window is None or not is_causal:
+        trunk_first = max(block.trunk_first, block.trunk_limit - (window or block.trunk_limit))
+        trunk, own = (trunk_first, block.trunk_limit), (block.first, block.limit)
+        yield _Piece(*own, trunk, own, is_causal)
+        return
+    step = max(window, _PIECE_ROWS)
+    for first in range(block.first, block.limit, step):
+        limit = min(block.limit, first + step)
+        yield _Piece(first, limit, (0, 0), (max(block.first, first - window), limit), is_causal)
 
 
 def _kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -99,28 +137,30 @@ class FlexAttention:
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = blocks
-        self._mask: BlockMask | None = None
+        self._masks: dict[int | None, BlockMask] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         tokens = len(query)
         padding = -tokens % _FLEX_BLOCK
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (query, key, value))
-        if self._mask is None:
+        if window not in self._masks:
             blocks = [*self.blocks, Block(tokens, tokens + padding)] if padding else self.blocks
-            sees = ancestry(blocks, query.device)
+            sees = ancestry(blocks, query.device, window)
 
             def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 return sees(query, key)
 
             make = _compiled(create_block_mask) if query.is_cuda else create_block_mask
             rows = tokens + padding
-            self._mask = make(visible, None, None, rows, rows, device=query.device)
+            self._masks[window] = make(visible, None, None, rows, rows, device=query.device)
         attend = _compiled(flex_attention) if query.is_cuda else flex_attention
         output = attend(
             _batch(query),
             _batch(key),
             _batch(value),
-            block_mask=self._mask,
+            block_mask=self._masks[window],
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
             kernel_options=FLEX_OPTIONS if query.is_cuda else None,
@@ -161,11 +201,12 @@ BACKENDS: dict[str, type[TreeAttention]] = {
 }
 
 
-def backend_for(name: str, device: torch.device) -> type[TreeAttention]:
+def backend_for(name: str, device: torch.device, *, windowed: bool = False) -> type[TreeAttention]:
     """The backend that ``--rmt-attention`` ``name`` means on ``device``.
 
     ``auto`` is lse on the CPU; on CUDA flex where torch can compile, else sdpa (the choice and flex
-    with CUDA are unverified on GPU).
+    with CUDA are unverified on GPU). In layers whose windows leave something out (``windowed``)
+    sdpa stands in for lse, which has no masks.
 
     Raises:
         ValueError: ``name`` does not run on ``device``.
@@ -184,7 +225,7 @@ def backend_for(name: str, device: torch.device) -> type[TreeAttention]:
             "--rmt-attention is lse, which is made of the CPU's flash attention, but the model is "
             f"on {device.type}; pass auto, flex or sdpa."
         )
-    return BACKENDS[name]
+    return SdpaAttention if name == "lse" and windowed else BACKENDS[name]
 
 
 def check_backend(name: str, device: torch.device) -> None:

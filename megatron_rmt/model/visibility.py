@@ -13,7 +13,6 @@ without a visibility reach the original unchanged.
 """
 
 import functools
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +24,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_rmt.model.blocks import Block
+from megatron_rmt.model.blocks import Block, longest_path
+from megatron_rmt.model.layer_attention import LayerAttention
 from megatron_rmt.model.tree_attention import TreeAttention, backend_for
 
 # Megatron caches one rotary table per requested length: ask for few different lengths.
@@ -51,7 +51,7 @@ class Visibility(PackedSeqParams):
         self.max_seqlen_q = -(-longest // ROTARY_TABLE_STEP) * ROTARY_TABLE_STEP
         self.max_seqlen_kv = self.max_seqlen_q
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of ``query`` ``[tokens, heads, dim]`` over ``key``, ``value``
         ``[tokens, kv heads, dim]`` (rotated, this layer's): ``[tokens, heads, dim]``."""
         raise NotImplementedError(f"{type(self).__name__} must say how its tokens attend.")
@@ -66,13 +66,22 @@ class TreeVisibility(Visibility):
 
     blocks: tuple[Block, ...] = ()
     attention: str = "auto"
-    _backend: TreeAttention | None = field(default=None, init=False, repr=False, compare=False)
+    # Of layers without and with windows that leave something out.
+    _backends: dict[bool, TreeAttention] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        window = layer.window
+        if window is not None and window + 1 >= longest_path(self.blocks):
+            window = None
+        windowed = window is not None
         # What a backend prepares from the blocks serves all layers, and recomputed ones.
-        if self._backend is None or self._backend.blocks is not self.blocks:
-            self._backend = backend_for(self.attention, query.device)(self.blocks)
-        return self._backend(query, key, value, scale)
+        backend = self._backends.get(windowed)
+        if backend is None or backend.blocks is not self.blocks:
+            kind = backend_for(self.attention, query.device, windowed=windowed)
+            backend = self._backends[windowed] = kind(self.blocks)
+        return backend(query, key, value, layer.scale, window)
 
 
 def attach_tree_attention(model: torch.nn.Module) -> int:
@@ -90,9 +99,7 @@ def attach_tree_attention(model: torch.nn.Module) -> int:
         if isinstance(module, TransformerLayer):
             _check_attention(module)
         if isinstance(module, SelfAttention):
-            width = module.hidden_size_per_attention_head
-            scale = module.config.softmax_scale or 1.0 / math.sqrt(width)
-            _follow_visibility(module.core_attention, module.layer_number, scale)
+            _follow_visibility(module.core_attention, LayerAttention.of(module))
             attached += 1
         if hasattr(module, "rotary_pos_emb") and hasattr(module, "decoder"):
             _rotate_by_visibility(module.decoder)
@@ -113,7 +120,7 @@ def _check_attention(layer: TransformerLayer) -> None:
         )
 
 
-def _follow_visibility(core_attention: torch.nn.Module, layer: int, scale: float) -> None:
+def _follow_visibility(core_attention: torch.nn.Module, layer: LayerAttention) -> None:
     if getattr(core_attention.forward, "follows_visibility", False):
         return
     original = core_attention.forward
@@ -124,7 +131,7 @@ def _follow_visibility(core_attention: torch.nn.Module, layer: int, scale: float
         if not isinstance(visibility, Visibility):
             return original(query, key, value, *args, **kwargs)
         real = slice(0, visibility.tokens)
-        output = visibility.attend(layer, query[real, 0], key[real, 0], value[real, 0], scale)
+        output = visibility.attend(layer, query[real, 0], key[real, 0], value[real, 0])
         output = output.flatten(1)
         if visibility.tokens < query.shape[0]:
             output = F.pad(output, (0, 0, 0, query.shape[0] - visibility.tokens))

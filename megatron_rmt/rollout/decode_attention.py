@@ -52,10 +52,10 @@ def attend(
     on_tail = on_tail.view(rows, kv_heads, -1, on_tail.shape[-1])
     scores = torch.cat([on_trunk, on_tail], dim=-1) * scale
     column = torch.arange(scores.shape[-1], device=query.device)
-    first, limit, length = (of[:, None] for of in (limits.first, limits.limit, limits.length))
+    first, limit, _, length, start = (of[:, None] for of in limits)
     of_tail = column - on_trunk.shape[-1]
     seen = ((column >= first) & (column < limit) & (of_tail < 0)) | (
-        (of_tail >= 0) & (of_tail < length)
+        (of_tail >= start) & (of_tail < length)
     )
     weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1)
     weights = weights.masked_fill(~seen.any(1)[:, None, None, None], 0.0).to(query.dtype)

@@ -70,6 +70,7 @@ def attend(
         limits.limit,
         limits.tail,
         limits.length,
+        limits.start,
         found,
         log_sums,
         rows,
@@ -139,6 +140,7 @@ def _attend_parts(
     limit,
     tail,
     length,
+    tail_first,
     found,
     log_sums,
     rows,
@@ -204,8 +206,9 @@ def _attend_parts(
         own = (program - on_trunk) // tail_parts
         tail_lane = tl.arange(0, tail_lanes)
         own_length = tl.load(length + own)
-        tail_blocks = tl.cdiv(tl.cdiv(own_length, keys), tail_parts)
-        tail_start = tail_part * tail_blocks * keys
+        own_first = tl.load(tail_first + own)
+        tail_blocks = tl.cdiv(tl.cdiv(own_length - own_first, keys), tail_parts)
+        tail_start = own_first + tail_part * tail_blocks * keys
         tail_stop = tl.minimum(own_length, tail_start + tail_blocks * keys)
         own_tail = tl.load(tail + own).to(tl.int64)
         _attend_keys(
@@ -221,7 +224,7 @@ def _attend_parts(
             tail_lane < queries,
             tail_start,
             tail_stop,
-            tail_lane * 0,
+            tail_lane * 0 + own_first,
             tail_lane * 0 + own_length,
             found,
             log_sums,

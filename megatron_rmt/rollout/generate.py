@@ -311,14 +311,14 @@ class _Decoder:
         # Nobody's rollout sees nothing.
         batch.spans = F.pad(spans.repeat_interleave(group, dim=1), (0, 1))
         column = torch.arange(length, device=device).repeat(len(positions))
-        first, limit, _ = spans.repeat_interleave(length, dim=1).int()
+        first, limit, _ = spans.repeat_interleave(length, dim=1)
         tails = torch.arange(live.count, device=device).view(-1, group)
         written = tails.repeat_interleave(length, dim=0).t()
         return LimitsVisibility(
             tokens=len(column),
             store=self.store,
             tails=batch.tails,
-            limits=RowLimits(first, limit, written[0].int(), (column + 1).int()),
+            limits=RowLimits.of(first, limit, written[0], column + 1),
             written=written,
             columns=column,
             count=live.count + 1,
@@ -337,7 +337,7 @@ class _Decoder:
             tokens=len(live.rows),
             store=self.store,
             tails=batch.tails,
-            limits=RowLimits(*(of.int() for of in sees)),
+            limits=RowLimits.of(*sees),
             written=live.rows[None],
             columns=column,
             count=live.count + 1,
