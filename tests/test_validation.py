@@ -612,6 +612,7 @@ FILES = {
     "other data": "holds token 1000 but --tokenizer-model has 258 tokens; tokenize the corpus with",
     "no data": "but there is no nowhere/train.idx; pass the prefix of a .bin and .idx file.",
     "half the data": "half.bin is missing; tokenize the corpus again.",
+    "other blend": "--rmt-skip-sources is web; web is no corpus of the training blend, which has ",
 }
 
 
@@ -642,6 +643,7 @@ def files(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "other data": [*own, "--data-path", _write_data(folder / "other", 1000)],
         "no data": [*own, "--data-path", "0.5", "nowhere/train"],
         "half the data": [*own, "--data-path", str(folder / "half")],
+        "other blend": [*own, *data, "--rmt-skip-sources", "web"],
     }
 
 

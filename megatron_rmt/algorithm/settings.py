@@ -177,6 +177,9 @@ class Settings:
     only in the place of others"""
     no_curriculum: bool = setting(False, source="ablation of the paper")
     """Positions uniformly over all tiers"""
+    skip_sources: tuple[str, ...] | None = setting(None, unset="none")
+    """Corpora of the training blend whose samples train on next tokens alone, without prompt and
+    rollouts: prefixes as the data flags name them, or their last parts"""
 
     loss: str = setting("hybrid", source="paper")
     """Loss on tokens: hybrid, or your own function as module:function; see docs/change.md"""

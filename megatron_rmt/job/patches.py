@@ -418,6 +418,8 @@ RELIED_ON: tuple[Symbol, ...] = (
     ),
     # Where the checkpoint lies whose moving average a resumed run goes on with.
     Symbol("megatron.training.checkpointing", "get_checkpoint_name", "iteration return_base_dir"),
+    # The corpora of the training blend.
+    Symbol("megatron.training.utils", "get_blend_and_blend_per_split", "args"),
     # How many micro-batches of the user's a step takes.
     Symbol("megatron.core.num_microbatches_calculator", "get_num_microbatches"),
     # The updates as Megatron's schedules expect them.

@@ -24,6 +24,7 @@ from megatron_rmt.job.resume import (
     stored_arguments,
 )
 from megatron_rmt.job.settings import flag_name, lies_in, setting_problems
+from megatron_rmt.job.sources import sources_of_run
 from megatron_rmt.mid_training import DOORS, batches_of_run, fitting_problem, read_prompt
 from megatron_rmt.model.routers import routing_problems
 from megatron_rmt.prompt.ids_of_text import check_ids_are_text
@@ -374,7 +375,13 @@ def _vocabulary(args: Namespace) -> Iterator[str]:
     except ValueError as error:
         yield f"{named} does not suit RMT, which reads answers as text: {_one_line(error)}."
         return
-    yield from data_problems(args, vocabulary)
+    problems = [*data_problems(args, vocabulary)]
+    yield from problems
+    if settings.skip_sources and not problems:
+        try:
+            sources_of_run(args)
+        except ValueError as error:
+            yield str(error)
     try:
         prompt = read_prompt(settings, tokenizer)
     except ValueError as error:
