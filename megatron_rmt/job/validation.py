@@ -168,6 +168,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
             without = "it left out" if needed is None else needed
             yield f"{flag} is {value}; RMT needs {without}: {why}."
     yield from _shards(args)
+    yield from _growing_batch(args)
     yield from _empty_stages(args)
     if args.num_experts:
         yield from routing_problems(args)
@@ -186,6 +187,40 @@ def unsupported(args: Namespace) -> Iterator[str]:
         yield (
             f"--ckpt-format is {args.ckpt_format}; --rmt-baseline-decay {decay:g} saves an average "
             "with torch_dist."
+        )
+
+
+def _growing_batch(args: Namespace) -> Iterator[str]:
+    """What Megatron finds out in the middle of a run whose batch grows, or takes from the smallest
+    batch of the layout: the learning rate's schedule and the data of a run that is given in steps.
+    """
+    growth = getattr(args, "step_batch_size_schedule", None)
+    if not growth:
+        return
+    given = f"--step-batch-size-schedule is {growth}"
+    try:
+        batches = batches_of_run(args)
+    except (ValueError, AssertionError) as error:
+        yield f"{given}: {_one_line(error)}."
+        return
+    sizes, taken = [size for _, size in batches], sum(steps * size for steps, size in batches)
+    together = args.micro_batch_size * args.data_parallel_size
+    if sizes != sorted(sizes) or any(size % together for size in sizes):
+        yield (
+            f"{given}, whose steps have {' then '.join(map(str, sizes))} samples; pass numbers "
+            "that grow, and multiples of --micro-batch-size times data-parallel ranks "
+            f"({together})."
+        )
+    elif args.train_iters:
+        yield (
+            f"{given} and --train-iters is {args.train_iters}, for which Megatron's learning rate "
+            f"and data are those of {args.train_iters} steps of {together} sample(s); pass "
+            f"--train-samples {taken} instead."
+        )
+    elif taken != args.train_samples:
+        yield (
+            f"{given} and --train-samples is {args.train_samples}, but the steps take {taken}; "
+            f"pass {taken}, or {taken - sizes[-1]}, so that the last one finds its data."
         )
 
 
