@@ -474,6 +474,30 @@ def test_windows_over_what_is_behind_a_token_are_accepted(skip: list[str], fused
 
 
 @pytest.mark.parametrize(
+    ("growth", "length", "sentence"),
+    [
+        # Thresholds in tokens: 4 samples of 128.
+        ("0:2 512:4", {"train_samples": 12}, None),
+        ("0:2 512:4", {"train_samples": 13}, "13, but the steps take 16; pass 16, or 12, so"),
+        ("0:2 512:4", {"train_iters": 4}, "those of 4 steps of 2 sample(s); pass --train-samples"),
+        ("0:4 512:2", {"train_samples": 12}, "whose steps have 4 then 2 samples; pass numbers"),
+        ("0:2 512:5", {"train_samples": 14}, "multiples of --micro-batch-size times data-parallel"),
+        ("0:2 512", {"train_samples": 12}, 'is 0:2 512: Invalid schedule entry "512"'),
+        ("512:2", {"train_samples": 12}, "is 512:2: first schedule entry must have threshold 0"),
+    ],
+)
+def test_a_batch_grows_by_whole_micro_batches_in_a_run_counted_in_samples(
+    growth: str, length: dict[str, int], sentence: str | None
+):
+    args = _parse("--rmt", "--step-batch-size-schedule", growth)
+    args.data_parallel_size, args.global_batch_size = 2, 2
+    vars(args).update({"train_iters": None} | length)
+    problems = [problem for problem in unsupported(args) if "--step-batch" in problem]
+    assert len(problems) == (sentence is not None)
+    assert all(sentence in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
     ("layout", "sentence"),
     [
         ("Et|t|t|tL", None),
@@ -633,6 +657,7 @@ FILES = {
     "other data": "holds token 1000 but --tokenizer-model has 258 tokens; tokenize the corpus with",
     "no data": "but there is no nowhere/train.idx; pass the prefix of a .bin and .idx file.",
     "half the data": "half.bin is missing; tokenize the corpus again.",
+    "other blend": "--rmt-skip-sources is web; web is no corpus of the training blend, which has ",
 }
 
 
@@ -663,6 +688,7 @@ def files(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "other data": [*own, "--data-path", _write_data(folder / "other", 1000)],
         "no data": [*own, "--data-path", "0.5", "nowhere/train"],
         "half the data": [*own, "--data-path", str(folder / "half")],
+        "other blend": [*own, *data, "--rmt-skip-sources", "web"],
     }
 
 

@@ -177,6 +177,9 @@ class Settings:
     only in the place of others"""
     no_curriculum: bool = setting(False, source="ablation of the paper")
     """Positions uniformly over all tiers"""
+    skip_sources: tuple[str, ...] | None = setting(None, unset="none")
+    """Corpora of the training blend whose samples train on next tokens alone, without prompt and
+    rollouts: prefixes as the data flags name them, or their last parts"""
 
     loss: str = setting("hybrid", source="paper")
     """Loss on tokens: hybrid, or your own function as module:function; see docs/change.md"""
@@ -224,6 +227,9 @@ class Settings:
     eval_positions: Literal["any", "answers"] = setting("any")
     """Which: any, drawn from the whole text, or answers, from those whose next token is the first
     one in a span of the line's answer_spans, [[first, limit], ...] in characters"""
+    eval_samples: int = setting(0, "[0, inf)", "samples")
+    """Measure the same, at as many positions, in the first N samples of each of Megatron's own
+    evaluations (--eval-interval, --eval-iters), of the validation and of the test split"""
     metrics_file: str | None = setting(None, unset="rmt_metrics.jsonl in --save")
     """JSON lines, one per step"""
     log_samples_interval: int = setting(0, "[0, inf)", "steps")

@@ -51,6 +51,7 @@ MAY_CHANGE = frozenset(
         "eval_documents",
         "eval_positions_per_document",
         "eval_positions",
+        "eval_samples",
         "metrics_file",
         "log_samples_interval",
     }

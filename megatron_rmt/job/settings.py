@@ -63,7 +63,7 @@ class FlagFactory(ArgumentGroupFactory):
         if typing.get_origin(config_type) is not tuple:
             return super()._extract_type(config_type)
         kinds = typing.get_args(config_type)
-        return {"type": kinds[0], "nargs": len(kinds)}
+        return {"type": kinds[0], "nargs": "+" if kinds[-1] is ... else len(kinds)}
 
     def _build_argparse_kwargs_from_field(self, attribute: Field[Any]) -> dict[str, Any]:
         keywords = super()._build_argparse_kwargs_from_field(attribute)
@@ -184,13 +184,14 @@ def _typed(value: Any, field: Field[Any]) -> Any:
     parts = value if number and isinstance(value, list) else [value]
     # A number may be text: YAML's own word for infinity is .inf, everybody else's inf.
     from_types = (int, float, str) if kind is float else (kind,)
-    if len(parts) == (number or 1) and all(type(part) in from_types for part in parts):
+    wanted = max(1, len(parts)) if number == "+" else number or 1
+    if len(parts) == wanted and all(type(part) in from_types for part in parts):
         with contextlib.suppress(ValueError):
             typed = [kind(part) for part in parts]
             if number or choices is None or value in choices:
                 return typed if number else typed[0]
     if number:
-        raise ValueError(f"a list of {number} numbers")
+        raise ValueError("a list of texts" if number == "+" else f"a list of {number} numbers")
     raise ValueError(f"one of {', '.join(choices)}" if choices else _EXPECTED[kind])
 
 

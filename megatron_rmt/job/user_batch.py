@@ -69,7 +69,7 @@ def take_batches(
             problems += [_stray_problem(own), _missing_problem(own, held)]
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         # Before the stages exchange their parts.
-        _raise_together(problems)
+        raise_together(problems)
     batches: list[UserBatch] = []
     if not any(problems):
         calls_of_batches = [*zip(*recorded, strict=True)]
@@ -83,7 +83,7 @@ def take_batches(
                 _mask_problem(mask, batch, end_of_document, separate_documents) for mask in masks
             ]
             problems.append(token_problem(batch))
-    _raise_together(problems)
+    raise_together(problems)
     return batches
 
 
@@ -274,7 +274,7 @@ def _mask_problem(
     return None
 
 
-def _raise_together(problems: Iterable[str | None]) -> None:
+def raise_together(problems: Iterable[str | None]) -> None:
     """Raise the first problem that any rank has, on all ranks. Collective over all of them."""
     own = next((problem for problem in problems if problem is not None), None)
     if dist.get_world_size() == 1:
