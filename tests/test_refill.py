@@ -1,0 +1,274 @@
+"""Positions that begin where rollouts of others have ended: the tokens of decoding all at once.
+
+On a GPU a batch does so; here the CPU is told limits as a GPU is. ``tests.test_generate`` compares
+what is decoded all at once with the stock model.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from megatron_rmt.model.visibility import attach_tree_attention
+from megatron_rmt.rollout import generate as generate_module
+from megatron_rmt.rollout.generate import StoppedError, generate
+from megatron_rmt.rollout.kv_cache import TailCache
+from megatron_rmt.rollout.live_rollouts import LiveRollouts, padded_rows
+from megatron_rmt.rollout.responses import Rollout
+from tests import test_generate as plain
+from tests.distributed import run_distributed
+from tests.test_forward_step_parallel import Layout, _own_part
+from tests.test_generate import CASES, STEM, TOKEN_BYTES, Case, _assert_same, _filled_store
+from tests.tiny_model import build_model
+
+pytestmark = pytest.mark.usefixtures("single_process_megatron")
+
+# In the order of the samples, whose documents are of 12 tokens.
+MANY = [(0, 0), (0, 4), (0, 11), (1, 1), (1, 5), (1, 6), (2, 2), (2, 3), (2, 10), (3, 0), (3, 9)]
+LONG = Case(answer="next", budget=12, temperature=1.5)
+
+
+def _room_for(positions: int, case: Case) -> int:
+    """Bytes of the trunks and of so many positions' tails."""
+    thought = case.budget * case.thinks
+    bound = case.prompt.bound(thought, warm_up=case.warm_up, truth_tokens=3).tokens
+    stem = STEM if case.thinks else STEM + case.close
+    tails = positions * case.group * (len(stem) + bound)
+    return (sum(map(len, plain._samples())) + tails) * TOKEN_BYTES
+
+
+@dataclass
+class Passes:
+    """How many rows each pass of stems began, and each pass of tokens had and wrote."""
+
+    begun: list[int] = field(default_factory=list)
+    decoded: list[int] = field(default_factory=list)
+    stems_beside_live_rows: int = 0
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        read, decode = generate_module._Decoder._read_stems, generate_module._Decoder._decode
+
+        def read_stems(decoder: Any, batch: Any, sends: Any) -> None:
+            live = batch.live
+            if live.begun:
+                self.begun.append(len(live.begun))
+                self.stems_beside_live_rows += len(live.rows_here) > self.begun[-1] * live.how.group
+            read(decoder, batch, sends)
+
+        def decode_tokens(decoder: Any, batch: Any, sends: Any) -> None:
+            if batch.live.rows_here:
+                self.decoded.append(len(batch.live.rows))
+            decode(decoder, batch, sends)
+
+        monkeypatch.setattr(generate_module._Decoder, "_read_stems", read_stems)
+        monkeypatch.setattr(generate_module._Decoder, "_decode", decode_tokens)
+
+
+@pytest.fixture
+def by_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate_module, "tells_limits", lambda device: True)
+
+
+def _both(
+    case: Case, at_once: int, monkeypatch: pytest.MonkeyPatch, **changes: Any
+) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
+    """Responses of positions that take others' places, and of all at once by the CPU's own path."""
+    expected = plain._generate(case, MANY, _filled_store())
+    monkeypatch.setattr(generate_module, "tells_limits", lambda device: True)
+    kv_bytes = _room_for(at_once, case)
+    return plain._generate(case, MANY, _filled_store(), kv_bytes=kv_bytes, **changes), expected
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_tokens_are_those_of_all_positions_at_once(name: str, monkeypatch: pytest.MonkeyPatch):
+    passes = Passes()
+    passes.watch(monkeypatch)
+    found, expected = _both(CASES[name], 2, monkeypatch)
+    _assert_same(found, expected)
+    assert passes.begun[0] == len(MANY)
+    assert sum(passes.begun[1:]) == len(MANY)
+    assert max(passes.begun[1:]) <= 2
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 10, 11, 50])
+def test_the_tokens_do_not_depend_on_how_many_fit(at_once: int, monkeypatch: pytest.MonkeyPatch):
+    _assert_same(*_both(LONG, at_once, monkeypatch))
+
+
+def test_a_few_end_and_others_begin_while_the_rest_goes_on_in_fewer_passes_than_waves(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    expected = plain._generate(LONG, MANY, _filled_store())
+    monkeypatch.setattr(generate_module, "tells_limits", lambda device: True)
+    passes = Passes()
+    passes.watch(monkeypatch)
+    plain._generate(LONG, MANY, _filled_store(), kv_bytes=_room_for(4, LONG))
+    assert passes.stems_beside_live_rows >= 3
+    waves = [expected[:3], expected[3:7], expected[7:]]
+    of_waves = sum(max(len(own) for group in wave for own in group) for wave in waves)
+    assert len(passes.begun) + len(passes.decoded) < 0.9 * of_waves
+    # While positions wait the number of rows stays, and with it what was recorded.
+    assert set(passes.decoded[: len(passes.decoded) // 2]) == {padded_rows(4 * LONG.group)}
+
+
+@pytest.mark.usefixtures("by_limits")
+def test_no_more_tails_are_held_than_fit_and_nobodys(monkeypatch: pytest.MonkeyPatch):
+    write, held = TailCache.write_rows, set[int]()
+
+    def measured(tails: TailCache, *args: Any) -> None:
+        write(tails, *args)
+        held.update(len(x) for pair in tails.stored.values() for x in pair)
+
+    monkeypatch.setattr(TailCache, "write_rows", measured)
+    plain._generate(LONG, MANY, _filled_store(), kv_bytes=_room_for(3, LONG))
+    assert held == {3 * LONG.group + 1}
+
+
+@pytest.mark.parametrize("name", ["boxed", "next, forced close", "warm-up", "greedy"])
+def test_steps_recorded_before_others_begin_are_run_again_after(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    recorded: list[int] = []
+
+    def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        recorded.append(1)
+        return plain._record_without_a_gpu(step)
+
+    monkeypatch.setattr(generate_module, "is_recordable", lambda *_: True)
+    monkeypatch.setattr(generate_module, "record", record)
+    passes = Passes()
+    passes.watch(monkeypatch)
+    found, expected = _both(CASES[name], 3, monkeypatch)
+    _assert_same(found, expected)
+    assert len(passes.begun) > 4
+    # One for each number of rows, 16 and 8, however often positions begin.
+    assert len(recorded) <= 2
+
+
+@pytest.mark.usefixtures("by_limits")
+def test_positions_that_wait_are_given_up_where_a_rank_is_told_to_stop(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    passes, asked = Passes(), []
+    passes.watch(monkeypatch)
+    how = dataclasses.replace(LONG.settings, kv_bytes=_room_for(2, LONG))
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 4
+
+    with pytest.raises(StoppedError):
+        generate(plain._policy(), LONG.prompt, _filled_store(), plain._positions(MANY), how, stop)
+    # The flag is read one token late.
+    assert len(passes.begun) + len(passes.decoded) <= 7
+
+
+def test_the_first_positions_begin_and_the_others_where_enough_rows_are_free():
+    case = Case(group=3)
+    positions = plain._positions(MANY)
+    bound = case.prompt.bound(case.budget)
+    device = torch.device("cpu")
+    live = LiveRollouts(positions, case.prompt, case.settings, bound, device, True, at_once=4)
+    group = case.settings.group
+    assert live.begun == range(4)
+    assert live.rows_here == [*range(4 * group)]
+    for _ in range(2):
+        letter = torch.full_like(live.draws(), plain._bytes().index(b"a")).long()
+        live.write(letter, torch.zeros(len(letter)))
+        live.step += 1
+    assert live.steps_of_rows().tolist()[: 4 * group] == [2] * 4 * group
+    alive = [True] * 4 * group + [False] * (len(live.rows) - 4 * group)
+    # Two rows of different positions do not make room for one.
+    alive[1] = alive[5] = False
+    assert live.settle(alive) is None
+    alive[11] = False
+    stays = [0, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert live.settle(alive) == stays
+    assert live.begun == range(4, 5)
+    assert live.rows_here == [*stays, *range(4 * group, 5 * group)]
+    assert sorted(live.slots.tolist()[: 4 * group]) == [*range(4 * group)]
+    assert live.slots.tolist()[9:12] == [1, 5, 11]
+    assert live.steps_of_rows().tolist()[: 4 * group] == [2] * 9 + [0] * 3
+    assert live.step == 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What ranks generate. at_once: positions; weights: of the whole model."""
+
+    layout: Layout
+    name: str
+    at_once: int
+    weights: dict[str, Tensor]
+
+
+def _of_rank(asked: Asked) -> tuple[list[list[Rollout]], int, int]:
+    """The responses, and how many passes of stems and of tokens there were."""
+    layout = asked.layout
+    parallel_state.initialize_model_parallel(
+        layout.tensor, layout.pipeline, create_gloo_process_groups=False
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    model = build_model(
+        torch.float32,
+        pre_process=stage == 0,
+        post_process=stage == layout.pipeline - 1,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        pipeline_dtype=torch.float32,
+    )
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    model.load_state_dict(_own_part(asked.weights, layout, rank, stage), strict=False)
+    attach_tree_attention(model)
+    plain._models = lambda: (None, model.eval())
+    generate_module.tells_limits = lambda device: True
+    passes = Passes()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        passes.watch(monkeypatch)
+        case = CASES.get(asked.name, LONG)
+        # Each rank holds a part of the heads, or of the layers, and a bound of its own.
+        room = math.ceil(_room_for(asked.at_once, case) / layout.ranks)
+        responses = plain._generate(case, MANY, _filled_store(), kv_bytes=room)
+    return responses, len(passes.begun), len(passes.decoded)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["long", "warm-up"])
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(pipeline=2)], ids=["TP2", "PP2"])
+def test_ranks_of_a_model_agree_on_who_begins_when(layout: Layout, name: str):
+    case = CASES.get(name, LONG)
+    alone = plain._generate(case, MANY, _filled_store())
+    weights = plain._models()[1].state_dict()
+    weights = {n: w for n, w in weights.items() if isinstance(w, Tensor)}
+    # Of the stages each has a batch.
+    at_once = 2 * layout.pipeline
+    results = run_distributed(2, _of_rank, Asked(layout, name, at_once, weights), timeout=120)
+    for responses, stems, tokens in results:
+        _assert_same(responses, alone)
+        assert stems > 3
+        assert (stems, tokens) == results[0][1:]
+
+
+def _with_experts(shares: list[Any], kv_bytes: int | None) -> list[list[Rollout]]:
+    generate_module.tells_limits = lambda device: True
+    return plain._rollouts_of_shares(shares, kv_bytes)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("share", [[MANY[:1], MANY[1:]], [MANY, []]], ids=["uneven", "none"])
+def test_ranks_that_share_experts_wait_until_nobody_has_positions_left(
+    share: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    model = plain._with_experts(1)
+    monkeypatch.setattr(plain, "_models", lambda: (None, model))
+    case = CASES["boxed"]
+    alone = plain._generate(case, MANY, _filled_store())
+    results = run_distributed(2, _with_experts, share, _room_for(2, case), timeout=120)
+    _assert_same([group for part in results for group in part], alone)
