@@ -198,19 +198,11 @@ def test_the_first_positions_begin_and_the_others_where_enough_rows_are_free():
     assert live.step == 0
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What ranks generate. at_once: positions; weights: of the whole model."""
-
-    layout: Layout
-    name: str
-    at_once: int
-    weights: dict[str, Tensor]
-
-
-def _of_rank(asked: Asked) -> tuple[list[list[Rollout]], int, int]:
-    """The responses, and how many passes of stems and of tokens there were."""
-    layout = asked.layout
+def _of_rank(
+    layout: Layout, at_once: int, weights: dict[str, Tensor]
+) -> tuple[list[list[Rollout]], int, int]:
+    """The responses, and how many passes of stems and of tokens there were. weights: of the whole
+    model."""
     parallel_state.initialize_model_parallel(
         layout.tensor, layout.pipeline, create_gloo_process_groups=False
     )
@@ -225,31 +217,28 @@ def _of_rank(asked: Asked) -> tuple[list[list[Rollout]], int, int]:
         pipeline_dtype=torch.float32,
     )
     rank = parallel_state.get_tensor_model_parallel_rank()
-    model.load_state_dict(_own_part(asked.weights, layout, rank, stage), strict=False)
+    model.load_state_dict(_own_part(weights, layout, rank, stage), strict=False)
     attach_tree_attention(model)
     plain._models = lambda: (None, model.eval())
     generate_module.tells_limits = lambda device: True
     passes = Passes()
     with pytest.MonkeyPatch.context() as monkeypatch:
         passes.watch(monkeypatch)
-        case = CASES.get(asked.name, LONG)
         # Each rank holds a part of the heads, or of the layers, and a bound of its own.
-        room = math.ceil(_room_for(asked.at_once, case) / layout.ranks)
-        responses = plain._generate(case, MANY, _filled_store(), kv_bytes=room)
+        room = math.ceil(_room_for(at_once, LONG) / layout.ranks)
+        responses = plain._generate(LONG, MANY, _filled_store(), kv_bytes=room)
     return responses, len(passes.begun), len(passes.decoded)
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("name", ["long", "warm-up"])
 @pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(pipeline=2)], ids=["TP2", "PP2"])
-def test_ranks_of_a_model_agree_on_who_begins_when(layout: Layout, name: str):
-    case = CASES.get(name, LONG)
-    alone = plain._generate(case, MANY, _filled_store())
+def test_ranks_of_a_model_agree_on_who_begins_when(layout: Layout):
+    alone = plain._generate(LONG, MANY, _filled_store())
     weights = plain._models()[1].state_dict()
     weights = {n: w for n, w in weights.items() if isinstance(w, Tensor)}
     # Of the stages each has a batch.
     at_once = 2 * layout.pipeline
-    results = run_distributed(2, _of_rank, Asked(layout, name, at_once, weights), timeout=120)
+    results = run_distributed(2, _of_rank, layout, at_once, weights)
     for responses, stems, tokens in results:
         _assert_same(responses, alone)
         assert stems > 3
@@ -262,13 +251,12 @@ def _with_experts(shares: list[Any], kv_bytes: int | None) -> list[list[Rollout]
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("share", [[MANY[:1], MANY[1:]], [MANY, []]], ids=["uneven", "none"])
 def test_ranks_that_share_experts_wait_until_nobody_has_positions_left(
-    share: list[Any], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ):
     model = plain._with_experts(1)
     monkeypatch.setattr(plain, "_models", lambda: (None, model))
-    case = CASES["boxed"]
-    alone = plain._generate(case, MANY, _filled_store())
-    results = run_distributed(2, _with_experts, share, _room_for(2, case), timeout=120)
+    case, own = CASES["boxed"], MANY[:7]
+    alone = plain._generate(case, own, _filled_store())
+    results = run_distributed(2, _with_experts, [own[:1], own[1:]], _room_for(2, case))
     _assert_same([group for part in results for group in part], alone)
