@@ -171,30 +171,30 @@ def test_positions_that_wait_are_given_up_where_a_rank_is_told_to_stop(
 
 def test_the_first_positions_begin_and_the_others_where_enough_rows_are_free():
     case = Case(group=3)
-    positions = plain._positions(MANY)
-    bound = case.prompt.bound(case.budget)
-    device = torch.device("cpu")
-    live = LiveRollouts(positions, case.prompt, case.settings, bound, device, True, at_once=4)
-    group = case.settings.group
-    assert live.begun == range(4)
-    assert live.rows_here == [*range(4 * group)]
+    how, bound = case.settings, case.prompt.bound(case.budget)
+    on_cpu = torch.device("cpu")
+    live = LiveRollouts(plain._positions(MANY), case.prompt, how, bound, on_cpu, True, at_once=3)
+    assert live.begun == range(3)
+    assert live.rows_here == [*range(9)]
+    assert live.alive.tolist() == [True] * 9 + [False] * 7
     for _ in range(2):
         letter = torch.full_like(live.draws(), plain._bytes().index(b"a")).long()
         live.write(letter, torch.zeros(len(letter)))
         live.step += 1
-    assert live.steps_of_rows().tolist()[: 4 * group] == [2] * 4 * group
-    alive = [True] * 4 * group + [False] * (len(live.rows) - 4 * group)
-    # Two rows of different positions do not make room for one.
-    alive[1] = alive[5] = False
-    assert live.settle(alive) is None
-    alive[11] = False
-    stays = [0, 2, 3, 4, 6, 7, 8, 9, 10]
-    assert live.settle(alive) == stays
-    assert live.begun == range(4, 5)
-    assert live.rows_here == [*stays, *range(4 * group, 5 * group)]
-    assert sorted(live.slots.tolist()[: 4 * group]) == [*range(4 * group)]
-    assert live.slots.tolist()[9:12] == [1, 5, 11]
-    assert live.steps_of_rows().tolist()[: 4 * group] == [2] * 9 + [0] * 3
+    assert live.steps_of_rows().tolist()[:9] == [2] * 9
+    alive = [True] * 9 + [False] * 7
+    # Two rows of different positions do not make room for one; nor do eight rows make do with less
+    # padding, as long as others wait.
+    for ended in (1, 5):
+        alive[ended] = False
+        assert live.settle(alive) is None
+    alive[8] = False
+    stay = [0, 2, 3, 4, 6, 7]
+    assert live.settle(alive) == stay
+    assert live.begun == range(3, 4)
+    assert live.rows_here == [*stay, 9, 10, 11]
+    assert live.slots.tolist()[:9] == [*stay, 1, 5, 8]
+    assert live.steps_of_rows().tolist()[:9] == [2] * 6 + [0] * 3
     assert live.step == 0
 
 
