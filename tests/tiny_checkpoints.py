@@ -26,6 +26,8 @@ DENSE = (
     "r1-distill-qwen",
     "r1-distill-llama",
     "qwen3",
+    "phi3",
+    "smollm3",
 )
 EXPERTS = ("mixtral", "qwen3-moe", "qwen3-moe-unnormalised")
 MODELS = (*DENSE, *EXPERTS)
@@ -56,6 +58,8 @@ kinds = {
     "r1-distill-qwen": ("qwen2", dict(num_key_value_heads=1)),
     "r1-distill-llama": ("llama", dict(rope_parameters=scaled, head_dim=16)),
     "qwen3": ("qwen3", dict(head_dim=16)),
+    "phi3": ("phi3", dict(pad_token_id=1)),
+    "smollm3": ("smollm3", dict(num_hidden_layers=4, tie_word_embeddings=True, pad_token_id=1)),
     "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
     "qwen3-moe": ("qwen3_moe", dict(norm_topk_prob=True, **wide)),
     "qwen3-moe-unnormalised": ("qwen3_moe", dict(norm_topk_prob=False, **wide)),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus_files import read_corpus
 from document_tokens import DocumentTokenizer
 from evaluation import Measured, Record
-from json_lines import Row, read_rows
+from json_lines import Row
 from megatron_rmt.prompt.answer_spans import check_spans, first_tokens
 
 
@@ -82,7 +83,8 @@ def read_texts(
             no answer.
     """
     try:
-        rows = itertools.islice(read_rows(path), limit)
+        keys = [json_key, "problem_chars", "answer_spans"]
+        rows = itertools.islice(read_corpus(path, keys), limit)
         texts = [_text(row, json_key, solution_only, answers, name) for row in rows]
     except ValueError as error:
         raise ValueError(f"--data {error}") from None

@@ -2,7 +2,7 @@
 
 Lines are UTF-8, with or without a byte order mark at the front of any of them, and end in LF, CRLF
 or CR alone, all of which count as one line. Blank lines hold no object. Files compressed by gzip,
-bzip2 or xz are read as they are, and known by their first bytes, whatever their names; other
+bzip2, xz or zstd are read as they are, and known by their first bytes, whatever their names; other
 formats are refused by what their first bytes say. Every refusal is a ``ValueError`` of one sentence
 that begins with the file and, where there is one, the line (from 1): ``train.jsonl:3: ...``.
 """
@@ -15,17 +15,30 @@ import io
 import json
 import lzma
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+try:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+except ImportError:
+    zstd = None
+
 # A longer line would not fit the memory that is promised, nor its tokens Megatron's index (int32).
 LONGEST_LINE = 2**30
 
+ZSTD = b"\x28\xb5\x2f\xfd"
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+if zstd is not None:
+    _COMPRESSED[ZSTD] = zstd.open
+    _UNREADABLE += (zstd.ZstdError,)
 
 _UTF_8 = "convert it to UTF-8 with iconv -f {} -t UTF-8"
 _TABLE = "write its rows as lines of JSON (pandas: to_json(orient='records', lines=True))"
@@ -39,7 +52,7 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (codecs.BOM_UTF16_BE, "UTF-16", _UTF_8.format("UTF-16")),
     (b"{\0", "UTF-16 (little-endian)", _UTF_8.format("UTF-16LE")),
     (b"\0{", "UTF-16 (big-endian)", _UTF_8.format("UTF-16BE")),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "decompress it with zstd -d"),
+    (ZSTD, "compressed by zstd", "pip install backports.zstd, or zstd -d"),
     (b"\x04\x22\x4d\x18", "compressed by lz4", "decompress it with lz4 -d"),
     (b"PK\x03\x04", "a zip archive", "unpack it with unzip"),
     (b"PK\x05\x06", "an empty zip archive", "give a file of JSON lines"),
@@ -179,11 +192,11 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 def _foreign(head: bytes) -> tuple[str, str] | None:
     """What a file is that begins with ``head`` and cannot be lines of JSON, and the remedy."""
+    if any(head.startswith(magic) for magic in _COMPRESSED):
+        return "compressed twice", "decompress it once"
     for magic, kind, remedy in _FOREIGN:
         if head.startswith(magic):
             return kind, remedy
-    if any(head.startswith(magic) for magic in _COMPRESSED):
-        return "compressed twice", "decompress it once"
     if _PICKLE.match(head):
         return "a pickle, which is never loaded here", "write its texts as lines of JSON"
     if head[257:262] == b"ustar":

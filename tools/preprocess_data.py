@@ -1,12 +1,13 @@
-"""Tokenize JSONL documents into the ``.bin`` and ``.idx`` files that Megatron trains on.
+"""Tokenize documents into the ``.bin`` and ``.idx`` files that Megatron trains on.
 
     python tools/preprocess_data.py --input train.jsonl --output-prefix data/train \\
         --tokenizer path/to/tokenizer
 
 writes ``data/train.bin`` and ``data/train.idx``, to be named ``--data-path data/train`` in
 training. Each line of the input is a JSON object whose ``text`` (or ``--json-key``) is one
-document. The tokenizer is Megatron's own, so ids, special tokens that the tokenizer adds (a
-beginning of sequence, say) and the end-of-document token are those that training will use:
+document; so is each row of a Parquet file. Inputs may be compressed, and folders of shards (see
+``corpus_files.py``). The tokenizer is Megatron's own, so ids, special tokens that the tokenizer
+adds (a beginning of sequence, say) and the end-of-document token are those that training will use:
 ``--tokenizer-type HuggingFaceTokenizer`` for a directory or a name on the Hugging Face hub,
 ``--tokenizer-type SentencePieceTokenizer`` for a file ``*.model``; for both the end of a document
 is the tokenizer's end-of-sequence token.
@@ -19,8 +20,6 @@ there is written over by the next.
 import argparse
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
 import itertools
 import os
@@ -41,10 +40,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from corpus_files import files_of, read_corpus
 from document_tokens import SPECIAL_TOKENS, DocumentTokenizer, SpecialTokens
-from json_lines import read_rows
 from megatron_rmt.job import console
 from megatron_rmt.prompt.ids_of_text import CHARACTERS, DOCUMENTS, check_ids_are_text
+from token_file_output import check_output, partial_files, replace_both, writing
 
 DOCUMENTS_PER_BATCH = 64
 CHARACTERS_PER_BATCH = 2**20
@@ -149,38 +149,12 @@ def check_tokenizer(tokenizer: Any, name: str, inputs: Sequence[Path], json_key:
     Raises:
         ValueError: they are not, or see ``read_batches``.
     """
-    first = (itertools.islice(read_rows(path), DOCUMENTS) for path in inputs)
+    first = (itertools.islice(read_corpus(path, [json_key]), DOCUMENTS) for path in inputs)
     texts = [row.text(json_key)[:CHARACTERS] for row in itertools.chain.from_iterable(first)]
     try:
         check_ids_are_text(tokenizer, texts)
     except ValueError as error:
         raise ValueError(f"--tokenizer {name}: {error}") from None
-
-
-def check_output(prefix: str, inputs: Sequence[Path], overwrite: bool) -> dict[str, Path]:
-    """The paths of the ``.bin`` and ``.idx`` files.
-
-    Raises:
-        ValueError: the prefix names no file that can be written, or one that is there.
-    """
-    if "://" in prefix or Path(prefix).name in ("", "..") or prefix.endswith((os.sep, "/.")):
-        raise ValueError(
-            f"--output-prefix {prefix} names no local file; add the name that .bin and .idx get."
-        )
-    final = {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx")}
-    nearest = next(path for path in final["bin"].absolute().parents if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"--output-prefix {prefix}: {nearest} is a file; choose another prefix.")
-    for path in final.values():
-        if path.is_dir() or path.resolve() in [source.resolve() for source in inputs]:
-            kind = "a directory" if path.is_dir() else "an --input"
-            raise ValueError(f"--output-prefix {prefix}: {path} is {kind}; choose another prefix.")
-    if not overwrite and any(path.exists() for path in final.values()):
-        raise ValueError(
-            f"--output-prefix {prefix}: {prefix}.bin or .idx exists; choose another prefix, or "
-            "pass --overwrite."
-        )
-    return final
 
 
 def read_batches(
@@ -196,7 +170,7 @@ def read_batches(
         documents: list[Document] = []
         characters = position = before = 0
         found = False
-        for row in read_rows(path):
+        for row in read_corpus(path, [json_key]):
             document = Document(row.text(json_key), row.place)
             tokenizer.note_special_tokens(document.text, document.place)
             documents.append(document)
@@ -365,10 +339,16 @@ def preprocess(
     """
     if workers < 1:
         raise ValueError(f"--workers is {workers}; it must be 1 or more.")
+    try:
+        inputs, left_out = files_of(inputs)
+    except ValueError as error:
+        raise ValueError(f"--input {error}") from None
+    if left_out:
+        print(f"--input leaves out: {', '.join(map(str, left_out))}", file=sys.stderr)
     for path in inputs:
         if not os.path.isfile(path):
-            raise ValueError(f"--input {path} is not a file; give an existing JSONL file.")
-    with _writing(output_prefix):
+            raise ValueError(f"--input {path} is not a file; give an existing file or folder.")
+    with writing(output_prefix):
         final = check_output(output_prefix, inputs, overwrite)
     loaded = load_tokenizer(tokenizer_name)
     eod = end_of_document(loaded, tokenizer_name) if append_eod else None
@@ -376,16 +356,11 @@ def preprocess(
     # Reads special tokens in texts as it is told from now on, so it comes after the check.
     tokenizer = DocumentTokenizer(loaded, special_tokens)
 
-    partial = {kind: Path(f"{output_prefix}.partial.{kind}") for kind in final}
     with contextlib.ExitStack() as stack:
         batches = read_batches(inputs, json_key, tokenizer)
         encoded = encode_batches(batches, tokenizer, tokenizer_name, eod, workers)
         size = sum(path.stat().st_size for path in inputs)
-        with _writing(output_prefix):
-            final["bin"].parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_alone(partial["bin"], output_prefix))
-            for path in partial.values():
-                stack.callback(path.unlink, missing_ok=True)
+        partial = stack.enter_context(partial_files(output_prefix))
         stack.enter_context(contextlib.closing(encoded))
         progress = stack.enter_context(
             tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None)
@@ -393,54 +368,8 @@ def preprocess(
         summary = _write(encoded, partial, output_prefix, loaded.vocab_size, progress)
         if summary.documents == 0:
             raise ValueError(f"{inputs[0]}: every document is empty; nothing to train on.")
-        with _writing(output_prefix):
-            # An index never stands beside the tokens of another run, even if this is interrupted.
-            final["idx"].unlink(missing_ok=True)
-            partial["bin"].replace(final["bin"])
-            partial["idx"].replace(final["idx"])
+        replace_both(partial, final, output_prefix)
     return dataclasses.replace(summary, special_tokens=tokenizer.report())
-
-
-@contextlib.contextmanager
-def _alone(path: Path, prefix: str) -> Iterator[None]:
-    """Hold ``path``, which is made, for this process alone; the kernel gives it back at its end.
-
-    Raises:
-        ValueError: another process holds it.
-        OSError: it cannot be made, or is a symbolic link.
-    """
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"--output-prefix {prefix}: another process is writing {path}; wait for it, or "
-                    "choose another prefix."
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-            # Its owner may have finished, and renamed it, between the two calls.
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-                if os.fstat(file).st_size:
-                    print(f"{path}, which a killed process left, is written over", file=sys.stderr)
-                yield
-                return
-        finally:
-            os.close(file)
-
-
-@contextlib.contextmanager
-def _writing(prefix: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"--output-prefix {prefix} cannot be written ({error.strerror}); make room or choose "
-            "another prefix."
-        ) from None
 
 
 def _write(
@@ -453,7 +382,7 @@ def _write(
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(vocab_size)
-    with _writing(prefix):
+    with writing(prefix):
         builder = IndexedDatasetBuilder(str(paths["bin"]), dtype=dtype)
     documents = tokens = text_bytes = empty = 0
     try:
@@ -470,7 +399,7 @@ def _write(
                 del document, pieces
             progress.update(one.batch.read)
             del one
-        with _writing(prefix):
+        with writing(prefix):
             builder.finalize(str(paths["idx"]))
     finally:
         with contextlib.suppress(OSError):
@@ -487,7 +416,7 @@ def _write_tokens(builder: Any, pieces: Iterable[np.ndarray], place: str, prefix
                 f"{place}: the tokenizer's ids, {ids.max()} here, go beyond the number of its "
                 "tokens; give one without holes in its vocabulary."
             )
-        with _writing(prefix):
+        with writing(prefix):
             builder.data_file.write(ids.astype(builder.dtype).tobytes())
         length += ids.size
     if length:
@@ -499,10 +428,16 @@ def _write_tokens(builder: Any, pieces: Iterable[np.ndarray], place: str, prefix
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, by the names of ``preprocess``'s parameters."""
     parser = argparse.ArgumentParser(
-        description="Tokenize JSONL documents into Megatron's .bin and .idx files."
+        description="Tokenize documents into Megatron's .bin and .idx files."
     )
     add = functools.partial(parser.add_argument, required=True)
-    add("--input", dest="inputs", nargs="+", type=Path, metavar="JSONL", help="one or more files")
+    add(
+        "--input",
+        dest="inputs",
+        nargs="+",
+        type=Path,
+        help="files of JSON lines, also .gz, .bz2, .xz or .zst, or Parquet, or folders of them",
+    )
     add("--output-prefix", help="writes PREFIX.bin and PREFIX.idx; training's --data-path")
     add(
         "--tokenizer",

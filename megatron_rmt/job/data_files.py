@@ -118,7 +118,7 @@ def data_problems(args: Namespace, vocabulary: int) -> Iterator[str]:
     for file in files:
         path = Path(file.prefix)
         if file.index.is_file() and file.tokens.is_file():
-            problem = _damage(file)
+            problem = damage(file)
             if problem is None:
                 problem = foreign_token(file, vocabulary, SAMPLED_TOKENS, places=PLACES)
             if problem is not None:
@@ -133,7 +133,7 @@ def data_problems(args: Namespace, vocabulary: int) -> Iterator[str]:
             )
 
 
-def _damage(file: TokenFile) -> str | None:
+def damage(file: TokenFile) -> str | None:
     """One sentence if the two files are not whole, or not a pair, by their sizes."""
     try:
         reason = _wrong_sizes(file)

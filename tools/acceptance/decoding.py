@@ -11,15 +11,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer import TransformerConfig
 
 from acceptance.check import Found, Machine
+from benchmarks.random_model import random_model
 from benchmarks.rollout import KnownLengths, KnownLengthsPrompt
 from megatron_rmt.model.gpt import Policy, generating
-from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.probe import document_sample
 from megatron_rmt.prompt.template import Template
 from megatron_rmt.rollout import generate as generate_module
@@ -56,39 +52,19 @@ SMALL = Sizes(2, 64, 96, 4, 2, 16, 199, 24, 3, 4, 12)
 
 def _model(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Policy:
     single_process_megatron()
-    config = TransformerConfig(
-        num_layers=sizes.layers,
-        hidden_size=sizes.hidden,
-        ffn_hidden_size=sizes.ffn,
-        num_attention_heads=sizes.heads,
-        num_query_groups=sizes.kv_heads,
-        kv_channels=sizes.dim,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=device.type == "cpu",
-        init_method_std=0.02 if sizes.layers > 2 else 0.2,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-    )
-    model = GPTModel(
-        config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+    model = random_model(
+        layers=sizes.layers,
+        hidden=sizes.hidden,
+        ffn=sizes.ffn,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        width=sizes.dim,
         vocab_size=sizes.vocab,
-        max_sequence_length=4096,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=True,
+        longest=4096,
+        dtype=dtype,
+        device=device,
+        deviation=0.02 if sizes.layers > 2 else 0.2,
     )
-    model = model.to(device, dtype)
-    attach_tree_attention(model)
     return Policy(model, sizes.vocab, longest_position=4096, head_chunk_size=256)
 
 

@@ -34,15 +34,13 @@ if not torch.cuda.is_available():
 import numpy as np
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from benchmarks.measurement import Report, interleaved, median, peak_memory
+from benchmarks.random_model import random_model
 from megatron_rmt.algorithm.losses import Predictions, response_weights
 from megatron_rmt.model.tree_attention import check_backend
-from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.probe import document_sample
 from megatron_rmt.rollout.responses import Rollout
 from megatron_rmt.rollout.trunk import NO_LABEL
@@ -299,37 +297,19 @@ def build_model(layers: int, vocab_size: int, dtype: torch.dtype, longest: int) 
         parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     torch.manual_seed(1)
-    config = TransformerConfig(
-        num_layers=layers,
-        hidden_size=HIDDEN,
-        ffn_hidden_size=FFN,
-        num_attention_heads=HEADS,
-        num_query_groups=KV_HEADS,
-        kv_channels=WIDTH,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        params_dtype=dtype,
-        use_cpu_initialization=cpu_platform.is_installed(),
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-    )
-    model = GPTModel(
-        config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+    model = random_model(
+        layers=layers,
+        hidden=HIDDEN,
+        ffn=FFN,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        width=WIDTH,
         vocab_size=vocab_size,
-        max_sequence_length=longest,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=True,
+        longest=longest,
+        dtype=dtype,
+        device=torch.device("cpu" if cpu_platform.is_installed() else "cuda"),
     )
-    attach_tree_attention(model)
-    return model.to(dtype).to(torch.cuda.current_device()).train()
+    return model.train()
 
 
 def run_update(model: GPTModel, problem: Problem, updates: Sequence[Update]) -> Tensor:

@@ -113,6 +113,7 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
         norm_epsilon=_positive(config, "rms_norm_eps", most=1),
         rotary_base=rotary_base,
         rotary_scaling=rotary_scaling,
+        without_rotary=_without_rotary(config),
         **_experts(config),
     )
     if shape.layers * max(1, shape.experts) > MOST_PLACES:
@@ -267,13 +268,31 @@ def _rotary(config: Mapping[str, Any]) -> tuple[int, float | None]:
     )
 
 
+def _without_rotary(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Of each layer, whether it turns no queries and keys; empty where all do."""
+    layers = _size(config, "num_hidden_layers")
+    turned = config.get("no_rope_layers")  # 1 where a layer does
+    if turned is None and "no_rope_layer_interval" in config:
+        interval = _size(config, "no_rope_layer_interval")
+        turned = [int((layer + 1) % interval != 0) for layer in range(layers)]
+    if turned is None:
+        return ()
+    if not isinstance(turned, list) or len(turned) != layers or not set(turned) <= {0, 1}:
+        raise ValueError(
+            f"config.json sets no_rope_layers={turned!r}; it must be a list of 0 and 1, one for "
+            f"each of the {layers} layers."
+        )
+    return () if all(turned) else tuple(not one for one in turned)
+
+
 def megatron_flags(shape: ModelShape) -> list[str]:
     """The Megatron command-line flags that build exactly this model, at any parallel layout.
 
     Precision, parallel layout and the tokenizer are not part of it.
     """
-    flags = _flags(shape)
-    return [str(word) for flag in flags.items() for word in flag if word is not None]
+    words = (word for flag in _flags(shape).items() for word in flag if word is not None)
+    # Megatron reads no list with blanks.
+    return [str(word).replace(" ", "") if isinstance(word, list) else str(word) for word in words]
 
 
 def megatron_arguments(shape: ModelShape) -> dict[str, Any]:
@@ -313,6 +332,8 @@ def _flags(shape: ModelShape) -> dict[str, Any]:
     if shape.rotary_scaling is not None:
         flags["--use-rope-scaling"] = None
         flags["--rope-scaling-factor"] = shape.rotary_scaling
+    if shape.without_rotary:
+        flags["--no-rope-freq"] = [int(one) for one in shape.without_rotary]
     if not shape.tied:
         flags["--untie-embeddings-and-output-weights"] = None
     if shape.experts:

@@ -29,6 +29,7 @@ class ModelShape:
     """What a Hugging Face ``config.json`` says of the model, in Megatron's terms.
 
     ``rotary_scaling`` is the factor of Llama 3's scaling; None where there is no scaling.
+    ``without_rotary`` says of each layer whether it turns no queries and keys; empty: none.
     """
 
     family: str
@@ -48,6 +49,7 @@ class ModelShape:
     expert_ffn: int = 0
     experts_per_token: int = 0
     normalised_routing: bool = True
+    without_rotary: tuple[bool, ...] = ()
 
     @property
     def padded_vocabulary(self) -> int:
@@ -73,8 +75,8 @@ class ModelShape:
         }[dimension]
 
 
-# Where the Hugging Face parts, of the given numbers of rows, are in a Megatron tensor: views of it,
-# one for each part, whose elements in order are those of the part.
+# Where blocks of the Hugging Face parts, of the given numbers of rows, are in a Megatron tensor:
+# views of it, one for each block, whose elements in order are those of the block.
 Packing = Callable[[torch.Tensor, Sequence[int], ModelShape], Sequence[torch.Tensor]]
 
 
@@ -101,8 +103,9 @@ class Weight:
     Attributes:
         megatron: Key in the Megatron checkpoint.
         parts: Hugging Face names, ``{layer}`` and ``{expert}`` standing for numbers, each with the
-            names of its dimensions (see ``ModelShape.size``), slowest first.
-        packing: Where the parts are in the Megatron tensor.
+            names of its dimensions (see ``ModelShape.size``), slowest first. The first may be a sum
+            such as ``query+key+key`` where blocks of rows are packed in one tensor.
+        packing: Where the blocks are in the Megatron tensor.
         alias: Second key in the Megatron checkpoint, where the local and the Transformer Engine
             specification differ; both are written, either is read.
     """
@@ -139,7 +142,15 @@ class Weight:
 
     def part_shapes(self, shape: ModelShape) -> list[tuple[int, ...]]:
         """Shapes of the Hugging Face parts."""
-        return [tuple(map(shape.size, dimensions.split())) for _, dimensions in self.parts]
+        return [
+            (sum(rows), *map(shape.size, dimensions.split()[1:]))
+            for rows, (_, dimensions) in zip(self._blocks(shape), self.parts, strict=True)
+        ]
+
+    def _blocks(self, shape: ModelShape) -> list[list[int]]:
+        """How many rows each block of each part has."""
+        sums = [dimensions.split()[0] for _, dimensions in self.parts]
+        return [[shape.size(name) for name in one.split("+")] for one in sums]
 
     def megatron_shape(self, shape: ModelShape) -> tuple[int, ...]:
         """Shape of the packed tensor at one place, the vocabulary not padded."""
@@ -163,23 +174,33 @@ class Weight:
             ValueError: A part is not finite.
         """
         whole = torch.empty(self.megatron_shape(shape), dtype=dtype)
-        for name, part in zip(self.names(place), self._parts_in(whole, shape), strict=True):
+        parts = zip(self.names(place), self._places_in(whole, shape), strict=True)
+        for name, places in parts:
             stored = read(name)
             check_finite(name, stored, dtype)
-            part.copy_(stored.reshape(part.shape))
+            rows = [math.prod(block.shape) for block in places]
+            for block, own in zip(places, stored.reshape(-1).split(rows), strict=True):
+                block.copy_(own.view(block.shape))
         return whole
 
     def unpack(self, whole: torch.Tensor, shape: ModelShape) -> list[torch.Tensor]:
         """The Hugging Face parts of the Megatron tensor, in the order of ``parts``."""
         return [
-            part.reshape(part_shape).contiguous()
-            for part, part_shape in zip(
-                self._parts_in(whole, shape), self.part_shapes(shape), strict=True
+            (
+                places[0].reshape(part_shape).contiguous()
+                if len(places) == 1
+                else torch.cat([block.reshape(-1) for block in places]).view(part_shape)
+            )
+            for places, part_shape in zip(
+                self._places_in(whole, shape), self.part_shapes(shape), strict=True
             )
         ]
 
-    def _parts_in(self, whole: torch.Tensor, shape: ModelShape) -> Sequence[torch.Tensor]:
-        return self.packing(whole, [part[0] for part in self.part_shapes(shape)], shape)
+    def _places_in(self, whole: torch.Tensor, shape: ModelShape) -> list[list[torch.Tensor]]:
+        """Views of ``whole``, one for each block of each part."""
+        blocks = self._blocks(shape)
+        views = iter(self.packing(whole, [rows for part in blocks for rows in part], shape))
+        return [[next(views) for _ in part] for part in blocks]
 
 
 EMBEDDING = Weight(
@@ -188,11 +209,16 @@ EMBEDDING = Weight(
 OUTPUT = Weight("output_layer.weight", (("lm_head.weight", "vocabulary hidden"),))
 FINAL_NORM = Weight("decoder.final_layernorm.weight", (("model.norm.weight", "hidden"),))
 
+ATTENTION_NORM = Weight(
+    "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+    ((LAYER + "input_layernorm.weight", "hidden"),),
+)
+ATTENTION_OUTPUT = Weight(
+    "decoder.layers.self_attention.linear_proj.weight",
+    ((LAYER + "self_attn.o_proj.weight", "hidden query"),),
+)
 ATTENTION = (
-    Weight(
-        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
-        ((LAYER + "input_layernorm.weight", "hidden"),),
-    ),
+    ATTENTION_NORM,
     Weight(
         "decoder.layers.self_attention.linear_qkv.weight",
         (
@@ -202,10 +228,16 @@ ATTENTION = (
         ),
         _per_group,
     ),
+    ATTENTION_OUTPUT,
+)
+PACKED_ATTENTION = (
+    ATTENTION_NORM,
     Weight(
-        "decoder.layers.self_attention.linear_proj.weight",
-        ((LAYER + "self_attn.o_proj.weight", "hidden query"),),
+        "decoder.layers.self_attention.linear_qkv.weight",
+        ((LAYER + "self_attn.qkv_proj.weight", "query+key+key hidden"),),
+        _per_group,
     ),
+    ATTENTION_OUTPUT,
 )
 QKV_BIAS = (
     Weight(
@@ -228,11 +260,16 @@ QUERY_KEY_NORMS = (
         ((LAYER + "self_attn.k_norm.weight", "head"),),
     ),
 )
+MLP_NORM = Weight(
+    "decoder.layers.mlp.linear_fc1.layer_norm_weight",
+    ((LAYER + "post_attention_layernorm.weight", "hidden"),),
+)
+MLP_OUTPUT = Weight(
+    "decoder.layers.mlp.linear_fc2.weight",
+    ((LAYER + "mlp.down_proj.weight", "hidden ffn"),),
+)
 GATED_MLP = (
-    Weight(
-        "decoder.layers.mlp.linear_fc1.layer_norm_weight",
-        ((LAYER + "post_attention_layernorm.weight", "hidden"),),
-    ),
+    MLP_NORM,
     Weight(
         "decoder.layers.mlp.linear_fc1.weight",
         (
@@ -240,10 +277,15 @@ GATED_MLP = (
             (LAYER + "mlp.up_proj.weight", "ffn hidden"),
         ),
     ),
+    MLP_OUTPUT,
+)
+PACKED_GATED_MLP = (
+    MLP_NORM,
     Weight(
-        "decoder.layers.mlp.linear_fc2.weight",
-        ((LAYER + "mlp.down_proj.weight", "hidden ffn"),),
+        "decoder.layers.mlp.linear_fc1.weight",
+        ((LAYER + "mlp.gate_up_proj.weight", "ffn+ffn hidden"),),
     ),
+    MLP_OUTPUT,
 )
 
 
@@ -335,6 +377,24 @@ FAMILIES: Mapping[str, Family] = {
             "num_local_experts": 8,
         },
     ),
+    # Phi-4 and those of the Phi-3 models that read no more than they were trained on.
+    "phi3": Family(
+        weights=(EMBEDDING, *PACKED_ATTENTION, *PACKED_GATED_MLP, FINAL_NORM),
+        stateful=LINEARS,
+        refused=("attention_bias", "mlp_bias"),
+    ),
+    "smollm3": Family(
+        weights=(EMBEDDING, *ATTENTION, *GATED_MLP, FINAL_NORM),
+        stateful=LINEARS,
+        refused=("attention_bias", "mlp_bias"),
+        window_switch="use_sliding_window",
+        defaults={
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "no_rope_layer_interval": 4,
+        },
+    ),
     # Qwen2.5 and R1-Distill-Qwen are of this model_type.
     "qwen2": Family(
         weights=(EMBEDDING, *ATTENTION, *QKV_BIAS, *GATED_MLP, FINAL_NORM),
@@ -374,9 +434,24 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 # Why a family that people ask for has no table.
+_OLMO = (
+    "it normalises what attention and MLP give, and queries and keys over all heads together; "
+    "Megatron's GPT layer normalises what they get, and each head by itself"
+)
+_BOTH_SIDES = "it normalises what attention and MLP get and what they give"
+_MAMBA = "it has state-space layers, which RMT's tree of rollouts does not know"
 WITHOUT_TABLE: Mapping[str, str] = {
-    "olmo2": "it normalises what attention and MLP give, and queries and keys over all heads "
-    "together; Megatron's GPT layer normalises what they get, and each head by itself",
+    "deepseek_v3": "its keys and values are latent, and RMT stores them as heads",
+    "gemma2": f"{_BOTH_SIDES}, and bounds scores and logits",
+    "gemma3_text": f"{_BOTH_SIDES}, and has windows and rotary bases by layer",
+    "glm4": f"{_BOTH_SIDES}, which Megatron's GPT layer has no place for",
+    "glm4_moe": "its first layers have no experts, and the others shared ones",
+    "gpt_oss": "it has attention sinks and windows in every other layer",
+    "nemotron_h": _MAMBA,
+    "olmo2": _OLMO,
+    "olmo3": f"{_OLMO}; and it has windows by layer",
+    "qwen3_5_text": "it has layers of linear attention, which RMT's tree of rollouts does not know",
+    "qwen3_next": "it has layers of linear attention, which RMT's tree of rollouts does not know",
 }
 
 
