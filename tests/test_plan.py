@@ -363,7 +363,7 @@ def test_where_memory_is_fast_rollouts_take_what_their_launches_take(monkeypatch
     fast = dataclasses.replace(plan.HARDWARE["h100"], tflops=1e9, bandwidth=1e9)
     monkeypatch.setitem(plan.HARDWARE, "h100", fast)
     # 40 layers, two all-reduces a layer over 4 ranks.
-    launches, reduced = 40 * (13 + 4) + 100, 40 * 2 * 15e-6
+    launches, reduced = 40 * (13 + 4) + 68, 40 * 2 * 15e-6
     one_by_one = launches * 5e-6 + 40 * 6 * 65e-6
     for flags, each in {"": launches * 1.5e-6, "--rmt-no-decode-graph": one_by_one}.items():
         planned = plan.make_plan(request(words_of(f"--world-size 16 {flags}")))
