@@ -23,7 +23,11 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.core.utils import StragglerDetector, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    StragglerDetector,
+    get_attr_wrapped_model,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -33,9 +37,11 @@ from torch import Tensor
 BATCH_FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
-def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:
+def get_batch(
+    data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None
+) -> dict[str, Tensor | None]:
     """The next micro-batch on this rank; middle pipeline stages need none."""
-    if not is_first_or_last_pipeline_stage(None):
+    if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_FIELDS)
     args = get_args()
     batch: dict[str, Tensor | None] = {}
@@ -76,7 +82,7 @@ def forward_step(
     data_iterator: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module
 ) -> tuple[Tensor, Any]:
     """One forward pass over the next micro-batch."""
-    batch = get_batch(data_iterator)
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     with StragglerDetector():  # which --log-straggler turns on
         losses = model(
             batch.get("tokens"),

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_rmt.algorithm.curriculum import SELECTIONS, Selection, has_reserve
 from megatron_rmt.algorithm.doors import find
@@ -18,7 +17,7 @@ from megatron_rmt.algorithm.losses import LOSSES, TokenLoss
 from megatron_rmt.algorithm.rewards import REWARDS, Reward, needs_answer
 from megatron_rmt.algorithm.schedules import Schedule, longest_budgets
 from megatron_rmt.algorithm.settings import Settings
-from megatron_rmt.model.gpt import Policy
+from megatron_rmt.model.gpt import Model, Policy
 from megatron_rmt.model.rotary import check_rotary_scaling
 from megatron_rmt.model.routers import check_routing
 from megatron_rmt.model.tree_attention import check_backend
@@ -64,7 +63,7 @@ def reserve_positions(settings: Settings, select: Selection) -> int:
     return settings.positions_per_sample if given is None else given
 
 
-def prepare(args: Namespace, model: GPTModel, tokenizer: Any) -> MidTraining:
+def prepare(args: Namespace, model: Model, tokenizer: Any) -> MidTraining:
     """Attach tree attention to ``model`` and read the vocabulary and the prompt.
 
     Raises:
@@ -174,8 +173,21 @@ def fitting_problem(args: Namespace, settings: Settings, prompt: Prompt) -> str 
 
 def largest_batch_size(args: Namespace) -> int:
     """Samples of the run's largest step, to which a ``--step-batch-size-schedule`` may grow."""
+    return max(samples for _, samples in batches_of_run(args))
+
+
+def steps_of_run(args: Namespace) -> int:
+    """``--train-iters``, or what Megatron makes of ``--train-samples`` once the model is built."""
+    return args.train_iters or sum(steps for steps, _ in batches_of_run(args))
+
+
+def batches_of_run(args: Namespace) -> list[tuple[int, int]]:
+    """(steps, samples in each) of the run, in order; several with a
+    ``--step-batch-size-schedule``."""
+    steps = args.train_iters
     if not getattr(args, "step_batch_size_schedule", None):
-        return args.global_batch_size
+        size = args.global_batch_size
+        return [(args.train_samples // size if steps is None else steps, size)]
     # Imported here, as it is looked for when the patches are installed.
     from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
@@ -187,13 +199,15 @@ def largest_batch_size(args: Namespace) -> int:
         schedule=args.step_batch_size_schedule,
         seq_length=args.seq_length,
     ).schedule
-    consumed, steps, reached = 0, args.train_iters, []
+    samples = math.inf if steps is not None else args.train_samples
+    consumed, left, found = 0, math.inf if steps is None else steps, []
     for (_, size), (following, _) in itertools.pairwise([*schedule, (math.inf, 0)]):
-        if steps > 0 and following > consumed:
-            reached.append(size)
-            taken = -(-min(steps * size, following - consumed) // size)
-            consumed, steps = consumed + taken * size, steps - taken
-    return max(reached)
+        until = min(following, samples)
+        if left > 0 and until > consumed:
+            taken = left if until == math.inf else min(left, -(-(until - consumed) // size))
+            found.append((taken, size))
+            consumed, left = consumed + taken * size, left - taken
+    return found
 
 
 def prompts_of_a_sample(args: Namespace, prompt: Prompt) -> str:

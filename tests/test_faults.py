@@ -203,6 +203,18 @@ APART = {
         "if rank == 1:\n    model.shared_embedding_or_output_weight().mul_(1.01)",
         r"the embedding of two pipeline stages \(the tied embedding\): 0 against 1;",
     ),
+    "tied embedding of the last of virtual stages": (
+        2,
+        [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"],
+        "if rank == 1:\n    model[-1].shared_embedding_or_output_weight().mul_(1.01)",
+        r"the embedding of two pipeline stages \(the tied embedding\): 0 against 1;",
+    ),
+    "norm of a data-parallel rank, virtual stages": (
+        4,
+        [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"],
+        "if rank == 3:\n    parameters['1.decoder.final_layernorm.weight'].mul_(1.01)",
+        r"data-parallel ranks hold alike \(1\.decoder\.final_layernorm\.weight\): 2 against 3;",
+    ),
     "draws of a tensor-parallel rank": (
         2,
         TP2,

@@ -25,10 +25,12 @@ Named = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks divide the model. padding: rows appended to every tree."""
+    """How the ranks divide the model. chunks: of a rank, with virtual pipeline stages. padding:
+    rows appended to every tree."""
 
     tensor: int = 1
     pipeline: int = 1
+    chunks: int = 1
     sequence_parallel: bool = False
     recompute: bool = False
     padding: int = 0
@@ -37,10 +39,19 @@ class Layout:
     def ranks(self) -> int:
         return self.tensor * self.pipeline
 
+    @property
+    def layers(self) -> int:
+        """Of the whole model."""
+        return 2 * self.chunks
+
 
 def _own_part(whole: Named, layout: Layout, tensor_rank: int, stage: int) -> Named:
-    """What a rank holds of the weights, or of the gradients, of the whole model."""
-    layers = 2 // layout.pipeline
+    """What a chunk holds of the weights, or of the gradients, of the whole model.
+
+    stage: of the whole pipeline, counted on through the chunks.
+    """
+    stages = layout.pipeline * layout.chunks
+    layers = layout.layers // stages
     part = {}
     for name, value in whole.items():
         if name.startswith("decoder.layers."):
@@ -48,7 +59,7 @@ def _own_part(whole: Named, layout: Layout, tensor_rank: int, stage: int) -> Nam
             if int(layer) // layers != stage:
                 continue
             name = f"decoder.layers.{int(layer) % layers}.{rest}"
-        elif stage != (0 if name.startswith("embedding") else layout.pipeline - 1):
+        elif stage != (0 if name.startswith("embedding") else stages - 1):
             continue
         part[name] = _shard(name, value, layout.tensor, tensor_rank)
     return part
@@ -64,10 +75,12 @@ def _shard(name: str, value: Tensor, ranks: int, rank: int) -> Tensor:
     return value
 
 
-def _rank_gradients(layout: Layout, attention: str, weights: Named) -> Named:
-    """This rank's gradients of one step of Megatron's schedule."""
+def _rank_gradients(layout: Layout, attention: str, weights: Named) -> list[Named]:
+    """This rank's gradients of one step of Megatron's schedule, of each of its chunks."""
+    interleaved = layout.chunks > 1
+    virtual = layout.chunks if interleaved else None
     parallel_state.initialize_model_parallel(
-        layout.tensor, layout.pipeline, create_gloo_process_groups=False
+        layout.tensor, layout.pipeline, virtual, create_gloo_process_groups=False
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     if layout.sequence_parallel:
@@ -82,33 +95,43 @@ def _rank_gradients(layout: Layout, attention: str, weights: Named) -> Named:
         "pipeline_model_parallel_size": layout.pipeline,
         "pipeline_dtype": torch.float64,
         "sequence_parallel": layout.sequence_parallel,
+        "num_layers": layout.layers,
     }
-    model = build_model(
-        pre_process=stage == 0,
-        post_process=stage == layout.pipeline - 1,
-        **changes,
-        **(step.FULL_RECOMPUTE if layout.recompute else {}),
-    )
+    if interleaved:
+        # Megatron wants it of two stages.
+        changes |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+        changes["virtual_pipeline_model_parallel_size"] = virtual
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-    model.load_state_dict(_own_part(weights, layout, tensor_rank, stage), strict=False)
-    attach_tree_attention(model)
-    model.train()
+    chunks = []
+    for number in range(layout.chunks):
+        place = number * layout.pipeline + stage
+        model = build_model(
+            pre_process=place == 0,
+            post_process=place == layout.pipeline * layout.chunks - 1,
+            vp_stage=number if interleaved else None,
+            **changes,
+            **(step.FULL_RECOMPUTE if layout.recompute else {}),
+        )
+        model.load_state_dict(_own_part(weights, layout, tensor_rank, place), strict=False)
+        attach_tree_attention(model)
+        chunks.append(model.train())
     updates = step._updates(_batches(attention, layout.padding), torch.float64, warm_up=False)
     rows = len(updates[0].tree.tokens)
     get_forward_backward_func()(
         forward_step_func=make_forward_step(step._loss_settings(updates)),
-        data_iterator=iter(updates),
-        model=[model] if layout.pipeline == 1 else model,
+        data_iterator=[iter(updates) for _ in chunks] if interleaved else iter(updates),
+        model=chunks if interleaved or layout.pipeline == 1 else chunks[0],
         num_microbatches=len(updates),
         seq_length=rows,
         micro_batch_size=1,
         forward_only=False,
     )
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = [{name: p.grad for name, p in of.named_parameters()} for of in chunks]
     if layout.sequence_parallel:
-        for name in gradients:
-            if "norm" in name:
-                torch.distributed.all_reduce(gradients[name])
+        for own in gradients:
+            for name in own:
+                if "norm" in name:
+                    torch.distributed.all_reduce(own[name])
     return gradients
 
 
@@ -119,10 +142,10 @@ def _batches(attention: str, padding: int = 0) -> list[step.MicroBatch]:
     return batches
 
 
-def _weights_and_gradients() -> tuple[Named, Named]:
+def _weights_and_gradients(layers: int) -> tuple[Named, Named]:
     """Of the stock model in one process, each sequence by itself."""
     single_process_megatron()
-    model: GPTModel = build_model().train()
+    model: GPTModel = build_model(num_layers=layers).train()
     gradients = step._naive_step(model, _batches("sdpa"), step.STEM)[1]
     weights = {name: value for name, value in model.state_dict().items() if value is not None}
     return {n: w for n, w in weights.items() if isinstance(w, Tensor)}, gradients
@@ -135,14 +158,16 @@ LAYOUTS = {
     "PP2": Layout(pipeline=2),
     "PP2, full recompute": Layout(pipeline=2, recompute=True),
     "PP2, full recompute, padding": Layout(pipeline=2, recompute=True, padding=5),
+    "PP2 with two chunks": Layout(pipeline=2, chunks=2),
+    "PP2 with two chunks, full recompute": Layout(pipeline=2, chunks=2, recompute=True),
 }
 
 
 @pytest.mark.parametrize("attention", ["lse", "sdpa"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_equal_one_sequence_at_a_time_in_one_process(layout, attention):
-    weights, reference = _weights_and_gradients()
     chosen = LAYOUTS[layout]
+    weights, reference = _weights_and_gradients(chosen.layers)
     # Sequence parallelism divides the rows.
     if chosen.sequence_parallel:
         chosen = Layout(**{**vars(chosen), "padding": 8 + _rows() % 2})
@@ -150,12 +175,14 @@ def test_gradients_equal_one_sequence_at_a_time_in_one_process(layout, attention
     seen = 0
     for rank, gradients in enumerate(ranks):
         stage, tensor_rank = divmod(rank, chosen.tensor)
-        expected = _own_part(reference, chosen, tensor_rank, stage)
-        assert gradients.keys() == expected.keys()
-        for name, value in expected.items():
-            error = float((gradients[name] - value).norm() / value.norm())
-            assert error < 1e-12, (rank, name, error)
-            seen += 1
+        for number, own in enumerate(gradients):
+            place = number * chosen.pipeline + stage
+            expected = _own_part(reference, chosen, tensor_rank, place)
+            assert own.keys() == expected.keys()
+            for name, value in expected.items():
+                error = float((own[name] - value).norm() / value.norm())
+                assert error < 1e-12, (rank, number, name, error)
+                seen += 1
     assert seen >= len(reference)
 
 

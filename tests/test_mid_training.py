@@ -10,13 +10,15 @@ import torch.distributed as dist
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.mid_training import (
     as_rank_0_rendered,
+    batches_of_run,
     cache_size,
     fitting_problem,
     largest_batch_size,
     longest_position,
     prompts_of_a_sample,
+    steps_of_run,
 )
-from megatron_rmt.model.gpt import generating, gpt_model
+from megatron_rmt.model.gpt import chunks_of, generating, gpt_model, named_parameters
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.template import TEMPLATES
 from tests.distributed import run_distributed
@@ -48,10 +50,39 @@ def test_the_model_is_found_inside_its_wrappers_or_refused():
 
     model = build_model()
     assert gpt_model([model]) is gpt_model([Wrapper(Wrapper(model))]) is model
-    with pytest.raises(ValueError, match=r"this rank holds 2 model chunks; leave out virtual"):
-        gpt_model([model, model])
     with pytest.raises(ValueError, match=r"the model is a Linear; RMT trains a GPTModel"):
         gpt_model([Wrapper(torch.nn.Linear(1, 1))])
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_chunks_of_a_model_are_one_model_with_all_their_parameters():
+    chunks = [build_model(), build_model()]
+    model = gpt_model(chunks)
+    # What is kept for a run is found by the model.
+    assert gpt_model([*chunks]) is model
+    assert gpt_model(chunks[::-1]) is not model
+    assert chunks_of(model) == chunks
+    assert chunks_of(chunks[0]) == chunks[:1]
+    assert model.config is chunks[0].config
+    named = dict(named_parameters(chunks))
+    assert len(named) == 2 * len(dict(chunks[0].named_parameters()))
+    assert named["1.decoder.layers.0.mlp.linear_fc1.weight"] is (
+        chunks[1].decoder.layers[0].mlp.linear_fc1.weight
+    )
+    assert named.keys() == dict(model.named_parameters()).keys()
+    assert [*dict(named_parameters(chunks[:1]))] == [*dict(chunks[0].named_parameters())]
+    # Megatron changes the mode of the chunks.
+    for chunk in chunks:
+        chunk.eval()
+    with generating(model):
+        pass
+    assert not any(module.training for chunk in chunks for module in chunk.modules())
+    chunks[0].config.fp8 = chunks[1].config.fp8 = "e4m3"
+    layers = [chunk.decoder.layers[0].mlp.linear_fc1 for chunk in chunks]
+    for layer in layers:
+        layer.is_first_microbatch = False
+    with generating(model):
+        assert all(layer.is_first_microbatch for layer in layers)
 
 
 @pytest.mark.usefixtures("single_process_megatron")
@@ -85,6 +116,43 @@ def _batches(schedule: str | None, train_iters: int, seq_length: int = 64) -> Na
         train_iters=train_iters,
         reset_attention_mask=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "samples", "batches"),
+    [
+        (None, 12, [(6, 2)]),
+        # Megatron leaves an incomplete step out, and with a schedule takes one more.
+        (None, 13, [(6, 2)]),
+        ("0:2 256:8", 13, [(2, 2), (2, 8)]),
+        ("0:2 256:8", 12, [(2, 2), (1, 8)]),
+        ("0:2 256:8", 4, [(2, 2)]),
+        ("0:3 256:8", 14, [(2, 3), (1, 8)]),
+    ],
+)
+def test_samples_are_counted_in_steps_as_megatron_does(
+    schedule: str | None, samples: int, batches: list[tuple[int, int]]
+):
+    from megatron.core import num_microbatches_calculator as calculator
+    from megatron.training import training
+
+    args = _batches(schedule, train_iters=0)
+    args.train_iters, args.train_samples = None, samples
+    assert batches_of_run(args) == batches
+    steps = steps_of_run(args)
+    assert steps == sum(count for count, _ in batches)
+    calculator.destroy_num_microbatches_calculator()
+    calculator.init_num_microbatches_calculator(
+        rank=1,
+        global_batch_size=None if schedule else args.global_batch_size,
+        micro_batch_size=1,
+        data_parallel_size=1,
+        step_batch_size_schedule=schedule,
+        seq_length=args.seq_length,
+    )
+    training.update_train_iters(args)
+    calculator.destroy_num_microbatches_calculator()
+    assert args.train_iters == steps == steps_of_run(args)
 
 
 @pytest.mark.parametrize(

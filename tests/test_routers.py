@@ -130,19 +130,18 @@ def test_routers_are_themselves_again_also_after_an_error():
 
 
 def test_the_mask_is_that_of_the_rows_that_a_stages_layers_hold(monkeypatch):
-    """The first stage divides it itself."""
+    """What has the embedding divides it itself."""
     config = build_model(**EXPERTS).config
-    assert padding_mask(8, 8, config) is None
-    assert padding_mask(8, 5, build_model().config) is None
+    assert padding_mask(8, 8, config, embeds=True) is None
+    assert padding_mask(8, 5, build_model().config, embeds=True) is None
     whole = [False] * 5 + [True] * 3
-    assert padding_mask(8, 5, config).tolist() == [whole]
+    assert padding_mask(8, 5, config, embeds=False).tolist() == [whole]
     config.sequence_parallel = True
-    assert padding_mask(8, 5, config).tolist() == [whole]
-    monkeypatch.setattr(parallel_state, "is_pipeline_first_stage", lambda: False)
+    assert padding_mask(8, 5, config, embeds=True).tolist() == [whole]
     monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
     for rank, rows in enumerate((whole[:4], whole[4:])):
         monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda own=rank: own)
-        assert padding_mask(8, 5, config).tolist() == [rows]
+        assert padding_mask(8, 5, config, embeds=False).tolist() == [rows]
 
 
 def test_a_model_that_the_job_gave_another_router_is_refused():

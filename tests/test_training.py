@@ -59,6 +59,8 @@ COMPUTED = ("entropy", "next-token accuracy", "entropy of chosen", "ntp loss", "
 PACKED = ["--rmt-max-tokens", "600"]
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
+# Four layers: two chunks of one on each of two stages.
+PP2_VP2 = [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"]
 SHARDED_OPTIMIZER = ["--use-distributed-optimizer"]
 OVERLAP = ["--overlap-param-gather", "--overlap-grad-reduce"]
 SEPARATE_DOCUMENTS = ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"]
@@ -140,6 +142,7 @@ LAYOUTS = {
     "TP2": (2, TP2),
     "PP2": (2, PP2),
     "TP2 x PP2": (4, TP2 + PP2),
+    "PP2 x VP2": (2, PP2_VP2),
     "DP2, distributed optimizer": (2, SHARDED_OPTIMIZER),
     "DP2, overlapped communication": (2, SHARDED_OPTIMIZER + OVERLAP),
     "DP2, loss per token": (2, ["--calculate-per-token-loss"]),
@@ -160,12 +163,82 @@ def test_a_layout_trains_like_one_process(
     assert_same_curve(start(ranks, [*RMT, *flags]).metrics, reference.metrics)
 
 
-def test_greedy_rollouts_are_alike_in_every_layout(start: Start, reference: Run):
-    alone = start(1, [*RMT, "--rmt-greedy"])
+LAYERS = "--num-layers-per-virtual-pipeline-stage"
+LAYOUT = "--pipeline-model-parallel-layout"
+TOGETHER = "--microbatch-group-size-per-virtual-pipeline-stage"
+SHARDED = [*SHARDED_OPTIMIZER, *OVERLAP]
+PP4 = ["--pipeline-model-parallel-size", "4", LAYOUT, "Et|t|t|||||tL"]
+GATHERED = ["--overlap-param-gather-with-optimizer-step", "--ckpt-format", "torch"]
+GATHERED += ["--auto-detect-ckpt-format"]
+INTERLEAVED = {
+    "TP2 x PP2 x VP2": (4, [*TP2, *PP2_VP2]),
+    "PP4, chunks without layers": (4, PP4),
+    "PP4, communication not overlapped": (4, [*PP4, "--no-overlap-p2p-communication"]),
+    "layers of a chunk": (2, [*PP2, LAYERS, "1"]),
+    "uneven": (2, [*PP2, LAYOUT, "Ett|t||tL"]),
+    "embedding and loss in chunks of their own": (2, [*PP2, LAYOUT, "E|tt|tt|L"]),
+    "micro-batches in groups of four": (2, [*PP2_VP2, TOGETHER, "4"]),
+    "DP2, packed": (4, [*PP2_VP2, *PACKED]),
+    "DP2, overlapped communication": (4, [*PP2_VP2, *SHARDED]),
+    "DP2, gathered in the optimizer's step": (4, [*PP2_VP2, *SHARDED, *GATHERED]),
+    "overlapped at both ends": (2, [*PP2_VP2, "--overlap-p2p-communication-warmup-flush"]),
+    "loss per token": (2, [*PP2_VP2, "--calculate-per-token-loss"]),
+    "waves": (2, [*PP2_VP2, "--rmt-rollout-kv-gib", "5e-4"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "flags"), INTERLEAVED.values(), ids=INTERLEAVED)
+def test_virtual_pipeline_stages_train_like_one_process(
+    start: Start, reference: Run, ranks: int, flags: list[str]
+):
+    assert_same_curve(start(ranks, [*RMT, *flags]).metrics, reference.metrics)
+
+
+@pytest.fixture(scope="session")
+def greedy(start: Start) -> list[Line]:
+    return start(1, [*RMT, "--rmt-greedy"]).metrics
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        pytest.param(4, TP2 + PP2, id="TP2 x PP2"),
+        pytest.param(2, PP2_VP2, id="PP2 x VP2", marks=pytest.mark.slow),
+    ],
+)
+def test_greedy_rollouts_are_alike_in_every_layout(
+    start: Start, greedy: list[Line], reference: Run, ranks: int, flags: list[str]
+):
     # Rollouts of a group are equal, so that there is nothing to learn from them.
-    assert [line["zero-variance groups"] for line in alone.metrics] == [1.0] * STEPS
-    assert alone.metrics[0]["rollout checksum"] != reference.metrics[0]["rollout checksum"]
-    assert_same_curve(start(4, [*RMT, "--rmt-greedy", *TP2, *PP2]).metrics, alone.metrics)
+    assert [line["zero-variance groups"] for line in greedy] == [1.0] * STEPS
+    assert greedy[0]["rollout checksum"] != reference.metrics[0]["rollout checksum"]
+    assert_same_curve(start(ranks, [*RMT, "--rmt-greedy", *flags]).metrics, greedy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [[], ["--rmt-reward", "information-gain", "--rmt-baseline-decay", "0.5"]]
+)
+def test_a_run_with_virtual_stages_resumes_bitwise_and_in_one_process(
+    start: Start, tmp_path: Path, options: list[str]
+):
+    flags, first, second = [*RMT, *options], tmp_path / "first", tmp_path / "second"
+    saving = ["--save-interval", "2", "--exit-interval", "4", "--save"]
+    whole = start(2, [*flags, *PP2_VP2, *saving, str(first)])
+    (first / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = start(2, [*flags, *PP2_VP2, *saving, str(second)], resume_from=first)
+    assert resumed.metrics == whole.metrics[2:]
+    ours, expected = (checkpoint_tensors(folder, 4) for folder in (second, first))
+    assert ours.keys() == expected.keys()
+    assert any(name.startswith("optimizer.state.exp_avg_sq") for name in ours)
+    assert any(name.startswith("rmt_baseline.decoder") for name in ours) == bool(options)
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
+    alone = start(1, [*flags, "--exit-interval", "4"], resume_from=first)
+    for line, expected_line in zip(alone.metrics, whole.metrics[2:], strict=True):
+        assert line["rollout checksum"] == expected_line["rollout checksum"]
+        for name in ("reward", "grad norm", "ntp loss"):
+            assert line[name] == pytest.approx(expected_line[name], rel=1e-3, abs=1e-5), name
 
 
 def test_separate_documents_train_alike_in_every_layout(start: Start, reference: Run):
@@ -418,6 +491,10 @@ EP2 = ["--expert-model-parallel-size", "2"]
         pytest.param([], EP2, id="EP2"),
         pytest.param([*BALANCED, *BIASED], PP2, id="PP2, balanced and biased"),
         pytest.param(TIERED[-4:], EP2, id="EP2, tiers", marks=pytest.mark.slow),
+        pytest.param(
+            [*BALANCED, *BIASED], PP2_VP2, id="PP2 x VP2, balanced", marks=pytest.mark.slow
+        ),
+        pytest.param([], [*EP2, *PP2_VP2], id="EP2 x PP2 x VP2", marks=pytest.mark.slow),
     ],
 )
 def test_experts_on_two_ranks_train_like_one_process(
@@ -433,7 +510,9 @@ def test_experts_on_two_ranks_train_like_one_process(
     resumed = [*flags, "--exit-interval", "3", "--no-load-optim", "--no-load-rng"]
     alone = start(1, resumed, resume_from=tmp_path)
     assert [line["iteration"] for line in alone.metrics] == [2, 3]
-    assert_same_curve(start(2, [*resumed, *layout], resume_from=tmp_path).metrics, alone.metrics)
+    ranks = 4 if layout[: len(EP2)] == EP2 != layout else 2
+    lines = start(ranks, [*resumed, *layout], resume_from=tmp_path).metrics
+    assert_same_curve(lines, alone.metrics)
 
 
 def test_a_warm_up_with_the_texts_own_thoughts_trains_alike_in_every_layout(
@@ -555,9 +634,10 @@ def test_a_resumed_run_is_measured_where_the_uninterrupted_one_is_and_alike(
     [
         pytest.param(TP2, 2),
         pytest.param(PP2, 2, marks=pytest.mark.slow),
+        pytest.param(PP2_VP2, 2, marks=pytest.mark.slow),
         pytest.param([*SHARDED_OPTIMIZER, *OVERLAP], 2, marks=pytest.mark.slow),
     ],
-    ids=["tensor", "pipeline", "data"],
+    ids=["tensor", "pipeline", "virtual", "data"],
 )
 def test_held_out_documents_are_measured_alike_in_every_layout(
     start: Start, measuring: list[str], measured: Run, flags: list[str], ranks: int
@@ -567,6 +647,58 @@ def test_held_out_documents_are_measured_alike_in_every_layout(
     for line, expected in zip(found, measured.metrics, strict=True):
         for name in (name for name in expected if name.startswith("held-out")):
             assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
+def _by_samples(flags: Sequence[str], samples: int) -> list[str]:
+    """``flags`` of a run of so many samples instead of so many steps."""
+    at = flags.index("--train-iters")
+    return [*flags[:at], "--train-samples", str(samples), *flags[at + 2 :]]
+
+
+def test_a_run_counted_in_samples_is_the_one_counted_in_steps(
+    inputs: TinyInputs, reference: Run, tmp_path: Path
+):
+    flags = _by_samples(inputs.flags(), STEPS * 4)
+    lines = run(tmp_path / "logs", 1, [*flags, *RMT, "--exit-interval", "2"]).metrics
+    assert lines == reference.metrics[:2]
+
+
+def _growing(flags: Sequence[str]) -> list[str]:
+    """``flags`` of a run with two steps of 2 samples, two of 4 and the rest of 8."""
+    at = flags.index("--global-batch-size")
+    return [*flags[:at], "--step-batch-size-schedule", "0:2 256:4 768:8", *flags[at + 2 :]]
+
+
+@pytest.mark.slow
+def test_batches_that_grow_train_alike_by_steps_and_by_samples_resumed_or_not(
+    inputs: TinyInputs, tmp_path: Path
+):
+    flags = [*_growing(inputs.flags()), *RMT]
+    by_steps = run(tmp_path / "steps", 1, flags).metrics
+    assert [line["trunk tokens"] / 64 for line in by_steps] == [2, 2, 4, 4, 8, 8]
+    saving = ["--save", str(tmp_path / "saved"), "--save-interval", "3"]
+    by_samples = run(tmp_path / "samples", 1, [*_by_samples(flags, 27), *saving]).metrics
+    assert_same_curve(by_samples, by_steps)
+    (tmp_path / "saved/latest_checkpointed_iteration.txt").write_text("3")
+    flags = [*_growing(_by_samples(inputs.flags(tmp_path / "saved"), 27)), *RMT]
+    assert run(tmp_path / "resumed", 1, flags).metrics == by_samples[3:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(1, []), (2, PP2_VP2)], ids=["one process", "PP2 x VP2"]
+)
+def test_megatrons_own_validation_changes_no_digit_of_a_run_over_a_blend(
+    inputs: TinyInputs, start: Start, ranks: int, layout: list[str]
+):
+    blend = ["--data-path", "0.3", str(inputs.data), "0.7", str(inputs.data)]
+    flags = [*RMT, *blend, "--split", "80,20,0", "--exit-interval", "4", *layout]
+    plain = start(ranks, flags)
+    validated = start(ranks, [*flags, "--eval-iters", "2", "--eval-interval", "2"])
+    assert validated.metrics == plain.metrics
+    losses = re.findall(r"validation loss at iteration (\d+) .*lm loss value: (\S+)", validated.log)
+    assert [step for step, _ in losses] == ["2", "4"]
+    assert all(1 < float(loss) < 6 for _, loss in losses)
 
 
 def test_rollouts_in_waves_train_alike(start: Start, reference: Run):

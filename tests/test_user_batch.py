@@ -23,12 +23,21 @@ END_OF_DOCUMENT = 0
 
 
 def take_batches(
-    *arguments: Any,
+    forward_step: Callable[..., Any],
+    data_iterator: Iterator[Batch] | None,
+    chunk: torch.nn.Module,
+    model: torch.nn.Module,
+    count: int,
+    *,
     separate_documents: bool = False,
     token_problem: Callable[[UserBatch], str | None] = lambda batch: None,
 ) -> list[UserBatch]:
     return user_batch.take_batches(
-        *arguments,
+        forward_step,
+        [data_iterator],
+        [chunk],
+        [model],
+        count,
         end_of_document=END_OF_DOCUMENT,
         separate_documents=separate_documents,
         token_problem=token_problem,
@@ -339,9 +348,7 @@ def test_an_error_of_the_forward_step_leaves_the_model_as_it_was():
 def _on_stage(batches: list[Batch]) -> list[Any]:
     """As Megatron's own get_batch: each stage sees only what it needs."""
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
-    model = torch.nn.Module()
-    model.weight = torch.nn.Parameter(torch.zeros(1))
-    model.__class__ = _Stage
+    model = _stage_chunk()
     first = parallel_state.is_pipeline_first_stage()
     hidden = ("labels", "loss_mask") if first else ("input_ids", "position_ids")
     own = dict.fromkeys(hidden)
@@ -381,12 +388,67 @@ def test_every_pipeline_stage_gets_the_whole_batch_or_the_same_error():
             assert sentence in error
 
 
-def _on_data_parallel_rank(batches: list[Batch]) -> str:
-    """One rank's job alone gives what cannot be carried."""
-    parallel_state.initialize_model_parallel()
+def _stage_chunk() -> torch.nn.Module:
     model = torch.nn.Module()
     model.weight = torch.nn.Parameter(torch.zeros(1))
     model.__class__ = _Stage
+    return model
+
+
+def _on_stage_with_chunks(batches: list[Batch]) -> list[Any]:
+    """Two chunks on each stage: as in Megatron, one iterator for each, and only the very first and
+    the very last chunk read theirs. Then the last chunk is given too few, then a stray argument."""
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+    rank = torch.distributed.get_rank()
+    chunks = [_stage_chunk(), _stage_chunk()]
+    reads = chunks[rank]
+    outcomes = []
+    for batches_of_last, stray in ((batches, {}), (batches[:1], {}), (batches, {"x": 1})):
+
+        def forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> Any:
+            if model is not reads:
+                return model(None, None, None), None
+            batch = next(iterator, None)
+            if batch is None:
+                return None
+            if rank == 0:
+                return model(batch["tokens"], batch["position_ids"], None), None
+            labels = {name: batch[name] for name in ("labels", "loss_mask")}
+            extra = {"extra_block_kwargs": stray}  # noqa: B023
+            return model(None, None, None, **labels, **extra), None
+
+        own = [iter(batches), None] if rank == 0 else [None, iter(batches_of_last)]
+        try:
+            taken = user_batch.take_batches(
+                forward_step,
+                own,
+                chunks,
+                chunks,
+                len(batches),
+                end_of_document=END_OF_DOCUMENT,
+                separate_documents=False,
+                token_problem=lambda batch: None,
+            )
+        except BatchError as error:
+            taken = str(error)
+        outcomes.append(taken)
+        assert not any("forward" in vars(chunk) for chunk in chunks)
+    return outcomes
+
+
+@pytest.mark.multiprocess
+def test_with_virtual_stages_each_chunk_is_given_its_part_of_the_batch():
+    batches = _batches(2)
+    for taken, too_few, stray in run_distributed(2, _on_stage_with_chunks, batches):
+        _assert_equal(taken, batches)
+        assert "called GPTModel.forward 1 times for 2 micro-batches" in too_few
+        assert "gives GPTModel.forward extra_block_kwargs, which would be lost" in stray
+
+
+def _on_data_parallel_rank(batches: list[Batch]) -> str:
+    """One rank's job alone gives what cannot be carried."""
+    parallel_state.initialize_model_parallel()
+    model = _stage_chunk()
     odd = {"padding_mask": torch.zeros(2, 6)} if torch.distributed.get_rank() == 1 else {}
     try:
         take_batches(_step_with(odd), iter(batches), model, model, len(batches))
@@ -433,9 +495,7 @@ def _on_rank(batches: list[Batch], stages: int) -> tuple[str, int]:
     """What is said where the last rank, or the last stage, is given a foreign token; and how many
     all-reduces it takes to find that nothing is wrong."""
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=stages)
-    model = torch.nn.Module()
-    model.weight = torch.nn.Parameter(torch.zeros(1))
-    model.__class__ = _Stage
+    model = _stage_chunk()
     last = torch.distributed.get_rank() == 1
     reduced = torch.distributed.all_reduce
     calls = []

@@ -22,8 +22,17 @@ from transformers import PreTrainedTokenizerFast
 import megatron_rmt
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.cpu import platform as cpu_platform
-from megatron_rmt.job.settings import GROUP_TITLE, add_rmt_arguments, readable_help
-from megatron_rmt.job.validation import check_rmt_arguments
+from megatron_rmt.job.settings import (
+    GROUP_TITLE,
+    add_rmt_arguments,
+    readable_help,
+    setting_problems,
+)
+from megatron_rmt.job.validation import (
+    check_rmt_arguments,
+    interleaving_problem,
+    unsupported,
+)
 from tests.distributed import REPOSITORY, run_distributed
 
 # A model small enough to type; RMT's defaults fit in it.
@@ -60,7 +69,7 @@ def _parse(*flags: str) -> Namespace:
     args = _parser().parse_args([*MODEL, *flags])
     # What Megatron works out before it comes to RMT's checks.
     args.rank, args.world_size = 0, 1
-    args.virtual_pipeline_model_parallel_size = None
+    args.virtual_pipeline_model_parallel_size, args.data_parallel_size = None, 1
     args.kv_channels = args.kv_channels or 16
     return args
 
@@ -147,6 +156,10 @@ TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
 EXPERTS = ("--num-experts", "4")
 # flags -> what the sentence says: the flag, its value, the remedy.
 BAD = {
+    ("--phase-transition-iterations", "4"): "--phase-transition-iterations is 4; RMT needs it left "
+    "out: each phase reads other data",
+    ("--rampup-batch-size", "2", "2", "8"): "--rampup-batch-size is ['2', '2', '8']; RMT needs it "
+    "left out: Megatron ignores it since 0.19, and --step-batch-size-schedule is in its place.",
     ("--rmt-positions-per-sample", "0"): "--rmt-positions-per-sample is 0; pass a number in "
     "[1, inf).",
     ("--rmt-positions-per-sample", "129"): "--rmt-positions-per-sample is 129; pass at most "
@@ -362,16 +375,67 @@ def test_what_cannot_work_is_refused_with_flag_value_and_remedy(flags: tuple[str
     assert BAD[flags] in _refusal(_parse("--rmt", *flags))
 
 
-def test_virtual_pipeline_stages_are_refused():
-    args = _parse("--rmt")
-    args.virtual_pipeline_model_parallel_size = 2
-    assert "--num-virtual-stages-per-pipeline-rank is 2; RMT needs it left out" in _refusal(args)
+@pytest.mark.parametrize(
+    ("micro_batches", "together", "multiple"),
+    [
+        # 4 pipeline stages; Megatron's schedule takes 4 of what 2 samples on 2 ranks make.
+        (4, None, None),
+        (8, None, None),
+        (2, None, 16),
+        (7, None, 16),
+        (6, 6, None),
+        (10, 6, None),
+        (8, 6, 24),
+    ],
+)
+def test_micro_batches_must_be_enough_for_virtual_pipeline_stages(
+    micro_batches: int, together: int | None, multiple: int | None
+):
+    args = _parse("--rmt", "--pipeline-model-parallel-size", "4", "--micro-batch-size", "2")
+    args.virtual_pipeline_model_parallel_size, args.data_parallel_size = 2, 2
+    args.microbatch_group_size_per_vp_stage = together
+    args.global_batch_size = 4 * micro_batches
+    problem = interleaving_problem(args)
+    if multiple is None:
+        assert problem is None
+        return
+    assert f"--global-batch-size is {4 * micro_batches}, which is {micro_batches} micro" in problem
+    assert problem.endswith(f"pass a multiple of {multiple}.")
+    assert problem in _refusal(args)
+    args.microbatch_group_size_per_vp_stage = 3
+    too_few = "--microbatch-group-size-per-virtual-pipeline-stage is 3; 4 pipeline stages need 4"
+    assert interleaving_problem(args).startswith(too_few)
+    # Only they ask for it.
+    args.virtual_pipeline_model_parallel_size = None
+    assert interleaving_problem(args) is None
+
+
+@pytest.mark.parametrize(
+    ("layout", "sentence"),
+    [
+        ("Et|t|t|tL", None),
+        # A chunk of a stage may be empty.
+        ("Et|t|t|||||tL", None),
+        ("Ett||tt|L", "is Ett||tt|L, which leaves nothing to pipeline stage 1; give each a layer"),
+        ("Et|t|t|||||xL", "is Et|t|t|||||xL: Invalid layer character: x"),
+    ],
+)
+def test_no_pipeline_stage_may_be_empty(layout: str, sentence: str | None):
+    args = _parse("--rmt", "--pipeline-model-parallel-size", "4")
+    args.pipeline_model_parallel_layout = layout
+    problems = [problem for problem in unsupported(args) if "-layout" in problem]
+    assert len(problems) == (sentence is not None)
+    assert all(sentence in problem for problem in problems)
 
 
 def test_the_schedules_need_a_number_of_steps():
     args = _parse("--rmt")
     args.train_iters = None
-    assert "--train-iters is not set" in _refusal(args)
+    assert "--train-iters is not set; RMT's schedules need it, or --train-samples." in (
+        _refusal(args)
+    )
+    args.train_samples = 20
+    assert [*setting_problems(args)] == []
 
 
 def test_apex_is_never_needed():
@@ -394,6 +458,7 @@ def test_every_flag_that_a_refusal_names_exists():
     for flags in BAD:
         args = _parse("--rmt", *flags)
         args.train_iters, args.virtual_pipeline_model_parallel_size = None, 2
+        args.pipeline_model_parallel_size, args.global_batch_size = 2, 1
         named = set(re.findall(r"--[a-z0-9-]+", _refusal(args)))
         assert named <= known, flags
 
@@ -419,12 +484,10 @@ def test_the_page_of_megatrons_flags_knows_its_groups_and_names_flags_that_exist
 
 def test_what_the_page_of_megatrons_flags_calls_refused_is_and_nothing_else():
     tried = {word for flags in BAD for word in flags if word.startswith("--")}
-    tried |= {"--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"}
     # By Megatron, by the parser of --rmt-config, for want of --train-iters; what Megatron makes
     # another flag of.
     tried |= {"--delay-wgrad-compute", "--ep-overlap-early-attn-memory-release"}
     tried |= {"--fp8-output-proj", "--yaml-cfg"}
-    tried |= {"--train-samples", "--phase-transition-iterations"}
     tried |= {"--enable-cuda-graph", "--external-cuda-graph"}
     refused = {flag for _, flags, state in _documented() if "refused" in state for flag in flags}
     assert refused <= tried | {"--moe-token-dispatcher-type"}

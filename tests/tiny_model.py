@@ -26,12 +26,14 @@ def build_model(
     pre_process: bool = True,
     post_process: bool = True,
     make_spec: Callable[..., ModuleSpec] = get_gpt_layer_local_spec,
+    vp_stage: int | None = None,
     **changes: Any,
 ) -> GPTModel:
     """Two layers of width 32 with 4 query and 2 key heads, Llama's shape unless ``changes``.
 
     tied: the output layer is the embedding. pre_process, post_process: this pipeline stage has the
     embedding, the head. make_spec: Megatron's function that makes the specification of the layers.
+    vp_stage: number of this chunk, with virtual pipeline stages.
     """
     options: dict[str, Any] = {
         "num_layers": 2,
@@ -69,6 +71,7 @@ def build_model(
         max_sequence_length=LONGEST_POSITION,
         position_embedding_type=position_embedding,
         share_embeddings_and_output_weights=tied,
+        vp_stage=vp_stage,
     )
     return model.to(dtype)
 

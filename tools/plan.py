@@ -358,7 +358,8 @@ def report(request: Request, plan: Plan) -> str:
     most = "twice that" if parts else "2 * B_t"
     lines = [
         f"Plan: {model_parameters(args) / 1e9:.3g} billion parameters on {args.world_size} x "
-        f"{device}, TP {args.tensor_model_parallel_size}, PP {args.pipeline_model_parallel_size}, "
+        f"{device}, TP {args.tensor_model_parallel_size}, PP {args.pipeline_model_parallel_size}"
+        f"{f' x {args.chunks} virtual' if args.chunks > 1 else ''}, "
         f"DP {args.data_parallel_size}{moe}; {args.global_batch_size} samples of "
         f"{args.seq_length} tokens, {args.rmt_positions_per_sample} positions x "
         f"{args.rmt_group_size} rollouts in each.",

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rmt.model.gpt import named_parameters
+
 
 def save_problem(save: str | None) -> str | None:
     """One sentence if checkpoints could not be written: tried now, not after the first hours."""
@@ -58,10 +60,9 @@ def refuse_what_is_not_finite(model: list[torch.nn.Module], optimizer: Any, iter
 
 def _saved(model: list[torch.nn.Module], optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     """The floating-point tensors of a rank that a checkpoint would hold, by name."""
-    for chunk in model:
-        for name, own in chunk.named_parameters():
-            if own.numel():
-                yield name.removeprefix("module."), own.detach()
+    for name, own in named_parameters(model):
+        if own.numel():
+            yield name, own.detach()
     for number, single in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
         inner = getattr(single, "optimizer", None)
         groups = [group["params"] for group in getattr(inner, "param_groups", ())]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rmt.algorithm.settings import Settings
@@ -32,7 +31,7 @@ from megatron_rmt.job.tracking import continue_wandb_run, forgive_writer, never_
 from megatron_rmt.job.train_step import PROGRESS, prepared, run_step
 from megatron_rmt.job.validation import check_rmt_arguments
 from megatron_rmt.mid_training import read_prompt
-from megatron_rmt.model.gpt import gpt_model
+from megatron_rmt.model.gpt import Model, gpt_model
 
 SUPPORTED = ">=0.19,<0.20"
 
@@ -142,7 +141,7 @@ def _get_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return chunks
 
 
-def _inside(chunks: list[torch.nn.Module]) -> GPTModel:
+def _inside(chunks: list[torch.nn.Module]) -> Model:
     """The ``GPTModel`` in a job's model; all ranks end if there is none."""
     try:
         return gpt_model(chunks)

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.data_files import marks_of_data
 from megatron_rmt.job.settings import as_typed, flag_name
+from megatron_rmt.mid_training import steps_of_run
 from megatron_rmt.prompt.prompt import Prompt
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -211,7 +212,7 @@ def _deciding(args: Any) -> dict[str, Any]:
         for field in fields(Settings)
         if field.name not in MAY_CHANGE
     }
-    of_megatron = {name: getattr(args, name, None) for name in ("train_iters", "seed")}
+    of_megatron = {"train_iters": steps_of_run(args), "seed": getattr(args, "seed", None)}
     seed = of_megatron["seed"] if settings.seed is None else settings.seed
     return {
         **{"--" + name.replace("_", "-"): value for name, value in of_megatron.items()},

@@ -236,8 +236,8 @@ def setting_problems(args: Namespace) -> Iterator[str]:
             f"--rmt-entropy-ceiling is {ceiling:g}; pass more than the first of "
             f"--rmt-entropy-thresholds ({easy:g}), else no position is ever chosen."
         )
-    if args.train_iters is None:
-        yield "--train-iters is not set; RMT's schedules need it (not --train-samples alone)."
+    if args.train_iters is None and not args.train_samples:
+        yield "--train-iters is not set; RMT's schedules need it, or --train-samples."
     if settings.reward == "match" and settings.target_tokens > settings.answer_tokens:
         yield (
             f"--rmt-target-tokens is {settings.target_tokens}; pass at most --rmt-answer-tokens "

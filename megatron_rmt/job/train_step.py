@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron_rmt.algorithm.doors import DoorError
@@ -38,7 +37,13 @@ from megatron_rmt.job.samples import (
 )
 from megatron_rmt.job.user_batch import BatchError, foreign_token_problem, take_batches
 from megatron_rmt.mid_training import MidTraining, prepare
-from megatron_rmt.model.gpt import generating, whole_parameters
+from megatron_rmt.model.gpt import (
+    Model,
+    chunks_of,
+    generating,
+    named_parameters,
+    whole_parameters,
+)
 from megatron_rmt.model.routers import counting_trees
 from megatron_rmt.probe import HeldOut
 from megatron_rmt.rollout.generate import StoppedError
@@ -55,7 +60,7 @@ IDLE_STEPS: Counter[str] = Counter()
 
 
 @functools.lru_cache(maxsize=1)
-def prepared(model: GPTModel) -> MidTraining:
+def prepared(model: Model) -> MidTraining:
     """What the run of ``model`` needs, built at its first step.
 
     Raises:
@@ -74,7 +79,7 @@ def prepared(model: GPTModel) -> MidTraining:
 
 
 @functools.lru_cache(maxsize=1)
-def held_out_of(model: GPTModel) -> HeldOut:
+def held_out_of(model: Model) -> HeldOut:
     """The documents that the run of ``model`` is measured on, tokenized once."""
     from megatron.training import get_tokenizer
 
@@ -103,6 +108,9 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     options, chunks, iteration = run.args, call["model"], call["iteration"]
+    # With virtual pipeline stages Megatron has one for each chunk.
+    interleaved = isinstance(call["data_iterator"], list)
+    iterators = call["data_iterator"] if interleaved else [call["data_iterator"]]
     started = time.perf_counter()
     if PROGRESS.held is None:
         # The state is still the one that was loaded.
@@ -117,9 +125,9 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
         with _gathered(options, chunks):
             batches = take_batches(
                 call["forward_step_func"],
-                call["data_iterator"],
-                chunks[0],
-                run.policy.model,
+                iterators,
+                chunks,
+                chunks_of(run.policy.model),
                 get_num_microbatches(),
                 end_of_document=run.prompt.end_of_document,
                 separate_documents=options.reset_attention_mask,
@@ -127,9 +135,10 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
                     foreign_token_problem, args=options, vocab_size=run.policy.vocab_size
                 ),
             )
-            if isinstance(call["data_iterator"], RerunDataIterator):
-                # Megatron advances the iterator that it is given, which will be another one.
-                call["data_iterator"].advance()
+            for iterator in iterators:
+                if isinstance(iterator, RerunDataIterator):
+                    # Megatron advances those that it is given, which will be others.
+                    iterator.advance()
             began_collecting = time.perf_counter()
             with generating(run.policy.model):
                 collected = collect(run, batches, schedule, _told_to_stop(options))
@@ -139,7 +148,8 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
         updates = collected.updates
         began_update = time.perf_counter()
         call["forward_step_func"] = make_forward_step(collected.settings)
-        call["data_iterator"] = RerunDataIterator(iter(updates))
+        trees = [RerunDataIterator(iter(updates)) for _ in chunks]
+        call["data_iterator"] = trees if interleaved else trees[0]
         call["forward_backward_func"] = _for_trees(
             call["forward_backward_func"],
             run.policy.model,
@@ -217,9 +227,8 @@ def _told_to_stop(args: Any) -> Callable[[], bool] | None:
 def _gradients(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
     """Where the gradients of this rank are summed up, by parameter."""
     return {
-        name.removeprefix("module."): parameter.main_grad
-        for chunk in chunks
-        for name, parameter in chunk.named_parameters()
+        name: parameter.main_grad
+        for name, parameter in named_parameters(chunks)
         if getattr(parameter, "main_grad", None) is not None
     }
 
@@ -231,7 +240,7 @@ def _is_last_rank() -> bool:
 
 def _for_trees(
     schedule: Callable[..., Any],
-    model: GPTModel,
+    model: Model,
     updates: list[Update],
     tolerance: float,
     gradients: Mapping[str, torch.Tensor],

@@ -9,7 +9,7 @@ have anyway, and any other argument would be lost, so it is refused.
 
 import inspect
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,57 +35,79 @@ class BatchError(ValueError):
 
 def take_batches(
     forward_step: Callable[..., Any],
-    data_iterator: Iterator[Any] | None,
-    model_chunk: torch.nn.Module,
-    gpt_model: torch.nn.Module,
+    data_iterators: Sequence[Iterator[Any] | None],
+    chunks: Sequence[torch.nn.Module],
+    models: Sequence[torch.nn.Module],
     count: int,
     *,
     end_of_document: int,
     separate_documents: bool,
     token_problem: Callable[[UserBatch], str | None],
 ) -> list[UserBatch]:
-    """Take the next ``count`` micro-batches of this data-parallel rank from ``data_iterator``.
+    """Take the next ``count`` micro-batches of this data-parallel rank from its data iterators.
 
     Collective over all ranks: one all-reduce of an integer, and with pipeline stages another one
-    and two broadcasts a micro-batch, after which every stage has the whole batch. ``gpt_model`` is
-    the ``GPTModel`` inside ``model_chunk``. end_of_document, separate_documents: as ``build_trunk``
-    takes them; an attention mask is compared with them. token_problem: what is wrong with the
-    tokens of a batch, in a sentence (``foreign_token_problem``).
+    and two broadcasts a micro-batch, after which every stage has the whole batch. data_iterators,
+    chunks, models: of each model chunk of this rank its iterator, the chunk, and the ``GPTModel``
+    inside. end_of_document, separate_documents: as ``build_trunk`` takes them; an attention mask is
+    compared with them. token_problem: what is wrong with the tokens of a batch, in a sentence
+    (``foreign_token_problem``).
 
     Raises:
         BatchError: on all ranks, if on one of them the forward step does not call the model,
             gives it no labels or loss mask, another attention mask, foreign tokens, or what a tree
             cannot carry.
     """
-    recorded: list[Arguments] = []
-    signature = inspect.signature(type(gpt_model).forward)
-
-    def record(*args: Any, **kwargs: Any) -> Tensor:
-        recorded.append(_by_name(signature.bind(gpt_model, *args, **kwargs)))
-        return torch.zeros(1, device=next(gpt_model.parameters()).device)
-
-    gpt_model.forward = record
-    try:
-        for _ in range(count):
-            forward_step(data_iterator, model_chunk)
-    finally:
-        del gpt_model.forward
-    problems = [_count_problem(len(recorded), count)]
-    problems += [problem(own) for own in recorded for problem in (_stray_problem, _missing_problem)]
+    recorded = [
+        _recorded(forward_step, *of_chunk, count)
+        for of_chunk in zip(data_iterators, chunks, models, strict=True)
+    ]
+    problems = [_count_problem(len(own), count) for own in recorded]
+    for chunk, calls in enumerate(recorded):
+        held = _held_here(chunk, len(chunks))
+        for own in calls:
+            problems += [_stray_problem(own), _missing_problem(own, held)]
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         # Before the stages exchange their parts.
         _raise_together(problems)
     batches: list[UserBatch] = []
     if not any(problems):
-        batches = [_complete(arguments) for arguments in recorded]
-        if getattr(gpt_model, "position_embedding_type", None) == "rope":
+        calls_of_batches = [*zip(*recorded, strict=True)]
+        batches = [_complete(calls) for calls in calls_of_batches]
+        if getattr(models[0], "position_embedding_type", None) == "rope":
             batches = [_rotated(batch, end_of_document, separate_documents) for batch in batches]
-        for arguments, batch in zip(recorded, batches, strict=True):
-            mask = arguments.get("attention_mask")
-            problems.append(_mask_problem(mask, batch, end_of_document, separate_documents))
+        for calls, batch in zip(calls_of_batches, batches, strict=True):
+            masks = [arguments.get("attention_mask") for arguments in calls]
+            problems += [
+                _mask_problem(mask, batch, end_of_document, separate_documents) for mask in masks
+            ]
             problems.append(token_problem(batch))
     _raise_together(problems)
     return batches
+
+
+def _recorded(
+    forward_step: Callable[..., Any],
+    data_iterator: Iterator[Any] | None,
+    chunk: torch.nn.Module,
+    model: torch.nn.Module,
+    count: int,
+) -> list[Arguments]:
+    """What ``forward_step`` gives ``model``, the ``GPTModel`` inside ``chunk``, ``count`` times."""
+    recorded: list[Arguments] = []
+    signature = inspect.signature(type(model).forward)
+
+    def record(*args: Any, **kwargs: Any) -> Tensor:
+        recorded.append(_by_name(signature.bind(model, *args, **kwargs)))
+        return torch.zeros(1, device=torch.cuda.current_device())
+
+    model.forward = record
+    try:
+        for _ in range(count):
+            forward_step(data_iterator, chunk)
+    finally:
+        del model.forward
+    return recorded
 
 
 def _by_name(call: inspect.BoundArguments) -> Arguments:
@@ -136,18 +158,20 @@ def _is_given(value: Any) -> bool:
     return value is not None and not (isinstance(value, bool | dict) and not value)
 
 
-def _held_here() -> list[tuple[tuple[str, ...], str]]:
-    """What this pipeline stage must be given, and the name of the stage."""
+def _held_here(chunk: int, chunks: int) -> list[tuple[tuple[str, ...], str]]:
+    """What this stage must be given for its ``chunk`` of ``chunks``, and the name of the stage."""
     held = []
-    if parallel_state.is_pipeline_first_stage():
+    if chunk == 0 and parallel_state.is_pipeline_first_stage():
         held.append((FIRST_STAGE, "first"))
-    if parallel_state.is_pipeline_last_stage():
+    if chunk == chunks - 1 and parallel_state.is_pipeline_last_stage():
         held.append((LAST_STAGE, "last"))
     return held
 
 
-def _missing_problem(arguments: Arguments) -> str | None:
-    for names, stage in _held_here():
+def _missing_problem(
+    arguments: Arguments, held: Sequence[tuple[tuple[str, ...], str]]
+) -> str | None:
+    for names, stage in held:
         missing = [name for name in names if not torch.is_tensor(arguments.get(name))]
         if missing:
             return (
@@ -157,10 +181,15 @@ def _missing_problem(arguments: Arguments) -> str | None:
     return None
 
 
-def _complete(arguments: Arguments) -> UserBatch:
-    """The micro-batch, of which each stage may have been given a part."""
+def _complete(calls: Sequence[Arguments]) -> UserBatch:
+    """The micro-batch, of which each stage, and each of its chunks, may have been given a part."""
     fields: dict[str, Tensor] = {}
-    own = {name: arguments[name].cpu() for names, _ in _held_here() for name in names}
+    own = {
+        name: arguments[name].cpu()
+        for chunk, arguments in enumerate(calls)
+        for names, _ in _held_here(chunk, len(calls))
+        for name in names
+    }
     for names, source in ((FIRST_STAGE, 0), (LAST_STAGE, -1)):
         fields |= _from_stage({name: own[name] for name in names if name in own}, source)
     return UserBatch(

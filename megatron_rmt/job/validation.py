@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_rmt.algorithm.doors import find
 from megatron_rmt.algorithm.settings import Settings
@@ -22,7 +23,7 @@ from megatron_rmt.job.resume import (
     stored_arguments,
 )
 from megatron_rmt.job.settings import flag_name, setting_problems
-from megatron_rmt.mid_training import DOORS, fitting_problem, read_prompt
+from megatron_rmt.mid_training import DOORS, batches_of_run, fitting_problem, read_prompt
 from megatron_rmt.model.routers import routing_problems
 from megatron_rmt.prompt.ids_of_text import check_ids_are_text
 from megatron_rmt.prompt.prompt import NO_END_OF_DOCUMENT
@@ -62,6 +63,8 @@ def check_rmt_arguments(args: Namespace) -> None:
     problems += [*held_out_problems(settings)]
     problems += [*checkpoint_problems(args), *filter(None, [save_problem(args.save)])]
     if not problems:
+        problems = [*filter(None, [interleaving_problem(args)])]
+    if not problems:
         # These read files, and rely on what was checked above.
         problems = [*_vocabulary(args)]
     if problems:
@@ -83,7 +86,6 @@ def unsupported(args: Namespace) -> Iterator[str]:
         "--attention-dropout": (0.0, "generation and update must agree"),
         "--hidden-dropout": (0.0, "generation and update must agree"),
         "--context-parallel-size": (1, "the tree is not split by it"),
-        "--num-virtual-stages-per-pipeline-rank": (None, "rollouts run one model chunk per stage"),
         "--multi-latent-attention": (False, "the key-value store holds plain keys and values"),
         "--mtp-num-layers": (None, "the head predicts one token"),
         "--window-size": (None, "branches see their trunk"),
@@ -124,19 +126,25 @@ def unsupported(args: Namespace) -> Iterator[str]:
             False,
             "it is for MXFP8, which needs a Blackwell GPU",
         ),
+        "--phase-transition-iterations": (
+            None,
+            "each phase reads other data, and a resumed run goes on with its own",
+        ),
+        "--rampup-batch-size": (
+            None,
+            "Megatron ignores it since 0.19, and --step-batch-size-schedule is in its place",
+        ),
         "--freeze-all-layers": (False, "nothing would learn"),
         "--inprocess-restart": (False, "what RMT knows of a run ends with its process"),
         "--fake-process-group": (False, "ranks compare what they hold"),
     }
-    renamed = {
-        "--num-virtual-stages-per-pipeline-rank": "virtual_pipeline_model_parallel_size",
-    }
     for flag, (needed, why) in refused.items():
-        value = getattr(args, renamed.get(flag, flag[2:].replace("-", "_")), needed)
+        value = getattr(args, flag[2:].replace("-", "_"), needed)
         if value != needed and not (needed is None and not value):
             without = "it left out" if needed is None else needed
             yield f"{flag} is {value}; RMT needs {without}: {why}."
     yield from _shards(args)
+    yield from _empty_stages(args)
     if args.num_experts:
         yield from routing_problems(args)
     if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
@@ -157,6 +165,24 @@ def unsupported(args: Namespace) -> Iterator[str]:
         )
 
 
+def _empty_stages(args: Namespace) -> Iterator[str]:
+    """Pipeline stages that would hold no parameter; a chunk of one may hold none."""
+    layout, stages = args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
+    if not layout:
+        return
+    try:
+        parts = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    except AssertionError as error:
+        yield f"--pipeline-model-parallel-layout is {layout}: {_one_line(error)}."
+        return
+    empty = [stage for stage in range(stages) if not any(parts[stage::stages])]
+    if empty:
+        yield (
+            f"--pipeline-model-parallel-layout is {layout}, which leaves nothing to pipeline stage "
+            f"{empty[0]}; give each a layer, the embedding or the loss."
+        )
+
+
 def _shards(args: Namespace) -> Iterator[str]:
     """Weights that are split further than tensor parallelism splits them."""
     tensor = args.tensor_model_parallel_size
@@ -169,6 +195,31 @@ def _shards(args: Namespace) -> Iterator[str]:
                 f"--{name.replace('_', '-')} is {shards}; RMT needs it left out: rollouts need "
                 "whole weights."
             )
+
+
+def interleaving_problem(args: Namespace) -> str | None:
+    """One sentence if a step's micro-batches cannot be dealt out to virtual pipeline stages, which
+    Megatron finds out in the first update."""
+    if args.virtual_pipeline_model_parallel_size is None:
+        return None
+    stages = args.pipeline_model_parallel_size
+    together = args.microbatch_group_size_per_vp_stage or stages
+    if together < stages:
+        return (
+            f"--microbatch-group-size-per-virtual-pipeline-stage is {together}; {stages} pipeline "
+            f"stages need {stages} or more, or leave it out."
+        )
+    for _, size in batches_of_run(args):
+        count = size // (args.micro_batch_size * args.data_parallel_size)
+        if count < together or 0 < count % together < stages:
+            return (
+                f"--global-batch-size is {size}, which is {count} micro-batches for each "
+                f"data-parallel rank; virtual pipeline stages take {together} of them at a time "
+                f"(--microbatch-group-size-per-virtual-pipeline-stage), and a rest of {stages} or "
+                f"more: pass a multiple of "
+                f"{together * args.micro_batch_size * args.data_parallel_size}."
+            )
+    return None
 
 
 def _missing(args: Namespace) -> Iterator[str]:

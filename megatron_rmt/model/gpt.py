@@ -1,11 +1,39 @@
-"""The model as RMT runs it: the ``GPTModel`` inside Megatron's wrappers, and its passes' bounds."""
+"""The model as RMT runs it: the ``GPTModel`` inside Megatron's wrappers, and its passes' bounds.
+
+With virtual pipeline stages a rank holds several chunks of it, ``ModelChunks``; whoever only walks
+over modules or parameters need not tell.
+"""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class ModelChunks(torch.nn.ModuleList):
+    """The chunks of a model that one pipeline rank holds, in the order of their layers."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        """That of all chunks."""
+        return self[0].config
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Of all chunks, under the names that ``state_dict`` has here and the keys of Megatron's
+        checkpoints."""
+        return {
+            f"{index}.{name}": value
+            for index, chunk in enumerate(self)
+            for name, value in chunk.sharded_state_dict().items()
+        }
+
+
+Model = GPTModel | ModelChunks
 
 
 @dataclass(frozen=True)
@@ -16,7 +44,7 @@ class Policy:
     id. head_chunk_size: rows of logits held at a time. attention: a name of ``--rmt-attention``.
     """
 
-    model: GPTModel
+    model: Model
     vocab_size: int
     longest_position: int
     head_chunk_size: int
@@ -28,17 +56,17 @@ class Policy:
         return next(self.model.parameters()).device
 
 
-def gpt_model(chunks: Sequence[torch.nn.Module]) -> GPTModel:
-    """The ``GPTModel`` inside Megatron's wrappers.
+def gpt_model(chunks: Sequence[torch.nn.Module]) -> Model:
+    """The model inside Megatron's wrappers; of the same chunks the same object each time.
 
     Raises:
-        ValueError: another kind of model, or several chunks (virtual pipeline).
+        ValueError: another kind of model.
     """
-    if len(chunks) != 1:
-        raise ValueError(
-            f"RMT: this rank holds {len(chunks)} model chunks; leave out virtual pipeline stages."
-        )
-    model = chunks[0]
+    models = tuple(map(_unwrapped, chunks))
+    return models[0] if len(models) == 1 else _joined(models)
+
+
+def _unwrapped(model: torch.nn.Module) -> GPTModel:
     while not isinstance(model, GPTModel) and hasattr(model, "module"):
         model = model.module
     if not isinstance(model, GPTModel):
@@ -46,14 +74,38 @@ def gpt_model(chunks: Sequence[torch.nn.Module]) -> GPTModel:
     return model
 
 
+# What is kept for a model is found by the object.
+@functools.lru_cache(maxsize=1)
+def _joined(chunks: tuple[GPTModel, ...]) -> ModelChunks:
+    return ModelChunks(chunks)
+
+
+def chunks_of(model: Model) -> list[GPTModel]:
+    """What this rank holds of the model, in the order of the layers: one chunk or several."""
+    return [*model] if isinstance(model, ModelChunks) else [model]
+
+
+def named_parameters(
+    chunks: Sequence[torch.nn.Module],
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters of a rank's chunks by name, without those of Megatron's wrappers; of several
+    chunks with the chunk's number before it."""
+    for index, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            of_chunk = f"{index}." if len(chunks) > 1 else ""
+            yield of_chunk + name.removeprefix("module."), parameter
+
+
 @contextlib.contextmanager
-def generating(model: GPTModel) -> Iterator[None]:
+def generating(model: Model) -> Iterator[None]:
     """Evaluation mode for rollouts; the training mode comes back even after an error."""
-    was_training = model.training
+    chunks = chunks_of(model)
+    was_training = chunks[0].training
     quantized = model.config.fp8 or model.config.fp4
     if quantized:
         # Transformer Engine would go on with weights quantized before the last optimizer step.
-        model.set_is_first_microbatch()
+        for chunk in chunks:
+            chunk.set_is_first_microbatch()
     model.eval()
     try:
         yield
@@ -66,7 +118,7 @@ def generating(model: GPTModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_sequence_parallel(model: GPTModel) -> Iterator[None]:
+def without_sequence_parallel(model: Model) -> Iterator[None]:
     """Within, tensor-parallel ranks each hold all rows; afterwards as before, even after an error.
 
     A decoding step has few rows: two all-reduces a layer take half the messages of gathering and

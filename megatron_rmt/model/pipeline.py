@@ -1,15 +1,19 @@
-"""A forward pass without gradient through all pipeline stages, outside Megatron's schedules."""
+"""A forward pass without gradient through all pipeline stages, outside Megatron's schedules.
+
+With virtual pipeline stages a pass goes through the first chunks of all ranks, from the last rank
+back to the first one, through the second chunks, and so on.
+"""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from megatron_rmt.model.gpt import Model, chunks_of
 from megatron_rmt.model.visibility import Visibility
 
 # FP8 products want rows in whole blocks: 32 for the MX recipe, 16 for the others.
@@ -21,6 +25,8 @@ FP8_ROWS, MXFP8_ROWS = 16, 32
 # the pipeline's own, as Megatron sends in batches, they would wait in one queue with the broadcasts
 # of ``begin_from_last_stage``: the last stage broadcasts a batch's tokens before it receives the
 # next batch, the others only after they have sent that one, so that each waits for the other.
+# What goes from the last stage back to the first has communicators of the pipeline's group: of two
+# stages, each would wait in one queue for the other to receive before it receives itself.
 Sends = deque[tuple[dist.Work, Tensor]]
 
 
@@ -37,7 +43,7 @@ def row_multiple(config: Any) -> int:
 
 
 def forward_through_stages(
-    model: GPTModel,
+    model: Model,
     tokens: Tensor,
     visibility: Visibility,
     read: Callable[[Tensor, Tensor], Any],
@@ -50,6 +56,23 @@ def forward_through_stages(
     Collective over the tensor- and pipeline-parallel ranks of this model, and over the ranks that
     share its experts.
     """
+    passing = forward_by_chunks(model, tokens, visibility, read, sends)
+    while True:
+        try:
+            next(passing)
+        except StopIteration as end:
+            return end.value
+
+
+def forward_by_chunks(
+    model: Model,
+    tokens: Tensor,
+    visibility: Visibility,
+    read: Callable[[Tensor, Tensor], Any],
+    sends: Sends | None = None,
+) -> Generator[None, None, Any]:
+    """The same with a halt after each chunk of this rank but its last, in which it can work at
+    another pass; all ranks must come to their chunks in one order."""
     config = model.config
     rows = -(-max(tokens.shape[0], 1) // row_multiple(config)) * row_multiple(config)
     padding = rows - tokens.shape[0]
@@ -58,38 +81,54 @@ def forward_through_stages(
         visibility.position_ids = torch.cat(
             [visibility.position_ids, visibility.position_ids.new_zeros(padding)]
         )
-    if not model.pre_process:
-        if config.sequence_parallel:
-            rows //= config.tensor_model_parallel_size
-        received = torch.empty(
-            (rows, 1, config.hidden_size),
-            dtype=config.pipeline_dtype or config.params_dtype,
-            device=tokens.device,
-        )
-        dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank())
-        model.set_input_tensor([received])
+    if config.sequence_parallel:
+        rows //= config.tensor_model_parallel_size
 
     def read_hidden(*, hidden_states: Tensor, **_: Any) -> Any:
         hidden = full_hidden(hidden_states, config)[: visibility.tokens]
         return read(hidden, output_weight(model))
 
-    output = model(
-        input_ids=tokens[None],
-        position_ids=visibility.position_ids[None],
-        attention_mask=None,
-        packed_seq_params=visibility,
-        output_processor=read_hidden,
-    )
-    if model.post_process:
-        return output
-    output = output.contiguous()
-    work = dist.isend(output, dst=parallel_state.get_pipeline_model_parallel_next_rank())
+    for index, chunk in enumerate(chunks_of(model)):
+        if index:
+            yield
+        if not chunk.pre_process:
+            received = torch.empty(
+                (rows, 1, config.hidden_size),
+                dtype=config.pipeline_dtype or config.params_dtype,
+                device=tokens.device,
+            )
+            wraps = parallel_state.is_pipeline_first_stage()
+            source = parallel_state.get_pipeline_model_parallel_prev_rank()
+            dist.recv(received, src=source, group=_group_of_messages(wraps))
+            chunk.set_input_tensor([received])
+        output = chunk(
+            input_ids=tokens[None],
+            position_ids=visibility.position_ids[None],
+            attention_mask=None,
+            packed_seq_params=visibility,
+            output_processor=read_hidden,
+        )
+        if chunk.post_process:
+            return output
+        _send(output.contiguous(), sends)
+    return None
+
+
+def _send(output: Tensor, sends: Sends | None) -> None:
+    """Send hidden states to the next stage, from the last one to the first."""
+    wraps = parallel_state.is_pipeline_last_stage()
+    target = parallel_state.get_pipeline_model_parallel_next_rank()
+    work = dist.isend(output, dst=target, group=_group_of_messages(wraps))
     if sends is None:
         work.wait()
     else:
         sends.append((work, output))
         finish_sends(sends, at_most=parallel_state.get_pipeline_model_parallel_world_size())
-    return None
+
+
+def _group_of_messages(wraps: bool) -> dist.ProcessGroup | None:
+    """See ``Sends``."""
+    return parallel_state.get_pipeline_model_parallel_group() if wraps else None
 
 
 def finish_sends(sends: Sends, at_most: int = 0) -> None:
@@ -111,11 +150,12 @@ def full_hidden(hidden: Tensor, config: Any) -> Tensor:
     return hidden[:, 0] if multiplier == 1.0 else hidden[:, 0] * multiplier
 
 
-def output_weight(model: GPTModel) -> Tensor:
+def output_weight(model: Model) -> Tensor:
     """The output layer's weight ``[vocab/tp, hidden]``, on the last stage."""
-    if model.share_embeddings_and_output_weights:
-        return model.shared_embedding_or_output_weight()
-    return model.output_layer.weight
+    last = chunks_of(model)[-1]
+    if last.share_embeddings_and_output_weights:
+        return last.shared_embedding_or_output_weight()
+    return last.output_layer.weight
 
 
 def from_last_stage(value: Tensor) -> Tensor:

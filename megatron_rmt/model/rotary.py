@@ -4,10 +4,11 @@ from argparse import Namespace
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt.gpt_model import GPTModel
+
+from megatron_rmt.model.gpt import Model, chunks_of
 
 
-def check_rotary_scaling(args: Namespace, model: GPTModel) -> None:
+def check_rotary_scaling(args: Namespace, model: Model) -> None:
     """Compare the model's rotary frequencies with those of the flags.
 
     Megatron 0.19's ``gpt_config_from_args`` drops ``--rope-scaling-factor``
@@ -19,7 +20,7 @@ def check_rotary_scaling(args: Namespace, model: GPTModel) -> None:
     """
     if not args.use_rope_scaling or args.position_embedding_type != "rope":
         return
-    built = model.rotary_pos_emb
+    built = chunks_of(model)[0].rotary_pos_emb
     asked = RotaryEmbedding(
         kv_channels=args.kv_channels,
         rotary_percent=args.rotary_percent,

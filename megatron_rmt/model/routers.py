@@ -80,16 +80,19 @@ def check_routing(config: TransformerConfig) -> None:
         raise ValueError("RMT cannot train this model: " + " ".join(problems))
 
 
-def padding_mask(rows: int, tokens: int, config: TransformerConfig) -> Tensor | None:
+def padding_mask(
+    rows: int, tokens: int, config: TransformerConfig, *, embeds: bool
+) -> Tensor | None:
     """``[1, rows]`` bool on the CPU, True from ``tokens`` on, which routers leave out: as
-    ``GPTModel.forward`` of this pipeline stage takes it, ``[1, rows/tp]`` where its layers get
-    their own part of the rows. None if there is no padding or nobody asks."""
+    ``GPTModel.forward`` takes it, ``[1, rows/tp]`` where its layers get their own part of the rows.
+    embeds: it is of the model, or of the chunk, that has the embedding. None if there is no padding
+    or nobody asks."""
     if not config.num_moe_experts or rows == tokens:
         return None
     mask = (torch.arange(rows) >= tokens)[None]
-    # Under sequence parallelism the first stage divides the mask like the embeddings; the others
+    # Under sequence parallelism the first chunk divides the mask like the embeddings; the others
     # get their hidden states, and hand the mask on as it is.
-    if config.sequence_parallel and not parallel_state.is_pipeline_first_stage():
+    if config.sequence_parallel and not embeds:
         mask = mask.chunk(parallel_state.get_tensor_model_parallel_world_size(), dim=1)[
             parallel_state.get_tensor_model_parallel_rank()
         ]

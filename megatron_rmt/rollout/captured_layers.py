@@ -21,7 +21,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer import transformer_layer
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -31,6 +30,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from megatron_rmt.cpu import compiled, layer_kernels
+from megatron_rmt.model.gpt import Model
 from megatron_rmt.model.visibility import Visibility
 from megatron_rmt.rollout.kv_cache import DecodeVisibility, StemVisibility
 
@@ -49,11 +49,11 @@ class _Graph:
 
 # Of each model, by the kind of layer, see ``_record``; None where the recording failed.
 _Graphs = tuple[_Graph, _Graph]
-_recorded: WeakKeyDictionary[GPTModel, dict[Any, _Graphs | None]] = WeakKeyDictionary()
+_recorded: WeakKeyDictionary[Model, dict[Any, _Graphs | None]] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def captured_layers(model: GPTModel) -> Iterator[None]:
+def captured_layers(model: Model) -> Iterator[None]:
     """Within, passes over stems and over new tokens, without gradient, run captured layers."""
     recorded = _recorded.setdefault(model, {})
     layers = [layer for layer in model.modules() if _can_be_captured(layer)]

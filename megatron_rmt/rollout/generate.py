@@ -16,28 +16,28 @@ answer still read.
 
 Layouts: tensor- and pipeline-parallel ranks of one model work in lockstep. With pipeline stages the
 positions are split into as many batches as there are stages, so that each stage has one to work at.
+With virtual ones a batch halts behind each chunk of a rank, which works at the others meanwhile.
 Ranks that share experts take part in each other's passes until the last of them has finished.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rmt.model.gpt import Policy, without_sequence_parallel
+from megatron_rmt.model.gpt import Model, Policy, chunks_of, without_sequence_parallel
 from megatron_rmt.model.head import reduce_over_ranks
 from megatron_rmt.model.pipeline import (
     Sends,
     begin_from_last_stage,
     finish_sends,
-    forward_through_stages,
+    forward_by_chunks,
     output_weight,
 )
 from megatron_rmt.model.visibility import Visibility
@@ -142,7 +142,7 @@ def generate(
         # Of batches that are decoded to their ends, as many at a time as there are stages.
         parts = rollout_waves(len(positions), at_once, experts)
     head = None
-    if model.post_process:
+    if chunks_of(model)[-1].post_process:
         tp_group = parallel_state.get_tensor_model_parallel_group()
         most_rows = padded_rows(at_once * how.group) if by_limits else 0
         weight = output_weight(model)
@@ -179,7 +179,7 @@ def generate(
     return done
 
 
-def expert_sharing_group(model: GPTModel) -> ProcessGroup | None:
+def expert_sharing_group(model: Model) -> ProcessGroup | None:
     """The ranks whose passes this rank must take part in because they share experts; None if these
     are only the ranks of its own model."""
     if not model.config.num_moe_experts:
@@ -199,7 +199,8 @@ class _Batch:
     sees and the rotary position after its stem; None when rows have left. Where the device is told
     limits: spans, the first row of the trunk that each rollout sees, the row after the last, and
     the position after its stem, int64 ``[3, rollouts + 1]``; graph, of its steps; late, how the
-    host reads what ``_write`` says; flags: that, where it has been called already.
+    host reads what ``_write`` says; flags: that, where it has been called already. passing: its
+    pass, halted behind a chunk; None where no pass is under way.
     """
 
     live: LiveRollouts
@@ -213,6 +214,7 @@ class _Batch:
     graph: StepGraph | None = None
     late: LateRead = field(default_factory=LateRead)
     flags: Tensor | None = None
+    passing: Iterator[None] | None = None
 
 
 @dataclass
@@ -236,12 +238,15 @@ class _Decoder:
         running = deque(batches)
         while running:
             batch = running.popleft()
-            if self._take_tokens(batch):
-                if batch.live.begun:
-                    self._read_stems(batch, sends)
-                else:
-                    self._decode(batch, sends)
-                running.append(batch)
+            if batch.passing is not None:
+                _pass_a_chunk(batch)
+            elif not self._take_tokens(batch):
+                continue
+            elif batch.live.begun:
+                self._read_stems(batch, sends)
+            else:
+                self._decode(batch, sends)
+            running.append(batch)
         finish_sends(sends)
 
     def _read_stems(self, batch: _Batch, sends: Sends) -> None:
@@ -250,7 +255,7 @@ class _Decoder:
         positions = [live.positions[index] for index in live.begun]
         length = len(self.stem)
         if not positions:
-            self._idle(sends)
+            self._idle(batch, sends)
             return
         self._ask_whether_to_stop(live)
         device = live.rows.device
@@ -279,7 +284,7 @@ class _Decoder:
         """One more token for every row of the batch."""
         live = batch.live
         if not live.rows_here:
-            self._idle(sends)
+            self._idle(batch, sends)
             return
         self._ask_whether_to_stop(live)
         if live.pads:
@@ -390,8 +395,20 @@ class _Decoder:
         draw: Callable[[Tensor, Tensor], Tensor],
         sends: Sends,
     ) -> None:
-        """Forward ``tokens``; the last stage draws and starts to tell the others."""
-        drawn = forward_through_stages(self.policy.model, tokens, visibility, draw, sends)
+        """Begin to forward ``tokens``; the last stage draws and starts to tell the others."""
+        batch.passing = self._by_chunks(batch, tokens, visibility, draw, sends)
+        _pass_a_chunk(batch)
+
+    def _by_chunks(
+        self,
+        batch: _Batch,
+        tokens: Tensor,
+        visibility: Visibility,
+        draw: Callable[[Tensor, Tensor], Tensor],
+        sends: Sends,
+    ) -> Iterator[None]:
+        model = self.policy.model
+        drawn = yield from forward_by_chunks(model, tokens, visibility, draw, sends)
         if drawn is None:
             live = batch.live
             shape = (2 if self.stop is None else 3, len(live.rows[live.written_next]))
@@ -451,7 +468,7 @@ class _Decoder:
                     batch.tails.keep(staying)
         return bool(live.begun) or any(flags[told:])
 
-    def _idle(self, sends: Sends) -> None:
+    def _idle(self, batch: _Batch, sends: Sends) -> None:
         """Take part in a pass of the other ranks that share the experts."""
         if self.experts is None:
             return
@@ -459,4 +476,13 @@ class _Decoder:
         none = torch.empty(0, dtype=torch.int64, device=policy.device)
         visibility = IdleVisibility(tokens=0)
         visibility.use_position_ids(none, policy.longest_position)
-        forward_through_stages(policy.model, none, visibility, lambda hidden, _: hidden, sends)
+        batch.passing = forward_by_chunks(
+            policy.model, none, visibility, lambda hidden, _: hidden, sends
+        )
+        _pass_a_chunk(batch)
+
+
+def _pass_a_chunk(batch: _Batch) -> None:
+    """Let the batch's pass go on to its next halt, or to its end."""
+    if next(batch.passing, batch) is batch:
+        batch.passing = None

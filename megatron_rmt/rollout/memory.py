@@ -6,9 +6,10 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from torch.distributed import ProcessGroup
+
+from megatron_rmt.model.gpt import Model
 
 GIB = 2**30
 
@@ -18,7 +19,7 @@ def in_bytes(gib: float | None) -> int | None:
     return None if gib is None else int(gib * GIB)
 
 
-def key_value_bytes(model: GPTModel) -> int:
+def key_value_bytes(model: Model) -> int:
     """Bytes of the keys and values of one token in all layers of this rank's stage."""
     config = model.config
     layers = sum(isinstance(module, SelfAttention) for module in model.modules())

@@ -14,8 +14,9 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
+
+from megatron_rmt.model.gpt import Model
 
 PREFIX = "rmt_baseline."
 
@@ -27,7 +28,7 @@ class Baseline:
     ``take_in`` keeps them: a step that is left to the next run leaves no trace.
     """
 
-    def __init__(self, model: GPTModel, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.model, self.decay = model, decay
         self._averages = [
             weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)

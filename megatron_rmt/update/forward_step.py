@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import StragglerDetector, get_model_config
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from megatron_rmt.algorithm.losses import Predictions, TokenLoss, token_losses
@@ -75,7 +75,7 @@ def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
                 position_ids=update.tree.visibility.position_ids[None],
                 attention_mask=None,
                 packed_seq_params=update.tree.visibility,
-                padding_mask=_padding(update.tree, get_model_config(model)),
+                padding_mask=_padding(update.tree, model),
                 output_processor=_read_predictions,
                 output_processor_context=(update.tree, update.predictions, settings),
             )
@@ -84,9 +84,11 @@ def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
     return forward_step
 
 
-def _padding(tree: Tree, config: Any) -> Tensor | None:
+def _padding(tree: Tree, model: torch.nn.Module) -> Tensor | None:
     """What the routers leave out, where the tree lies."""
-    mask = padding_mask(tree.tokens.shape[0], tree.visibility.tokens, config)
+    embeds = get_attr_wrapped_model(model, "pre_process")
+    config = get_model_config(model)
+    mask = padding_mask(tree.tokens.shape[0], tree.visibility.tokens, config, embeds=embeds)
     return None if mask is None else mask.to(tree.tokens.device)
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from megatron_rmt.model.gpt import Model, chunks_of
 from megatron_rmt.update.agreement import Copy, first_rank
 
 # Of each parameter so many elements are compared in a step, and others in the next.
@@ -26,7 +26,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def copies_of_parameters(model: GPTModel, iteration: int) -> list[Copy]:
+def copies_of_parameters(model: Model, iteration: int) -> list[Copy]:
     """What this rank shares with others of ``model``; nothing in a run of one process.
 
     The weights must be whole: no gathering may be on its way. Collective over the tensor-parallel
@@ -58,11 +58,13 @@ def copies_of_parameters(model: GPTModel, iteration: int) -> list[Copy]:
         copies.append(_bits("experts that ranks hold alike", experts, iteration, first_rank(group)))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         shared, group = {}, dist.get_rank()
+        ends = [chunk for chunk in chunks_of(model) if chunk.pre_process or chunk.post_process]
         if (
-            model.share_embeddings_and_output_weights
+            ends
+            and ends[0].share_embeddings_and_output_weights
             and parallel_state.is_rank_in_embedding_group()
         ):
-            weight = model.shared_embedding_or_output_weight().detach()
+            weight = ends[0].shared_embedding_or_output_weight().detach()
             shared = {"the tied embedding": weight}
             group = first_rank(parallel_state.get_embedding_group())
         copies.append(_bits("the embedding of two pipeline stages", shared, iteration, group))
@@ -70,7 +72,7 @@ def copies_of_parameters(model: GPTModel, iteration: int) -> list[Copy]:
 
 
 @functools.lru_cache(maxsize=1)
-def _shared(model: GPTModel) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def _shared(model: Model) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Parameters by name: those that tensor-parallel ranks hold whole; all but experts; experts.
 
     Quantized ones are left out: their bits are not a tensor's.

@@ -268,7 +268,7 @@ def _update(
     rows = -(-batch.rows // multiple) * multiple
     saved, again = _saved(args, row)
     last = args.pipeline_model_parallel_size - 1
-    activations = min(args.micro_batches, last + 1 - stage) * saved * rows
+    activations = _in_flight(args, stage) * saved * rows
     backward = (again + row.inside) * rows
     if not args.gradient_accumulation_fusion:
         # A matrix's gradient before it is added to the gradient buffer.
@@ -281,13 +281,23 @@ def _update(
     return activations + rows * row.norm, _head(args, batch.predictions, rows, row), backward
 
 
+def _in_flight(args: Namespace, stage: int) -> float:
+    """Micro-batches whose activations ``stage`` holds at most, those of one chunk as its part."""
+    stages = args.pipeline_model_parallel_size
+    held = stages - stage
+    if args.chunks > 1:
+        together = args.microbatch_group_size_per_vp_stage or stages
+        held = (2 * (stages - stage - 1) + (args.chunks - 1) * together + 1) / args.chunks
+    return min(args.micro_batches, held)
+
+
 def _saved(args: Namespace, row: _Row) -> tuple[float, float]:
     """Bytes of a token that all layers of a stage save, and that are made again at a time."""
     layers = args.layers_per_stage
     if args.recompute_granularity == "full":
         count = args.recompute_num_layers or 1
         if args.recompute_method == "block":
-            count = min(count, layers)
+            count = min(count * args.chunks, layers)
             return count * row.hidden + (layers - count) * row.saved, row.saved
         return -(-layers // count) * row.hidden, min(count, layers) * row.saved
     saved = layers * row.saved

@@ -22,6 +22,7 @@ from typing import NoReturn
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.training.arguments import add_megatron_arguments
 
 from conversion.huggingface_directory import TOKENIZERS
@@ -30,8 +31,8 @@ from examples.recipe import recipe_flags
 from megatron_rmt.algorithm.schedules import Schedule
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.settings import add_rmt_arguments, setting_problems
-from megatron_rmt.job.validation import unsupported
-from megatron_rmt.mid_training import fitting_problem, largest_batch_size, read_prompt
+from megatron_rmt.job.validation import interleaving_problem, unsupported
+from megatron_rmt.mid_training import fitting_problem, largest_batch_size, read_prompt, steps_of_run
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.template import load_template
 from model_on_hand import FLAGS
@@ -171,9 +172,10 @@ def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: P
     """A copy of ``given`` with what Megatron derives, and what the other modules read besides.
 
     Added: world_size, data_parallel_size, expert_data_parallel_size, micro_batches,
-    layers_per_stage, query_width, key_width (of all heads, in numbers), params_bytes,
-    gradient_bytes, head_columns (of the vocabulary without padding), true_vocab_size, on_cpu, and
-    the names of ``TransformerConfig`` that ``packing.tree_cost`` reads.
+    layers_per_stage, chunks (of the model on a rank), query_width, key_width (of all heads, in
+    numbers), params_bytes, gradient_bytes, head_columns (of the vocabulary without padding),
+    true_vocab_size, on_cpu, and the names of ``TransformerConfig`` that ``packing.tree_cost``
+    reads.
 
     Raises:
         ValueError: a flag is missing, RMT refuses it, or sizes do not divide or fit.
@@ -188,9 +190,6 @@ def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: P
     for name in ("seq_length", "micro_batch_size"):
         if getattr(args, name) is None:
             raise ValueError(f"{_flag(name)} is not set; pass it as to the run.")
-    args.virtual_pipeline_model_parallel_size = (
-        args.num_virtual_stages_per_pipeline_rank or args.num_layers_per_virtual_pipeline_stage
-    )
     problems = [*setting_problems(args), *unsupported(args)]
     if problems:
         raise ValueError(" ".join(problems))
@@ -202,7 +201,7 @@ def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: P
     reduced_in_half = args.fp16 and not args.accumulate_allreduce_grads_in_fp32
     args.gradient_bytes = 2 if args.grad_reduce_in_bf16 or reduced_in_half else 4
     args.apply_rope_fusion = args.apply_rope_fusion and args.transformer_impl != "local"
-    problem = fitting_problem(args, settings, prompt)
+    problem = fitting_problem(args, settings, prompt) or interleaving_problem(args)
     if problem:
         raise ValueError(problem)
     return args
@@ -220,7 +219,8 @@ def _derive_layout(args: Namespace) -> None:
     args.data_parallel_size = args.world_size // (tp * pp)
     args.expert_data_parallel_size = args.world_size // of_experts
     at_once = args.micro_batch_size * args.data_parallel_size
-    args.global_batch_size = largest_batch_size(args) or at_once
+    args.global_batch_size = args.global_batch_size or at_once
+    args.train_iters, args.global_batch_size = steps_of_run(args), largest_batch_size(args)
     tensor, pipeline = f"--tensor-model-parallel-size {tp}", f"--pipeline-model-parallel-size {pp}"
     three = "--expert-model-parallel-size, --expert-tensor-parallel-size and "
     three += "--pipeline-model-parallel-size"
@@ -240,6 +240,27 @@ def _derive_layout(args: Namespace) -> None:
             )
     args.micro_batches = args.global_batch_size // at_once
     args.layers_per_stage = args.num_layers // pp
+    args.chunks = _chunks(args)
+    args.virtual_pipeline_model_parallel_size = args.chunks if args.chunks > 1 else None
+
+
+def _chunks(args: Namespace) -> int:
+    """Of the model on a rank; several with virtual pipeline stages."""
+    layout = args.pipeline_model_parallel_layout
+    if layout:
+        stages = PipelineParallelLayerLayout.get_num_stages_from_str(layout)
+        return stages // args.pipeline_model_parallel_size
+    for name in ("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"):
+        value = getattr(args, name)
+        if value is not None and (value < 1 or args.layers_per_stage % value):
+            raise ValueError(
+                f"{_flag(name)} is {value}, and does not divide the {args.layers_per_stage} layers "
+                "of a pipeline stage; change one of them."
+            )
+    layers = args.num_layers_per_virtual_pipeline_stage
+    if layers is not None:
+        return args.layers_per_stage // layers
+    return args.num_virtual_stages_per_pipeline_rank or 1
 
 
 def _derive_model(args: Namespace, prompt: Prompt) -> None:

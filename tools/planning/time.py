@@ -99,8 +99,8 @@ def step_seconds(
         # Each micro-batch passes through all stages before the next.
         trunk=trunk * stages,
         rollout=rollout + stems / (args.world_size * peak),
-        # The stages' idle time at both ends of a 1F1B schedule.
-        update=update * (micro_batches + stages - 1) / micro_batches,
+        # The stages' idle time at both ends of a 1F1B schedule, shorter with virtual stages.
+        update=update * (micro_batches + (stages - 1) / args.chunks) / micro_batches,
         passes=passes,
     )
 

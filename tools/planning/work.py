@@ -248,7 +248,7 @@ def step_flops(args: Namespace, work: SampleWork) -> StepFlops:
     if args.recompute_granularity == "full":
         share = 1.0
         if args.recompute_method == "block":
-            stages = args.pipeline_model_parallel_size
+            stages = args.pipeline_model_parallel_size * args.chunks
             share = min(1.0, (args.recompute_num_layers or 0) * stages / args.num_layers)
         recomputed = share * flops(dataclasses.replace(work.update, predictions=0), cost)
     elif args.recompute_granularity == "selective":
