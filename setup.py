@@ -34,7 +34,15 @@ setup(
         "quickstart": ["gguf>=0.10"],
         # Corpora compressed by zstd, and Parquet.
         "corpora": ["backports.zstd; python_version < '3.14'", "pyarrow"],
-        "test": ["backports.zstd; python_version < '3.14'", "pyarrow", "pytest>=8", "hypothesis>=6.100", "ruff>=0.17,<0.18"],
+        "test": [
+            "backports.zstd; python_version < '3.14'",
+            "pyarrow",
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.17,<0.18",
+        ],
+        # lm-evaluation-harness, for tools/evaluate.py --tasks.
+        "tasks": ["lm_eval>=0.4.13"],
         "benchmark": ["trl>=1.16"],
     },
 )

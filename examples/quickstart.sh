@@ -10,7 +10,7 @@ source tools/setup_environment.sh
 
 run=runs/quickstart
 pretraining_steps=80
-steps=30
+steps=25
 seed=1234
 train_documents=3000
 heldout_documents=60

@@ -7,8 +7,8 @@ trains, and all draws are pure functions of (seed, way, document, token, respons
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_rmt.algorithm.rewards import is_right
+from megatron_rmt.algorithm.rewards import is_right, says
 from megatron_rmt.mid_training import MidTraining
 from megatron_rmt.model.gpt import generating
 from megatron_rmt.prompt.prompt import Prompt
@@ -27,7 +27,7 @@ from megatron_rmt.rollout.generate import RolloutSettings, generate
 from megatron_rmt.rollout.kv_cache import KeyValueStore
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.memory import in_bytes
-from megatron_rmt.rollout.prefill import read_trunk
+from megatron_rmt.rollout.prefill import TrunkReading, read_trunk
 from megatron_rmt.rollout.responses import Rollout, written
 from megatron_rmt.rollout.trunk import NO_LABEL, Sample
 from megatron_rmt.update.scoring import continuation
@@ -45,12 +45,13 @@ class Text:
     """A held-out document.
 
     number: the key of its draws. ids: all its tokens. read: how many of them the model reads; what
-    follows is truth alone.
+    follows is truth alone. answers: what it marks as an answer, by the token that begins it.
     """
 
     number: int
     ids: Sequence[int]
     read: int
+    answers: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,13 @@ class Thought(NamedTuple):
 
 @dataclass(frozen=True)
 class Answered:
-    """What one response says: response, as it is read; right: it predicts the text; by_itself: the
-    thought ended without force; thought: its own, None where it was given."""
+    """What one response says: response, as it is read; right: it predicts the text; whole: it says
+    the answer that the text marks there, and no more; by_itself: the thought ended without force;
+    thought: its own, None where it was given."""
 
     response: Response
     right: bool
+    whole: bool
     by_itself: bool
     thought: Thought | None
 
@@ -108,10 +111,15 @@ def in_prompt(prompt: Prompt, ids: Sequence[int]) -> list[int]:
 
 
 def read_text(
-    run: MidTraining, text: Text, store: KeyValueStore, first_row: int
-) -> tuple[Tensor, Tensor]:
-    """Entropies ``[tokens]`` fp32 in nats and most likely next tokens ``[tokens]`` int64 of the
-    bare text; its keys and values, as it stands in a prompt, go to ``store`` from ``first_row``."""
+    run: MidTraining,
+    text: Text,
+    store: KeyValueStore,
+    first_row: int,
+    *,
+    with_log_probs: bool = False,
+) -> TrunkReading:
+    """What the model predicts after each token of the bare text, with_log_probs: also of the next
+    one; its keys and values, as it stands in a prompt, go to ``store`` from ``first_row``."""
     ids, top_k = list(text.ids[: text.read]), run.settings.entropy_top_k
     asked = in_prompt(run.prompt, ids)
     # The plain prediction is that of the bare text under every template.
@@ -120,7 +128,9 @@ def read_text(
         read_trunk(run.policy, [sample], store, first_row, top_k=top_k)
         store, first_row = KeyValueStore(len(ids)), 0
     sample = document_sample(torch.tensor(ids))
-    return read_trunk(run.policy, [sample], store, first_row, top_k=top_k)
+    return read_trunk(
+        run.policy, [sample], store, first_row, top_k=top_k, with_log_probs=with_log_probs
+    )
 
 
 def answer(
@@ -171,13 +181,14 @@ def _read(
     tokens = rollout.tokens.tolist()
     response = prompt.read(tokens if how.thinks else [*prompt.close, *tokens])
     right = is_right(response, truth, boxed=prompt.template.answer == "boxed")
+    whole = says(response, place.text.answers.get(place.token, b""))
     own = None
     if given is not None:
         # One that was never closed is answered after no more than it would be where it was drawn.
-        right = right and given.closed
+        right, whole = right and given.closed, whole and given.closed
     elif how.thinks:
         own = Thought(_through_close(prompt, tokens), response.thought_length, response.closed)
-    return Answered(response, right, response.closed and bool(rollout.drawn.all()), own)
+    return Answered(response, right, whole, response.closed and bool(rollout.drawn.all()), own)
 
 
 def _through_close(prompt: Prompt, tokens: Sequence[int]) -> tuple[int, ...]:
@@ -299,7 +310,7 @@ def _standing_of(
     store, first_row = KeyValueStore(sum(lengths)), 0
     places, right_at_once = [], 0
     for (text, tokens), length in zip(part, lengths, strict=True):
-        _, predictions = read_text(run, text, store, first_row)
+        predictions = read_text(run, text, store, first_row).predictions
         right_at_once += sum(int(predictions[token - 1]) == text.ids[token] for token in tokens)
         places += [Place(text, token, first_row) for token in tokens]
         first_row += length

@@ -59,7 +59,7 @@ from megatron_rmt.update.report import (
     trunk_metrics,
 )
 from megatron_rmt.update.reserve import keep_differing
-from megatron_rmt.update.scoring import gather_evidence, score
+from megatron_rmt.update.scoring import bytes_before, gather_evidence, score
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, Tree, grow_tree, pad_tree
 from megatron_rmt.update.truth import log_probs_of_truth
 from megatron_rmt.update.warm_up import response_from_text, true_target
@@ -235,9 +235,8 @@ def _read(run: MidTraining, micro_batch: MicroBatch, store: KeyValueStore) -> li
     before one of them leaves."""
     trunk = [of.sample for of in micro_batch.reasoned]
     top_k = run.settings.entropy_top_k
-    micro_batch.entropies, micro_batch.predictions = read_trunk(
-        run.policy, trunk, store, micro_batch.first_row, top_k=top_k
-    )
+    found = read_trunk(run.policy, trunk, store, micro_batch.first_row, top_k=top_k)
+    micro_batch.entropies, micro_batch.predictions = found.entropies, found.predictions
     return entropy_problems(trunk, micro_batch.entropies)
 
 
@@ -298,6 +297,7 @@ def choose(
                 seed=run.seed,
                 iteration=schedule.iteration,
                 sample=sample.index,
+                trunk=functools.partial(bytes_before, run.prompt, sample),
             )
         )
         in_any_order = has_reserve(run.select)

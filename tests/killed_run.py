@@ -27,6 +27,7 @@ STEPS, SAVE_INTERVAL = 30, 3
 PHASES = ("start", "trunk", "rollout", "update", "save", "late save")
 VICTIMS = ("rank", "agent")
 PATIENCE = 300.0  # seconds for one life, on a machine with much else to do
+SECONDS_A_KILL = 60.0  # on average: 20 kills take at most 20 minutes
 _MARK = "RMT_KILLED_RUN"
 
 # The example, which kills itself (or its agent) a moment after it has come to a phase of a step.
@@ -224,10 +225,14 @@ def run_killed(launcher: Launcher, seed: int, count: int) -> list[Kill]:
     """Run to the end through ``count`` kills; the kills that were sent, kept in kills.json too.
 
     Raises:
-        AssertionError: a life that nobody killed does not end with exit code 0.
+        AssertionError: a life that nobody killed does not end with exit code 0, or all of them
+            together take longer than ``SECONDS_A_KILL`` a kill.
     """
-    kills = []
+    kills: list[Kill] = []
+    until = time.monotonic() + SECONDS_A_KILL * count
     for phase, behind, delay, victim, rank in planned_kills(seed, count, launcher.ranks):
+        if time.monotonic() > until:
+            raise AssertionError(f"{len(kills)} of {count} kills took {SECONDS_A_KILL * count:g} s")
         step = min(launcher.latest() + behind, STEPS)
         kill = Kill(phase, step, delay, victim, rank)
         sent = launcher.folder / "struck"

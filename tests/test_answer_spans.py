@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rmt.prompt.answer_spans import check_spans, first_tokens
+from megatron_rmt.prompt.answer_spans import answers_by_token, check_spans
 
 
 def test_spans_inside_the_text_are_taken_as_they_are():
@@ -58,15 +58,17 @@ def test_a_span_begins_with_the_token_that_holds_its_first_byte():
     ids = [7 + number for number in range(len(PIECES))]
     bytes_of = [b"?"] * 7 + PIECES
     for first in range(len(TEXT)):
-        found = first_tokens(TEXT, ((first, len(TEXT)),), ids, bytes_of)
-        assert found == (_slow_first_token(first),)
+        found = answers_by_token(TEXT, ((first, len(TEXT)),), ids, bytes_of)
+        assert found == {_slow_first_token(first): TEXT[first:].encode()}
     # A blank before the answer is part of its token.
-    assert first_tokens(TEXT, ((TEXT.index("42"), 9),), ids, bytes_of) == (4,)
+    assert answers_by_token(TEXT, ((TEXT.index("42"), 9),), ids, bytes_of) == {4: b"42 "}
 
 
-def test_first_tokens_are_ascending_and_each_once():
+def test_first_tokens_are_ascending_and_each_has_its_longest_span():
     bytes_of, ids = PIECES, range(len(PIECES))
     last, four, two = TEXT.index("84"), TEXT.index("4"), TEXT.index("2")
     spans = ((last, last + 2), (two, two + 1), (four, two + 1), (four - 1, two))
-    assert first_tokens(TEXT, spans, ids, bytes_of) == (4, 5, 9)
-    assert first_tokens(TEXT, (), ids, bytes_of) == ()
+    assert list(answers_by_token(TEXT, spans, ids, bytes_of)) == [4, 5, 9]
+    assert answers_by_token(TEXT, (), ids, bytes_of) == {}
+    both = ((four, two + 1), (four, two))
+    assert answers_by_token(TEXT, both, ids, bytes_of) == {4: b"42"}

@@ -26,6 +26,10 @@ END = (0.1, 0.3, 0.6)
 KEY = {"seed": 5, "iteration": 3, "sample": 11}
 
 
+def no_text(position):
+    raise AssertionError("the text is made for those who ask")
+
+
 def choose(tier_of_position, probabilities, count, **key):
     """Positions of a sample whose positions have these tiers."""
     return choose_by_tier(
@@ -35,6 +39,7 @@ def choose(tier_of_position, probabilities, count, **key):
             probabilities=probabilities,
             count=count,
             progress=0.0,
+            trunk=no_text,
             **(KEY | key),
         )
     )
@@ -206,7 +211,9 @@ def test_the_first_draws_do_not_depend_on_how_many_there_are():
     tier_of_position = torch.arange(60) % 4 - 1
     entropies = torch.zeros(60)
     draws = [
-        draw_by_tier(Candidates(entropies, tier_of_position, START, count, 0.0, **KEY))
+        draw_by_tier(
+            Candidates(entropies, tier_of_position, START, count, 0.0, **KEY, trunk=no_text)
+        )
         for count in (5, 12, 99)
     ]
     assert draws[0] == draws[1][:5]
@@ -234,7 +241,9 @@ def test_the_first_that_differ_are_kept_and_filled_up_with_the_first_of_the_rest
 
 
 def test_candidates_draw_pairs_of_the_curriculums_own_stream():
-    candidates = Candidates(torch.zeros(1), torch.zeros(1).long(), None, 1, 0.0, **KEY)
+    candidates = Candidates(
+        torch.zeros(1), torch.zeros(1).long(), None, 1, 0.0, **KEY, trunk=no_text
+    )
     expected = [
         [uniforms(5, 3, 11, 0, which, draw, stream=CURRICULUM_STREAM).item() for which in (0, 1)]
         for draw in range(3)

@@ -94,6 +94,28 @@ def test_a_missing_file_is_named_whichever_flag_names_it(flag: str, tmp_path: Pa
     assert "nowhere/train.idx; pass the prefix of a .bin and .idx file." in problem
 
 
+@pytest.mark.parametrize("weight", ["nan", "inf", "-0.5", "1e999"])
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_weight_that_is_none_is_refused(flag: str, weight: str, tmp_path: Path):
+    good = _write(tmp_path / "good", [[1, 257, 2]])
+    args = _named_by(flag, ["0.5", good, weight, good], tmp_path)
+    (problem,) = data_problems(args, VOCABULARY)
+    assert problem.startswith(flag.split()[0])
+    assert problem.endswith(f"gives a corpus the weight {weight}; pass a finite number, 0 or more.")
+
+
+def test_half_a_pair_is_refused_and_what_is_something_else_is_not(tmp_path: Path):
+    prefix = _write(tmp_path / "train", [[1, 2]])
+    for gone, kept in (("idx", "bin"), ("bin", "idx")):
+        (tmp_path / f"train.{gone}").rename(tmp_path / "aside")
+        assert f"{prefix}, but {prefix}.{gone} is missing; tokenize the corpus" in _problem(prefix)
+        (tmp_path / "aside").rename(tmp_path / f"train.{gone}")
+        assert (tmp_path / f"train.{kept}").exists()
+    # A job's own data set may be one file, whatever its name.
+    (tmp_path / "corpus[1]").touch()
+    assert [*data_problems(_args(data_path=[str(tmp_path / "corpus[1]")]), VOCABULARY)] == []
+
+
 def test_every_flag_of_megatrons_is_read_as_megatron_reads_it(tmp_path: Path):
     for flag in FLAGS:
         args = _named_by(flag, ["30", "a/b", "70", "c"], tmp_path)
@@ -157,14 +179,55 @@ def _longer(prefix: str) -> None:
         file.write(struct.pack("<H", 7))
 
 
+def _index(sizes: list[int], firsts: list[int], documents: list[int]) -> Callable[[str], None]:
+    """Writes an index of uint16 with these lengths of sequences, first bytes and documents."""
+
+    def write(prefix: str) -> None:
+        head = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(sizes), len(documents))
+        body = struct.pack(f"<{len(sizes)}i{len(firsts)}q", *sizes, *firsts)
+        Path(f"{prefix}.idx").write_bytes(
+            head + body + struct.pack(f"<{len(documents)}q", *documents)
+        )
+        Path(f"{prefix}.bin").write_bytes(bytes(14))
+
+    return write
+
+
+def _longer_index(prefix: str) -> None:
+    with Path(f"{prefix}.idx").open("ab") as file:
+        file.write(bytes(7))
+
+
+def _swapped(prefix: str) -> None:
+    """The index as a machine of the other byte order would write it."""
+    path = Path(f"{prefix}.idx")
+    content = path.read_bytes()
+    magic, version, code, sequences, documents = struct.unpack_from("<9sQBQQ", content)
+    sizes = struct.unpack_from(f"<{sequences}i{sequences}q{documents}q", content, 34)
+    path.write_bytes(
+        struct.pack(">9sQBQQ", magic, version, code, sequences, documents)
+        + struct.pack(f">{sequences}i{sequences}q{documents}q", *sizes)
+    )
+
+
 # Code 1 is uint8, 4 int32, 7 float32.
 DAMAGES = {
     "tokens cut": (_cut("bin", 0.5), "they are cut off, or not of one corpus"),
     "tokens gone": (_cut("bin", 0), "holds no document"),
     "tokens added": (_longer, "they are cut off, or not of one corpus"),
     "index cut": (_cut("idx", 0.6), "is damaged: it has"),
+    "index cut in its header": (_cut("idx", 0.2), "is no index of token files"),
+    "index lengthened": (_longer_index, "is damaged: it has"),
+    "no sequence": (_index([], [], [0]), "holds no document"),
+    "no end of a document": (_index([3, 4], [0, 6], []), "they are cut off, or not of one corpus"),
+    "another end": (_index([3, 4], [0, 6], [0, 1, 3]), "they are cut off, or not of one corpus"),
+    "negative length": (
+        _index([4, -1, 4], [0, 8, 6], [0, 1, 2, 3]),
+        "they are cut off, or not of one corpus",
+    ),
     "index gone": (_cut("idx", 0), "is no index of token files"),
     "another file": (_text, "is no index of token files"),
+    "another byte order": (_swapped, "is damaged (version 72057594037927936, number 8 for the"),
     "another corpus": (_other_index, "they are cut off, or not of one corpus"),
     "int32 for uint16": (_type(4), "they are cut off, or not of one corpus"),
     "uint8 for uint16": (_type(1), "they are cut off, or not of one corpus"),
@@ -186,6 +249,13 @@ def test_damaged_files_are_found_by_their_sizes(case: str, last: list[int], tmp_
     assert problem.endswith("; tokenize the corpus again.")
 
 
+def test_an_index_may_hold_a_modality_for_each_sequence(tmp_path: Path):
+    prefix = _write(tmp_path / "train", [[1, 2, 3], [7]])
+    with Path(f"{prefix}.idx").open("ab") as file:
+        file.write(bytes(2))
+    assert [*data_problems(_args(data_path=[prefix]), VOCABULARY)] == []
+
+
 def test_a_corpus_without_a_document_is_refused(tmp_path: Path):
     assert "holds no document; tokenize the corpus again." in _problem(_write(tmp_path / "a", []))
     assert "holds no document; tokenize" in _problem(_write(tmp_path / "b", [[], []]))
@@ -197,6 +267,10 @@ def test_tokens_of_every_integer_type_are_compared_with_the_vocabulary(tmp_path:
         assert [*data_problems(_args(data_path=[prefix]), 201)] == []
         (problem,) = data_problems(_args(data_path=[prefix]), 200)
         assert "document 1 (from 0), holds token 200 but" in problem
+        if dtype in (np.int32, np.int64):
+            below = _write(tmp_path / f"below {dtype.__name__}", [[1, -1]], dtype)
+            (problem,) = data_problems(_args(data_path=[below]), 200)
+            assert "document 0 (from 0), holds token -1 but" in problem
         # Larger than the type can say.
         assert [*data_problems(_args(data_path=[prefix]), 2**40)] == []
 
@@ -231,8 +305,9 @@ def test_a_token_outside_the_sample_is_found_when_a_batch_holds_it(
         "model's tokenizer."
     )
     assert foreign_token_of_a_batch(_args(), 300, VOCABULARY) == bare
-    monkeypatch.setattr(data_files, "SEARCHED_TOKENS", 1000 + 9000)
-    assert foreign_token_of_a_batch(args, 300, VOCABULARY) == bare
+    for searched in (900, 1000 + 9000, 1000 + 10_000):
+        monkeypatch.setattr(data_files, "SEARCHED_TOKENS", searched)
+        assert foreign_token_of_a_batch(args, 300, VOCABULARY) == bare
 
 
 def _builder(args: Namespace, kind: type = GPTDataset) -> BlendedMegatronDatasetBuilder:

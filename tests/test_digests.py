@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from megatron_rmt.job import digests
-from megatron_rmt.job.digests import damage, digested, file_digest, recorded_digests
+from megatron_rmt.job.digests import (
+    check_digests,
+    damage,
+    digested,
+    file_digest,
+    recorded_digests,
+)
 from tests.distributed import REPOSITORY
 from tests.tiny_run import PRETRAIN, RMT, TinyInputs, checkpoint_tensors, run
 
@@ -69,7 +75,20 @@ def test_a_job_that_is_killed_while_it_writes_leaves_no_digest(tmp_path: Path):
     assert damage(folder, ["a", "b"], recorded_digests(folder)) == []
     with digested(folder, 0, []):
         pass
-    assert recorded_digests(folder) == {}, "where none is wanted an old one goes too"
+    assert not [*folder.glob("rmt_digest_*")], "where none is wanted an old one goes too"
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_one_rank_alone_reads_every_file(tmp_path: Path):
+    for writer, name in enumerate("abc"):
+        with digested(tmp_path, writer, [name]):
+            (tmp_path / name).write_bytes(b"RMT" * 1000)
+    check_digests(tmp_path)
+    for name in "abc":
+        flip(tmp_path / name)
+        with pytest.raises(SystemExit, match=f"is not loaded: {name} is not as it was written"):
+            check_digests(tmp_path)
+        flip(tmp_path / name)
 
 
 def test_a_digest_that_cannot_be_written_is_said_and_left_out(

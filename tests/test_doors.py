@@ -53,6 +53,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a user's module."""
     (tmp_path / "door_of_a_user.py").write_text(MODULE)
     (tmp_path / "door_that_fails.py").write_text("1 / 0\n")
+    (tmp_path / "door_that_exits.py").write_text("import sys\n\nsys.exit(0)\n")
+    (tmp_path / "door_that_says_much.py").write_text("raise ValueError('a\\nb')\n")
     (tmp_path / "door_that_is_no_python.py").write_text("def (:\n")
     monkeypatch.syspath_prepend(tmp_path)
     return "door_of_a_user"
@@ -104,6 +106,8 @@ def test_what_is_neither_a_name_nor_a_path_is_told_both(name):
         ("no_such_door:mine", "ModuleNotFoundError: No module named 'no_such_door'"),
         ("door_that_fails:mine", "ZeroDivisionError: division by zero"),
         ("door_that_is_no_python:mine", "SyntaxError: "),
+        ("door_that_exits:mine", "SystemExit: 0"),
+        ("door_that_says_much:mine", "ValueError: a b"),
         (
             "door_of_a_user:none",
             "AttributeError: module 'door_of_a_user' has no attribute 'none'",

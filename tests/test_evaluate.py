@@ -125,7 +125,8 @@ for text, chosen in zip(texts, positions):
     found.append(dict(
         entropies=entropies[:-1].tolist(), thought=thought, no_thought=no_thought,
         thought_length=lengths, closed_by_itself=closed_by_itself,
-        predictions=log_probs.argmax(-1)[:-1].tolist(), ids=ids))
+        predictions=log_probs.argmax(-1)[:-1].tolist(), ids=ids,
+        text_log_prob=float(log_probs[range(len(log_probs) - 1), ids[1:length]].sum())))
 
 # The truth after each thought, its own and that half way round, and after none.
 likelihoods = []
@@ -269,6 +270,7 @@ def test_predictions_entropies_and_thoughts_are_those_of_transformers(
         assert document["difficulty"] == "-" + "".join(map(str, exceeded))
         assert document["next_token"][1:] == "".join(str(int(value)) for value in correct)
         assert document["entropy"] == pytest.approx(sum(one["entropies"]), rel=1e-5)
+        assert document["text_log_prob"] == pytest.approx(one["text_log_prob"], rel=1e-5)
         assert document["dropped"] == max(0, len(one["ids"]) - LENGTH)
         for name in ("thought", "no_thought", "thought_length", "closed_by_itself"):
             assert document[name] == one[name], name
@@ -279,6 +281,10 @@ def test_predictions_entropies_and_thoughts_are_those_of_transformers(
         for split in range(3):
             total[split] += (exceeded > split).sum()
             right[split] += (correct & (exceeded > split)).sum()
+    # All tokens of these texts count.
+    tokens = sum(len(one["entropies"]) for one in expected)
+    nats = -sum(one["text_log_prob"] for one in expected) / tokens
+    assert before[0]["results"]["perplexity"]["value"] == pytest.approx(np.exp(nats), rel=1e-5)
     results = before[0]["results"]["next_token"]
     for split, name in enumerate(evaluation.SPLITS):
         assert results[name]["positions"] == total[split] > 3
@@ -329,11 +335,15 @@ def test_table_is_all_that_stdout_gets(before: tuple[dict[str, Any], str]):
     assert printed.startswith(written["settings"]["load"])
     assert len(printed.splitlines()) < 50
     assert "thought minus swapped thought" in printed
+    perplexity = next(line for line in printed.splitlines() if line.startswith("perplexity of"))
+    assert f"{written['results']['perplexity']['value']:.3f} [" in perplexity
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    "layout", [["--tensor-model-parallel-size", "2"], []], ids=["tensor", "data"]
+    "layout",
+    [["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"], []],
+    ids=["tensor", "pipeline", "data"],
 )
 def test_two_ranks_measure_what_one_does(
     root: Path, before: tuple[dict[str, Any], str], layout: list[str]
@@ -342,11 +352,14 @@ def test_two_ranks_measure_what_one_does(
     run_distributed(2, _evaluate, words)
     again = content(root / "two.json")
     for one, other in zip(before[0]["documents"], again["documents"], strict=True):
-        for name in ("entropy", *LOG_PROBS):
+        nats = ("entropy", "text_log_prob", *LOG_PROBS)
+        for name in nats:
             assert one[name] == pytest.approx(other.pop(name), rel=1e-5), name
-        assert one == other | {name: one[name] for name in ("entropy", *LOG_PROBS)}
+        assert one == other | {name: one[name] for name in nats}
     for name, result in before[0]["results"].items():
-        if "log_prob" not in name:
+        if name == "perplexity":
+            assert again["results"][name] == pytest.approx(result, rel=1e-5)
+        elif "log_prob" not in name:
             assert again["results"][name] == result
 
 
@@ -470,6 +483,42 @@ def test_thoughts_begin_where_their_document_stands_in_the_prompt(
         before = expected.index(document.ids[token])
         assert (position.first, position.limit) == (100, 100 + before)
         assert position.next_position == before
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_log_p_of_the_text_is_of_the_tokens_that_count():
+    import torch
+
+    import evaluation_passes
+    from megatron_rmt.model.visibility import attach_tree_attention
+    from megatron_rmt.rollout.kv_cache import KeyValueStore
+    from tests import test_probe
+    from tests.tiny_model import build_model, stock_logits
+
+    model = build_model()
+    ids = torch.randint(11, 40, (12,), generator=torch.Generator().manual_seed(1))
+    ids[7] = test_probe.END  # no text
+    log_probs = stock_logits(model, ids).detach().log_softmax(-1)[range(11), ids[1:]]
+    attach_tree_attention(model)
+    for head in ([], test_probe.HEAD):
+        run = test_probe._run(model, test_probe._prompt(head))
+        document = evaluation_documents.Document(1, ids.tolist(), first=4)
+        how = evaluation_passes.Reasoning(
+            length=10,
+            positions=0,
+            answers=False,
+            budget=1,
+            samples=1,
+            swap=False,
+            at_once=1,
+            seed=0,
+        )
+        store = KeyValueStore(10 + len(head))
+        found = evaluation_passes.read_document(run, document, None, store, 0, how)
+        counted = [token for token, digit in enumerate(found.difficulty) if digit != "-"]
+        assert counted == [4, 5, 6, 8, 9]
+        expected = sum(float(log_probs[token - 1]) for token in counted)
+        assert found.text_log_prob == pytest.approx(expected, rel=1e-6)
 
 
 def test_positions_are_above_the_lowest_threshold_and_uniform():

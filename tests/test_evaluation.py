@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,49 @@ def test_difference_is_paired_by_document():
     assert alone.high - alone.low > 0.1
     (change, *_) = evaluation.differences(*measured)["next_token"]
     assert [change.value, change.low, change.high] == pytest.approx([0.25] * 3)
+
+
+def _with_text(log_probs: Sequence[float | None], counted: Sequence[int]) -> evaluation.Measured:
+    records = [
+        record("-" + "0" * count, "0" * (count + 1), line=line, text_log_prob=value)
+        for line, (value, count) in enumerate(zip(log_probs, counted, strict=True), 1)
+    ]
+    return evaluation.Measured(settings(), records)
+
+
+def test_perplexity_is_of_all_tokens_together_and_its_interval_over_documents():
+    rng = np.random.default_rng(1)
+    counted = rng.integers(1, 9, 30)
+    nats = [rng.normal(2 * count, 1.0) for count in counted]
+    measured = _with_text([-own for own in nats], counted)
+    (found,) = measured.estimates()["perplexity"]
+    assert found.value == pytest.approx(np.exp(np.sum(nats) / counted.sum()))
+    drawn = [np.exp(weights @ nats / (weights @ counted)) for weights in evaluation.resample(30, 3)]
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])))
+    # A difference is of the same documents: here every token is likelier by a tenth of a nat.
+    after = _with_text([-own + 0.1 * n for own, n in zip(nats, counted, strict=True)], counted)
+    (change,) = evaluation.differences(measured, after)["perplexity"]
+    factor = np.exp(-0.1) - 1
+    assert change.value == pytest.approx(factor * found.value)
+    assert (change.high, change.low) == pytest.approx((factor * found.low, factor * found.high))
+
+
+def test_an_older_output_has_no_perplexity_and_is_compared_without(tmp_path: Path):
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path in paths:
+        evaluation.write_output(path, _with_text([-1.0, -2.0], [1, 1]), 1.0)
+    assert "perplexity of the plain text" in evaluation.compare(paths)
+    content = json.loads(paths[0].read_text())
+    for document in content["documents"]:
+        del document["text_log_prob"]
+    paths[0].write_text(json.dumps(content))
+    old = evaluation.read_output(paths[0])
+    assert "perplexity" not in old.estimates()
+    assert "perplexity" not in evaluation.compare(paths)
+    content["documents"][0]["text_log_prob"] = "1"
+    paths[0].write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="text_log_prob of a document is no float"):
+        evaluation.read_output(paths[0])
 
 
 def test_output_comes_back_as_it_was_written(tmp_path: Path):

@@ -147,6 +147,22 @@ def test_weights_that_are_not_finite_are_not_saved(start: Start, tmp_path: Path)
     assert_ended(start, tmp_path, 2, sentence, 2, TP2, fault, "== 4")
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_and_the_last_one_stays(
+    start: Start, tmp_path: Path
+):
+    """No file may become as large as theirs; a full disk ends alike."""
+    fault = "import resource\n"
+    fault += "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, resource.RLIM_INFINITY))"
+    sentence = (
+        r"checkpoint .*iter_0000004 is not written \(rank \d: .*; \S+ MB are free there\); make"
+    )
+    with pytest.raises(AssertionError, match=sentence) as failure:
+        start(2, TP2, fault, "== 4")
+    assert "SystemExit: RMT: the checkpoint" in str(failure.value)
+    assert (tmp_path / "saved/latest_checkpointed_iteration.txt").read_text() == "2"
+    assert checkpoint_tensors(tmp_path / "saved", 2)
+
+
 HOOK = (
     f"parameter = parameters[{FIRST!r}]\n"
     "hook = parameter.register_hook(lambda of: of * torch.nan if rank == 1 else of)\n"
@@ -168,6 +184,13 @@ def test_a_bad_step_is_skipped_and_its_samples_are_put_aside(start: Start, tmp_p
     assert all(own.isfinite().all() for own in after.values() if own.is_floating_point())
     weight = "decoder.layers.mlp.linear_fc1.weight"
     assert not torch.equal(before[weight], after[weight])
+
+
+@pytest.mark.slow
+def test_bad_steps_with_a_good_one_between_are_not_in_a_row(start: Start):
+    ended = start(1, ["--rmt-max-bad-steps", "2"], HOOK.replace("rank == 1", "True"), "in (1, 3)")
+    assert [line["iteration"] for line in ended.metrics] == [1, 2, 3, 4]
+    assert [line.get("skipped in a row") for line in ended.metrics] == [1, None, 1, None]
 
 
 @pytest.mark.slow
@@ -329,9 +352,18 @@ def test_a_signal_in_a_long_rollout_saves_the_step_before_and_the_rest_is_as_eve
     assert [*stopped.metrics, *resumed.metrics] == whole.metrics
 
 
-@pytest.mark.parametrize("layout", cases({"TP2": TP2, "PP2": PP2, "DP2": []}))
-def test_ranks_cut_a_long_rollout_short_together(start: Start, tmp_path: Path, layout: list[str]):
-    stopped = start(2, [*LONG, *layout, "--exit-signal-handler"], STOP)
+TOLD_BY = {"TP2": (TP2, STOP), "PP2": (PP2, STOP), "DP2": ([], STOP)}
+TOLD_BY["Ctrl-C, TP2"] = TP2, STOP.replace("SIGTERM", "SIGINT")
+# Twice: the second one changes nothing.
+TOLD_BY["twice, DP2"] = [], STOP.replace("== 2:", "in (2, 3):")
+
+
+@pytest.mark.parametrize("told", cases(TOLD_BY))
+def test_ranks_cut_a_long_rollout_short_together(
+    start: Start, tmp_path: Path, told: tuple[list[str], str]
+):
+    layout, signal = told
+    stopped = start(2, [*LONG, *layout, "--exit-signal-handler"], signal)
     assert TOLD in stopped.log
     assert (tmp_path / "saved/latest_checkpointed_iteration.txt").read_text() == "2"
 

@@ -162,3 +162,20 @@ def test_more_documents_than_there_are_are_refused(tmp_path: Path, monkeypatch: 
             ["--output", str(tmp_path), "--heldout-documents", "100", "--train-documents", "1"]
         )
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_document_of_one_question_ends_with_its_answer(tmp_path: Path):
+    generate_computed_corpus.generate(tmp_path, 50, 10, seed=7, questions=1)
+    for row in itertools.chain.from_iterable(read(tmp_path).values()):
+        _, question = row["text"].splitlines()
+        expression, work, answer = LINE.fullmatch(question).groups()
+        assert work is None
+        assert eval(expression, {}, digits_of(row["text"])) == int(answer)
+        assert row["answer_spans"] == [[len(row["text"]) - 1, len(row["text"])]]
+
+
+@pytest.mark.parametrize("questions", [0, 11])
+def test_as_many_questions_as_no_document_holds_are_refused(tmp_path: Path, questions: int):
+    with pytest.raises(ValueError, match=rf"^--questions is {questions}; it must be in \[1, 10\]"):
+        generate_computed_corpus.generate(tmp_path / "a", 1, 1, seed=1, questions=questions)
+    assert not (tmp_path / "a").exists()

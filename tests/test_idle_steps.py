@@ -30,6 +30,14 @@ def test_an_idle_step_is_told_of_at_first_and_counted_from_then_on():
     ]
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_rank_tells_of_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    counts: Counter[str] = Counter()
+    note_idle_step(counts, "a", 0)
+    assert counts == {"a": 1}
+
+
 def test_why_a_step_is_idle():
     assert "the loss mask is 0" in idle_reason(0, 0, 0, warm_up=False)
     assert "no position could be chosen" in idle_reason(0, 100, 0, warm_up=False)

@@ -11,7 +11,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 
-from megatron_rmt.job.index_cache import whole_indices
+from megatron_rmt.job.index_cache import index_problem, whole_indices
 from tests.tiny_run import RMT, TinyInputs, run
 
 pytestmark = pytest.mark.faults
@@ -50,6 +50,47 @@ def _indices(prefix: Path, samples: int = 30, split: Split = Split.train) -> lis
     kind._build_document_sample_shuffle_indices = lambda self: whole_indices(original, self)
     found = kind(low, str(prefix), own.astype(np.int32), samples, split, config)
     return [np.array(getattr(found, name)) for name in PARTS]
+
+
+DOCUMENTS = np.arange(4)
+SAMPLES = np.array([[0, 0], [1, 0], [2, 0], [3, 0]])
+ORDER = np.array([2, 0, 1])
+WRONG = {
+    "a table of documents": (DOCUMENTS[None], SAMPLES, ORDER, "the shapes are wrong"),
+    "three columns": (DOCUMENTS, SAMPLES[:, [0, 1, 1]], ORDER, "the shapes are wrong"),
+    "no document": (DOCUMENTS[:0], SAMPLES, ORDER, "it orders 0 documents, and there are 4"),
+    "half an epoch": (np.arange(6) % 4, SAMPLES, ORDER, "it orders 6 documents, and there are 4"),
+    "too high": (DOCUMENTS + 1, SAMPLES, ORDER, "it reads document 4, and there are 4"),
+    "negative": (DOCUMENTS - 5, SAMPLES, ORDER, "it reads document 5, and there are 4"),
+    "behind the end": (
+        DOCUMENTS,
+        np.add(SAMPLES, [4, 0]),
+        ORDER,
+        "it begins samples outside of the doc",
+    ),
+    "before the start": (DOCUMENTS, SAMPLES - [1, 0], ORDER, "it begins samples outside of the d"),
+    "too short": (
+        DOCUMENTS,
+        np.add(SAMPLES, [[0], [1], [0], [0]] * np.array([0, 1])),
+        ORDER,
+        "it cuts samples",
+    ),
+    "order too high": (DOCUMENTS, SAMPLES, ORDER + 1, "it orders samples that there are none of"),
+    "order negative": (DOCUMENTS, SAMPLES, ORDER - 1, "it orders samples that there are none of"),
+    "twice": (DOCUMENTS, SAMPLES, np.array([2, 2, 1]), "it trains a sample twice"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_of_these_token_files_is_told(case: str):
+    dataset = Namespace(
+        indices=DOCUMENTS,
+        dataset=Namespace(sequence_lengths=np.full(4, 8)),
+        config=Namespace(sequence_length=8),
+    )
+    assert index_problem(dataset, DOCUMENTS, SAMPLES, ORDER) is None
+    *indices, said = WRONG[case]
+    assert index_problem(dataset, *indices).startswith(said)
 
 
 LENGTHS = [3, 20, 1, 7, 15, 9, 30, 2, 11, 5] * 2

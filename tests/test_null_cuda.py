@@ -1,13 +1,17 @@
 """The training program on a CUDA device that counts and does not compute (``tests.null_cuda``)."""
 
+import functools
 import json
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.null_cuda import device
+from tests.null_cuda import device, recipes
+from tests.null_cuda.count import is_replayed, largest_step, operations, peaks
 from tests.tiny_tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.null_cuda
@@ -25,12 +29,17 @@ TRAINING = (
     "--mock-data --split 100,0,0 --micro-batch-size 1 --global-batch-size 4 --seq-length 256 "
     "--train-iters 2 --lr 1e-6 --lr-decay-style constant --clip-grad 0.2 --eval-iters 0 "
     "--eval-interval 1000 --log-interval 1 --disable-gloo-process-groups "
-    "--tokenizer-type HuggingFaceTokenizer"
+    "--tokenizer-type HuggingFaceTokenizer --num-workers 0"
 )
 RMT = (
     "--rmt --rmt-template inline --rmt-initial-budget 6 --rmt-positions-per-sample 4 "
     "--rmt-group-size 4 --rmt-answer-tokens 1 --rmt-force-close --rmt-attention sdpa"
 )
+
+# Of a decode step without a graph, drawing and writing included.
+TOKEN_OPERATIONS, LAYER_OPERATIONS = 149, 38
+# Graphs that two steps compile, whatever the sizes of their trees.
+COMPILED = {"four layers, 16 samples": 16, "flex": 20}
 
 
 @pytest.fixture(scope="session")
@@ -44,39 +53,162 @@ def null_device(pytestconfig: pytest.Config) -> Path:
     return device.build(pytestconfig.cache.mkdir("null_cuda"))
 
 
+Report = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One rank of a run. options: of the rehearsal. flags: they replace those above."""
+
+    options: str = ""
+    flags: str = ""
+
+
+EXPERTS = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 256 "
+    "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall "
+    "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01"
+)
+TWO_BY_TWO = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"
+LAYOUTS = {
+    "one rank": Layout(),
+    "four layers, 16 samples": Layout(flags="--num-layers 4 --global-batch-size 16"),
+    "experts": Layout("--world-size 2", EXPERTS),
+    "information gain": Layout(flags="--rmt-reward information-gain"),
+    "first of TP 2 x PP 2": Layout("--world-size 4 --rank 0", TWO_BY_TWO),
+    "last of TP 2 x PP 2": Layout("--world-size 4 --rank 3", TWO_BY_TWO),
+    "DP 2, overlapped": Layout(
+        "--world-size 2",
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
+    "packing": Layout("--world-size 2", "--rmt-max-tokens 1000"),
+    "flex": Layout("--longest 14", "--rmt-attention flex --global-batch-size 20"),
+}
+QUICK = ("one rank", "four layers, 16 samples")
+
+
 @pytest.fixture(scope="session")
-def phases(null_device: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """Those of two steps on one rank, see ``rehearsal.Phase``."""
-    root = tmp_path_factory.mktemp("null_cuda")
-    build_tokenizer().save_pretrained(root / "tokenizer")
-    flags = [*f"{MODEL} {TRAINING} {RMT}".split(), "--tokenizer-model", str(root / "tokenizer")]
-    options = ["--report", str(root / "report.json")]
-    device.run(null_device, "tests.null_cuda.rehearsal", [*options, "--", *flags])
-    return json.loads((root / "report.json").read_text(encoding="utf-8"))["phases"]
+def rehearse(
+    null_device: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Report]:
+    """The report of two steps as one rank of a layout, see ``rehearsal``; each runs once."""
+
+    @functools.cache
+    def run(name: str) -> Report:
+        root, layout = tmp_path_factory.mktemp("null_cuda"), LAYOUTS[name]
+        build_tokenizer().save_pretrained(root / "tokenizer")
+        flags = f"{MODEL} {TRAINING} {RMT} --tokenizer-model {root / 'tokenizer'} {layout.flags}"
+        options = f"--report {root / 'report.json'} {layout.options} --"
+        device.run(null_device, "tests.null_cuda.rehearsal", [*options.split(), *flags.split()])
+        return json.loads((root / "report.json").read_text(encoding="utf-8"))
+
+    return run
 
 
-def test_two_steps_run_to_their_end(phases: dict[str, list[Any]]):
-    assert len(phases["step"]) == 2
-    assert len(phases["update"]) == 2
-    assert all(step["events"]["gemm"] > 0 for step in phases["step"])
+@pytest.fixture(
+    params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
+)
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def test_no_collective_is_given_host_memory(phases: dict[str, list[Any]]):
+def test_settings_of_the_tests_process_do_not_reach_the_device(monkeypatch: pytest.MonkeyPatch):
+    for name in ("TORCHDYNAMO_DISABLE", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    found = device.environment(Path("folder"))
+    assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert not {"TORCHDYNAMO_DISABLE", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"} & {*found}
+
+
+def test_a_failure_says_why_and_not_what_every_run_says(tmp_path: Path):
+    program = tmp_path / "fails.py"
+    program.write_text(
+        "import sys\n"
+        "print('  adam_beta1 ........... 0.9', 'INFO:megatron: > padded vocab', sep='\\n')\n"
+        "print('/a/b.py:1: UserWarning: slow', '  warnings.warn(', sep='\\n', file=sys.stderr)\n"
+        "raise ValueError('no such device')\n",
+        encoding="utf-8",
+    )
+    arguments = ["-c", f"exec(open({str(program)!r}).read())"]
+    with pytest.raises(AssertionError, match="exit code 1") as caught:
+        device.run(tmp_path, "timeit", ["-n1", "-r1", arguments[1]])
+    assert str(caught.value).endswith("ValueError: no such device")
+    for said in ("adam_beta1", "padded vocab", "warn"):
+        assert said not in str(caught.value)
+
+
+def test_two_steps_run_to_their_end_and_collectives_get_memory_of_the_device(
+    layout: str, rehearse: Callable[[str], Report]
+):
+    report = rehearse(layout)
+    phases = report["phases"]
+    assert len(phases["step"]) == len(phases["update"]) == 2
     for step in phases["step"]:
+        assert step["events"]["gemm"] > 0
         assert step["events"]["collective"] > 0
-        assert "collective of host memory" not in step["events"]
+    assert "collective of host memory" not in {n for n, count in report["events"].items() if count}
 
 
-def test_a_decode_step_is_one_launch_and_one_wait(phases: dict[str, list[Any]]):
+def test_a_decode_step_waits_for_the_device_once_at_most_and_copies_nothing_pageable_back(
+    layout: str, rehearse: Callable[[str], Report]
+):
+    if layout == "experts":
+        pytest.skip("experts ask for the number of tokens of each in every layer")
+    phases = rehearse(layout)["phases"]
+    for pass_, taken in zip(phases["decode"], phases["take tokens"], strict=False):
+        assert pass_["events"].get("wait", 0) + taken["events"].get("wait", 0) <= 1
+        assert "pageable copy to host" not in pass_["events"]
+        assert "pageable copy to device" not in pass_["events"]
+
+
+def test_a_decode_step_is_one_launch_and_one_wait(rehearse: Callable[[str], Report]):
+    phases = rehearse("one rank")["phases"]
     # The first pass of each number of rows is recorded, or read at once as nothing came before it.
     passes = [own["events"] for own in phases["decode"]]
-    replayed = [events for events in passes if events == {"graph launch": 1}]
-    assert 2 * len(replayed) >= len(passes)
-    for events in passes:
-        assert "pageable copy to host" not in events
-    taken = [own["events"] for own in phases["take tokens"]]
-    assert all(events.get("wait", 0) <= 1 for events in taken)
-    assert {"pinned copy to host": 1, "wait": 1} in taken
+    assert 2 * sum(map(is_replayed, passes)) >= len(passes)
+    assert {"pinned copy to host": 1, "wait": 1} in [own["events"] for own in phases["take tokens"]]
+
+
+def test_operations_of_a_decode_step_grow_with_the_layers_only(
+    rehearse: Callable[[str], Report],
+):
+    found = {}
+    for name, layers, samples in (("one rank", 2, 4), ("four layers, 16 samples", 4, 16)):
+        step = largest_step(rehearse(name)["phases"])
+        assert step["known"]["samples"] == samples
+        found[layers] = operations(step["events"])
+        assert found[layers] <= TOKEN_OPERATIONS + LAYER_OPERATIONS * layers
+    # Stated as they are, not as more.
+    assert found[4] - found[2] == 2 * LAYER_OPERATIONS
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("four layers, 16 samples", 10), pytest.param("flex", 20, marks=pytest.mark.slow)],
+)
+def test_trees_and_passes_of_other_sizes_compile_nothing_anew(
+    name: str, sizes: int, rehearse: Callable[[str], Report]
+):
+    report = rehearse(name)
+    assert len({own["known"]["rows"] for own in report["phases"]["loss"]}) >= sizes
+    assert report["compiled"] <= COMPILED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("recipe", recipes.RANKS)
+def test_the_planners_memory_of_a_recipe_is_what_the_allocator_gives_out(
+    recipe: str, stage: int, null_device: Path, tmp_path: Path
+):
+    if stage >= recipes.STAGES.get(recipe, 1):
+        pytest.skip("this recipe has one pipeline stage")
+    recipes.write_tokenizer(tmp_path / "tokenizer")
+    given = recipes.given_flags(tmp_path / "tokenizer")
+    found = peaks(null_device, recipe, given, stage, at_bound=False, root=tmp_path)
+    highest = max(found.values(), key=lambda peak: peak.allocated)
+    planned = max(peak.planned for peak in found.values())
+    assert planned == pytest.approx(highest.allocated, rel=0.05)
 
 
 def test_a_token_takes_few_launches_beside_its_layers_and_the_attention_of_a_layer_four(

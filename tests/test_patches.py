@@ -5,13 +5,16 @@ import functools
 import importlib
 import importlib.metadata
 import pickle
+from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import megatron_rmt
 from megatron_rmt.job import patches, resume
+from megatron_rmt.job.not_taken import Progress
 from megatron_rmt.job.processes import save_worker
 from megatron_rmt.job.settings import GROUP_TITLE
 
@@ -223,3 +226,30 @@ def test_settings_that_could_not_be_read_early_are_compared_when_megatron_loads(
     early[0], args.rmt = None, False
     load()
     assert seen == [stored] * 3
+
+
+@pytest.mark.faults
+@pytest.mark.usefixtures("single_process_megatron")
+def test_a_save_that_is_kept_is_held_and_one_that_fails_ends_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = Namespace(rmt=True, save=str(tmp_path))
+    monkeypatch.setattr("megatron.training.get_args", lambda: options)
+    monkeypatch.setattr(patches, "refuse_what_is_not_finite", lambda *_: None)
+    monkeypatch.setattr(patches, "PROGRESS", Progress())
+    full = OSError(28, "No space left on device")
+
+    def save(iteration: int, model: Any, optimizer: Any, non_persistent_ckpt: bool = False) -> None:
+        if iteration == 9:
+            raise full
+
+    patches._save_checkpoint(save, 3, None, None, non_persistent_ckpt=True)
+    assert patches.PROGRESS.held is None
+    patches._save_checkpoint(save, 4, None, None)
+    assert patches.PROGRESS.held == 4
+    sentence = (
+        r"RMT: the checkpoint .* is not written \(rank 0: .*No space left on device; .* MB are"
+    )
+    with pytest.raises(SystemExit, match=sentence):
+        patches._save_checkpoint(save, 9, None, None)
+    assert patches.PROGRESS.held == 4

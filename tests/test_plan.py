@@ -28,6 +28,7 @@ import plan
 from planning.memory import (
     RankMemory,
     cache_of_step,
+    in_flight,
     micro_batch,
     model_parameters,
     parameters,
@@ -371,6 +372,27 @@ def test_where_memory_is_fast_rollouts_take_what_their_launches_take(monkeypatch
         assert seconds.rollout / seconds.passes == pytest.approx(each + reduced, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--num-virtual-stages-per-pipeline-rank 4",
+        "--num-layers-per-virtual-pipeline-stage 5",
+        "--pipeline-model-parallel-layout Et*5|(t*5|)*6t*5L",
+    ],
+)
+def test_virtual_pipeline_stages_wait_less(flags: str):
+    stages = "--world-size 16 --pipeline-model-parallel-size 2"
+    plain, virtual = (plan.make_plan(request(words_of(f"{stages} {own}"))) for own in ("", flags))
+    count = plain.args.micro_batches
+    seconds, interleaved = plain.first.seconds, virtual.first.seconds
+    shorter = (count + 1 / 4) / (count + 1)
+    assert interleaved.update == pytest.approx(shorter * seconds.update)
+    assert (interleaved.trunk, interleaved.rollout) == (seconds.trunk, seconds.rollout)
+    # Chunks of micro-batches that a stage has gone through before the first of them goes back.
+    assert [in_flight(plain.args, stage) for stage in (0, 1)] == [2, 1]
+    assert [in_flight(virtual.args, stage) for stage in (0, 1)] == [9 / 4, 7 / 4]
+
+
 def test_weights_that_are_not_kept_in_fp8_have_copies():
     def memory(flags: str) -> RankMemory:
         return plan.make_plan(request(words_of(f"--world-size 16 {flags}"))).memory
@@ -437,8 +459,14 @@ def test_json_holds_the_same_numbers(
         ("--world-size 16 --rmt-max-tokens 100", "--rmt-max-tokens is 100, but 1 samples of"),
         ("--world-size 16 --global-batch-size 6", "--global-batch-size is 6, not a multiple of"),
         (
-            "--world-size 16 --num-layers-per-virtual-pipeline-stage 10",
-            "--num-virtual-stages-per-pipeline-rank is 10; RMT needs it left out",
+            "--world-size 16 --pipeline-model-parallel-size 2 "
+            "--num-layers-per-virtual-pipeline-stage 6",
+            "--num-layers-per-virtual-pipeline-stage is 6, and does not divide the 20 layers of",
+        ),
+        (
+            "--world-size 16 --pipeline-model-parallel-size 4 --global-batch-size 2 "
+            "--num-virtual-stages-per-pipeline-rank 2",
+            "--global-batch-size is 2, which is 2 micro-batches for each data-parallel rank;",
         ),
         (
             "--world-size 16 --context-parallel-size 2",

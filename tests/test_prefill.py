@@ -70,7 +70,7 @@ def test_entropies_and_predictions_of_every_row(head, top_k):
     stock, with_trees = _models()
     trunks = [_trunk(seed, head) for seed in (1, 2)]
     _, results = _read(with_trees, trunks, top_k)
-    for trunk, (entropies, predictions) in zip(trunks, results, strict=True):
+    for trunk, (entropies, predictions, _) in zip(trunks, results, strict=True):
         assert entropies.dtype == torch.float32
         assert len(entropies) == len(predictions) == sum(map(len, trunk))
         for rows, tokens in _documents(trunk):
@@ -105,6 +105,28 @@ def test_the_store_holds_the_keys_and_values_of_the_stock_model():
             torch.testing.assert_close(stored, reference, rtol=1e-12, atol=1e-13)
 
 
+def test_log_probs_are_of_the_labels_and_change_nothing_else():
+    stock, with_trees = _models()
+    trunk = _trunk(1, [11, 12])
+    policy = Policy(with_trees, VOCAB, LONGEST_POSITION, head_chunk_size=7)
+    rows = sum(map(len, trunk))
+    plain = read_trunk(policy, trunk, KeyValueStore(rows), 0)
+    asked = read_trunk(policy, trunk, KeyValueStore(rows), 0, with_log_probs=True)
+    assert plain.log_probs is None
+    assert torch.equal(asked.entropies, plain.entropies)
+    assert torch.equal(asked.predictions, plain.predictions)
+    labels = torch.cat([sample.labels for sample in trunk])
+    for own, tokens in _documents(trunk):
+        with torch.no_grad():
+            reference = stock_logits(stock, tokens).log_softmax(-1)
+        reference = reference.gather(1, labels[own, None].clamp(min=0))[:, 0]
+        known = labels[own] >= 0
+        assert 0 < known.sum() < len(known)
+        found = asked.log_probs[own]
+        assert found[~known].isnan().all()
+        torch.testing.assert_close(found[known].double(), reference[known], rtol=1e-6, atol=1e-7)
+
+
 def test_a_document_does_not_depend_on_its_neighbours():
     _, with_trees = _models()
     trunk, other = _trunk(1, []), _trunk(1, [])
@@ -121,7 +143,7 @@ def test_a_document_does_not_depend_on_its_neighbours():
 def test_no_gradient_is_kept():
     _, with_trees = _models()
     store, results = _read(with_trees, [_trunk(1, [])])
-    tensors = [tensor for pair in store.trunk.values() for tensor in pair] + [*results[0]]
+    tensors = [tensor for pair in store.trunk.values() for tensor in pair] + [*results[0][:2]]
     assert not any(tensor.requires_grad for tensor in tensors)
 
 

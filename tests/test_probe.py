@@ -158,7 +158,11 @@ def test_in_a_box_the_drawn_answers_count_and_there_is_no_gain(monkeypatch: pyte
         return [
             [
                 Answered(
-                    response, right=place.token > 4 + 2 * how.thinks, by_itself=True, thought=None
+                    response,
+                    right=place.token > 4 + 2 * how.thinks,
+                    whole=False,
+                    by_itself=True,
+                    thought=None,
                 )
             ]
             for place in places
@@ -221,11 +225,13 @@ def test_a_given_thought_is_written_and_is_right_only_if_it_was_closed():
     given = [20, 21, 22]
     after = int(stock.scores([*text.ids[:5], *STEM, *given, CLOSE]).argmax())
     ids = [*text.ids[:5], after, *text.ids[6:]]
-    place = Place(Text(text.number, ids, 11), 5, 0)
-    for closed in (True, False):
+    for closed, marked in ((True, b""), (False, b""), (True, b"x"), (False, b"x")):
+        # Right is the next token; whole is the answer that the text marks, if it does.
+        place = Place(Text(text.number, ids, 11, {5: marked and BYTES_OF[after]}), 5, 0)
         thought = Thought((*given, CLOSE), 3, closed)
         ((found,),) = answer(run, store, [place], how, [[thought]])
         assert found.right == (closed and after not in (END, CLOSE))
+        assert found.whole == (found.right and marked == b"x")
         assert found.thought is None
         assert not found.by_itself
         assert found.response.thought_length == 3

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from megatron.training import global_vars
 
+from megatron_rmt.job.processes import end_when_interrupted
 from tests.distributed import REPOSITORY
 
 pytestmark = [pytest.mark.faults, pytest.mark.multiprocess]
@@ -105,6 +108,47 @@ def test_rank_and_worker_are_gone_when_their_agent_is_killed(job):
     agent.kill()
     agent.wait()
     assert _wait_until(lambda: not any(map(_runs, started)), 10)
+
+
+@pytest.fixture
+def interruptible(monkeypatch: pytest.MonkeyPatch):
+    earlier = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(global_vars, "_GLOBAL_SIGNAL_HANDLER", None)
+    end_when_interrupted()
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_ends_a_rank_in_one_sentence(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="130"):
+        signal.raise_signal(signal.SIGINT)
+    assert capsys.readouterr().err == "RMT: interrupted; the last checkpoint is as it was.\n"
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "a second one ends it at once"
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_is_the_signal_that_a_job_waits_for(monkeypatch: pytest.MonkeyPatch):
+    told = SimpleNamespace(_signal_received=False)
+    monkeypatch.setattr(global_vars, "_GLOBAL_SIGNAL_HANDLER", told)
+    signal.raise_signal(signal.SIGINT)
+    assert told._signal_received
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_ends_what_a_rank_forked_as_ever(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_handler_of_the_jobs_own_stays():
+    earlier = signal.signal(signal.SIGINT, own := lambda *_: None)
+    end_when_interrupted()
+    assert signal.getsignal(signal.SIGINT) is own
+    signal.signal(signal.SIGINT, earlier)
 
 
 def test_a_rank_whose_agent_dies_while_it_comes_up_ends_too(tmp_path):

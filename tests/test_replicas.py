@@ -43,6 +43,23 @@ def test_no_parameter_and_an_empty_one_have_a_number():
     assert _bits() == _bits(torch.empty(0)) == 0
 
 
+def test_parameters_are_shared_by_tensor_parallel_ranks_data_parallel_ones_or_experts_alone():
+    model, kinds = torch.nn.Module(), ("norm", "split", "expert", "quantized")
+    model.experts = torch.nn.Module()
+    for name in kinds:
+        numbers = torch.zeros(2, dtype=torch.int8 if name == "quantized" else torch.float32)
+        parameter = torch.nn.Parameter(numbers, requires_grad=False)
+        parameter.tensor_model_parallel = name == "split"
+        parameter.allreduce = name != "expert"
+        (model.experts if name == "expert" else model).register_parameter(name, parameter)
+    outer = torch.nn.Module()
+    outer.layer = model
+    whole, replicated, experts = map(set, replicas._shared(outer))
+    assert whole == {"layer.norm"}
+    assert replicated == {"layer.norm", "layer.split"}
+    assert experts == {"layer.experts.expert"}
+
+
 def _apart(factor: float) -> int:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)

@@ -58,7 +58,8 @@ def _args(load: Path | str | None = None, **changes: Any) -> Namespace:
 def _saved(folder: Path, tracker: str | bytes | None, *iterations: int) -> Path:
     for iteration in iterations:
         (folder / f"iter_{iteration:07d}").mkdir(parents=True)
-        (folder / f"iter_{iteration:07d}/.metadata").touch()
+        whole = folder / f"iter_{iteration:07d}/metadata.json"
+        whole.write_text('{"sharded_backend": "torch_dist"}')
     if tracker is not None:
         content = tracker.encode() if isinstance(tracker, str) else tracker
         (folder / TRACKER).write_bytes(content)
@@ -86,6 +87,24 @@ def test_nothing_saved_yet_is_a_first_start_unless_a_checkpoint_is_asked_for(tmp
         f"--load is {load} and --exit-on-missing-checkpoint is set, but there is no {TRACKER} in "
         "it; pass the folder of a checkpoint."
     )
+    # Elsewhere there is one to begin with, or may be.
+    whole = str(_saved(tmp_path / "whole", "4", 4))
+    for named in ({"pretrained_checkpoint": whole}, {"non_persistent_ckpt_type": "local"}):
+        args = _args(load, exit_on_missing_checkpoint=True, **named)
+        assert [*checkpoint_problems(args)] == []
+
+
+def test_what_a_run_that_begins_with_weights_alone_was_trained_with_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stored = Namespace(seed=3)
+    monkeypatch.setattr(
+        "megatron.core.dist_checkpointing.load_common_state_dict", lambda _: {"args": stored}
+    )
+    load = _saved(tmp_path, "4", 4)
+    assert stored_arguments(_args(load)) is stored
+    assert stored_arguments(_args(load, finetune=True)) is None
+    assert stored_arguments(_args("msc://bucket/run")) is None
 
 
 @pytest.mark.parametrize(
@@ -146,6 +165,7 @@ def test_a_tracker_that_is_a_folder_is_refused(tmp_path: Path):
 
 def test_a_deleted_or_empty_iteration_is_refused(tmp_path: Path):
     load = _saved(tmp_path, "6", 2, 4)
+    (load / "iter_0000005").touch()
     (problem,) = checkpoint_problems(_args(load))
     assert problem.startswith(
         f"--load is {load}, but there is no iter_0000006 in it, which {TRACKER} says to load; write"
@@ -159,9 +179,36 @@ def test_a_deleted_or_empty_iteration_is_refused(tmp_path: Path):
     assert f"there is no release in it, which {TRACKER} says to load;" in problem
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("content", ["", "{", "[1]", "7", "null", "\xff", "[" * 5000, "{}"])
+def test_a_checkpoint_whose_last_file_is_damaged_is_refused(content: str, tmp_path: Path):
+    load = _saved(tmp_path, "4", 2, 4)
+    (load / "iter_0000004/metadata.json").write_text(content, encoding="latin-1")
+    (problem,) = checkpoint_problems(_args(load))
+    assert problem == (
+        f"--load is {load}, but iter_0000004 in it, which {TRACKER} says to load, is no whole "
+        "checkpoint (metadata.json is damaged); write the number of a whole checkpoint into "
+        f"{TRACKER} (saved: iter_0000002), or leave the flag out to begin anew."
+    )
+    assert [*checkpoint_problems(_args(load, ckpt_step=2))] == []
+
+
+def test_a_checkpoint_that_is_half_there_is_refused(tmp_path: Path):
+    load = _saved(tmp_path, "4", 2, 4)
+    (load / "iter_0000004/metadata.json").rename(load / "iter_0000004/__0_0.distcp")
+    (problem,) = checkpoint_problems(_args(load))
+    assert "(there is no metadata.json, which is written last); write the number" in problem
+    # Of Megatron's older format nothing is known.
+    (load / "iter_0000004/mp_rank_00").mkdir()
+    assert [*checkpoint_problems(_args(load))] == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     assert save_problem(None) is None
     assert save_problem("msc://bucket/run") is None
+    assert os.listdir(tmp_path) == []
     assert save_problem(str(tmp_path / "new/run")) is None
     assert os.listdir(tmp_path / "new/run") == []
     (tmp_path / "file").touch()
@@ -177,9 +224,13 @@ def test_a_full_disk_is_found_before_the_run(tmp_path: Path, monkeypatch: pytest
             return self
 
         def __exit__(self, *_: Any) -> None:
-            raise OSError(28, "No space left on device")
+            if self.written:  # when what was written is flushed
+                raise OSError(28, "No space left on device")
 
-        def write(self, content: bytes) -> None: ...
+        def write(self, content: bytes) -> None:
+            self.written = content
+
+        written = b""
 
     monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
     assert "(No space left on device); pass a folder with room" in save_problem(str(tmp_path))
@@ -304,6 +355,10 @@ def test_another_corpus_is_named_and_a_moved_one_is_the_same(tmp_path: Path):
         Path(file).write_bytes(content)
         (said,) = changed_data(_args(data_path=[here]), stored)
         assert said == f"{here}.bin and .idx hold another corpus than they did"
+        # Of two the one that was replaced.
+        both = _args(data_path=["1", other, "1", here])
+        both.rmt_data = {other: marks_of_data(both)[other], here: "as it was"}
+        assert changed_data(both, both) == [said]
         with pytest.raises(ValueError, match="hold another corpus than they did; pass what they"):
             check_same_settings(_args(data_path=[here]), PROMPT, stored)
         Path(file).write_bytes(kept)

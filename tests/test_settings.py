@@ -310,6 +310,16 @@ def test_a_file_that_cannot_be_read_is_named(capsys, tmp_path):
         read_config(str(latin))
 
 
+def test_a_file_that_repeats_itself_without_end_is_refused_at_once(write: Write):
+    """Thirty lines stand for 9**30 values."""
+    lines = ["a: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for number in range(30):
+        again = ", ".join([f"*a{number}"] * 9)
+        lines.append(f"b{number}: &a{number + 1} [{again}]")
+    with pytest.raises(ValueError, match=r"cannot read it: it repeats a part of itself \(\*\);"):
+        read_config(write("\n".join(lines)))
+
+
 def test_megatrons_own_yaml_would_forget_rmt(write: Write, capsys):
     own = ["--yaml-cfg", "megatron.yaml"]
     for words in (["--rmt"], ["--rmt-config", write("group-size: 4")]):

@@ -11,6 +11,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch import Tensor
 
 from megatron_rmt import step as rmt_step
+from megatron_rmt.algorithm.curriculum import Candidates
 from megatron_rmt.algorithm.doors import DoorError
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.rollout.prefill import EntropyHistogram
@@ -226,6 +227,22 @@ def test_a_sample_without_uncertain_tokens_has_no_position():
     rows, _ = _chosen(trunk, entropies)
     assert len(rows) == 4
     assert trunk.samples[rows].unique().tolist() == [1]
+
+
+def test_a_selection_reads_the_text_before_each_position():
+    trunk, seen = tiny_trunk(), []
+
+    def select(of: Candidates) -> list[int]:
+        seen.extend(of.trunk(row) for row in range(len(of.tiers)))
+        return []
+
+    run = dataclasses.replace(tiny_run(), select=select)
+    choose(run, reasoned(trunk, [], None), _entropies(trunk), THRESHOLDS, tiny_schedule())
+    texts = [
+        b"" if trunk.columns[row] < 0 else BYTES[trunk.tokens[row]] for row in range(len(trunk))
+    ]
+    first = trunk.document_first.tolist()
+    assert seen == [b"".join(texts[first[row] : row + 1]) for row in range(len(trunk))]
 
 
 @pytest.mark.parametrize("rows", [[3, 2], [2, 2], [-1], [10_000], [0]], ids=str)

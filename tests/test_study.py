@@ -74,6 +74,7 @@ def measured(rights: list[list[int]]) -> Measured:
         ({"colour": "red"}, "'colour' is unknown"),
         ({"arms": {"plain": "--flag"}}, "arms: plain: '--flag' must be a mapping with flags"),
         ({"arms": {"plain": {"flags": "", "colour": 1}}}, "arms: plain: 'colour' is unknown"),
+        ({"arms": {"a/b": {"flags": ""}}}, "arms: a/b is no name of a file; leave out the /."),
         ({"arms": {"plain": {"flags": 1}}}, "arms: plain: flags is 1; it must be a str"),
         (
             {"arms": {"plain": {"flags": "", "from": "RMT"}, "RMT": {"flags": ""}}},
@@ -188,14 +189,19 @@ def test_a_difference_is_of_the_same_seeds_and_documents():
 
 def a_run(folder: Path, rows: list[dict[str, Any]]) -> Path:
     folder.mkdir(parents=True)
-    times = [f" elapsed time per iteration (ms): {1000 * t}.0 |" for t in (90, 2, 3, 4)]
+    # Killed behind the second step, and started again.
+    times = [
+        f" [2026] iteration {i:8}/       4 | consumed samples: 9 | "
+        f"elapsed time per iteration (ms): {1000 * t}.0 | learning rate: 1 |"
+        for i, t in ((1, 80), (2, 70), (1, 90), (2, 2), (3, 3), (4, 4))
+    ]
     head = [
         " > number of parameters on (tensor, pipeline) model parallel rank (0, 0): 600",
         " > number of parameters on (tensor, pipeline) model parallel rank (1, 0): 400",
         "  global_batch_size ............................... 2",
         "  seq_length ...................................... 8",
     ]
-    (folder / "megatron.log").write_text("\n".join(head + times) + "\n")
+    (folder / "megatron.log").write_text("\n".join(2 * head + times) + "\n")
     (folder / "latest_checkpointed_iteration.txt").write_text("4")
     if rows:
         (folder / "rmt_metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -47,14 +48,12 @@ class FullDisk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch):
     """``disk(room)``: from now on files opened for appending have so many bytes left."""
-    open_path = Path.open
 
     def limit(room: int) -> None:
-        def opened(path: Path, mode: str = "r", *rest, **named):
-            file = open_path(path, mode, *rest, **named)
-            return FullDisk(file, room) if mode == "ab" else file
+        def opened(*rest, **named) -> FullDisk:
+            return FullDisk(open(*rest, **named), room)
 
-        monkeypatch.setattr(Path, "open", opened)
+        monkeypatch.setattr(metrics, "open", opened, raising=False)
 
     return limit
 
@@ -90,6 +89,20 @@ def test_a_place_where_nothing_can_be_written_is_said_once(path, capsys):
     assert path in said
 
 
+def test_a_pipe_that_nobody_reads_holds_nothing_up(tmp_path, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    append_lines(pipe, ["{}"])
+    assert f"RMT: {pipe} cannot be written (OSError: [Errno 6]" in capsys.readouterr().err
+    tracking._told.clear()
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    append_lines(pipe, ['{"a": 1}'])
+    assert os.read(reader, 100) == b'{"a": 1}\n'
+    append_lines(pipe, ["x" * 10**6])
+    assert "its reader does not read); training goes on" in capsys.readouterr().err
+    os.close(reader)
+
+
 def test_a_folder_that_is_deleted_is_made_again(tmp_path):
     path = tmp_path / "folder/m.jsonl"
     append_lines(path, ['{"a": 1}'])
@@ -122,6 +135,10 @@ def test_the_start_of_a_last_line_that_is_too_long_is_not_looked_for(tmp_path, m
     path.write_text('{"a": 123456789')
     append_lines(path, ['{"b": 3}'])
     assert path.read_text() == '{"a": 123456789\n{"b": 3}\n'
+    # Nor does it begin where one begins to look.
+    path.write_text('text before {"a": 12')
+    append_lines(path, ['{"b": 3}'])
+    assert path.read_text() == 'text before {"a": 12\n{"b": 3}\n'
 
 
 class Broken:
@@ -214,6 +231,14 @@ def test_a_resumed_job_names_the_same_wandb_run_and_another_job_another(tmp_path
     assert run_id(_args(tmp_path / "one", wandb_exp_name="f")) != first
     (tmp_path / "one" / WANDB_KEY).write_text("$(rm -rf)")
     assert run_id(_args(tmp_path / "one")) not in ("", first)
+    assert re.fullmatch(r"[0-9a-f]{16}\n", (tmp_path / "one" / WANDB_KEY).read_text())
+
+
+def test_a_run_that_the_environment_names_is_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    continue_wandb_run(_args(tmp_path))
+    assert os.environ["WANDB_RUN_ID"] == "mine"
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("changes", [{"wandb_project": ""}, {"save": None}, {"rank": 0}])

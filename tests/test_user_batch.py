@@ -198,6 +198,16 @@ def _twice(iterator: Iterator[Batch], model: GPTModel) -> tuple[Tensor, Any]:
             r"gives GPTModel.forward an attention_mask of shape \[2, 6\]; pass one of shape "
             r"\[2, 1, 6, 6\], True where a token is hidden, or None.",
         ),
+        (
+            _step_with({"loss_mask": torch.full((2, 6), torch.nan)}),
+            "gives GPTModel.forward a loss_mask that holds nan; pass finite weights, 0 or more.",
+        ),
+        (_step_with({"loss_mask": torch.tensor([1.0, -0.5] * 6)}), ".* loss_mask that holds -0.5;"),
+        (_step_with({"loss_mask": torch.full((2, 6), torch.inf)}), ".* loss_mask that holds inf;"),
+        (
+            _step_with({"position_ids": torch.arange(-1, 5)[None]}),
+            "gives GPTModel.forward position_ids from -1 on; count tokens from 0.",
+        ),
         (_never, "called GPTModel.forward 0 times for 2 micro-batches; RMT needs"),
         (_twice, "called GPTModel.forward 4 times for 2 micro-batches; RMT needs"),
     ],
@@ -239,6 +249,7 @@ def test_an_argument_of_the_jobs_own_model_is_refused_by_its_name():
         ("rope", True, [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 1, 2]),
         ("rope", True, [0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]),
         ("rope", False, [3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8]),
+        ("rope", False, [0, 1, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]),
         ("learned_absolute", False, [0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 1, 2]),
     ],
 )

@@ -151,14 +151,56 @@ def test_the_ablation_without_rl_needs_nothing_of_rmt():
     assert not Settings.of(args).trains_with_rl
 
 
+def test_a_sharded_optimizer_that_is_neither_saved_nor_loaded_is_accepted(
+    tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("megatron_rmt.job.validation.HAVE_APEX_OR_TE", False)
+    flags = ["--rmt", "--tokenizer-model", tokenizer, "--use-distributed-optimizer"]
+    load, save = ["--load", str(tmp_path)], ["--save", str(tmp_path)]
+    for bad in (load, save):
+        assert "--use-distributed-optimizer is on, whose" in _refusal(_parse(*flags, *bad))
+    for good in ([], [*load, "--finetune"], [*load, "--no-load-optim"], [*save, "--no-save-optim"]):
+        check_rmt_arguments(_parse(*flags, *good))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_that_are_not_finite_are_refused(tokenizer: str, value: str):
+    flags = ["--rmt", "--tokenizer-model", tokenizer]
+    for flag in ("--lr", "--min-lr", "--weight-decay", "--adam-beta2", "--adam-eps"):
+        refusal = _refusal(_parse(*flags, f"{flag}={value}"))
+        assert f"{flag} is {value}; pass a finite number." in refusal
+    assert "--clip-grad is nan; pass" in _refusal(_parse(*flags, "--clip-grad", "nan"))
+    check_rmt_arguments(_parse(*flags, "--clip-grad", "inf"))
+    flags += [*EXPERTS, "--moe-router-load-balancing-type", "aux_loss", "global_aux_loss"]
+    refusal = _refusal(_parse(*flags, "--moe-aux-loss-coeff", "0.1", value.removeprefix("-")))
+    assert f"--moe-aux-loss-coeff is {value.removeprefix('-')}; pass a finite number." in refusal
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "interval"),
+    [
+        ("--adam-beta1", "1.0", "[0, 1)"),
+        ("--adam-beta2", "1.5", "[0, 1)"),
+        ("--adam-eps", "0.0", "(0, inf)"),
+        ("--weight-decay", "-0.1", "[0, inf)"),
+    ],
+)
+def test_numbers_that_the_optimizer_cannot_work_with_are_refused(
+    tokenizer: str, flag: str, value: str, interval: str
+):
+    refusal = _refusal(_parse("--rmt", "--tokenizer-model", tokenizer, f"{flag}={value}"))
+    assert f"{flag} is {value}; pass a number in {interval}." in refusal
+
+
 BLOCKWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise")
 TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
 EXPERTS = ("--num-experts", "4")
 # flags -> what the sentence says: the flag, its value, the remedy.
 BAD = {
-    ("--phase-transition-iterations", "4"): "--phase-transition-iterations is 4; RMT needs it left "
-    "out: each phase reads other data",
-    ("--rampup-batch-size", "2", "2", "8"): "--rampup-batch-size is ['2', '2', '8']; RMT needs it "
+    ("--overlap-param-gather-with-optimizer-step",): "--overlap-param-gather-with-optimizer-step "
+    "is True; RMT needs False: rollouts need whole weights.",
+    ("--phase-transition-iterations", "4"): "RMT needs it left out: each phase reads other data",
+    ("--rampup-batch-size", "2", "2", "8"): "--rampup-batch-size is [2, 2, 8]; RMT needs it "
     "left out: Megatron ignores it since 0.19, and --step-batch-size-schedule is in its place.",
     ("--rmt-positions-per-sample", "0"): "--rmt-positions-per-sample is 0; pass a number in "
     "[1, inf).",

@@ -11,6 +11,7 @@ import os
 import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -169,6 +170,8 @@ def _run_program(program: str, flags: list[str], directory: str) -> None:
     with open(f"{directory}/rank{rank}.log", "wb") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
+    # What a shell starts in the background ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Saving a checkpoint starts a process of its own.
     multiprocessing.current_process().daemon = False
     _fork_what_saves()

@@ -4,12 +4,15 @@
     python tools/evaluate.py --load RUN --model-flags CHECKPOINT --data heldout.jsonl \\
         --positions-from before.json --output after.json
     python tools/evaluate.py --compare before.json after.json
+    python tools/evaluate.py --tasks examples/tasks/gsm8k.yaml --data heldout.jsonl \\
+        --load HUGGINGFACE_DIR --output tasks.json
 
 The splits are the papers' (RPT, arXiv 2506.08007; RMT, arXiv 2509.24375): positions whose next
 token the model predicts with an entropy above 0.5 (easy), 1.0 (medium) and 1.5 nats (hard). They
 are nested; "average" is the mean of the three, "all" that of all positions whatever their entropy.
-The most likely token after the plain document is judged at every position. Some positions of each
-document (--positions) are predicted in four ways:
+The most likely token after the plain document is judged at every position, and the perplexity is
+that of the plain text, over all tokens that count. Some positions of each document (--positions)
+are predicted in four ways:
 
 - next token: at once, from the plain document;
 - thought: after a thought within the budget, by the engine that training uses;
@@ -25,14 +28,21 @@ truth, mean nats a token over the next --rmt-target-tokens true tokens, at tempe
 --rmt-reward that wants no answer gets none drawn.
 
 An answer counts by the template's rule of training: it must be a byte prefix of the true text and
-end where a token ends. Answers are sampled as in training unless --rmt-greedy; with several
---samples the accuracy is their mean. Intervals (95 %) are bootstrapped over documents, because the
-positions of one document are not independent; there is none for fewer than two documents.
+end where a token ends. With --positions answers it is judged as a whole answer, too: the first line
+of what is said must be the text of the span, and no more. Answers are sampled as in training unless
+--rmt-greedy; with several --samples the accuracy is their mean. Intervals (95 %) are bootstrapped
+over documents, because the positions of one document are not independent; there is none for fewer
+than two documents.
 
 Two evaluations can be compared on the same positions and with the same prompt only:
 --positions-from takes documents, positions and splits from an earlier output, whatever the
 entropies of the model at hand. The output holds the prompt's texts, because a chat template may
 write the date, or be edited; another prompt is refused.
+
+--tasks asks the tasks of lm-evaluation-harness instead (pip install 'megatron_rmt[tasks]'), of a
+model that convert_checkpoint.py to-huggingface exported: by their names in the harness, with data
+of the Hugging Face hub, or as YAML files, whose test split --data names. --documents, --seed and
+--rollouts-at-once have their meaning; the table, also of --compare, is one of its own.
 
 Flags that are not listed are Megatron's (--bf16, --tensor-model-parallel-size, --ckpt-step, ...).
 These have their meaning of training: --rmt-template, --rmt-no-chat, --rmt-answer-tokens,
@@ -64,12 +74,15 @@ from evaluation import (
 )
 from evaluation_documents import Document, documents_of, names_of, read_texts, tokenize
 from model_on_hand import loading_flags, model_flags, quiet_unless_it_fails, start_mid_training
+from task_harness import compare_scores, is_scores, run_tasks, table, write_scores
 
 if TYPE_CHECKING:
     from evaluation_passes import Reasoning
     from megatron_rmt.mid_training import MidTraining
 
 POSITIONS = ("uncertain", "answers")
+# Flags of this tool that mean something to --tasks.
+WITH_TASKS = ("load", "data", "output", "documents", "seed", "rollouts_at_once")
 # The prompt and sampling flags of training that mean the same here; the others only train.
 SHARED_FLAGS = frozenset(
     (
@@ -106,6 +119,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="one document a line; each file gets its own rows, and all of them a total",
     )
     add("--output", type=Path, help="JSON to be written")
+    add(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="ask these of the model in --load, of Hugging Face's form: names, or YAML files",
+    )
     add(
         "--model-flags",
         type=Path,
@@ -196,8 +215,50 @@ def check_flags(flags: argparse.Namespace, others: Sequence[str]) -> None:
         for name, value in fixed.items():
             if value is not None:
                 raise ValueError(f"{name} is fixed by --positions-from; leave it out.")
-    if flags.output.is_dir():
-        raise ValueError(f"--output {flags.output} is a directory; name a file in it.")
+    _check_output(flags.output)
+
+
+def evaluate_tasks(flags: argparse.Namespace) -> None:
+    """Ask ``--tasks``, write ``--output`` and print the table.
+
+    Raises:
+        ValueError: something that the user passed cannot be used.
+    """
+    for name in ("load", "output"):
+        if getattr(flags, name) is None:
+            raise ValueError(f"--{name} is missing; --tasks needs --load and --output.")
+    for name in ("documents", "rollouts_at_once"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; pass 1 or more.")
+    _check_output(flags.output)
+    settings = {
+        "load": str(flags.load),
+        "tasks": flags.tasks,
+        "data": [str(path) for path in flags.data or []],
+        "documents": flags.documents,
+        "seed": flags.seed,
+    }
+    scores = run_tasks(
+        flags.load,
+        flags.tasks,
+        flags.data or [],
+        documents=flags.documents,
+        seed=flags.seed,
+        at_once=flags.rollouts_at_once,
+    )
+    write_scores(flags.output, scores, settings)
+    print(table(scores, flags.seed))
+
+
+def _check_output(path: Path) -> None:
+    """Refuse a folder in the place of the file to be written.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a directory; name a file in it.")
 
 
 def megatron_flags(flags: argparse.Namespace, length: int, others: Sequence[str]) -> list[str]:
@@ -220,14 +281,16 @@ def evaluate(flags: argparse.Namespace, others: Sequence[str]) -> None:
     check_flags(flags, others)
     earlier = None if flags.positions_from is None else read_output(flags.positions_from)
     length = flags.seq_length or 512
+    positions = flags.positions
     per_document = 16 if flags.positions_per_document is None else flags.positions_per_document
     if earlier is not None:
-        length = kept_settings(earlier, flags.positions_from)["seq_length"]
+        kept = kept_settings(earlier, flags.positions_from)
+        length, positions = kept["seq_length"], kept["positions"]
         per_document = 0
     words = megatron_flags(flags, length, others)
     # All lines are read before the model is loaded, so that a mistake in them shows at once.
     files = names_of(flags.data)
-    answers = flags.positions == "answers"
+    answers = positions == "answers"
     texts = [
         text
         for name, path in files.items()
@@ -383,14 +446,19 @@ def main() -> None:
     """Evaluate or compare; bad input ends it with one sentence."""
     parser = build_parser()
     flags, others = parser.parse_known_args()
+    given = {name for name, value in vars(flags).items() if value != parser.get_default(name)}
     try:
         if flags.compare is not None:
-            given = {
-                name for name, value in vars(flags).items() if value != parser.get_default(name)
-            }
             if others or given != {"compare"}:
                 raise ValueError("--compare takes files and no other flag; leave the others out.")
-            print(compare(flags.compare))
+            is_of_tasks = len(flags.compare) > 1 and is_scores(flags.compare[0])
+            print((compare_scores if is_of_tasks else compare)(flags.compare))
+        elif flags.tasks is not None:
+            strays = sorted(given - {"tasks", *WITH_TASKS})
+            words = [*(f"--{name.replace('_', '-')}" for name in strays), *others]
+            if words:
+                raise ValueError(f"{' '.join(words)} means nothing to --tasks; leave it out.")
+            evaluate_tasks(flags)
         else:
             evaluate(flags, others)
             dist.destroy_process_group()

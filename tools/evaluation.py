@@ -22,6 +22,8 @@ COLUMNS = (*SPLITS, "average", "all")
 RESAMPLES = 2000
 FORMAT = 3
 NOT_COUNTED = "-"
+# Of the plain text: exp of the mean negative log p of a counted token.
+PERPLEXITY = "perplexity"
 # Every position of the documents, not the drawn ones alone.
 EVERYWHERE = "next_token"
 # The ways in which drawn positions are predicted; differences are the second minus the others.
@@ -81,6 +83,13 @@ RATES = {
     "well_formed": ("well-formed answers, %", 100.0),
     "closed_by_itself": ("closed by itself, %", 100.0),
     "no_thought_well_formed": ("well-formed without thought, %", 100.0),
+    "whole_answer": ("whole answers, %", 100.0),
+    "no_thought_whole_answer": ("whole answers without thought, %", 100.0),
+}
+# What has one value, not one for each split: title, scale and decimals.
+SINGLE: dict[str, tuple[str, float, int]] = {
+    PERPLEXITY: ("perplexity of the plain text", 1.0, 3),
+    **{name: (title, scale, 1) for name, (title, scale) in RATES.items()},
 }
 
 
@@ -88,14 +97,16 @@ RATES = {
 class Record:
     """What was measured on one document; the output holds one per line.
 
-    file: the name of its file. line: of the file, from 1. id: digest of the whole document's token
-    ids. tokens, dropped: read, and left out beyond --seq-length. difficulty, next_token: one
-    character per token that was read, about its prediction from the tokens before it: how many
-    thresholds the entropy exceeds (0 to 3) or ``NOT_COUNTED``, and 1 where the most likely token is
-    the true one. entropy: in nats, summed over the counted tokens. positions: indices of the tokens
-    predicted by reasoning, ascending; the lists after it belong to them and sum over the samples of
-    a position, but for those of ``ONCE``. What is not measured is empty. thought, swapped,
-    no_thought: right answers. ..._likeliest: the true token is the most likely one. ..._log_prob:
+    file: the name of its file. line: of the file, from 1. id: digest of the whole document's
+    token ids. tokens, dropped: read, and left out beyond --seq-length. difficulty, next_token:
+    one character per token that was read, about its prediction from the tokens before it: how
+    many thresholds the entropy exceeds (0 to 3) or ``NOT_COUNTED``, and 1 where the most likely
+    token is the true one. entropy: in nats, summed over the counted tokens. text_log_prob: log
+    p of the true tokens, likewise; None in older outputs. positions: indices of the tokens
+    predicted by reasoning, ascending; the lists after it belong to them and sum over the
+    samples of a position, but for those of ``ONCE``. What is not measured is empty. thought,
+    swapped, no_thought: right answers. ...whole_answer: those that say the answer that the text
+    marks, and no more. ..._likeliest: the true token is the most likely one. ..._log_prob:
     nats, mean over the true tokens.
     """
 
@@ -122,6 +133,9 @@ class Record:
     thought_log_prob: list[float] = field(default_factory=list)
     swapped_log_prob: list[float] = field(default_factory=list)
     no_thought_log_prob: list[float] = field(default_factory=list)
+    whole_answer: list[int] = field(default_factory=list)
+    no_thought_whole_answer: list[int] = field(default_factory=list)
+    text_log_prob: float | None = None
 
     def values(self, name: str) -> tuple[Sequence[int], Sequence[float]]:
         """(the tokens at which the result ``name`` was measured, what came out)."""
@@ -212,6 +226,9 @@ class Measured:
             name: (np.array([[sum(getattr(record, name))] for record in records]), responses)
             for name in filter(is_measured, RATES)
         }
+        log_probs = [[record.text_log_prob] for record in records]
+        counted = [[len(r.difficulty) - r.difficulty.count(NOT_COUNTED)] for r in records]
+        self._text = (np.array(log_probs), np.array(counted)) if [None] not in log_probs else None
 
     def parts(self) -> dict[str, "Measured"]:
         """Each file by itself, by name; nothing where there is one alone."""
@@ -224,12 +241,14 @@ class Measured:
         }
 
     def at(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Means ``[resamples, splits + 2]`` and rates ``[resamples, 1]`` by name."""
+        """Means ``[resamples, splits + 2]``, rates and perplexity ``[resamples, 1]`` by name."""
         values = {name: means(weights, *counts) for name, counts in self._counts.items()}
         differences = {name: own for block in BLOCKS for name, own in block.differences.items()}
         for name, (_, more, less) in differences.items():
             if more in values and less in values:
                 values[name] = values[more] - values[less]
+        if self._text is not None:
+            values[PERPLEXITY] = np.exp(-ratios(weights, *self._text))
         return values | {name: ratios(weights, *counts) for name, counts in self._rates.items()}
 
     def positions(self, name: str) -> dict[str, int]:
@@ -342,8 +361,8 @@ def _summary(measured: Measured) -> str:
             add(title, name, *form, sign=True)
         add_counts(block.names[0])
     rates = [
-        [title, shown(results[name][0], scale)]
-        for name, (title, scale) in RATES.items()
+        [title, shown(results[name][0], *form)]
+        for name, (title, *form) in SINGLE.items()
         if name in results
     ]
     return aligned(rows) + ("\n\n" + aligned(rates) if rates else "")
@@ -398,9 +417,9 @@ def _comparison(names: Sequence[str], measured: Sequence[Measured]) -> str:
         for name, (title, _, _) in block.differences.items():
             add_splits(f"{title}: {block.title}", name, *form, sign=True)
     rows.append([""])
-    for name, (title, scale) in RATES.items():
+    for name, (title, *form) in SINGLE.items():
         if all(name in result for result in results):
-            add(title, name, 0, scale)
+            add(title, name, 0, *form)
     return aligned(rows)
 
 
@@ -480,6 +499,8 @@ def _record(values: dict[str, Any]) -> Record:
             fits = isinstance(value, list) and all(type(part) is int for part in value)
         elif one.type == list[float]:
             fits = isinstance(value, list) and all(map(_is_number, value))
+        elif one.type == float | None:
+            fits = value is None or _is_number(value)
         else:
             fits = _is_number(value) if one.type is float else type(value) is one.type
         if not fits:

@@ -2,8 +2,8 @@
 
 import hashlib
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from corpus_files import read_corpus
 from document_tokens import DocumentTokenizer
 from evaluation import Measured, Record
 from json_lines import Row
-from megatron_rmt.prompt.answer_spans import check_spans, first_tokens
+from megatron_rmt.prompt.answer_spans import answers_by_token, check_spans
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,14 @@ class Document:
     """One line of the data.
 
     line: from 1. ids: all its tokens. first: the first token that counts (--solution-only).
-    answers: the tokens that begin an answer, ascending. file: the name of the file.
+    answers: what its answers say, by the token that begins each, ascending. file: the name of the
+    file.
     """
 
     line: int
     ids: list[int]
     first: int
-    answers: tuple[int, ...] = ()
+    answers: Mapping[int, bytes] = field(default_factory=dict)
     file: str = ""
 
     @property
@@ -126,7 +127,7 @@ def tokenize(
         # In bytes, because a token may be part of a character.
         starts = np.cumsum([0, *(len(bytes_of[token]) for token in ids)])[:-1]
         first = int(np.searchsorted(starts, len(text.text[: text.problem].encode())))
-        answers = first_tokens(text.text, text.spans, ids, bytes_of)
+        answers = answers_by_token(text.text, text.spans, ids, bytes_of)
         if len(ids) > 1:
             documents.append(Document(text.line, ids, first, answers, text.file))
     if not documents:

@@ -46,8 +46,8 @@ ThoughtsOfDocument = Sequence[Sequence[Thought]]
 class Reasoning:
     """How documents are read and positions predicted.
 
-    length: tokens read of each document. positions: most drawn in each. answers: drawn from the
-    tokens that begin an answer, not from the uncertain ones. budget: asked for. samples: of each
+    length: tokens read of each document. positions: most drawn in each. answers: positions are the
+    tokens that begin an answer, not uncertain ones. budget: asked for. samples: of each
     position. swap: also with other positions' thoughts. at_once: rollouts held at a time. seed: of
     positions and responses.
     """
@@ -76,7 +76,8 @@ def read_document(
     on.
     """
     text, prompt = _text(document, how), run.prompt
-    entropies, predictions = read_text(run, text, store, first_row)
+    found = read_text(run, text, store, first_row, with_log_probs=True)
+    entropies, predictions = found.entropies, found.predictions
     if not torch.isfinite(entropies).all():
         raise ValueError(
             f"--load: the model's entropies on line {document.line} are not finite; its weights or "
@@ -113,12 +114,13 @@ def read_document(
         difficulty=difficulty,
         next_token=next_token,
         entropy=float(entropies[:-1][counted].double().sum()),
+        text_log_prob=float(found.log_probs[:-1][counted].double().sum()),
         positions=positions,
     )
 
 
 def _text(document: Document, how: Reasoning) -> Text:
-    return Text(document.line, document.ids, min(how.length, len(document.ids)))
+    return Text(document.line, document.ids, min(how.length, len(document.ids)), document.answers)
 
 
 def _settings(run: MidTraining, how: Reasoning, way: int) -> RolloutSettings:
@@ -176,12 +178,16 @@ def reason(
             if run.prompt.answer_tokens:
                 record.thought.append(sum(own.right for own in group))
                 record.well_formed.append(sum(own.response.well_formed for own in group))
+            if run.prompt.answer_tokens and how.answers:
+                record.whole_answer.append(sum(own.whole for own in group))
         if not run.prompt.answer_tokens:
             continue
         answered = answer(run, store, places, _settings(run, how, NONE))
         for (record, _, _), group in zip(chunk, answered, strict=True):
             record.no_thought.append(sum(own.right for own in group))
             record.no_thought_well_formed.append(sum(own.response.well_formed for own in group))
+            if how.answers:
+                record.no_thought_whole_answer.append(sum(own.whole for own in group))
     return thoughts
 
 

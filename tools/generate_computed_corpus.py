@@ -15,6 +15,9 @@ total so far; the other half do not:
 
     Ann has 3 coins, finds 4, loses 2 and gets 1. How many now? Answer: 6
 
+``--questions 1`` gives each document a single question, whose work is not shown and whose answer
+ends it: the form that ``examples/post_train.sh`` takes.
+
 So a model that reads the corpus learns how the work is done, but nothing that makes it do the work
 where the text does not show it. At those answers a thought that does the work makes the next token
 certain; without one it would have to be known at a glance. The digits of the first line are noise
@@ -36,7 +39,7 @@ from random import Random
 from typing import NamedTuple
 
 LETTERS = "abcde"
-QUESTIONS = 10  # in a document, the first different ones of those drawn
+QUESTIONS = 10  # in a document by default, the first different ones of those drawn
 DRAWN_QUESTIONS = 500
 LARGEST_TOTAL = 9
 # Assignments of digits to letters of which one in so many is kept for held-out documents.
@@ -91,14 +94,20 @@ def draw_word_problem(rng: Random, split: str, terms: int) -> Question | None:
 
 
 def draw_document(
-    rng: Random, digits: dict[str, int], split: str, terms: int, word_problems: float
+    rng: Random,
+    digits: dict[str, int],
+    split: str,
+    terms: int,
+    word_problems: float,
+    questions_wanted: int,
 ) -> dict[str, object] | None:
-    """One line of a file; None if these digits hardly allow ``QUESTIONS`` questions."""
+    """One line of a file; None if these digits hardly allow so many questions, or all that are
+    drawn show their work."""
     drawn = (draw_question(rng, digits, terms) for _ in range(DRAWN_QUESTIONS))
-    questions = list(dict.fromkeys(question for question in drawn if question))[:QUESTIONS]
-    if len(questions) < QUESTIONS:
+    questions = list(dict.fromkeys(question for question in drawn if question))[:questions_wanted]
+    if len(questions) < questions_wanted:
         return None
-    for index in range(QUESTIONS):
+    for index in range(questions_wanted):
         if word_problems and rng.random() < word_problems:
             while (problem := draw_word_problem(rng, split, terms)) is None:
                 pass
@@ -116,7 +125,7 @@ def draw_document(
 
 
 def draw_documents(
-    count: int, seed: int, split: str, terms: int, word_problems: float
+    count: int, seed: int, split: str, terms: int, word_problems: float, questions: int
 ) -> Iterator[dict[str, object]]:
     """``count`` documents of ``split``; held-out ones, of all splits but train, share no digits."""
     taken = set[tuple[int, ...]]()
@@ -127,7 +136,7 @@ def draw_documents(
             assignment = tuple(digits.values())
             if held_out(assignment) != (split != "train") or assignment in taken:
                 continue
-            document = draw_document(rng, digits, split, terms, word_problems)
+            document = draw_document(rng, digits, split, terms, word_problems, questions)
             if document:
                 break
         else:
@@ -146,18 +155,21 @@ def generate(
     heldout_documents: int,
     seed: int,
     word_problems: float = 0.0,
+    questions: int = QUESTIONS,
 ) -> None:
     """Write the three files into the directory ``output``; each appears when it is complete.
 
     Raises:
         ValueError: a number of documents is below 1, or too large to be had; the share
-            ``word_problems`` is not in [0, 1].
+            ``word_problems`` is not in [0, 1]; ``questions`` are not 1 to 10 in a document.
     """
     for name, value in (("train", train_documents), ("heldout", heldout_documents)):
         if value < 1:
             raise ValueError(f"--{name}-documents is {value}; it must be 1 or more.")
     if not 0 <= word_problems <= 1:
         raise ValueError(f"--word-problems is {word_problems}; it must be in [0, 1].")
+    if not 1 <= questions <= QUESTIONS:
+        raise ValueError(f"--questions is {questions}; it must be in [1, {QUESTIONS}].")
     output.mkdir(parents=True, exist_ok=True)
     for split, count, terms in (
         ("train", train_documents, 4),
@@ -168,7 +180,7 @@ def generate(
         partial = path.with_name(f"{path.name}.partial")
         try:
             with open(partial, "w", encoding="utf-8", newline="\n") as file:
-                for document in draw_documents(count, seed, split, terms, word_problems):
+                for document in draw_documents(count, seed, split, terms, word_problems, questions):
                     file.write(json.dumps(document) + "\n")
             partial.replace(path)
         finally:
@@ -188,6 +200,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=float,
         default=0.0,
         help="share of questions told in words, default 0",
+    )
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=QUESTIONS,
+        help=f"in each document, default {QUESTIONS}",
     )
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args(argv)

@@ -126,6 +126,8 @@ def read_study(path: Path) -> Study:
             take(own, "time_of", str, place, ""),
             take(own, "step_time_of", str, place, ""),
         )
+        if "/" in arm.name:
+            raise ValueError(f"{path}: {place[:-2]} is no name of a file; leave out the /.")
         earlier = {one.name for one in arms} | {""}
         for key, value in (("from", arm.begin), *vars(arm).items()):
             if key in ("from", "time_of", "step_time_of") and value not in earlier:

@@ -31,16 +31,25 @@ class Column(NamedTuple):
 
 MEASURES = (
     Column("thought, then answer, %", "thought"),
+    Column("whole answer, %", "whole_answer"),
     Column("next token at once, %", "next_token_sampled"),
     Column("thought minus next token", "thought_minus_next_token_sampled"),
     Column("empty thought, %", "no_thought"),
     Column("another's thought, %", "swapped"),
     Column("log p after thought, nats", "thought_log_prob", 1.0, 2),
     Column("log p at once, nats", "log_prob", 1.0, 2),
+    Column("perplexity", "perplexity", 1.0, 2),
     Column("tokens of a thought", "thought_length", 1.0),
     Column("well-formed, %", "well_formed"),
 )
-COMPARED = ("thought", "next_token_sampled", "thought_log_prob", "log_prob", "thought_length")
+COMPARED = (
+    "thought",
+    "next_token_sampled",
+    "thought_log_prob",
+    "log_prob",
+    "perplexity",
+    "thought_length",
+)
 
 
 @dataclass(frozen=True)
@@ -68,14 +77,16 @@ def read_cost(folder: Path) -> Cost:
         ValueError: its logs do not tell.
     """
     log = (folder / "megatron.log").read_text(encoding="utf-8", errors="replace")
-    times = re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", log)
-    weights = re.findall(r"number of parameters on \(.*\): (\d+)", log)
+    line = r"iteration +(\d+)/ *\d+ \|.*elapsed time per iteration \(ms\): ([0-9.]+)"
+    # A run that was started again says some of it twice.
+    times = dict(re.findall(line, log))
+    weights = dict(re.findall(r"number of parameters on (\(.*\)): (\d+)", log))
     sizes = dict(re.findall(r"^ +(seq_length|global_batch_size) \.+ (\d+)$", log, re.MULTILINE))
     if not times or not weights or len(sizes) < 2:
         raise ValueError(f"{folder}/megatron.log is not of a whole run; remove it and run again.")
-    seconds = [float(time) / 1000 for time in times]
+    seconds = [float(time) / 1000 for time in times.values()]
     median = statistics.median(seconds)
-    parameters = sum(map(int, weights))
+    parameters = sum(map(int, weights.values()))
     rows = dict[int, dict[str, Any]]()
     if (folder / "rmt_metrics.jsonl").exists():
         found = (row.values for row in read_rows(folder / "rmt_metrics.jsonl"))

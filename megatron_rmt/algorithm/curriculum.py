@@ -72,7 +72,8 @@ class Candidates:
     entropies: fp32 [n] in nats. tiers: int64 [n], -1 where a position may not be chosen.
     probabilities: of easy, medium and hard at this step; None without a curriculum. count: most
     positions wanted, a reserve included. progress: t/T, from 0 to 1. seed, iteration, sample: key
-    of the random numbers, the latter the index of the sample in the whole run.
+    of the random numbers, the latter the index of the sample in the whole run. trunk: the text
+    before the token that a position predicts, from the beginning of its document.
     """
 
     entropies: Tensor
@@ -83,6 +84,7 @@ class Candidates:
     seed: int
     iteration: int
     sample: int
+    trunk: Callable[[int], bytes]
 
     def draws(self, count: int) -> list[list[float]]:
         """``count`` pairs of uniform numbers in [0, 1), a pure function of the key."""

@@ -27,10 +27,12 @@ def find(flag: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Calla
         )
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a module does when it is imported
+    # Whatever a module does when it is imported; a script without a guard may end the program.
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(
-            f"{flag} is {name}, which cannot be imported ({type(error).__name__}: {error}); pass a "
-            "module on PYTHONPATH and a function in it."
+            f"{flag} is {name}, which cannot be imported ({reason}); pass a module on PYTHONPATH "
+            "and a function in it."
         ) from None
     example = next(iter(known.values()))
     wanted = [*inspect.signature(example).parameters.values()]

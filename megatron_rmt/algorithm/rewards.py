@@ -123,6 +123,15 @@ def is_right(response: ReadResponse, truth: Sequence[bytes], *, boxed: bool) -> 
     return response.well_formed and matches(response.prediction, truth, boxed=boxed)
 
 
+def says(response: ReadResponse, answer: bytes) -> bool:
+    """Whether a well-formed response says ``answer``, one line of text, and no more in its line.
+
+    Blanks round either do not matter, nor do further lines of the response.
+    """
+    lines = response.prediction.strip().splitlines()
+    return response.well_formed and bool(lines) and lines[0].rstrip() == answer.strip()
+
+
 def matches(prediction: bytes, truth: Sequence[bytes], *, boxed: bool) -> bool:
     """Whether a prediction is a byte prefix of the truth that ends where a token ends.
 

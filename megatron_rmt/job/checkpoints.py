@@ -1,16 +1,17 @@
 """Where checkpoints go, and what goes in: finite numbers only, whichever path saves."""
 
+import contextlib
 import itertools
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from megatron_rmt.model.gpt import named_parameters
 
 
 def save_problem(save: str | None) -> str | None:
@@ -27,6 +28,18 @@ def save_problem(save: str | None) -> str | None:
             "with room that this user may write to."
         )
     return None
+
+
+def unwritten(folder: Path, failures: Mapping[int, tuple[BaseException, Any]]) -> str:
+    """One sentence on a checkpoint that could not be written. failures: (error, ...) by rank."""
+    rank, (error, *_) = next(iter(failures.items()))
+    reason = " ".join(str(error).split()) or type(error).__name__
+    with contextlib.suppress(OSError):
+        reason += f"; {shutil.disk_usage(folder).free / 1e6:.3g} MB are free there"
+    return (
+        f"RMT: the checkpoint {folder} is not written (rank {rank}: {reason}); make room, or look "
+        "at the disk and its rights, and restart from the last checkpoint, which is as it was."
+    )
 
 
 @torch.no_grad()
@@ -60,6 +73,9 @@ def refuse_what_is_not_finite(model: list[torch.nn.Module], optimizer: Any, iter
 
 def _saved(model: list[torch.nn.Module], optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     """The floating-point tensors of a rank that a checkpoint would hold, by name."""
+    # ``console`` reads this module before Megatron, whose warnings it leaves out, is imported.
+    from megatron_rmt.model.gpt import named_parameters
+
     for name, own in named_parameters(model):
         if own.numel():
             yield name, own.detach()

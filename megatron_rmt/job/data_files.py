@@ -7,6 +7,7 @@ What a split of them holds is checked where Megatron builds its own data sets (`
 """
 
 import json
+import math
 import struct
 import zlib
 from argparse import Namespace
@@ -58,6 +59,16 @@ def token_files(args: Namespace) -> list[TokenFile]:
     Raises:
         ValueError: a file of such words cannot be read.
     """
+    found = [own for own in _words(args) if _weight(own[1]) is None and "://" not in own[1]]
+    return [TokenFile(*own) for own in dict.fromkeys(found)]
+
+
+def _words(args: Namespace) -> list[tuple[str, str]]:
+    """(flag, word) of all that the data flags say, weights of a blend among them.
+
+    Raises:
+        ValueError: see ``token_files``.
+    """
     named = [
         (flag, word)
         for name in ("data_path", *(f"{split}_data_path" for split in _SPLITS))
@@ -70,8 +81,7 @@ def token_files(args: Namespace) -> list[TokenFile]:
     if path := getattr(args, "per_split_data_args_path", None):
         flag = f"--per-split-data-args-path {path}:"
         named += [(flag, word) for word in _words_of_splits(flag, _read(flag, path))]
-    found = [(flag, word) for flag, word in named if not _is_weight(word) and "://" not in word]
-    return [TokenFile(*own) for own in dict.fromkeys(found)]
+    return named
 
 
 def _read(flag: str, path: str) -> str:
@@ -100,21 +110,26 @@ def _words_of_splits(flag: str, text: str) -> list[str]:
         raise ValueError(f"{flag} does not name the words of each split; {remedy}.") from None
 
 
-def _is_weight(word: str) -> bool:
+def _weight(word: str) -> float | None:
+    """The weight that a word is, in a blend; None for a path."""
     try:
-        float(word)
+        return float(word)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def data_problems(args: Namespace, vocabulary: int) -> Iterator[str]:
-    """One sentence for each file that is missing, damaged or of another vocabulary."""
+    """One sentence for each file that is missing, damaged or of another vocabulary, and for each
+    weight of a blend that is none."""
     try:
-        files = token_files(args)
+        files, words = token_files(args), _words(args)
     except ValueError as error:
         yield str(error)
         return
+    for flag, word in words:
+        weight = _weight(word)
+        if weight is not None and not 0 <= weight < math.inf:
+            yield f"{flag} gives a corpus the weight {word}; pass a finite number, 0 or more."
     for file in files:
         path = Path(file.prefix)
         if file.index.is_file() and file.tokens.is_file():
@@ -262,7 +277,7 @@ def foreign_token_of_a_batch(args: Namespace, token: int, vocabulary: int) -> st
     """One sentence on a ``token`` that a batch holds, with file and document if they are found."""
     left = SEARCHED_TOKENS
     for file in token_files(args):
-        if left > 0 and file.index.is_file() and file.tokens.is_file():
+        if file.index.is_file() and file.tokens.is_file():
             found = foreign_token(file, vocabulary, left)
             if found is not None:
                 return found

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.mid_training import MidTraining
 from megatron_rmt.probe import HeldOut, Text, draw_positions, standing
-from megatron_rmt.prompt.answer_spans import Spans, check_spans, first_tokens
+from megatron_rmt.prompt.answer_spans import Spans, answers_by_token, check_spans
 
 
 def is_measured(settings: Settings, steps: int) -> bool:
@@ -86,7 +86,7 @@ def tokenize_held_out(run: MidTraining, tokenizer: Any) -> HeldOut:
         ids = list(tokenizer.tokenize(text))
         wanted = range(len(ids))
         if settings.eval_positions == "answers":
-            wanted = first_tokens(text, spans, ids, prompt.bytes_of)
+            wanted = answers_by_token(text, spans, ids, prompt.bytes_of)
         fits = [t for t in wanted if 0 < t < min(length, len(ids)) and prompt.answerable[ids[t]]]
         if fits:
             texts.append(Text(number, ids, min(length, len(ids))))

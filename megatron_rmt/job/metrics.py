@@ -3,6 +3,7 @@
 A resumed run writes its iterations again; whoever reads the file takes the last line of each.
 """
 
+import errno
 import json
 import math
 import os
@@ -44,19 +45,27 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
     content = "".join(f"{line}\n" for line in lines).encode()
     with never_ending_training(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab", buffering=0) as file:
+        with open(path, "ab", buffering=0, opener=_without_waiting) as file:
             regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             if regular:
                 content = _end_last_line(path) + content
             end = os.fstat(file.fileno()).st_size
             try:
                 while content:
-                    # A disk that is nearly full takes a part.
-                    content = content[file.write(content) :]
+                    # A disk that is nearly full takes a part, a pipe that is full none.
+                    taken = file.write(content)
+                    if taken is None:
+                        raise BlockingIOError(errno.EAGAIN, "its reader does not read")
+                    content = content[taken:]
             except OSError:
                 if regular:
                     file.truncate(end)
                 raise
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that nobody reads is an error, where one would wait for a reader."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _end_last_line(path: Path) -> bytes:

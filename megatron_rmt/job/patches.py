@@ -19,13 +19,18 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rmt.algorithm.settings import Settings
-from megatron_rmt.job.checkpoints import refuse_what_is_not_finite
+from megatron_rmt.job.checkpoints import refuse_what_is_not_finite, unwritten
 from megatron_rmt.job.data_files import empty_split
 from megatron_rmt.job.digests import check_digests, index_with_digest, with_digests
 from megatron_rmt.job.index_cache import whole_indices
-from megatron_rmt.job.processes import end_with_torchrun, start_save_worker, write_results_queue
+from megatron_rmt.job.processes import (
+    end_when_interrupted,
+    end_with_torchrun,
+    start_save_worker,
+    write_results_queue,
+)
 from megatron_rmt.job.resume import check_same_settings, stored_arguments
-from megatron_rmt.job.run_lock import lock_problem
+from megatron_rmt.job.run_lock import lock_problem, metrics_lock_problem
 from megatron_rmt.job.settings import add_rmt_arguments, readable_help, versions
 from megatron_rmt.job.tracking import continue_wandb_run, forgive_writer, never_ending_training
 from megatron_rmt.job.train_step import PROGRESS, prepared, run_step
@@ -90,6 +95,7 @@ def _validate_args(original: Callable[..., Any], args: Any, *others: Any, **name
     if not Settings.of(args).rmt:
         return result
     end_with_torchrun()
+    end_when_interrupted()
     continue_wandb_run(args)
     if Settings.of(args).trains_with_rl:
         # Megatron hands all arguments to wandb as the configuration of the run.
@@ -123,13 +129,21 @@ def _check_checkpoint_args(
 def _setup_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from megatron.training import get_args
 
-    if Settings.of(get_args()).trains_with_rl:
+    options = get_args()
+    if Settings.of(options).trains_with_rl:
         # The first moment at which one rank can tell the others, and no model is built yet.
-        problem = [lock_problem(get_args().save) if torch.distributed.get_rank() == 0 else None]
-        torch.distributed.broadcast_object_list(problem, src=0)
-        if problem[0] is not None:
-            raise SystemExit(f"RMT cannot train here: {problem[0]}")
+        _end_if(0, lock_problem, options.save)
+        last = torch.distributed.get_world_size() - 1
+        _end_if(last, metrics_lock_problem, options.rmt_metrics_file)
     return original(*args, **kwargs)
+
+
+def _end_if(rank: int, find: Callable[[str | None], str | None], place: str | None) -> None:
+    """All ranks end if ``rank`` finds a problem with a ``place`` to which it writes."""
+    problem = [find(place) if torch.distributed.get_rank() == rank else None]
+    torch.distributed.broadcast_object_list(problem, src=rank)
+    if problem[0] is not None:
+        raise SystemExit(f"RMT cannot train here: {problem[0]}")
 
 
 def _get_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -216,7 +230,12 @@ def _save_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     call.apply_defaults()
     values = call.arguments
     refuse_what_is_not_finite(values["model"], values["optimizer"], values["iteration"])
-    result = original(*args, **kwargs)
+    try:
+        result = original(*args, **kwargs)
+    except OSError as error:
+        # What one rank writes alone, such as the file that names the last iteration.
+        place = Path(get_args().save)
+        raise SystemExit(unwritten(place, {torch.distributed.get_rank(): (error,)})) from None
     if not values["non_persistent_ckpt"]:
         PROGRESS.held = values["iteration"]
     return result
@@ -238,10 +257,17 @@ def _save_state_dict_async_finalize(
 
     settings = Settings.of(get_args())
     finalize = functools.partial(original, storage_writer, global_metadata, dist_wrapper)
-    if settings.rmt and dist_wrapper.is_coordinator:
-        index_with_digest(finalize, storage_writer, not settings.no_digests)
-    else:
-        finalize()
+    try:
+        if settings.rmt and dist_wrapper.is_coordinator:
+            index_with_digest(finalize, storage_writer, not settings.no_digests)
+        else:
+            finalize()
+    except CheckpointException as error:
+        if not settings.rmt:
+            raise
+        # Every rank raises it, and the coordinator knows why.
+        found = error.failures and unwritten(Path(storage_writer.checkpoint_dir), error.failures)
+        raise SystemExit(dist_wrapper.broadcast_object(found)) from None
 
 
 def _load_global_dist_base_checkpoint(
@@ -261,9 +287,10 @@ def _load_global_dist_base_checkpoint(
     except CheckpointException as error:
         # torch has told it to all ranks.
         first, _ = next(iter(error.failures.values()))
+        reason = " ".join(str(first).split()) or type(first).__name__
         raise SystemExit(
-            f"RMT: the checkpoint {folder} is not loaded: {' '.join(str(first).split())}; copy it "
-            "again, or name another one with --ckpt-step."
+            f"RMT: the checkpoint {folder} is not loaded: {reason}; copy it again, or name another "
+            "one with --ckpt-step."
         ) from None
 
 
@@ -295,7 +322,7 @@ PATCHES: tuple[Symbol, ...] = (
     ),
     # The wheel ships the compiled helper and no Makefile.
     Symbol("megatron.core.datasets.utils", "compile_helpers", "", _compile_helpers),
-    # One job at a time writes to --save.
+    # One job at a time writes to --save and to --rmt-metrics-file.
     Symbol("megatron.training.training", "setup_model_and_optimizer", "", _setup_model),
     # Another model than a GPTModel, where a job's own function builds it, is refused before its
     # checkpoint and the data are read.

@@ -1,5 +1,5 @@
 """Processes of a job end with the one that started them: torchrun's ranks, and what a rank starts
-to save checkpoints.
+to save checkpoints. Ctrl-C ends a rank in a sentence.
 
 Else ranks of an agent that was killed go on writing to ``--save`` beside those of the next start,
 and each rank that was killed leaves processes of some 700 MB behind.
@@ -9,6 +9,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -38,6 +39,29 @@ def end_with_torchrun() -> None:
     """``end_with_parent`` for a rank that torchrun started."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+
+
+def end_when_interrupted() -> None:
+    """Let this process end at Ctrl-C (SIGINT) with exit code 130 and one sentence; or, where
+    ``--exit-signal-handler`` waits for a signal, take it for that one. A second one ends it at
+    once. Nothing where the job has a handler of its own."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    own = os.getpid()
+
+    def interrupted(*_: object) -> None:
+        from megatron.training import global_vars
+
+        if os.getpid() != own:  # a process that reads data
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        told = global_vars._GLOBAL_SIGNAL_HANDLER
+        if told is None:
+            print("RMT: interrupted; the last checkpoint is as it was.", file=sys.stderr)
+            raise SystemExit(130)
+        told._signal_received = True
+
+    signal.signal(signal.SIGINT, interrupted)
 
 
 def start_save_worker(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ difference is refused by name, unless ``--rmt-allow-changed-settings`` is given.
 
 import hashlib
 import itertools
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -79,8 +80,13 @@ def checkpoint_problems(args: Namespace) -> Iterator[str]:
                 f"{flag} is {place}, but there is no {folder.name} in it, which "
                 f"{_reason(step, folder)} says to load; {_choices(Path(place))}."
             )
+        elif folder is not None and (reason := _half_there(folder)):
+            yield (
+                f"{flag} is {place}, but {folder.name} in it, which {_reason(step, folder)} says "
+                f"to load, is no whole checkpoint ({reason}); {_choices(Path(place))}."
+            )
         alone = not (args.pretrained_checkpoint or args.non_persistent_ckpt_type)
-        if folder is None and flag == "--load" and args.exit_on_missing_checkpoint and alone:
+        if folder is None and args.exit_on_missing_checkpoint and alone:
             yield (
                 f"--load is {place} and --exit-on-missing-checkpoint is set, but there is no "
                 f"{TRACKER} in it; pass the folder of a checkpoint."
@@ -113,12 +119,27 @@ def checkpoint_folder(load: Path, step: int | None) -> Path | None:
     return None if chosen is None else load / f"iter_{int(chosen):07d}"
 
 
+def _half_there(folder: Path) -> str | None:
+    """What says that a checkpoint was not written to its end, or was damaged; in words."""
+    last = folder / "metadata.json"
+    if not last.exists():
+        # Megatron's older format has a folder for each rank, and nothing that comes last.
+        older = any(path.name.startswith("mp_rank_0") for path in folder.iterdir())
+        return None if older else f"there is no {last.name}, which is written last"
+    try:
+        whole = "sharded_backend" in json.loads(last.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        whole = False
+    return None if whole else f"{last.name} is damaged"
+
+
 def _reason(step: int | None, folder: Path) -> str:
     return f"--ckpt-step {step}" if step and folder.name != "release" else TRACKER
 
 
 def _choices(load: Path) -> str:
-    saved = sorted(path.name for path in load.glob("iter_*") if path.is_dir())
+    folders = [path for path in load.glob("iter_*") if path.is_dir()]
+    saved = sorted(path.name for path in folders if not _half_there(path))
     if not saved:
         return "leave the flag out to begin anew, as nothing is saved there"
     return (

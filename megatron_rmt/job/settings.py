@@ -13,6 +13,7 @@ line holds wins. A switch that the file turns on cannot be turned off there.
 import contextlib
 import functools
 import importlib.metadata
+import io
 import typing
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from megatron.training.argument_utils import ArgumentGroupFactory
 from omegaconf import OmegaConf
 
@@ -136,7 +138,11 @@ def read_config(path: str) -> dict[str, Any]:
     """
     remedy = "pass UTF-8 lines like 'group-size: 8', each key once"
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        text = Path(path).read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            # A few lines of them can stand for more values than there is memory.
+            raise ValueError("it repeats a part of itself (*)")
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except Exception as error:
         # YAML's constructors raise whatever Python's conversions of a value raise.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -194,7 +200,7 @@ def setting_problems(args: Namespace) -> Iterator[str]:
     for field in fields(Settings):
         value, interval = getattr(settings, field.name), field.metadata["interval"]
         parts = value if isinstance(value, tuple) else (value,)
-        if not interval or value is None or all(_lies_in(part, interval) for part in parts):
+        if not interval or value is None or all(lies_in(part, interval) for part in parts):
             continue
         remedy = f"pass {'numbers' if len(parts) > 1 else 'a number'} in {interval}"
         if field.default is None:
@@ -258,7 +264,7 @@ def setting_problems(args: Namespace) -> Iterator[str]:
         yield f"--rmt-metrics-file is {settings.metrics_file}, a folder; pass a file in it."
 
 
-def _lies_in(value: float, interval: str) -> bool:
+def lies_in(value: float, interval: str) -> bool:
     """Whether ``value`` lies in an interval as written in mathematics; NaN lies in none."""
     low, high = map(float, interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low

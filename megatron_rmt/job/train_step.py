@@ -52,7 +52,11 @@ from megatron_rmt.step import collect
 from megatron_rmt.update.agreement import NotFiniteError, RanksDifferError
 from megatron_rmt.update.baseline import Baseline
 from megatron_rmt.update.forward_step import Update, make_forward_step
-from megatron_rmt.update.logprob_check import check_log_probs, logprob_tolerance
+from megatron_rmt.update.logprob_check import (
+    LogProbsDifferError,
+    check_log_probs,
+    logprob_tolerance,
+)
 
 # Of this process: what it knows of the steps behind it, and those that taught nothing, by reason.
 PROGRESS = Progress()
@@ -163,7 +167,7 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
         return skipped(options, iteration, error, batches, run.prompt, PROGRESS)
     except StoppedError:
         return left_to_the_next_run(options, iteration, PROGRESS)
-    except (BatchError, DoorError, CacheError, RanksDifferError) as error:
+    except (BatchError, DoorError, CacheError, RanksDifferError, LogProbsDifferError) as error:
         # Every rank ends here; no weight has moved yet.
         raise SystemExit(f"RMT, iteration {iteration + 1}: {error}") from None
     PROGRESS.bad_in_a_row = 0

@@ -78,6 +78,7 @@ def take_batches(
             batches = [_rotated(batch, end_of_document, separate_documents) for batch in batches]
         for calls, batch in zip(calls_of_batches, batches, strict=True):
             masks = [arguments.get("attention_mask") for arguments in calls]
+            problems.append(_number_problem(batch))
             problems += [
                 _mask_problem(mask, batch, end_of_document, separate_documents) for mask in masks
             ]
@@ -212,6 +213,24 @@ def _rotated(batch: UserBatch, end_of_document: int, separate_documents: bool) -
         if not counts.all():
             own.copy_(torch.arange(len(own)))
     return replace(batch, position_ids=position_ids)
+
+
+def _number_problem(batch: UserBatch) -> str | None:
+    """Weights that no loss can be weighed by, and positions before the first."""
+    weights = batch.loss_mask
+    wrong = weights[~((weights >= 0) & weights.isfinite())]
+    if len(wrong):
+        return (
+            f"forward_step_func gives GPTModel.forward a loss_mask that holds {float(wrong[0])}; "
+            "pass finite weights, 0 or more."
+        )
+    lowest = int(batch.position_ids.min())
+    if lowest < 0:
+        return (
+            f"forward_step_func gives GPTModel.forward position_ids from {lowest} on; count "
+            "tokens from 0."
+        )
+    return None
 
 
 def _mask_problem(

@@ -1,5 +1,6 @@
 """What RMT cannot run with, found on every rank before a model is built: all problems at once."""
 
+import math
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from megatron_rmt.job.resume import (
     checkpoint_problems,
     stored_arguments,
 )
-from megatron_rmt.job.settings import flag_name, setting_problems
+from megatron_rmt.job.settings import flag_name, lies_in, setting_problems
 from megatron_rmt.mid_training import DOORS, batches_of_run, fitting_problem, read_prompt
 from megatron_rmt.model.routers import routing_problems
 from megatron_rmt.prompt.ids_of_text import check_ids_are_text
@@ -30,6 +31,11 @@ from megatron_rmt.prompt.prompt import NO_END_OF_DOCUMENT
 from megatron_rmt.prompt.token_bytes import token_bytes
 
 _OFFLOADING = "it plans by the passes of the first step, and rollouts and trees run others"
+# Of Megatron's numbers, bounds that may be without an end.
+_BOUNDS = frozenset({"clip_grad", "grad_norm_skip_threshold"})
+# Without an epsilon, 0 is divided by 0 where a row of the embedding has no gradient.
+_INTERVALS = {"adam_beta1": "[0, 1)", "adam_beta2": "[0, 1)", "adam_eps": "(0, inf)"}
+_INTERVALS["weight_decay"] = "[0, inf)"
 _OUTPUT_LAYER = "it listens to the output layer, which RMT's head stands in for"
 # Megatron's datasets ask the tokenizer for the end of a text.
 _NEED_ENDS = (
@@ -58,7 +64,8 @@ def check_rmt_arguments(args: Namespace) -> None:
         return
     if not settings.trains_with_rl:
         return
-    problems = [*setting_problems(args), *_doors(settings), *unsupported(args)]
+    problems = [*setting_problems(args), *_numbers(args)]
+    problems += [*_doors(settings), *unsupported(args)]
     problems += [*_missing(args), *_precision(args), *_tracking(args)]
     problems += [*held_out_problems(settings)]
     problems += [*checkpoint_problems(args), *filter(None, [save_problem(args.save)])]
@@ -69,6 +76,21 @@ def check_rmt_arguments(args: Namespace) -> None:
         problems = [*_vocabulary(args)]
     if problems:
         raise ValueError("RMT cannot train with these settings: " + " ".join(problems))
+
+
+def _numbers(args: Namespace) -> Iterator[str]:
+    """Numbers of Megatron's, such as the learning rate, that its parser takes and its optimizer
+    does not, or that make weights NaN or infinite."""
+    for name, value in vars(args).items():
+        for part in value if isinstance(value, list) else [value]:
+            if name.startswith("rmt_") or not isinstance(part, float) or math.isfinite(part):
+                continue
+            if name not in _BOUNDS or math.isnan(part):
+                yield f"--{name.replace('_', '-')} is {part}; pass a finite number."
+    for name, interval in _INTERVALS.items():
+        value = getattr(args, name)
+        if math.isfinite(value) and not lies_in(value, interval):
+            yield f"--{name.replace('_', '-')} is {value}; pass a number in {interval}."
 
 
 def _doors(settings: Settings) -> Iterator[str]:
@@ -126,6 +148,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
             False,
             "it is for MXFP8, which needs a Blackwell GPU",
         ),
+        "--overlap-param-gather-with-optimizer-step": (False, "rollouts need whole weights"),
         "--phase-transition-iterations": (
             None,
             "each phase reads other data, and a resumed run goes on with its own",

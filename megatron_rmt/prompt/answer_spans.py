@@ -27,13 +27,17 @@ def check_spans(value: Any, length: int) -> Spans:
     return tuple((first, limit) for first, limit in value)
 
 
-def first_tokens(
+def answers_by_token(
     text: str, spans: Spans, ids: Sequence[int], bytes_of: Sequence[bytes]
-) -> tuple[int, ...]:
-    """The first token of each span, ascending: indices of ``ids``, the tokens of ``text``.
+) -> dict[int, bytes]:
+    """What each span says, by its first token, ascending: an index of ``ids``, the tokens of
+    ``text``. Of spans that begin with one token it is the longest.
 
-    It is the first that holds a byte of the span: a blank before an answer may be part of it.
+    The first token is the first that holds a byte of the span: a blank before an answer may be part
+    of it.
     """
     ends = np.cumsum([len(bytes_of[token]) for token in ids])
     opening = [len(text[:first].encode()) for first, _ in spans]
-    return tuple(sorted({int(token) for token in np.searchsorted(ends, opening, side="right")}))
+    tokens = np.searchsorted(ends, opening, side="right").tolist()
+    said = [text[first:limit].encode() for first, limit in spans]
+    return dict(sorted(zip(tokens, said, strict=True), key=lambda own: (own[0], len(own[1]))))

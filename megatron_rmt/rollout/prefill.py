@@ -8,6 +8,7 @@ the rollouts read.
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,23 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_rmt.model.gpt import Policy
-from megatron_rmt.model.head import token_entropies
+from megatron_rmt.model.head import token_entropies, token_loss_sum
 from megatron_rmt.model.pipeline import forward_through_stages, from_last_stage
 from megatron_rmt.rollout.kv_cache import KeyValueStore, TrunkVisibility
 from megatron_rmt.rollout.trunk import Sample, trunk_blocks
+
+
+class TrunkReading(NamedTuple):
+    """What the model predicts in each row of a trunk, on the CPU.
+
+    entropies: ``[rows]`` fp32 in nats. predictions: ``[rows]`` int64, the most likely next tokens.
+    log_probs: ``[rows]`` fp32 in nats, of the labels, NaN where there is none; None unless asked
+    for.
+    """
+
+    entropies: Tensor
+    predictions: Tensor
+    log_probs: Tensor | None = None
 
 
 @torch.no_grad()
@@ -29,11 +43,12 @@ def read_trunk(
     first_row: int,
     *,
     top_k: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_log_probs: bool = False,
+) -> TrunkReading:
     """Read one micro-batch's trunk: keys and values go to ``store`` from ``first_row`` on.
 
-    Returns, on every tensor- and pipeline-parallel rank and on the CPU, the entropies ``[rows]``
-    fp32 in nats and the most likely next tokens ``[rows]`` int64.
+    top_k: see ``token_entropies``. with_log_probs: of the labels, a second product of the head. The
+    same on every tensor- and pipeline-parallel rank.
     """
     device = policy.device
     tokens = torch.cat([sample.tokens for sample in trunk]).to(device)
@@ -47,23 +62,28 @@ def read_trunk(
     position_ids = torch.cat([sample.position_ids for sample in trunk])
     visibility.use_position_ids(position_ids.to(device), policy.longest_position)
 
-    def read(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return token_entropies(
-            hidden,
-            weight,
-            vocab_size=policy.vocab_size,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            chunk_size=policy.head_chunk_size,
-            top_k=top_k,
-        )
+    labels = torch.cat([sample.labels for sample in trunk]).to(device)
 
-    result = forward_through_stages(policy.model, tokens, visibility, read)
-    if result is None:
-        entropies = torch.empty(len(tokens), device=device)
-        predictions = torch.empty(len(tokens), dtype=torch.int64, device=device)
-    else:
-        entropies, predictions = result[0].float().contiguous(), result[1].contiguous()
-    return from_last_stage(entropies).cpu(), from_last_stage(predictions).cpu()
+    def read(hidden: Tensor, weight: Tensor) -> list[Tensor]:
+        how = {
+            "vocab_size": policy.vocab_size,
+            "tp_group": parallel_state.get_tensor_model_parallel_group(),
+            "chunk_size": policy.head_chunk_size,
+        }
+        entropies, predictions = token_entropies(hidden, weight, top_k=top_k, **how)
+        found = [entropies.float(), predictions]
+        if with_log_probs:
+            _, log_probs = token_loss_sum(
+                hidden, weight, labels.clamp(min=0), lambda rows, log_probs: -log_probs, **how
+            )
+            found.append(log_probs.float().masked_fill(labels < 0, torch.nan))
+        return found
+
+    found = forward_through_stages(policy.model, tokens, visibility, read)
+    if found is None:
+        dtypes = [torch.float32, torch.int64, *[torch.float32] * with_log_probs]
+        found = [torch.empty(len(tokens), dtype=dtype, device=device) for dtype in dtypes]
+    return TrunkReading(*(from_last_stage(own.contiguous()).cpu() for own in found))
 
 
 PERCENTILES = (10, 50, 90)

@@ -3,6 +3,7 @@
 Scores are split over the tensor-parallel ranks; ``algorithm.rng`` gives the numbers for the draws.
 """
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -111,9 +112,13 @@ class DecodeHead:
 
 def _kernels(logits: Tensor) -> ModuleType | None:
     """``sampling_triton`` for fp32 scores on a GPU with Triton, else None: torch's operations."""
-    if not (
-        logits.is_cuda and logits.dtype == torch.float32 and importlib.util.find_spec("triton")
-    ):
+    return _triton() if logits.is_cuda and logits.dtype == torch.float32 else None
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    """Looked for once, not for each token."""
+    if importlib.util.find_spec("triton") is None:
         return None
     from megatron_rmt.rollout import sampling_triton
 

@@ -94,7 +94,7 @@ def agree(
 
 def _sides(groups: Sequence[int], values: Sequence[int]) -> list[list[int]]:
     """Of the first group whose ranks have different ``values``: the ranks, by value; or nothing."""
-    if groups == [groups[0]] * len(groups) and len(set(values)) == 1:
+    if len(set(values)) == 1:
         return []
     by_group: dict[int, dict[int, list[int]]] = {}
     for rank, (group, value) in enumerate(zip(groups, values, strict=True)):

@@ -26,6 +26,10 @@ FP32_TOLERANCE = 1e-3
 HALF_PRECISION_TOLERANCE = 0.2
 
 
+class LogProbsDifferError(RuntimeError):
+    """The policy that is trained is not the one that was sampled."""
+
+
 def logprob_tolerance(args: Namespace) -> float:
     """``--rmt-logprob-tolerance``, or the default for the precision."""
     if args.rmt_logprob_tolerance is not None:
@@ -43,7 +47,7 @@ def check_log_probs(
     ranks; each raises, or none. Waits for the device once.
 
     Raises:
-        RuntimeError: the difference is larger, or not a number.
+        LogProbsDifferError: the difference is larger, or not a number.
         NotFiniteError: another number is not finite; names its sample, or the parameter.
     """
     device = updates[0].tree.tokens.device
@@ -63,8 +67,8 @@ def check_log_probs(
     # Nothing may have been drawn; then there is nothing to compare.
     mean = difference / max(tokens, 1.0)
     if not mean <= tolerance:
-        raise RuntimeError(
-            f"RMT: log-probs of the update differ from those of the rollouts by {mean:.3g} nats on "
+        raise LogProbsDifferError(
+            f"log-probs of the update differ from those of the rollouts by {mean:.3g} nats on "
             f"average, more than --rmt-logprob-tolerance {tolerance:g}; the optimizer's step was "
             "not taken. Either the weights are not finite, or something acts on training alone or "
             "on generation alone: look at dropout, at code of the job that depends on "

@@ -39,6 +39,11 @@ def text_before(sample: Sample, row: int) -> list[int]:
     return sample.tokens[own][sample.columns[own] >= 0].tolist()
 
 
+def bytes_before(prompt: Prompt, sample: Sample, row: int) -> bytes:
+    """The text of ``text_before``; special tokens are no text."""
+    return b"".join(prompt.bytes_of[token] for token in text_before(sample, row))
+
+
 def gather_evidence(
     prompt: Prompt,
     reasoned: Sequence[ReasonedSample],
@@ -53,7 +58,7 @@ def gather_evidence(
 
     def trunk(index: int) -> bytes:
         sample, position = places[index]
-        return b"".join(in_bytes(text_before(sample, position.row)))
+        return bytes_before(prompt, sample, position.row)
 
     lengths = [[own.thought_length for own in position.responses] for _, position in places]
     return Evidence(

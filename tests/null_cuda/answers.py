@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+# Whose functions read, as their modules' names begin.
+READERS = ("megatron.", "megatron_rmt.", "torch._inductor.")
 READS = ("tolist", "item", "cpu", "__bool__", "__int__", "__float__", "__index__")
 
 
@@ -106,15 +108,23 @@ def _difference(found: Tensor, *_: Any) -> Tensor:
 
 
 def _log_probs(found: Tensor, *_: Any) -> Tensor:
-    return -torch.linspace(1, 2, len(found))
+    """Of the truth, and whether it is the likeliest; or which rollout each row is of, as laid out
+    on the host."""
+    if not found.is_floating_point():
+        return found
+    return -torch.linspace(1, 2, found.shape[-1], dtype=found.dtype).expand(found.shape)
 
 
-def _sizes_of_samples(found: Tensor, names: Mapping[str, Any], _: Script) -> Tensor:
-    return names["own"].to("cpu").repeat(names["ranks"], 1)
+def _is_trained(found: Tensor, names: Mapping[str, Any], _: Script) -> Tensor:
+    """Whether there is anything to train, validate, test on, as rank 0 would say: the first."""
+    return found if hasattr(names["args"], "do_train") else torch.ones_like(found)
 
 
-def _bytes_of_samples(found: Tensor, names: Mapping[str, Any], _: Script) -> Tensor:
-    """Each rank's samples are copies of this one's."""
+def _other_samples(found: Tensor, names: Mapping[str, Any], _: Script) -> Tensor:
+    """The sizes of all ranks' samples, then the bytes of those that arrive: copies of this rank's
+    own."""
+    if found.dtype != torch.uint8:
+        return names["own"].to("cpu").repeat(names["ranks"], 1)
     sent = names["sent"]
     content = b"".join(sent[sample % len(sent)] for sample in names["arrived"])
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -128,14 +138,20 @@ ANSWERS: dict[str, Answer] = {
     "job.user_batch.check_tokens": _foreign_tokens,
     "rollout.generate._Decoder._take_tokens": _flags,
     "rollout.live_rollouts.LiveRollouts.responses": _responses,
+    "rollout.memory._largest": _as_it_is,
     "rollout.prefill.EntropyHistogram.__init__": _cumulative_counts,
     "rollout.prefill.read_trunk": _entropies_and_predictions,
     "step._check_trunk_fits": _as_it_is,
     "step._grow": _sums,
     "update.agreement.agree": _zeros,
     "update.logprob_check.check_log_probs": _difference,
-    "update.packing.repack": _sizes_of_samples,
-    "update.truth.log_probs_of_truth": _log_probs,
+    "update.packing.repack": _other_samples,
+    "update.truth._read_truth": _log_probs,
+}
+
+# Of Megatron, what is neither zero nor copied there by this rank.
+MEGATRON_ANSWERS: dict[str, Answer] = {
+    "megatron.training.training.build_train_valid_test_data_loaders": _is_trained,
 }
 
 
@@ -173,8 +189,9 @@ def _scripted(read: Callable[..., Any], script: Script) -> Callable[..., Any]:
                     "tests/null_cuda/answers.py what it finds there."
                 )
         else:
-            # Megatron's own: norms, losses, whether a gradient overflowed.
-            answer = _zeros if tensor.is_floating_point() else _as_it_is
+            # Norms, losses, whether a gradient overflowed; of a compiler, constants.
+            usual = _zeros if tensor.is_floating_point() else _as_it_is
+            answer = MEGATRON_ANSWERS.get(place, usual)
         # The one copy and wait of this read.
         found = tensor.detach().to("cpu")
         return read(answer(found, names, script), *args, **kwargs)
@@ -183,11 +200,11 @@ def _scripted(read: Callable[..., Any], script: Script) -> Callable[..., Any]:
 
 
 def _reader() -> tuple[str, Mapping[str, Any]]:
-    """The function of Megatron or RMT that reads, and its local variables."""
+    """The function of Megatron, RMT or torch's compiler that reads, and its local variables."""
     frame = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] in ("megatron", "megatron_rmt"):
+        if module.startswith(READERS):
             function = frame.f_code.co_qualname.split(".<locals>")[0]
             return f"{module}.{function}", frame.f_locals
         frame = frame.f_back

@@ -19,12 +19,18 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-RUNTIME, DRIVER = "libnull_cuda.so", "libcuda.so.1"
+RUNTIME, DRIVER, NVML = "libnull_cuda.so", "libcuda.so.1", "libnvidia-ml.so.1"
 # The libraries of torch whose calls must be answered, and the beginnings of those calls' names.
 CALLERS = ("libtorch_cuda.so", "libtorch_cuda_linalg.so", "libc10_cuda.so", "libcaffe2_nvrtc.so")
 CALLS = re.compile(r"\bU ((?:__)?cuda\w+|cublas\w+|nccl\w+|cu[A-Z]\w+)")
 # Calls of the driver that torch looks up by their names when it starts.
-LOOKED_UP = re.compile(rb"\0(cu[A-Z][A-Za-z0-9_]{5,})(?=\0)")
+LOOKED_UP = re.compile(rb"\0((?:cu|nvml)[A-Z][A-Za-z0-9_]{5,})(?=\0)")
+# How the names of what changes torch, NCCL or Triton begin in an environment.
+SETTINGS = ("CUDA_", "NCCL_", "NVIDIA_", "PYTORCH_", "TORCH", "TRITON_")
+# Warnings, the print of Megatron's arguments, and what of Python's report of a crash is long.
+SAID_ALWAYS = re.compile(
+    r"warnings?\.warn|Warning: |^ +\w+ \.{3,} |^(INFO|WARNING)\b|^>|^-{5,}|^Extension modules"
+)
 
 FOLDER = "NULL_CUDA"  # the environment variable of programs on the device
 
@@ -71,28 +77,25 @@ def build(cache: Path) -> Path:
         flags = [f"-I{path}" for path in headers]
         partial = folder / f"{library}.{os.getpid()}"
         _run("gcc", "-shared", "-fPIC", "-O1", "-w", *flags, source, fill, "-o", partial, "-ldl")
+        if library == DRIVER:
+            (folder / NVML).unlink(missing_ok=True)
+            (folder / NVML).symlink_to(DRIVER)
         partial.replace(folder / library)
     return folder
 
 
 def is_of_driver(name: str) -> bool:
-    return re.match(r"cu[A-Z]", name) is not None and not name.startswith("cuFile")
+    return re.match(r"(cu|nvml)[A-Z]", name) is not None and not name.startswith("cuFile")
 
 
 def is_of_runtime(name: str) -> bool:
-    return re.match(r"cu[A-Z]", name) is None
+    return re.match(r"(cu|nvml)[A-Z]", name) is None
 
 
 def environment(folder: Path) -> dict[str, str]:
     """What a program needs to run on the device in ``folder``; compiled kernels are kept beside."""
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        # The tests' own process runs without compilation and on the CPU; the device has no virtual
-        # memory, which expandable segments need.
-        if name not in ("TORCHDYNAMO_DISABLE", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
-        and not name.endswith("_ALLOC_CONF")
-    }
+    # The tests' own process runs on the CPU, and what it has imported may have set more.
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith(SETTINGS)}
     return inherited | {
         FOLDER: str(folder),
         "LD_PRELOAD": str(folder / RUNTIME),
@@ -104,7 +107,9 @@ def environment(folder: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "TORCH_NCCL_ENABLE_MONITORING": "0",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        # As the launchers have it.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
 
@@ -113,7 +118,7 @@ def run(folder: Path, module: str, arguments: Sequence[str], timeout: float = 12
     """The output of ``python -m module`` on the device.
 
     Raises:
-        AssertionError: it failed; the message ends with the last lines that it wrote.
+        AssertionError: it failed; the message ends with the last lines that tell why.
     """
     command = [sys.executable, "-X", "faulthandler", "-m", module, *arguments]
     process = subprocess.run(
@@ -126,8 +131,14 @@ def run(folder: Path, module: str, arguments: Sequence[str], timeout: float = 12
         timeout=timeout,
     )
     output = process.stdout + process.stderr
-    assert process.returncode == 0, f"exit code {process.returncode}\n{output[-6000:]}"
+    assert process.returncode == 0, f"exit code {process.returncode}\n{_telling(output)}"
     return output
+
+
+def _telling(output: str) -> str:
+    """The last lines of ``output`` that are not said by every run."""
+    lines = [line for line in output.splitlines() if line.strip() and not SAID_ALWAYS.search(line)]
+    return "\n".join(lines[-60:])
 
 
 def _package(name: str) -> Path:

@@ -7,7 +7,6 @@ Runs on the device of ``device.run``; draws as the first of two tensor-parallel 
 alone, with the kernels and by the plain path.
 """
 
-import importlib.util
 import json
 import os
 import sys
@@ -108,8 +107,8 @@ def main() -> None:
         for kind in KINDS:
             own = draws.setdefault(name, {}).setdefault(kind, {})
             for path in ("kernels", "plain"):
-                triton = importlib.util.find_spec("triton") if path == "kernels" else None
-                with mock.patch("importlib.util.find_spec", return_value=triton):
+                kernels = sampling._triton() if path == "kernels" else None
+                with mock.patch.object(sampling, "_triton", return_value=kernels):
                     own[path] = _events(_draw(kind, scores, uniforms, group))
     live = _rollouts()
     log_probs = torch.empty(ROWS, device="cuda")

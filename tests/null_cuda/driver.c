@@ -1,4 +1,4 @@
-/* The driver of the null device: what torch, Triton and inductor ask of libcuda.
+/* The driver of the null device: what torch, Triton and inductor ask of libcuda and of NVML.
  *
  * Nothing runs; kernels are reported to runtime.c by their names. The types are left out, as all
  * are handles, numbers or addresses of them.
@@ -13,11 +13,12 @@
 #define QUIET(name) PUBLIC int name() { return 0; }
 #define MIB ((size_t)1 << 20)
 #define GRANULARITY (2 * MIB)
-enum { DEVICE = 2, OUT_OF_MEMORY = 2 };
+enum { DEVICE = 2, OUT_OF_MEMORY = 2, NOT_SUPPORTED = 3 };
 
 /* Of runtime.c, which is preloaded. */
 extern void null_cuda_launched(const char *) __attribute__((weak));
 extern void null_cuda_hold(void *, size_t, int) __attribute__((weak));
+extern size_t null_cuda_let_go(void *) __attribute__((weak));
 extern int null_cuda_use(long) __attribute__((weak));
 
 static void *const CONTEXT = (void *)64;
@@ -126,7 +127,20 @@ PUBLIC int cuMemRelease(unsigned long long made) { return null_cuda_use(-(long)m
 PUBLIC int cuMemGetAddressRange_v2(uintptr_t *base, size_t *bytes, uintptr_t address) {
     return *base = address, *bytes = 0, 0;
 }
+PUBLIC int cuMemAddressFree(uintptr_t address, size_t bytes) {
+    return null_cuda_let_go((void *)address), munmap((void *)address, bytes);
+}
 QUIET(cuMemMap)
 QUIET(cuMemUnmap)
 QUIET(cuMemSetAccess)
-QUIET(cuMemAddressFree)
+
+/* ---- NVML: what those segments ask, whether memory may be shared between nodes ---- */
+
+PUBLIC int nvmlDeviceGetCount_v2(unsigned *count) { return *count = 1, 0; }
+PUBLIC int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) {
+    return *device = CONTEXT, 0;
+}
+PUBLIC int nvmlDeviceGetGpuFabricInfoV(void *device, void *found) { return NOT_SUPPORTED; }
+PUBLIC int nvmlDeviceGetComputeRunningProcesses(void) { return NOT_SUPPORTED; }
+QUIET(nvmlInit)
+QUIET(nvmlInit_v2)

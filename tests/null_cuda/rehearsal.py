@@ -3,7 +3,7 @@
     python -m tests.null_cuda.rehearsal --report FILE [options] -- FLAGS of examples/pretrain_rmt.py
 
 Runs on the device of ``device.run``. The report is JSON: of each phase, how often it came, and for
-each time the events of ``device.counts`` and the largest memory.
+each time the events of ``device.counts`` and the largest memory; and how many graphs were compiled.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tests.null_cuda import answers, device, ranks
+from tests.null_cuda import answers, device, experts, ranks
 
 PRETRAIN = device.REPOSITORY / "examples/pretrain_rmt.py"
 
@@ -100,7 +100,7 @@ def record_steps(recorder: Recorder) -> None:
     recorder.record(generate._Decoder, "_read_stems", "stems")
     recorder.record(generate._Decoder, "_take_tokens", TAKE, _known_of_batch)
     recorder.record(generate._Decoder, "_decode", DECODE, _known_of_batch)
-    recorder.record(forward_step, "_loss", "loss")
+    recorder.record(forward_step, "_loss", "loss", _known_of_tree)
     for_trees = train_step._for_trees
 
     def recorded_for_trees(*args: Any) -> Any:
@@ -116,6 +116,11 @@ def _known_of_batch(_: Any, batch: Any, *__: Any) -> dict[str, Any]:
     live = batch.live
     samples = {live.positions[row // live.how.group].sample for row in live.rows_here}
     return {"rows": len(live.rows_here), "samples": len(samples), "is_new": batch.trunks is None}
+
+
+def _known_of_tree(update: Any, *_: Any) -> dict[str, Any]:
+    """rows: of the packed tree."""
+    return {"rows": len(update.tree.tokens)}
 
 
 def norms_under_sequence_parallel() -> None:
@@ -164,6 +169,7 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     user_batch._from_stage = ranks.batch_of_stage
     norms_under_sequence_parallel()
+    experts.route_evenly()
     script = answers.Script(given.passes, given.shortest, given.longest, given.to_the_bound)
     answers.answer_reads(script)
     recorder = Recorder()
@@ -173,7 +179,7 @@ def main() -> None:
     content = {
         "phases": {name: [asdict(own) for own in of] for name, of in recorder.phases.items()},
         "events": device.counts(),
-        "graphs": sum(torch._dynamo.utils.counters["stats"].values()),
+        "compiled": torch._dynamo.utils.counters["stats"]["unique_graphs"],
     }
     given.report.write_text(json.dumps(content), encoding="utf-8")
     sys.stdout.flush()

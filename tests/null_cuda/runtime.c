@@ -46,9 +46,10 @@ static const char *const event_names[EVENTS] = {
     "pageable copy to host", "pinned copy to host", "copy on device", "memset",
     "wait", "collective", "collective of host memory", "malloc",
 };
+/* What follows is read and written under the lock: autograd and NCCL have threads of their own. */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static long counts[EVENTS];
 static FILE *trace;
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct CUgraph_st { long launches; } *captured;
 static cudaStream_t captured_stream;
 
@@ -57,14 +58,18 @@ PUBLIC long null_cuda_count(int event) { return counts[event]; }
 
 /* Write what happens to `path`, a line for each event; NULL ends it. */
 PUBLIC void null_cuda_trace(const char *path) {
+    pthread_mutex_lock(&lock);
     if (trace) fclose(trace);
     trace = path ? fopen(path, "w") : NULL;
+    pthread_mutex_unlock(&lock);
 }
 
 static void note(enum event event, const char *what, size_t bytes) {
+    pthread_mutex_lock(&lock);
     if (captured) captured->launches++;
-    else __atomic_add_fetch(&counts[event], 1, __ATOMIC_RELAXED);
+    else counts[event]++;
     if (trace) fprintf(trace, "%s\t%s\t%zu\n", event_names[event], what, bytes);
+    pthread_mutex_unlock(&lock);
 }
 
 /* Of torch or NVIDIA's libraries, a call that is not known here. */
@@ -90,7 +95,7 @@ PUBLIC void null_cuda_hold(void *first, size_t bytes, int place) {
     pthread_mutex_unlock(&lock);
 }
 
-static size_t let_go(void *first) {
+PUBLIC size_t null_cuda_let_go(void *first) {
     size_t bytes = 0;
     pthread_mutex_lock(&lock);
     for (int i = 0; i < range_count; i++)
@@ -117,6 +122,7 @@ PUBLIC int null_cuda_use(long bytes) {
     int fits = device_bytes + bytes <= DEVICE_BYTES;
     if (fits) device_bytes += bytes;
     pthread_mutex_unlock(&lock);
+    if (fits && bytes > 0) note(MALLOC, __func__, bytes);
     return fits;
 }
 
@@ -127,11 +133,10 @@ PUBLIC cudaError_t cudaMalloc(void **address, size_t bytes) {
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (*address == MAP_FAILED) return cudaErrorMemoryAllocation;
     null_cuda_hold(*address, bytes, DEVICE);
-    note(MALLOC, "cudaMalloc", bytes);
     return cudaSuccess;
 }
 PUBLIC cudaError_t cudaFree(void *address) {
-    size_t bytes = let_go(address);
+    size_t bytes = null_cuda_let_go(address);
     if (bytes) munmap(address, bytes + 1), null_cuda_use(-(long)bytes);
     return cudaSuccess;
 }
@@ -140,11 +145,15 @@ PUBLIC cudaError_t cudaHostAlloc(void **address, size_t bytes, unsigned flags) {
     null_cuda_hold(*address, bytes, PINNED);
     return cudaSuccess;
 }
-PUBLIC cudaError_t cudaFreeHost(void *address) { return let_go(address), free(address), 0; }
+PUBLIC cudaError_t cudaFreeHost(void *address) {
+    return null_cuda_let_go(address), free(address), cudaSuccess;
+}
 PUBLIC cudaError_t cudaHostRegister(void *address, size_t bytes, unsigned flags) {
     return null_cuda_hold(address, bytes, PINNED), cudaSuccess;
 }
-PUBLIC cudaError_t cudaHostUnregister(void *address) { return let_go(address), cudaSuccess; }
+PUBLIC cudaError_t cudaHostUnregister(void *address) {
+    return null_cuda_let_go(address), cudaSuccess;
+}
 PUBLIC cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
     *total = DEVICE_BYTES, *free_bytes = DEVICE_BYTES - device_bytes;
     return cudaSuccess;
@@ -213,9 +222,11 @@ PUBLIC char __cudaInitModule(void **handle) { return 1; }
 PUBLIC void __cudaRegisterFunction(void **handle, const char *function, char *device_function,
                                    const char *name, int limit, void *thread, void *block,
                                    void *block_dim, void *grid_dim, int *warp) {
+    pthread_mutex_lock(&lock);
     if (kernel_count % 65536 == 0)
         kernels = realloc(kernels, (kernel_count + 65536) * sizeof *kernels);
     kernels[kernel_count].function = function, kernels[kernel_count++].name = name;
+    pthread_mutex_unlock(&lock);
 }
 static __thread struct { dim3 grid, block; size_t shared; void *stream; } launch;
 PUBLIC unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void *stream) {
@@ -233,8 +244,10 @@ PUBLIC cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
 }
 static cudaError_t launched(const void *function) {
     const char *name = "?";
+    pthread_mutex_lock(&lock);
     for (int i = 0; trace && i < kernel_count; i++)
         if (kernels[i].function == function) name = kernels[i].name;
+    pthread_mutex_unlock(&lock);
     note(LAUNCH, name, 0);
     return cudaSuccess;
 }
@@ -383,11 +396,15 @@ QUIET(cudaEventQuery)
 /* ---- Graphs: one capture at a time ---- */
 
 PUBLIC cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
+    pthread_mutex_lock(&lock);
     captured_stream = stream, captured = calloc(1, sizeof *captured);
+    pthread_mutex_unlock(&lock);
     return cudaSuccess;
 }
 PUBLIC cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+    pthread_mutex_lock(&lock);
     *graph = captured, captured = NULL;
+    pthread_mutex_unlock(&lock);
     return cudaSuccess;
 }
 PUBLIC cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
@@ -425,12 +442,13 @@ QUIET(cudaUserObjectRelease)
 QUIET(cudaGraphExecDestroy)
 QUIET(cudaGraphDestroy)
 
+static void unknown(void) { null_cuda_missing("a call of the driver, looked up by its name,"); }
 PUBLIC cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function,
                                                     unsigned version, unsigned long long flags,
                                                     enum cudaDriverEntryPointQueryResult *result) {
     void *driver = dlopen("libcuda.so.1", RTLD_LAZY);
     *function = driver ? dlsym(driver, name) : NULL;
-    if (!*function) *function = null_cuda_missing;
+    if (!*function) *function = unknown;
     if (result) *result = cudaDriverEntryPointSuccess;
     return cudaSuccess;
 }

@@ -268,7 +268,7 @@ def _update(
     rows = -(-batch.rows // multiple) * multiple
     saved, again = _saved(args, row)
     last = args.pipeline_model_parallel_size - 1
-    activations = _in_flight(args, stage) * saved * rows
+    activations = in_flight(args, stage) * saved * rows
     backward = (again + row.inside) * rows
     if not args.gradient_accumulation_fusion:
         # A matrix's gradient before it is added to the gradient buffer.
@@ -281,7 +281,7 @@ def _update(
     return activations + rows * row.norm, _head(args, batch.predictions, rows, row), backward
 
 
-def _in_flight(args: Namespace, stage: int) -> float:
+def in_flight(args: Namespace, stage: int) -> float:
     """Micro-batches whose activations ``stage`` holds at most, those of one chunk as its part."""
     stages = args.pipeline_model_parallel_size
     held = stages - stage

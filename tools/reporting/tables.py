@@ -26,9 +26,12 @@ RESULTS: dict[str, tuple[str, float, int]] = {
     "swapped_log_prob": ("log p of the truth after another's thought, nats", 1.0, 3),
 }
 RATES: dict[str, tuple[str, float, int]] = {
+    "perplexity": ("perplexity of the plain text", 1.0, 3),
     "thought_length": ("tokens of a thought", 1.0, 1),
     "well_formed": ("well-formed answers, %", 100.0, 1),
     "closed_by_itself": ("thoughts closed by the model, %", 100.0, 1),
+    "whole_answer": ("whole answers, %", 100.0, 1),
+    "no_thought_whole_answer": ("whole answers without thought, %", 100.0, 1),
 }
 
 
