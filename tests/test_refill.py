@@ -15,6 +15,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
+from megatron_rmt.model.gpt import gpt_model
 from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.rollout import generate as generate_module
 from megatron_rmt.rollout.generate import StoppedError, generate
@@ -203,39 +204,58 @@ def _of_rank(
 ) -> tuple[list[list[Rollout]], int, int]:
     """The responses, and how many passes of stems and of tokens there were. weights: of the whole
     model."""
+    virtual = layout.chunks if layout.chunks > 1 else None
     parallel_state.initialize_model_parallel(
-        layout.tensor, layout.pipeline, create_gloo_process_groups=False
+        layout.tensor, layout.pipeline, virtual, create_gloo_process_groups=False
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    model = build_model(
-        torch.float32,
-        pre_process=stage == 0,
-        post_process=stage == layout.pipeline - 1,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        pipeline_dtype=torch.float32,
-    )
     rank = parallel_state.get_tensor_model_parallel_rank()
-    model.load_state_dict(_own_part(weights, layout, rank, stage), strict=False)
-    attach_tree_attention(model)
-    plain._models = lambda: (None, model.eval())
+    chunks = []
+    for number in range(layout.chunks):
+        place = number * layout.pipeline + parallel_state.get_pipeline_model_parallel_rank()
+        chunk = build_model(
+            torch.float32,
+            pre_process=place == 0,
+            post_process=place == layout.pipeline * layout.chunks - 1,
+            vp_stage=number if virtual else None,
+            num_layers=layout.layers,
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=virtual,
+            overlap_p2p_comm=bool(virtual),
+            batch_p2p_comm=not virtual,
+            pipeline_dtype=torch.float32,
+        )
+        chunk.load_state_dict(_own_part(weights, layout, rank, place), strict=False)
+        attach_tree_attention(chunk)
+        chunks.append(chunk.eval())
+    model = gpt_model(chunks)
+    plain._models = lambda: (None, model)
     generate_module.tells_limits = lambda device: True
     passes = Passes()
     with pytest.MonkeyPatch.context() as monkeypatch:
         passes.watch(monkeypatch)
         # Each rank holds a part of the heads, or of the layers, and a bound of its own.
-        room = math.ceil(_room_for(at_once, LONG) / layout.ranks)
+        room = math.ceil(_room_for(at_once, LONG) * layout.chunks / layout.ranks)
         responses = plain._generate(LONG, MANY, _filled_store(), kv_bytes=room)
     return responses, len(passes.begun), len(passes.decoded)
 
 
+LAYOUTS = {
+    "TP2": Layout(tensor=2),
+    "PP2": Layout(pipeline=2),
+    "PP2 x VP2": Layout(pipeline=2, chunks=2),
+}
+
+
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(pipeline=2)], ids=["TP2", "PP2"])
-def test_ranks_of_a_model_agree_on_who_begins_when(layout: Layout):
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_ranks_of_a_model_agree_on_who_begins_when(layout: Layout, monkeypatch: pytest.MonkeyPatch):
+    model = build_model(torch.float32, num_layers=layout.layers).eval()
+    attach_tree_attention(model)
+    monkeypatch.setattr(plain, "_models", lambda: (None, model))
     alone = plain._generate(LONG, MANY, _filled_store())
-    weights = plain._models()[1].state_dict()
-    weights = {n: w for n, w in weights.items() if isinstance(w, Tensor)}
+    weights = {n: w for n, w in model.state_dict().items() if isinstance(w, Tensor)}
     # Of the stages each has a batch.
     at_once = 2 * layout.pipeline
     results = run_distributed(2, _of_rank, layout, at_once, weights)
