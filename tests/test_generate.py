@@ -553,7 +553,7 @@ def test_a_step_is_the_same_operations_as_the_one_before_also_where_a_rank_may_b
         assert before == after
 
 
-def _record_without_a_gpu(step: Callable[[], None]) -> Callable[[], None]:
+def _record_without_a_gpu(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """What runs the operations of ``step`` again on the very memory that they have used, as a CUDA
     graph does; nothing of Python runs again."""
     calls: list[tuple[Any, Any, Any, Any]] = []
@@ -567,20 +567,21 @@ def _record_without_a_gpu(step: Callable[[], None]) -> Callable[[], None]:
             return result
 
     with Record():
-        step()
+        flags = step()
     has_run = [True]
 
-    def replay() -> None:
+    def replay() -> Tensor:
         # The first time it has been run by being recorded.
         if has_run:
             has_run.clear()
-            return
+            return flags
         for function, args, kwargs, result in calls:
             for old, new in zip(
                 *map(tree_leaves, (result, function(*args, **kwargs))), strict=True
             ):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+        return flags
 
     return replay
 
@@ -591,7 +592,7 @@ def test_a_step_that_is_recorded_and_run_again_draws_the_same_tokens(name, monke
     expected = _generate(CASES[name], CHOSEN, _filled_store())
     recorded: list[int] = []
 
-    def record(step: Callable[[], None]) -> Callable[[], None]:
+    def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         recorded.append(1)
         return _record_without_a_gpu(step)
 

@@ -211,15 +211,22 @@ def test_the_planners_memory_of_a_recipe_is_what_the_allocator_gives_out(
     assert planned == pytest.approx(highest.allocated, rel=0.05)
 
 
-def test_a_draw_is_four_launches_and_a_search_a_few_more(null_device: Path):
+def test_a_token_takes_few_launches_beside_its_layers_and_the_attention_of_a_layer_four(
+    null_device: Path,
+):
     output = device.run(null_device, "tests.null_cuda.draws", [])
     found = json.loads(output[output.index("{") :].splitlines()[0])
     for ranks, collectives in (("1", 0), ("2", 3)):
-        own = {kind: of["kernels"] for kind, of in found[ranks].items()}
+        of = found["draws"][ranks]
+        own = {kind: of[kind]["kernels"] for kind in of}
         assert own["all"]["launch"] == 4
         assert own["all"].get("collective", 0) == collectives
         assert not {"wait", "pageable copy to host", "memset"} & own["both"].keys()
-        assert found[ranks]["all"]["plain"]["launch"] > 50
-        assert found[ranks]["both"]["plain"]["launch"] > 1000
-    assert found["1"]["both"]["kernels"]["launch"] <= 16
-    assert found["2"]["both"]["kernels"]["launch"] <= 36
+        assert of["all"]["plain"]["launch"] > 50
+        assert of["both"]["plain"]["launch"] > 1000
+        assert own["greedy"]["launch"] <= 8
+    assert found["draws"]["1"]["both"]["kernels"]["launch"] <= 16
+    assert found["draws"]["2"]["both"]["kernels"]["launch"] <= 36
+    for what, launches in {"numbers": 2, "write": 40, "attention": 4}.items():
+        assert found[what]["launch"] <= launches
+        assert found[what].keys() <= {"launch", "copy on device"}
