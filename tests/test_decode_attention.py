@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_rmt.rollout import decode_attention
-from tests.decode_problem import BOUNDS, error, problem, within
+from tests.decode_problem import BOUNDS, error, problem, window_and_sink, within
 from tests.distributed import REPOSITORY
 
 # Triton decides at import whether it interprets.
@@ -21,7 +21,7 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
 import megatron_rmt.rollout.decode_attention_triton as kernels
-from tests.decode_problem import BOUNDS, error, problem, within
+from tests.decode_problem import BOUNDS, error, problem, window_and_sink, within
 
 dot = InterpreterBuilder.create_dot
 
@@ -40,7 +40,7 @@ InterpreterBuilder.create_dot = as_tensor_cores_multiply
 few = {2: 16, 4: 16}
 LEAST, LANES, KEYS = kernels.LEAST_KEYS, kernels.TRUNK_LANES, kernels.KEYS
 for line in sys.stdin.read().splitlines():
-    rows, heads, kv_heads, dim, trunk, capacity, dtype, std, parts, window = line.split()
+    rows, heads, kv_heads, dim, trunk, capacity, dtype, std, parts, layer = line.split()
     dtype = getattr(torch, dtype)
     small = int(parts) > 1
     # Small blocks and forced parts reach every edge; else those of a GPU.
@@ -48,14 +48,15 @@ for line in sys.stdin.read().splitlines():
     kernels.LEAST_KEYS = 1 if small else LEAST
     kernels._parts = lambda wanted, programs, most, parts=int(parts): parts
     given = problem(*map(int, (rows, heads, kv_heads, dim, trunk, capacity)), dtype, float(std))
-    window = None if window == "-" else int(window)
-    off = error(kernels.attend(*within(window, *given)), *given, window)
+    own = window_and_sink(layer, int(heads), dtype)
+    off = error(kernels.attend(*within(own[0], *given), own[1]), *given, *own)
     assert off < BOUNDS[dtype], (line, off)
     print(f"{off:.1e}", end=" ")
 print("\nkernels agree")
 """
 
-# rows, heads, kv heads, dim, trunk tokens, capacity of tails, dtype, std of scores, parts, window
+# rows, heads, kv heads, dim, trunk tokens, capacity of tails, dtype, std of scores, parts, the
+# layer's window, with s a sink
 SMALL = """
 1 1 1 16 1 1 float32 1 1 -
 1 4 2 16 70 33 float32 1 3 -
@@ -70,10 +71,11 @@ SMALL = """
 40 5 1 16 150 70 bfloat16 6 1 -
 64 2 1 16 300 20 float16 1 1 -
 1 4 2 16 70 33 float32 1 3 40
-7 6 2 24 50 17 float32 6 3 20
+7 6 2 24 50 17 float32 6 3 20s
 13 3 3 16 33 40 float32 10 4 3
-13 3 3 16 33 40 float32 10 4 0
-12 10 2 32 100 50 bfloat16 3 2 30
+13 3 3 16 33 40 float32 10 4 0s
+13 3 3 16 33 40 float32 1 1 s
+12 10 2 32 100 50 bfloat16 3 2 30s
 """
 
 
@@ -106,12 +108,12 @@ def test_kernels_equal_float64_at_real_sizes(rows, std):
 
 @pytest.mark.parametrize("case", SMALL.split("\n")[1:-1])
 def test_written_out_scores_equal_float64(case):
-    *sizes, dtype, std, _, window = case.split()
-    window = None if window == "-" else int(window)
+    *sizes, dtype, std, _, layer = case.split()
     for name in (dtype, "float64"):
         given = problem(*map(int, sizes), getattr(torch, name), float(std))
-        found = decode_attention.decode_attention(*within(window, *given))
-        off = error(found, *given, window)
+        own = window_and_sink(layer, int(sizes[1]), getattr(torch, name))
+        found = decode_attention.decode_attention(*within(own[0], *given), own[1])
+        off = error(found, *given, *own)
         assert off < BOUNDS[getattr(torch, name)]
 
 
@@ -135,9 +137,9 @@ def test_kernels_compile_for_sm_90_without_spilled_registers(dtype, tmp_path):
     }
     for kernel, constants, warps in (
         (kernels._attend_parts, of_parts | dims, kernels.WARPS),
-        (kernels._join_parts, {"parts": 6, "heads": 10} | dims, 1),
+        (kernels._join_parts, {"parts": 6, "has_sink": True, "heads": 10} | dims, 1),
     ):
-        pointers = ("query", "trunk_key", "trunk_value", "tail_key", "tail_value", "output")
+        pointers = ("query", "trunk_key", "trunk_value", "tail_key", "tail_value", "sink", "output")
         signature = {
             name: "constexpr"
             if name in constants

@@ -762,6 +762,9 @@ def test_random_models_budgets_and_positions(seed: int, monkeypatch: pytest.Monk
 ATTENTION: dict[str, dict[str, Any]] = {
     "short windows": {"window_size": (1, 0)},
     "windows": {"window_size": (6, 0), "window_attn_skip_freq": [0, 1]},
+    "off by one": {"softmax_type": "off-by-one"},
+    "YaRN": {"position_embedding": "yarn"},
+    "windows and sinks": {"window_size": (4, 0), "softmax_type": "learnable"},
 }
 
 

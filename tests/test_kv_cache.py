@@ -20,6 +20,7 @@ from megatron_rmt.rollout.live_rollouts import RolloutPosition
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SCALE = 0.3
+SINK = torch.tensor([-1.5, 0.25, 3.0, 9.0], dtype=torch.float64)
 
 
 def _qkv(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,12 +31,17 @@ def _qkv(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, sink: Tensor | None = None
+) -> Tensor:
     """Softmax attention written out: ``[queries, heads, width]``, visible ``[queries, keys]``."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * SCALE
-    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    scores = scores.masked_fill(~visible, -math.inf)
+    if sink is not None:
+        scores = torch.cat([scores, sink[:, None, None].expand(-1, len(query), -1)], dim=-1)
+    weights = scores.softmax(-1)[..., : len(key)]
     return torch.einsum("hqk,khd->qhd", weights, value)
 
 
@@ -74,10 +80,15 @@ def test_the_trunk_pass_attends_and_keeps_keys_and_values_of_each_layer():
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("window", [None, 0, 1, 2, 3, 6])
-def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(window: int | None):
+@pytest.mark.parametrize(
+    ("window", "sink"),
+    [(None, None), (None, SINK), (0, SINK), *((w, None) for w in (0, 1, 2, 3, 6))],
+)
+def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
+    window: int | None, sink: Tensor | None
+):
     """Three positions of two samples, groups of two, three steps; rollouts leave in between."""
-    layer = LayerAttention(1, SCALE, window)
+    layer = LayerAttention(1, SCALE, window, sink)
     nearest = len if window is None else lambda keys: window + 1
     store, contents = _stored_trunk(12)
     trunk_key, trunk_value = contents[1]
@@ -104,7 +115,7 @@ def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
         values = torch.cat([trunk_value[first:limit], value[rows]])
         seen = torch.ones(stem, limit - first + stem).tril(limit - first).bool()
         seen = seen.triu(limit - first + 1 - nearest(keys))
-        _close(output[rows], _dense(query[rows], keys, values, seen))
+        _close(output[rows], _dense(query[rows], keys, values, seen, sink))
         contexts += [(keys, values)] * group
 
     batch = torch.arange(len(visible) * group)
@@ -126,7 +137,7 @@ def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
             keys, values = contexts[rollout]
             keys, values = (x[-nearest(keys) :] for x in (keys, values))
             everything = torch.ones(1, len(keys), dtype=torch.bool)
-            reference = _dense(query[row, None], keys, values, everything)
+            reference = _dense(query[row, None], keys, values, everything, sink)
             _close(output[row, None], reference)
         if staying is not None:
             tails.keep(staying)

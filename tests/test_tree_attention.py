@@ -186,6 +186,67 @@ def test_layers_with_windows_equal_dense_attention(attention, tree, window: int,
         assert max(_errors(ours, dense)) < 1e-13
 
 
+def _with_sink(visible: Tensor, sink: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``_dense`` with one more column of scores, written out."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * SCALE
+    column = sink[:, None, None].expand(-1, len(query), -1)
+    scores = torch.cat([scores.masked_fill(~visible, -math.inf), column], dim=-1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :-1], value)
+
+
+SINK = torch.tensor([-1.5, 0.25, 3.0, 40.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("attention", ["lse", "sdpa", "flex"])
+def test_sinks_are_one_more_column_of_the_softmax(attention, tree, window: int | None):
+    """Scores of sinks that are small beside the others, and all but everything."""
+    blocks = TREES[tree]
+    visible = _brute_force(blocks) if window is None else _brute_force_within(blocks, window)
+    inputs = [*_inputs(_tokens(blocks)), SINK]
+    visibility = TreeVisibility(tokens=_tokens(blocks), blocks=blocks, attention=attention)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, sink: Tensor) -> Tensor:
+        return visibility.attend(LayerAttention(1, SCALE, window, sink), query, key, value)
+
+    def dense(query: Tensor, key: Tensor, value: Tensor, sink: Tensor) -> Tensor:
+        return _with_sink(visible, sink, query, key, value)
+
+    if attention == "flex":
+        assert max(_errors([attend(*inputs)], [dense(*inputs)])) < 1e-14
+        return
+    errors = _errors(*(_with_gradients(x, inputs, torch.float64) for x in (attend, dense)))
+    assert len(errors) == 5
+    assert max(errors) < 1e-13
+
+
+@pytest.mark.parametrize("attention", ["lse", "sdpa"])
+def test_sinks_in_bf16_are_close_to_float64(attention):
+    blocks = TREES["long"]
+    inputs = [*_inputs(_tokens(blocks)), SINK / 13]
+    visible = _brute_force(blocks)
+    attend = BACKENDS[attention](blocks)
+    ours = _with_gradients(lambda *x: attend(*x[:3], SCALE, None, x[3]), inputs, torch.bfloat16)
+    dense = _with_gradients(lambda *x: _with_sink(visible, x[3], *x[:3]), inputs, torch.float64)
+    *errors, of_sink = _errors(ours, dense)
+    assert max(errors) < 6e-3
+    assert of_sink < 1.5e-2
+
+
+def test_bf16_does_not_round_the_score_of_a_sink_once_more():
+    sink = SINK.float()
+    inputs = [x.bfloat16() for x in _inputs(3)]
+    query, key, value = tree_attention._with_sink(*inputs, sink, SCALE)
+    scores = (
+        torch.einsum("qhd,hd->qh", query.float(), key[-1, :1].float().expand(HEADS, -1)) * SCALE
+    )
+    torch.testing.assert_close(scores, sink.expand(3, -1), rtol=2e-5, atol=0)
+    assert not value[-1].any()
+
+
 def test_no_mask_of_a_window_is_as_large_as_the_document():
     blocks = (Block(0, 3000),)
     visibility = TreeVisibility(tokens=3000, blocks=blocks)

@@ -308,7 +308,6 @@ BAD = {
         "[1,0]*2",
     ): "--window-attn-skip-freq is [1, 0, 1, 0]; pass a number above 0, or a list of 2",
     ("--window-size", "128,0", "--window-attn-skip-freq", "0"): "--window-attn-skip-freq is 0;",
-    ("--softmax-type", "learnable"): "--softmax-type is learnable; RMT needs vanilla:",
     ("--experimental-attention-variant", "dsa"): "--experimental-attention-variant is dsa; RMT",
     ("--qk-clip",): "--qk-clip is True; RMT needs False:",
     ("--log-max-attention-logit",): "--log-max-attention-logit is True; RMT needs False:",

@@ -111,7 +111,6 @@ def unsupported(args: Namespace) -> Iterator[str]:
         "--context-parallel-size": (1, "the tree is not split by it"),
         "--multi-latent-attention": (False, "the key-value store holds plain keys and values"),
         "--mtp-num-layers": (None, "the head predicts one token"),
-        "--softmax-type": ("vanilla", "tree attention has no attention sink"),
         "--experimental-attention-variant": (
             None,
             "tree attention stands in for softmax attention only",
@@ -172,10 +171,10 @@ def unsupported(args: Namespace) -> Iterator[str]:
     yield from _windows(args)
     if args.num_experts:
         yield from routing_problems(args)
-    if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
+    if args.position_embedding_type not in ("rope", "yarn", "learned_absolute", "none"):
         yield (
             f"--position-embedding-type is {args.position_embedding_type}; RMT supports rope, "
-            "learned_absolute and none."
+            "yarn, learned_absolute and none."
         )
     if args.transformer_impl not in ("local", "transformer_engine"):
         yield (

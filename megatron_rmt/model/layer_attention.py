@@ -1,10 +1,11 @@
 """How a layer attends, apart from queries, keys, values and what a token's ancestors are."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -13,12 +14,14 @@ class LayerAttention:
 
     number: of the layer in the whole model, from 1. scale: of the scores. window: a token sees
     itself and so many of its ancestors, the nearest (Megatron's ``--window-size`` on the left);
-    None: all of them.
+    None: all of them. sink: ``[heads]``, of this rank, the score of a key that every token sees
+    beside its ancestors and whose value is zero (Megatron's ``--softmax-type``); None: no such key.
     """
 
     number: int
     scale: float
     window: int | None = None
+    sink: Tensor | None = None
 
     @classmethod
     def of(cls, attention: SelfAttention) -> "LayerAttention":
@@ -31,3 +34,7 @@ class LayerAttention:
             config.softmax_scale or 1.0 / math.sqrt(attention.hidden_size_per_attention_head),
             config.window_size[0] if windowed else None,
         )
+
+    def with_sink(self, sink: Tensor | None) -> "LayerAttention":
+        """The same with a ``sink``."""
+        return self if sink is None else replace(self, sink=sink)

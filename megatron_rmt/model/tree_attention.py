@@ -21,7 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 from megatron_rmt.model.blocks import Block, Sees, _batch, ancestry
 from megatron_rmt.model.lse_attention import LseAttention
@@ -33,11 +38,17 @@ class TreeAttention(Protocol):
     def __init__(self, blocks: Sequence[Block]) -> None: ...
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """``query`` ``[tokens, heads, dim]`` over ``key`` and ``value`` ``[tokens, kv heads, dim]``
-        of one layer: ``[tokens, heads, dim]``, differentiable in all three. window: of the layer,
-        as in ``LayerAttention``."""
+        of one layer: ``[tokens, heads, dim]``, differentiable in all three. window, sink: of the
+        layer, as in ``LayerAttention``; differentiable in the sink too."""
         ...
 
 
@@ -51,15 +62,31 @@ class SdpaAttention:
         self._masks: dict[tuple[_Piece, int | None], Tensor] = {}
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
+        width = query.shape[2]
+        if sink is not None:
+            query, key, value = _with_sink(query, key, value, sink, scale)
         outputs = [query[:0]]
         for piece in (piece for block in self.blocks for piece in _pieces(block, window)):
-            keys, values = (piece.keys(x) for x in (key, value))
+            rows, keys, values = query[piece.first : piece.limit], *map(piece.keys, (key, value))
             mask = self._mask(piece, window, query.device)
+            if sink is not None:
+                # The key that is before all others, and, so that causal stays what it is, a row.
+                keys, values = (
+                    torch.cat([x[-1:], own]) for x, own in ((key, keys), (value, values))
+                )
+                rows = F.pad(rows, (0, 0, 0, 0, 1, 0))
+                mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
             with _kernels(query.device):
                 output = F.scaled_dot_product_attention(
-                    _batch(query[piece.first : piece.limit]),
+                    _batch(rows),
                     _batch(keys),
                     _batch(values),
                     attn_mask=mask,
@@ -67,8 +94,8 @@ class SdpaAttention:
                     scale=scale,
                     enable_gqa=query.shape[1] != key.shape[1],
                 )
-            outputs.append(output[0].transpose(0, 1))
-        return torch.cat(outputs)
+            outputs.append(output[0].transpose(0, 1)[int(sink is not None) :])
+        return torch.cat(outputs)[..., :width]
 
     def _mask(self, piece: "_Piece", window: int | None, device: torch.device) -> Tensor | None:
         """``[rows, keys]`` bool, None where plainly causal. All layers need it."""
@@ -81,6 +108,27 @@ class SdpaAttention:
             own = rows[piece.first : piece.limit, None]
             self._masks[piece, window] = self._sees[window](own, piece.keys(rows))
         return self._masks[piece, window]
+
+
+# What it adds to the dims of queries and keys, of which some kernels want a multiple of it.
+_SINK_DIMS = 8
+
+
+def _with_sink(
+    query: Tensor, key: Tensor, value: Tensor, sink: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All with more dims, and one row more of keys and values at the end: a key whose product with
+    a query is that head's ``sink``, and its value, zero."""
+    wide = sink.to(torch.promote_types(sink.dtype, torch.float32)) / scale
+    # In two dims, as half precision rounds what one holds.
+    coarse = wide.to(query.dtype)
+    fine = (wide - coarse.to(wide.dtype)).to(query.dtype)
+    factors = F.pad(torch.stack([coarse, fine], dim=-1), (0, _SINK_DIMS - 2))
+    query = torch.cat([query, factors.expand(len(query), -1, -1)], dim=-1)
+    key, value = (F.pad(x, (0, _SINK_DIMS, 0, 0, 0, 1)) for x in (key, value))
+    of_sink = torch.zeros_like(key[-1:])
+    of_sink[..., -_SINK_DIMS : -_SINK_DIMS + 2] = 1
+    return query, torch.cat([key[:-1], of_sink]), value
 
 
 @dataclass(frozen=True)
@@ -140,7 +188,13 @@ class FlexAttention:
         self._masks: dict[int | None, BlockMask] = {}
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         tokens = len(query)
         padding = -tokens % _FLEX_BLOCK
@@ -164,7 +218,12 @@ class FlexAttention:
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
             kernel_options=FLEX_OPTIONS if query.is_cuda else None,
+            return_aux=None if sink is None else AuxRequest(lse=True),
         )
+        if sink is not None:
+            output, found = output
+            share = torch.sigmoid(found.lse - sink[:, None])
+            output = (output * share[..., None]).to(query.dtype)
         return output[0, :, :tokens].transpose(0, 1)
 
 

@@ -81,7 +81,7 @@ class TreeVisibility(Visibility):
         if backend is None or backend.blocks is not self.blocks:
             kind = backend_for(self.attention, query.device, windowed=windowed)
             backend = self._backends[windowed] = kind(self.blocks)
-        return backend(query, key, value, layer.scale, window)
+        return backend(query, key, value, layer.scale, window, layer.sink)
 
 
 def attach_tree_attention(model: torch.nn.Module) -> int:
@@ -131,7 +131,8 @@ def _follow_visibility(core_attention: torch.nn.Module, layer: LayerAttention) -
         if not isinstance(visibility, Visibility):
             return original(query, key, value, *args, **kwargs)
         real = slice(0, visibility.tokens)
-        output = visibility.attend(layer, query[real, 0], key[real, 0], value[real, 0])
+        own = layer.with_sink(getattr(core_attention, "softmax_offset", None))
+        output = visibility.attend(own, query[real, 0], key[real, 0], value[real, 0])
         output = output.flatten(1)
         if visibility.tokens < query.shape[0]:
             output = F.pad(output, (0, 0, 0, query.shape[0] - visibility.tokens))

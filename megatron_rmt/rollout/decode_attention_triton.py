@@ -39,6 +39,7 @@ def attend(
     tails: tuple[Tensor, Tensor],
     limits: RowLimits,
     scale: float,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """As ``decode_attention``; two launches."""
     rows, heads, dim = query.shape
@@ -89,9 +90,11 @@ def attend(
     _join_parts[(rows, heads)](
         found,
         log_sums,
+        log_sums if sink is None else sink,
         output,
         rows,
         parts=parts,
+        has_sink=sink is not None,
         heads=heads,
         dim=dim,
         block_dim=block_dim,
@@ -308,9 +311,11 @@ def _attend_keys(
 def _join_parts(
     found,
     log_sums,
+    sink,
     output,
     rows,
     parts: tl.constexpr,
+    has_sink: tl.constexpr,
     heads: tl.constexpr,
     dim: tl.constexpr,
     block_dim: tl.constexpr,
@@ -321,10 +326,15 @@ def _join_parts(
     dims = tl.arange(0, block_dim)
     wide = dims < dim
     maximum = -float("inf")
+    if has_sink:
+        maximum = tl.load(sink + tl.program_id(1)).to(tl.float32) * 1.4426950408889634
+    of_sink = maximum
     for part in tl.static_range(parts):
         maximum = tl.maximum(maximum, tl.load(log_sums + part * cells + cell))
     base = tl.where(maximum == -float("inf"), 0.0, maximum)
     total = 0.0
+    if has_sink:
+        total = tl.exp2(of_sink - base)
     result = tl.zeros([block_dim], tl.float32)
     for part in tl.static_range(parts):
         weight = tl.exp2(tl.load(log_sums + part * cells + cell) - base)

@@ -230,6 +230,12 @@ def _fused_attention(
         outputs.append(output.view(kv_heads, -1, queries, width).transpose(0, 1))
         sums.append(log_sums.view(kv_heads, -1, queries).transpose(0, 1))
     on_trunk, trunk_sum = _joined(outputs), _joined(sums)
+    if layer.sink is not None:
+        # A key of the trunk like others, whose value is zero.
+        sink = layer.sink.to(trunk_sum.dtype).view(kv_heads, -1)
+        sink = sink.repeat_interleave(queries // sink.shape[1], dim=1)
+        on_trunk = on_trunk * (trunk_sum - sink).sigmoid()[..., None].to(on_trunk.dtype)
+        trunk_sum = torch.logaddexp(trunk_sum, sink)
     if tail_bias is None and compiled.is_available():
         return _with_tail(query, tail_key, tail_value, on_trunk, trunk_sum, scale)
     if tail_bias is not None:
@@ -342,7 +348,7 @@ class LimitsVisibility(Visibility):
         if window not in self._within:
             self._within[window] = self.limits.within(window)
         trunk, tails = self.store.trunk[number], self.tails.stored[number]
-        return decode_attention(query, trunk, tails, self._within[window], layer.scale)
+        return decode_attention(query, trunk, tails, self._within[window], layer.scale, layer.sink)
 
 
 @dataclass
