@@ -31,8 +31,8 @@ class Column(NamedTuple):
 
 MEASURES = (
     Column("thought, then answer, %", "thought"),
-    Column("whole answer, %", "whole_answer"),
     Column("next token at once, %", "next_token_sampled"),
+    Column("whole answer, %", "whole_answer"),
     Column("thought minus next token", "thought_minus_next_token_sampled"),
     Column("empty thought, %", "no_thought"),
     Column("another's thought, %", "swapped"),
