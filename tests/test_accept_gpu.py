@@ -1,6 +1,9 @@
 """The acceptance script: its checks hold on a CPU, what needs a GPU says so, failures count."""
 
+import importlib
 import json
+import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -53,6 +56,19 @@ def test_what_needs_a_gpu_says_so_and_states_no_number(check: Check):
 def test_every_check_has_a_name_of_its_own_and_says_what_to_do():
     assert len(BY_NAME) == len(CHECKS)
     assert all(check.remedy.endswith(".") for check in CHECKS)
+
+
+def test_only_the_program_itself_chooses_an_allocator(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    importlib.reload(accept_gpu)
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
+    # What it sets is taken back after the test.
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def _changed(function: Callable[..., Any], **changes: Callable[[Any], Any]) -> Callable[..., Any]:
