@@ -120,13 +120,14 @@ def test_a_few_end_and_others_begin_while_the_rest_goes_on_in_fewer_passes_than_
 
 @pytest.mark.usefixtures("by_limits")
 def test_no_more_tails_are_held_than_fit_and_nobodys(monkeypatch: pytest.MonkeyPatch):
-    write, held = TailCache.write_rows, set[int]()
+    of_layer, held = TailCache.of_layer, set[int]()
 
-    def measured(tails: TailCache, *args: Any) -> None:
-        write(tails, *args)
+    def measured(tails: TailCache, *args: Any) -> tuple[Tensor, Tensor]:
+        found = of_layer(tails, *args)
         held.update(len(x) for pair in tails.stored.values() for x in pair)
+        return found
 
-    monkeypatch.setattr(TailCache, "write_rows", measured)
+    monkeypatch.setattr(TailCache, "of_layer", measured)
     plain._generate(LONG, MANY, _filled_store(), kv_bytes=_room_for(3, LONG))
     assert held == {3 * LONG.group + 1}
 
