@@ -170,6 +170,16 @@ def test_a_decode_step_is_one_launch_and_one_wait(rehearse: Callable[[str], Repo
     assert {"pinned copy to host": 1, "wait": 1} in [own["events"] for own in phases["take tokens"]]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["first of TP 2 x PP 2", "last of TP 2 x PP 2"])
+def test_a_decode_step_of_a_pipeline_stage_is_one_launch_and_a_message(
+    name: str, rehearse: Callable[[str], Report]
+):
+    passes = [own["events"] for own in rehearse(name)["phases"]["decode"]]
+    # Each of the two batches records its second pass.
+    assert 2 * passes.count({"graph launch": 1, "collective": 1}) >= len(passes)
+
+
 def test_operations_of_a_decode_step_grow_with_the_layers_only(
     rehearse: Callable[[str], Report],
 ):
