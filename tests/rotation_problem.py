@@ -1,5 +1,7 @@
 """Arguments of ``store_rotated`` that reach its edges, and how far what it did is from float64."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def rotated_exactly(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat([turned.real, turned.imag, x[..., 2 * half :].double()], -1)
 
 
-def errors(store, given: tuple) -> list[float]:
+def errors(store: Callable[..., Tensor], given: tuple) -> list[float]:
     """Of queries and of the whole tails after ``store``, whose rest must be as it was."""
     query, key, value, rotation, tails, written, columns = given
     expected = [of.double() for of in tails]

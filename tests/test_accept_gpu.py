@@ -83,7 +83,7 @@ def _changed(function: Callable[..., Any], **changes: Callable[[Any], Any]) -> C
 
 def test_a_gpu_that_computes_something_else_fails(monkeypatch: pytest.MonkeyPatch):
     exact, attend, rows_of = numbers.token_loss_sum, numbers.attend_by_limits, numbers.rows_of
-    of_rollouts = kv_cache.decode_attention
+    of_rollouts, store = kv_cache.decode_attention, numbers.store_rotated
     for owner, name, wrong, check in (
         (
             numbers,
@@ -108,6 +108,12 @@ def test_a_gpu_that_computes_something_else_fails(monkeypatch: pytest.MonkeyPatc
             "attend_by_limits",
             lambda *args: attend(*args[:-1], 1.03 * args[-1]),
             "decode-std6",
+        ),
+        (
+            numbers,
+            "store_rotated",
+            lambda query, key, *others: store(query, 1.01 * key, *others),
+            "decode-store",
         ),
         (
             kv_cache,
