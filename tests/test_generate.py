@@ -20,6 +20,7 @@ import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import attention
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -499,6 +500,36 @@ def test_where_the_device_is_told_limits_the_tokens_are_the_same(name, monkeypat
     expected = _generate(CASES[name], CHOSEN, _filled_store())
     monkeypatch.setattr(generate_module, "tells_limits", lambda device: True)
     _assert_same(_generate(CASES[name], CHOSEN, _filled_store()), expected)
+
+
+@pytest.mark.usefixtures("by_limits")
+def test_where_the_device_is_told_limits_no_layer_rotates_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    store, case = _filled_store(), CASES["boxed"]
+    expected = _generate(case, CHOSEN, store)
+    monkeypatch.delattr(attention, "apply_rotary_pos_emb")
+    _assert_same(_generate(case, CHOSEN, store), expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rotary_interleaved": True},
+        {"no_rope_freq": [0, 1]},
+        {"position_embedding": "learned_absolute"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_layers_that_rotate_otherwise_or_not_at_all_do_so_where_the_device_is_told_limits(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    model = build_model(torch.float32, **changes).eval()
+    attach_tree_attention(model)
+    monkeypatch.setattr(sys.modules[__name__], "_models", lambda: (None, model))
+    expected = _generate(CASES["boxed"], CHOSEN, _filled_store())
+    monkeypatch.setattr(generate_module, "tells_limits", lambda device: True)
+    _assert_same(_generate(CASES["boxed"], CHOSEN, _filled_store()), expected)
 
 
 class _Calls(TorchDispatchMode):

@@ -363,13 +363,18 @@ def words_of(text: str) -> list[str]:
 def test_where_memory_is_fast_rollouts_take_what_their_launches_take(monkeypatch):
     fast = dataclasses.replace(plan.HARDWARE["h100"], tflops=1e9, bandwidth=1e9)
     monkeypatch.setitem(plan.HARDWARE, "h100", fast)
-    # 40 layers, two all-reduces a layer over 4 ranks.
-    launches, reduced = 40 * (13 + 4) + 68, 40 * 2 * 15e-6
-    one_by_one = launches * 5e-6 + 40 * 6 * 65e-6
-    for flags, each in {"": launches * 1.5e-6, "--rmt-no-decode-graph": one_by_one}.items():
+    for flags, layers, recorded in (
+        ("", 40, True),
+        ("--rmt-no-decode-graph", 40, False),
+        ("--pipeline-model-parallel-size 2", 20, True),
+        ("--fp8-format e4m3", 40, False),
+    ):
         planned = plan.make_plan(request(words_of(f"--world-size 16 {flags}")))
         seconds = planned.first.seconds
-        assert seconds.rollout / seconds.passes == pytest.approx(each + reduced, rel=1e-3)
+        # Two all-reduces a layer over 4 ranks.
+        each = (layers * 14 + 70) * (1.5e-6 if recorded else 5e-6) + layers * 2 * 15e-6
+        each += 0 if recorded else layers * 6 * 65e-6
+        assert seconds.rollout / seconds.passes == pytest.approx(each, rel=1e-3), flags
 
 
 @pytest.mark.parametrize(

@@ -120,13 +120,14 @@ def test_a_few_end_and_others_begin_while_the_rest_goes_on_in_fewer_passes_than_
 
 @pytest.mark.usefixtures("by_limits")
 def test_no_more_tails_are_held_than_fit_and_nobodys(monkeypatch: pytest.MonkeyPatch):
-    write, held = TailCache.write_rows, set[int]()
+    of_layer, held = TailCache.of_layer, set[int]()
 
-    def measured(tails: TailCache, *args: Any) -> None:
-        write(tails, *args)
+    def measured(tails: TailCache, *args: Any) -> tuple[Tensor, Tensor]:
+        found = of_layer(tails, *args)
         held.update(len(x) for pair in tails.stored.values() for x in pair)
+        return found
 
-    monkeypatch.setattr(TailCache, "write_rows", measured)
+    monkeypatch.setattr(TailCache, "of_layer", measured)
     plain._generate(LONG, MANY, _filled_store(), kv_bytes=_room_for(3, LONG))
     assert held == {3 * LONG.group + 1}
 
@@ -200,10 +201,10 @@ def test_the_first_positions_begin_and_the_others_where_enough_rows_are_free():
 
 
 def _of_rank(
-    layout: Layout, at_once: int, weights: dict[str, Tensor]
-) -> tuple[list[list[Rollout]], int, int]:
-    """The responses, and how many passes of stems and of tokens there were. weights: of the whole
-    model."""
+    layout: Layout, at_once: int, weights: dict[str, Tensor], records: bool
+) -> tuple[list[list[Rollout]], int, int, int]:
+    """The responses, how many passes of stems and of tokens there were, and how many steps of
+    chunks have been recorded. weights: of the whole model. records: steps are."""
     virtual = layout.chunks if layout.chunks > 1 else None
     parallel_state.initialize_model_parallel(
         layout.tensor, layout.pipeline, virtual, create_gloo_process_groups=False
@@ -232,13 +233,20 @@ def _of_rank(
     model = gpt_model(chunks)
     plain._models = lambda: (None, model)
     generate_module.tells_limits = lambda device: True
-    passes = Passes()
+    passes, recorded = Passes(), list[int]()
+
+    def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        recorded.append(1)
+        return plain._record_without_a_gpu(step)
+
     with pytest.MonkeyPatch.context() as monkeypatch:
         passes.watch(monkeypatch)
+        monkeypatch.setattr(generate_module, "is_recordable", lambda *_: records)
+        monkeypatch.setattr(generate_module, "record", record)
         # Each rank holds a part of the heads, or of the layers, and a bound of its own.
         room = math.ceil(_room_for(at_once, LONG) * layout.chunks / layout.ranks)
         responses = plain._generate(LONG, MANY, _filled_store(), kv_bytes=room)
-    return responses, len(passes.begun), len(passes.decoded)
+    return responses, len(passes.begun), len(passes.decoded), len(recorded)
 
 
 LAYOUTS = {
@@ -249,8 +257,17 @@ LAYOUTS = {
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_ranks_of_a_model_agree_on_who_begins_when(layout: Layout, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("layout", "records"),
+    [
+        *(pytest.param(layout, False, id=name) for name, layout in LAYOUTS.items()),
+        # What is run again here must not wait for ranks that share tensors.
+        *(pytest.param(LAYOUTS[name], True, id=f"{name}, recorded") for name in list(LAYOUTS)[1:]),
+    ],
+)
+def test_ranks_of_a_model_agree_on_who_begins_when_also_with_recorded_steps(
+    layout: Layout, records: bool, monkeypatch: pytest.MonkeyPatch
+):
     model = build_model(torch.float32, num_layers=layout.layers).eval()
     attach_tree_attention(model)
     monkeypatch.setattr(plain, "_models", lambda: (None, model))
@@ -258,11 +275,15 @@ def test_ranks_of_a_model_agree_on_who_begins_when(layout: Layout, monkeypatch: 
     weights = {n: w for n, w in model.state_dict().items() if isinstance(w, Tensor)}
     # Of the stages each has a batch.
     at_once = 2 * layout.pipeline
-    results = run_distributed(2, _of_rank, layout, at_once, weights)
-    for responses, stems, tokens in results:
+    results = run_distributed(2, _of_rank, layout, at_once, weights, records)
+    for responses, *passes in results:
         _assert_same(responses, alone)
+        stems, tokens, recorded = passes
         assert stems > 3
-        assert (stems, tokens) == results[0][1:]
+        assert passes == [*results[0][1:]]
+        # Of each batch and chunk, and of a few numbers of rows.
+        assert records * recorded <= 4 * layout.pipeline * layout.chunks < 2 * tokens
+        assert bool(recorded) == records
 
 
 def _with_experts(shares: list[Any], kv_bytes: int | None) -> list[list[Rollout]]:

@@ -86,7 +86,7 @@ class Settings:
 
     no_decode_graph: bool = setting(False)
     """Do not record steps of decoding as CUDA graphs, which is done for dense models on a GPU, but
-    neither with pipeline stages nor in FP8"""
+    not in FP8"""
 
     initial_budget: int = setting(800, "[1, inf)", "tokens", source="paper")
     """B_0: thought asked for at first"""

@@ -38,7 +38,9 @@ from megatron_rmt.model.pipeline import (
     begin_from_last_stage,
     finish_sends,
     forward_by_chunks,
+    forward_chunk,
     output_weight,
+    pass_by_chunks,
 )
 from megatron_rmt.model.visibility import Visibility
 from megatron_rmt.prompt.prompt import Prompt, ResponseBound
@@ -166,7 +168,7 @@ def generate(
                     at_once,
                 ),
                 TailCache(tail_tokens),
-                graph=StepGraph(record) if records else None,
+                graphs=[StepGraph(record) for _ in chunks_of(model)] if records else [],
             )
             for own in parts[first : first + in_flight]
         ]
@@ -198,9 +200,10 @@ class _Batch:
     stopped: all rollouts have been cut short for that. trunks, after: which trunk rows each row
     sees and the rotary position after its stem; None when rows have left. Where the device is told
     limits: spans, the first row of the trunk that each rollout sees, the row after the last, and
-    the position after its stem, int64 ``[3, rollouts + 1]``; graph, of its steps; late, how the
-    host reads what ``_write`` says; flags: that, where it has been called already. passing: its
-    pass, halted behind a chunk; None where no pass is under way.
+    the position after its stem, int64 ``[3, rollouts + 1]``; graphs, of its steps, one for each
+    chunk of this rank, and received, where rows come to that; late, how the host reads what
+    ``_write`` says; flags: that, where it has been called already. passing: its pass, halted behind
+    a chunk; None where no pass is under way.
     """
 
     live: LiveRollouts
@@ -211,7 +214,8 @@ class _Batch:
     trunks: list[SharedTrunk] | None = None
     after: Tensor | None = None
     spans: Tensor | None = None
-    graph: StepGraph | None = None
+    graphs: Sequence[StepGraph] = ()
+    received: dict[int, Tensor] = field(default_factory=dict)
     late: LateRead = field(default_factory=LateRead)
     flags: Tensor | None = None
     passing: Iterator[None] | None = None
@@ -307,17 +311,37 @@ class _Decoder:
         self._pass(batch, live.newest, visibility, self._drawing(live), sends)
 
     def _decode_by_limits(self, batch: _Batch, sends: Sends) -> None:
-        def decode() -> None:
-            self._pass(batch, batch.live.newest, *self._step_by_limits(batch), sends)
+        live = batch.live
 
         def decode_and_write() -> Tensor:
-            decode()
+            self._pass(batch, live.newest, *self._step_by_limits(batch), sends)
             return self._write(batch)
 
-        if batch.graph is None:
-            decode()
+        if not batch.graphs:
+            self._pass(batch, live.newest, *self._step_by_limits(batch), sends)
+        elif parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            batch.flags = batch.graphs[0].run(len(live.rows), decode_and_write)
         else:
-            batch.flags = batch.graph.run(len(batch.live.rows), decode_and_write)
+            batch.passing = self._recorded_by_chunks(batch, sends)
+            _pass_a_chunk(batch)
+
+    def _recorded_by_chunks(self, batch: _Batch, sends: Sends) -> Iterator[None]:
+        """A step of which all but the messages between stages, and writing, is recorded.
+
+        What a stage has sent has left when the batch's tokens come back, before it is overwritten.
+        """
+        model, live = self.policy.model, batch.live
+        rows, chunks = len(live.rows), chunks_of(model)
+
+        def run(index: int) -> Tensor:
+            def step() -> Tensor:
+                visibility, draw = self._step_by_limits(batch)
+                return forward_chunk(model, chunks[index], live.newest, visibility, draw)
+
+            return batch.graphs[index].run(rows, step)
+
+        drawn = yield from pass_by_chunks(model, rows, run, sends, batch.received)
+        self._tell(batch, drawn)
 
     def _stems_by_limits(self, batch: _Batch) -> LimitsVisibility:
         live, length = batch.live, len(self.stem)
@@ -409,10 +433,14 @@ class _Decoder:
     ) -> Iterator[None]:
         model = self.policy.model
         drawn = yield from forward_by_chunks(model, tokens, visibility, draw, sends)
+        self._tell(batch, drawn)
+
+    def _tell(self, batch: _Batch, drawn: Tensor | None) -> None:
+        """Start to tell the other stages what the last one, where it is not None, has drawn."""
         if drawn is None:
             live = batch.live
             shape = (2 if self.stop is None else 3, len(live.rows[live.written_next]))
-            drawn = torch.empty(shape, dtype=torch.float64, device=tokens.device)
+            drawn = torch.empty(shape, dtype=torch.float64, device=live.rows.device)
             batch.arriving = None
         else:
             batch.arriving = begin_from_last_stage(drawn)

@@ -20,13 +20,11 @@ Step = Callable[[], Tensor]
 def is_recordable(config: TransformerConfig, device: torch.device) -> bool:
     """Whether a step of this rank's layers asks the host nothing.
 
-    Experts ask how many tokens each gets, pipeline stages exchange rows outside of a stream's
-    order, and Transformer Engine keeps the scales of FP8 and FP4 by itself; with Megatron's own
-    CUDA graphs there is nothing left to record.
+    Experts ask how many tokens each gets, and Transformer Engine keeps the scales of FP8 and FP4 by
+    itself; with Megatron's own CUDA graphs there is nothing left to record.
     """
     return (
         device.type == "cuda"
-        and config.pipeline_model_parallel_size == 1
         and not config.num_moe_experts
         and not (config.fp8 or config.fp4)
         and config.cuda_graph_impl == "none"

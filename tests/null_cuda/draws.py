@@ -91,6 +91,7 @@ def _attention() -> Callable[[], Any]:
         columns=indices,
         count=ROWS + 1,
     )
+    assert visibility.take_angles(torch.zeros(ROWS, 1, 1, 128, device="cuda"))
     return lambda: visibility.attend(1, rows(8), rows(2), rows(2), 0.1)
 
 

@@ -2,10 +2,10 @@
 
 The trunk pass and the update are bound by arithmetic: their operations at the stated share of the
 device's peak. Decoding is bound by memory and by launches: each token of the longest rollout takes
-one pass, which reads all weights, the trunk's and the rollouts' keys and values and the scores of
-attention, and launches every kernel, from a recorded graph or one by one; positions that do not fit
-begin where others have ended. Data-parallel communication is taken to hide behind the update, which
-leaves out that ranks with short rollouts wait for others.
+one pass, which reads all weights, the trunk's and the rollouts' keys and values, and launches every
+kernel, from a recorded graph or one by one; positions that do not fit begin where others have
+ended. Data-parallel communication is taken to hide behind the update, which leaves out that ranks
+with short rollouts wait for others.
 """
 
 import math
@@ -35,17 +35,18 @@ HARDWARE = {
     "h200": Hardware("H200 SXM", 989, 4800, 139, 450),
     "a100": Hardware("A100 SXM 80 GB", 312, 2039, 79, 300),
 }
-# Counted on the null device: of a layer with Transformer Engine 13, and of its attention 4; of a
-# token 68, of which 46 to take its number, to draw it and to write it.
-LAYER_LAUNCHES, TOKEN_LAUNCHES = 13 + 4, 68
+# Of a layer with Transformer Engine 11 (read), and, counted on the null device, to rotate and store
+# its new tokens 1 and of its attention 2; of a token 70, of which 46 to take its number, to draw it
+# and to write it.
+LAYER_LAUNCHES, TOKEN_LAUNCHES = 11 + 1 + 2, 70
 # Estimates: seconds of the host for each, and for each call of a module of Transformer Engine, of
 # which a layer makes 6; seconds of the device for each where a step is recorded as a graph.
 LAUNCH, MODULE, LAYER_MODULES, RECORDED = 5e-6, 65e-6, 6, 1.5e-6
 # Of an all-reduce of a few kilobytes.
 COLLECTIVE = 15e-6
-# Bytes moved for each score of attention, which is written out in steps: product, fp32, bias,
-# joining trunk and tail, softmax, half precision, and two copies.
-SCORE_TRAFFIC = 44
+# Parts that the keys of a row are read in (estimate; the kernel has up to 32): each leaves an
+# output in fp32, which is written and read again. Scores are not written out.
+PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,11 @@ def _rollout(
     weights -= 0 if tied or stages > 1 else looked_up
     read = weights * args.params_bytes
     read += cache.token_bytes * (in_wave * work.span + rows * tail)
-    scores = rows * (work.span + tail) * args.num_attention_heads / tp * args.layers_per_stage
-    read += scores * SCORE_TRAFFIC + rows * args.head_columns / tp * 3 * FP32
+    read += rows * args.query_width / tp * args.layers_per_stage * PARTS * 2 * FP32
+    read += rows * args.head_columns / tp * 3 * FP32
     by_memory = read / (hardware.bandwidth * 1e9 * bandwidth_efficiency)
     launches = args.layers_per_stage * LAYER_LAUNCHES + TOKEN_LAUNCHES
-    if stages == 1 and not (args.num_moe_experts or args.fp8 or args.rmt_no_decode_graph):
+    if not (args.num_moe_experts or args.fp8 or args.rmt_no_decode_graph):
         by_launches = launches * RECORDED
     else:
         by_launches = launches * LAUNCH
