@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.job.settings import flag_name
 from tests.distributed import REPOSITORY
 from tests.tiny_run import TinyInputs
 
@@ -142,8 +145,11 @@ def test_a_pipe_is_no_study(tmp_path: Path):
 def test_the_studies_of_the_examples_can_be_read():
     paths = list((REPOSITORY / "examples/studies").iterdir())
     assert paths
+    known = {flag_name(field.name) for field in fields(Settings)}
     for path in paths:
         study.read_study(path)
+        text = path.read_text(encoding="utf-8")
+        assert set(re.findall(r"--rmt-[a-z-]+", text)) <= known, path
 
 
 def test_arms_need_those_they_build_on_and_the_first(tmp_path: Path):
