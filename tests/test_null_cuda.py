@@ -37,7 +37,7 @@ RMT = (
 )
 
 # Of a decode step without a graph, drawing and writing included.
-TOKEN_OPERATIONS, LAYER_OPERATIONS = 70, 13
+TOKEN_OPERATIONS, LAYER_OPERATIONS = 71, 13
 # Graphs that two steps compile, whatever the sizes of their trees.
 COMPILED = {"four layers, 16 samples": 16, "flex": 20}
 

@@ -296,6 +296,11 @@ BAD = {
     ("--context-parallel-size", "2"): "--context-parallel-size is 2; RMT needs 1:",
     ("--multi-latent-attention",): "--multi-latent-attention is True; RMT needs False:",
     ("--mtp-num-layers", "1"): "--mtp-num-layers is 1; RMT needs it left out:",
+    ("--window-size", "128,1"): "--window-size is 128,1; RMT needs N,0:",
+    ("--window-size", "(-1,0)"): "--window-size is -1,0; RMT needs N,0:",
+    ("--window-size", "128"): "--window-size is 128; RMT needs N,0:",
+    ("--window-size", "128,0"): "--window-size is 128,0, which the fused softmax of "
+    "--transformer-impl local does not know; pass --no-masked-softmax-fusion.",
     (
         "--window-size",
         "128,0",
@@ -303,11 +308,6 @@ BAD = {
         "[1,0]*2",
     ): "--window-attn-skip-freq is [1, 0, 1, 0]; pass a number above 0, or a list of 2",
     ("--window-size", "128,0", "--window-attn-skip-freq", "0"): "--window-attn-skip-freq is 0;",
-    ("--window-size", "128,1"): "--window-size is 128,1; RMT needs N,0:",
-    ("--window-size", "(-1,0)"): "--window-size is -1,0; RMT needs N,0:",
-    ("--window-size", "128"): "--window-size is 128; RMT needs N,0:",
-    ("--window-size", "128,0"): "--window-size is 128,0, which the fused softmax of "
-    "--transformer-impl local does not know; pass --no-masked-softmax-fusion.",
     ("--experimental-attention-variant", "dsa"): "--experimental-attention-variant is dsa; RMT",
     ("--qk-clip",): "--qk-clip is True; RMT needs False:",
     ("--log-max-attention-logit",): "--log-max-attention-logit is True; RMT needs False:",

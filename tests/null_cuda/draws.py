@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.template import Template
+from megatron_rmt.model.layer_attention import LayerAttention
 from megatron_rmt.rollout import sampling
 from megatron_rmt.rollout.kv_cache import KeyValueStore, LimitsVisibility, TailCache
 from megatron_rmt.rollout.live_rollouts import LiveRollouts, RolloutPosition
@@ -86,13 +87,13 @@ def _attention() -> Callable[[], Any]:
         tokens=ROWS,
         store=store,
         tails=tails,
-        limits=RowLimits(*(indices.int() for _ in range(4))),
+        limits=RowLimits.of(*[indices] * 4),
         written=indices[None],
         columns=indices,
         count=ROWS + 1,
     )
     assert visibility.take_angles(torch.zeros(ROWS, 1, 1, 128, device="cuda"))
-    return lambda: visibility.attend(1, rows(8), rows(2), rows(2), 0.1)
+    return lambda: visibility.attend(LayerAttention(1, 0.1), rows(8), rows(2), rows(2))
 
 
 def main() -> None:

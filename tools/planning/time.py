@@ -36,9 +36,9 @@ HARDWARE = {
     "a100": Hardware("A100 SXM 80 GB", 312, 2039, 79, 300),
 }
 # Of a layer with Transformer Engine 11 (read), and, counted on the null device, to rotate and store
-# its new tokens 1 and of its attention 2; of a token 70, of which 46 to take its number, to draw it
+# its new tokens 1 and of its attention 2; of a token 71, of which 46 to take its number, to draw it
 # and to write it.
-LAYER_LAUNCHES, TOKEN_LAUNCHES = 11 + 1 + 2, 70
+LAYER_LAUNCHES, TOKEN_LAUNCHES = 11 + 1 + 2, 71
 # Estimates: seconds of the host for each, and for each call of a module of Transformer Engine, of
 # which a layer makes 6; seconds of the device for each where a step is recorded as a graph.
 LAUNCH, MODULE, LAYER_MODULES, RECORDED = 5e-6, 65e-6, 6, 1.5e-6
