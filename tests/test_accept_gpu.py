@@ -118,7 +118,7 @@ def test_a_gpu_that_computes_something_else_fails(monkeypatch: pytest.MonkeyPatc
         (
             kv_cache,
             "decode_attention",
-            lambda *args: of_rollouts(*args[:-1], 1.3 * args[-1]),
+            lambda *args: of_rollouts(*args[:4], 1.3 * args[4], *args[5:]),
             "decode-graph",
         ),
         (
