@@ -367,6 +367,14 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
         "factor=inf; it must be a positive number",
     ),
     "Gemma 2": (config(model_type="gemma2"), "'gemma2' .* get and what they give, and bounds"),
+    "layer types": (
+        config(model_type="qwen2", use_sliding_window=True, layer_types=["chunked_attention"] * 2),
+        r"layer_types=\['chunked_attention', .* one for each of the 2 layers",
+    ),
+    "first layer with a window": (
+        config(model_type="qwen3", use_sliding_window=True, max_window_layers="all"),
+        "max_window_layers='all'; it must be a whole number",
+    ),
     "layers without rotary": (
         config(no_rope_layers=[1, 2]),
         r"no_rope_layers=\[1, 2\]; it must be a list of 0 and 1, one for each of the 2 layers",
