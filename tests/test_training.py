@@ -832,7 +832,7 @@ def test_thoughts_on_samples_of_an_evaluation_change_no_digit_of_it_or_of_the_ru
         assert own["validation positions"] == 20
         for name in ("next token", "thought", "no thought"):
             assert 0 <= own[f"validation {name}"] <= 1
-    assert any(0 < own["validation thought"] < 1 for own in measured)
+    assert any(0 < own["validation next token"] < 1 for own in measured)
     assert evaluated.log.count(" RMT at iteration ") == 4
     # An amended line holds all of its step's.
     last = [line for line in evaluated.metrics if line["iteration"] == STEPS][-1]

@@ -22,7 +22,7 @@ from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.checkpoints import refuse_what_is_not_finite, unwritten
 from megatron_rmt.job.data_files import empty_split
 from megatron_rmt.job.digests import check_digests, index_with_digest, with_digests
-from megatron_rmt.job.evaluation import Values, evaluate_with_thoughts, report_evaluation
+from megatron_rmt.job.eval_samples import Values, evaluate_with_thoughts, report_evaluation
 from megatron_rmt.job.index_cache import whole_indices
 from megatron_rmt.job.processes import (
     end_when_interrupted,
@@ -83,12 +83,10 @@ def _add_arguments(original: Callable[..., Any], parser: Any) -> Any:
 def _validate_args(original: Callable[..., Any], args: Any, *others: Any, **named: Any) -> Any:
     try:
         result = original(args, *others, **named)
-    except AssertionError as error:
+    except Exception as error:
         if not Settings.of(args).rmt:
             raise
-        # Many of Megatron's assertions say nothing; their line does.
-        text = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-        raise SystemExit(f"Megatron refuses these flags: {text}") from None
+        raise SystemExit(f"Megatron refuses these flags: {_reason(error)}") from None
     try:
         check_rmt_arguments(args)
     except ValueError as error:
@@ -103,6 +101,19 @@ def _validate_args(original: Callable[..., Any], args: Any, *others: Any, **name
         # Megatron hands all arguments to wandb as the configuration of the run.
         args.rmt_versions = versions()
     return result
+
+
+def _reason(error: Exception) -> str:
+    """One line on why Megatron's checks of its flags ended."""
+    text = " ".join(str(error).split())
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    if isinstance(error, AssertionError):
+        # Many say nothing; their line does.
+        return text or str(line)
+    if isinstance(error, ValueError | NotImplementedError | RuntimeError):
+        return text or type(error).__name__
+    # Megatron did not mean to end so.
+    return f"{type(error).__name__}: {text} (in: {line})"
 
 
 def _compile_helpers(original: Callable[..., Any]) -> None:
