@@ -402,9 +402,9 @@ def test_a_study_trains_evaluates_and_goes_on_where_it_was(
         post_train={
             "after": ["RMT"],
             "prepare": [
-                f"python tools/generate_computed_corpus.py --output {questions} --questions 1 "
-                "--train-documents 60 --heldout-documents 2",
-                f"python tools/preprocess_data.py --input {questions}/train.jsonl "
+                f"{sys.executable} tools/generate_computed_corpus.py --output {questions} "
+                "--questions 1 --train-documents 60 --heldout-documents 2",
+                f"{sys.executable} tools/preprocess_data.py --input {questions}/train.jsonl "
                 f"--output-prefix {questions}/train --tokenizer {inputs.huggingface}",
             ],
             "data": f"{questions}/train",
