@@ -392,28 +392,52 @@ def test_a_study_trains_evaluates_and_goes_on_where_it_was(
     heldout.write_text(
         "".join(json.dumps({"text": f"{n} and {n + 1} and so on"}) + "\n" for n in (1, 2))
     )
-    common = "--seq-length 32 --micro-batch-size 1 --global-batch-size 1"
+    common = "--micro-batch-size 1 --global-batch-size 1 --rmt-group-size 2 --rmt-initial-budget 4"
     steps = "--train-iters 2 --save-interval 2 --lr-warmup-iters 1"
+    questions = "{folder}/questions"
     path = written(
         tmp_path / "study.yaml",
         model=str(inputs.checkpoint),
         seeds=[1],
         data=str(inputs.data),
         heldout={"a": str(heldout)},
-        train=f"{common} {steps} --rmt-group-size 2 --rmt-initial-budget 4",
+        train=f"{common} {steps} --seq-length 32",
         reason="--rmt-template inline --rmt-force-close --rmt-answer-tokens 2",
         positions="--documents 2 --positions-per-document 1",
         evaluate="--budget 4",
         arms=dict(list(CONTENT["arms"].items())[:3]),
+        post_train={
+            "after": ["RMT"],
+            "prepare": [
+                f"{sys.executable} tools/generate_computed_corpus.py --output {questions} "
+                "--questions 1 --train-documents 60 --heldout-documents 2",
+                f"{sys.executable} tools/preprocess_data.py --input {questions}/train.jsonl "
+                f"--output-prefix {questions}/train --tokenizer {inputs.huggingface}",
+            ],
+            "data": f"{questions}/train",
+            "marker": "Answer: ",
+            "heldout": {"asked": f"{questions}/heldout.jsonl"},
+            "flags": f"{common} --seq-length 256 --train-iters 1 --save-interval 1",
+            "reason": "--rmt-template examples/templates/worked.json --rmt-force-close "
+            "--rmt-answer-tokens 2",
+            "positions": "--positions answers --documents 2 --positions-per-document 1",
+        },
     )
     arguments = [str(path), "--output", str(tmp_path / "out")]
     study.main(arguments)
     first = capfd.readouterr()
     assert [line.split(": ")[1] for line in first.err.splitlines() if ": train" in line] == [
-        f"train {name}" for name in ("plain", "RMT", "longer")
+        f"train {name}" for name in ("plain", "RMT", "longer", "RMT, post-trained")
     ]
     tables = json.loads((tmp_path / "out/study.json").read_text())["tables"]
-    assert [row[0] for row in tables[0]["rows"]] == ["plain", "RMT", "longer"]
+    assert [(table["title"], [row[0] for row in table["rows"]]) for table in tables] == [
+        ("Held out: a", ["plain", "RMT", "longer"]),
+        ("Held out: a: difference from plain", ["RMT", "longer"]),
+        ("Held out: asked", ["plain", "RMT", "RMT, post-trained"]),
+        ("Held out: asked: gain by post-training", ["RMT, post-trained"]),
+        ("Cost", ["plain", "RMT", "longer", "RMT, post-trained"]),
+    ]
+    assert "whole answer, %" in tables[2]["columns"]
     study.main(arguments)
     again = capfd.readouterr()
     assert again.out == first.out
