@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rmt.model.layer_attention import LayerAttention
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.template import Template
-from megatron_rmt.model.layer_attention import LayerAttention
 from megatron_rmt.rollout import sampling
 from megatron_rmt.rollout.kv_cache import KeyValueStore, LimitsVisibility, TailCache
 from megatron_rmt.rollout.live_rollouts import LiveRollouts, RolloutPosition
