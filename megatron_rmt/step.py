@@ -59,6 +59,7 @@ from megatron_rmt.update.report import (
     checksum,
     response_metrics,
     size_metrics,
+    source_metrics,
     trunk_metrics,
 )
 from megatron_rmt.update.reserve import keep_differing
@@ -278,6 +279,7 @@ def _choose(
         run.settings.entropy_ceiling,
     )
     own.metrics |= answer_metrics(own.reasoned, run.prompt)
+    own.metrics |= source_metrics(own.reasoned, run.settings)
     return []
 
 
@@ -299,7 +301,7 @@ def choose(
     for of, own in zip(reasoned, entropies.split([len(of.sample) for of in reasoned]), strict=True):
         sample = of.sample
         eligible = sample.labelled & (sample.columns >= 0)
-        eligible &= run.prompt.answerable[sample.labels.clamp(min=0)]
+        eligible &= run.prompt.answerable[sample.labels.clamp(min=0)] & (not sample.plain)
         tier = torch.where(eligible, tiers(own, thresholds, run.settings.entropy_ceiling), -1)
         rows = run.select(
             Candidates(
@@ -332,8 +334,9 @@ def choose(
 
 
 def _labelled(micro_batch: MicroBatch) -> Tensor:
-    """The entropies of the rows whose prediction counts."""
-    return micro_batch.entropies[torch.cat([of.sample.labelled for of in micro_batch.reasoned])]
+    """The entropies of the rows whose prediction counts, of samples that are not plain."""
+    samples = [of.sample for of in micro_batch.reasoned]
+    return micro_batch.entropies[torch.cat([own.labelled & (not own.plain) for own in samples])]
 
 
 def _respond(
@@ -568,8 +571,8 @@ def idle_reason(positions: float, ntp_tokens: float, telling: float, warm_up: bo
     if positions == 0:
         return (
             "no position could be chosen: none that counts is as uncertain as "
-            "--rmt-entropy-thresholds asks for and below --rmt-entropy-ceiling, or --rmt-select "
-            "took none"
+            "--rmt-entropy-thresholds asks for and below --rmt-entropy-ceiling, --rmt-select took "
+            "none, or all samples are of --rmt-skip-sources"
         )
     if telling == 0 and not warm_up:
         return "the rewards of no group differ: all responses to a position earn the same"

@@ -169,3 +169,22 @@ def test_kernels_compile_for_sm_90_without_spilled_registers(dtype, tmp_path):
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         used = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True)
         assert "STACK:0" in used.stdout + used.stderr
+
+
+def test_triton_is_looked_for_once_and_not_for_each_layer(monkeypatch: pytest.MonkeyPatch):
+    looked_for: list[str] = []
+    monkeypatch.setattr(decode_attention.importlib.util, "find_spec", looked_for.append)
+    decode_attention._has_triton.cache_clear()
+    for _ in range(3):
+        assert not decode_attention.runs_kernels(_OnAGpu(torch.bfloat16))
+    assert looked_for == ["triton"]
+    monkeypatch.undo()
+    decode_attention._has_triton.cache_clear()
+    assert not decode_attention.runs_kernels(_OnAGpu(torch.float64))
+
+
+class _OnAGpu:
+    is_cuda = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype

@@ -20,6 +20,7 @@ import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import attention
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -501,6 +502,36 @@ def test_where_the_device_is_told_limits_the_tokens_are_the_same(name, monkeypat
     _assert_same(_generate(CASES[name], CHOSEN, _filled_store()), expected)
 
 
+@pytest.mark.usefixtures("by_limits")
+def test_where_the_device_is_told_limits_no_layer_rotates_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    store, case = _filled_store(), CASES["boxed"]
+    expected = _generate(case, CHOSEN, store)
+    monkeypatch.delattr(attention, "apply_rotary_pos_emb")
+    _assert_same(_generate(case, CHOSEN, store), expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rotary_interleaved": True},
+        {"no_rope_freq": [0, 1]},
+        {"position_embedding": "learned_absolute"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_layers_that_rotate_otherwise_or_not_at_all_do_so_where_the_device_is_told_limits(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    model = build_model(torch.float32, **changes).eval()
+    attach_tree_attention(model)
+    monkeypatch.setattr(sys.modules[__name__], "_models", lambda: (None, model))
+    expected = _generate(CASES["boxed"], CHOSEN, _filled_store())
+    monkeypatch.setattr(generate_module, "tells_limits", lambda device: True)
+    _assert_same(_generate(CASES["boxed"], CHOSEN, _filled_store()), expected)
+
+
 class _Calls(TorchDispatchMode):
     """Every operation: its name, the shapes and places of its tensors, and its numbers."""
 
@@ -553,7 +584,7 @@ def test_a_step_is_the_same_operations_as_the_one_before_also_where_a_rank_may_b
         assert before == after
 
 
-def _record_without_a_gpu(step: Callable[[], None]) -> Callable[[], None]:
+def _record_without_a_gpu(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """What runs the operations of ``step`` again on the very memory that they have used, as a CUDA
     graph does; nothing of Python runs again."""
     calls: list[tuple[Any, Any, Any, Any]] = []
@@ -567,20 +598,21 @@ def _record_without_a_gpu(step: Callable[[], None]) -> Callable[[], None]:
             return result
 
     with Record():
-        step()
+        flags = step()
     has_run = [True]
 
-    def replay() -> None:
+    def replay() -> Tensor:
         # The first time it has been run by being recorded.
         if has_run:
             has_run.clear()
-            return
+            return flags
         for function, args, kwargs, result in calls:
             for old, new in zip(
                 *map(tree_leaves, (result, function(*args, **kwargs))), strict=True
             ):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+        return flags
 
     return replay
 
@@ -591,7 +623,7 @@ def test_a_step_that_is_recorded_and_run_again_draws_the_same_tokens(name, monke
     expected = _generate(CASES[name], CHOSEN, _filled_store())
     recorded: list[int] = []
 
-    def record(step: Callable[[], None]) -> Callable[[], None]:
+    def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         recorded.append(1)
         return _record_without_a_gpu(step)
 

@@ -75,16 +75,26 @@ def _refuse_without_one(args: argparse.Namespace) -> None:
     raise AssertionError
 
 
+def _refuse_in_lines(args: argparse.Namespace) -> None:
+    raise ValueError("Cannot specify\n  both")
+
+
+def _fail(args: argparse.Namespace) -> None:
+    len(None)
+
+
 def test_what_megatron_refuses_is_one_sentence():
     text = "Megatron refuses these flags: "
     for refuse, said in (
         (_refuse_with_a_text, "--rmt goes with nothing"),
         (_refuse_without_one, "raise AssertionError"),
+        (_refuse_in_lines, "Cannot specify both"),
+        (_fail, "TypeError: object of type 'NoneType' has no len() (in: len(None))"),
     ):
         with pytest.raises(SystemExit) as error:
             patches._validate_args(refuse, argparse.Namespace(rmt=True))
         assert str(error.value) == text + said
-        with pytest.raises(AssertionError):
+        with pytest.raises((AssertionError, ValueError, TypeError)):
             patches._validate_args(refuse, argparse.Namespace(rmt=False))
 
 

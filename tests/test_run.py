@@ -86,6 +86,39 @@ def test_both_ways_train_the_job_with_rmt_alike(
     assert unpatched.printed("grad norm") != by_lines.printed("grad norm")
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_the_second_job_trains_alike_in_one_process_and_with_interleaved_stages(
+    inputs: TinyInputs, tmp_path: Path
+):
+    """A weighted blend, a skipped corpus, a batch that grows, validation."""
+    web = inputs.data.with_name("second")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{inputs.data}{suffix}", f"{web}{suffix}")
+    flags = inputs.flags()
+    for name in ("--train-iters", "--global-batch-size"):
+        at = flags.index(name)
+        del flags[at : at + 2]
+    flags += ["--data-path", "0.7", str(inputs.data), "0.3", str(web), "--split", "80,10,10"]
+    flags += ["--train-samples", "16", "--step-batch-size-schedule", "0:2 256:4"]
+    flags += ["--corpus-loss-weights", "1", "0.5", "--eval-interval", "3", "--eval-iters", "2"]
+    rmt = [*RMT, "--rmt-skip-sources", "second", "--rmt-eval-samples", "4"]
+    interleaved = ["--pipeline-model-parallel-size", "2"]
+    interleaved += ["--num-virtual-stages-per-pipeline-rank", "2"]
+    job = JOB / "pretrain_blend.py"
+    alone = run(tmp_path / "alone", 1, [*flags, *rmt], job)
+    staged = run(tmp_path / "staged", 2, [*flags, *rmt, *interleaved], job)
+    assert [line["iteration"] for line in staged.metrics] == [1, 2, 3, 3, 4, 5, 5, 5]
+    assert 0 < sum(line["skipped samples"] for line in alone.metrics) < len(alone.metrics)
+    for line, other in zip(staged.metrics, alone.metrics, strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+    # Without --rmt it is the job's own.
+    plain = run(tmp_path / "plain", 2, [*flags, *interleaved], job)
+    assert float(plain.printed("lm loss")[0]) == pytest.approx(
+        float(run(tmp_path / "one", 1, flags, job).printed("lm loss")[0]), rel=1e-5
+    )
+
+
 def test_the_patch_adds_two_lines():
     lines = (JOB / "two_lines.patch").read_text().splitlines()
     changes = [line for line in lines if line[:1] in "+-" and not line.startswith(("+++", "---"))]

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import math
+import os
 import re
 import typing
 from argparse import Namespace
@@ -190,6 +191,8 @@ def write(tmp_path) -> Write:
 def _other(field: Field) -> tuple[list[str], object]:
     """Another value than the default: as words behind the flag, and in the file."""
     takes = _takes(field)
+    if takes.get("nargs") == "+":
+        return ["x y", "z"], ["x y", "z"]
     if "nargs" in takes:
         return ["1", "2.5", "1e3"], [1, 2.5, "1e3"]
     if "choices" in takes:
@@ -266,6 +269,8 @@ WRONG = {
     "entropy-thresholds: [1, 2]": "entropy-thresholds is [1, 2]; pass a list of 3 numbers.",
     "entropy-thresholds: 1 2 3": "entropy-thresholds is '1 2 3'; pass a list of 3 numbers.",
     "entropy-thresholds: [1, 2, x]": "entropy-thresholds is [1, 2, 'x']; pass a list of 3 numbers.",
+    "skip-sources: [3]": "skip-sources is [3]; pass a list of texts.",
+    "skip-sources: []": "skip-sources is []; pass a list of texts.",
     "config: other.yaml": "config is no setting of RMT",
     "group-size: 4\ngroup-size: 8": "found duplicate key group-size in",
     "- group-size": "; pass UTF-8 lines like 'group-size: 8', each key once.",
@@ -304,6 +309,10 @@ def test_a_file_that_cannot_be_read_is_named(capsys, tmp_path):
         _small_parser().parse_args(["--rmt-config", "nowhere/rmt.yaml"])
     expected = "--rmt-config is nowhere/rmt.yaml; cannot read it: No such file or directory; pass "
     assert capsys.readouterr().err.startswith(expected)
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match=r"pipe.yaml; cannot read it: it is a pipe or a device"):
+        read_config(str(pipe))
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("template: é".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin.yaml; cannot read it: 'utf-8' codec .*pass UTF-8"):

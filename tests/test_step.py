@@ -21,6 +21,7 @@ from megatron_rmt.update.report import (
     answer_metrics,
     batch_metrics,
     size_metrics,
+    source_metrics,
     trunk_metrics,
 )
 from megatron_rmt.update.tree import ReasonedSample, Tree, grow_tree, pad_tree
@@ -176,6 +177,25 @@ def test_the_choice_depends_on_sample_and_iteration_but_not_on_preamble_or_neigh
     assert columns[4:] != choices[0][4:]
     rows, _ = _chosen(trunk, _entropies(trunk), iteration=1)
     assert [(int(trunk.samples[r]), int(trunk.columns[r])) for r in rows] != choices[0]
+
+
+def test_no_position_of_a_plain_sample_is_chosen_and_its_entropies_count_in_no_quantile():
+    trunk = tiny_trunk()
+    told, other = trunk.split()
+    plain = dataclasses.replace(other, plain=True)
+    entropies = _entropies(trunk)
+    reasoned = [ReasonedSample(told), ReasonedSample(plain)]
+    run = tiny_run(skip_sources=("web",))
+    tier = choose(run, reasoned, entropies, THRESHOLDS, tiny_schedule())
+    assert (tier[len(told) :] == -1).all()
+    rows, tier_of_told = _chosen(trunk, entropies)
+    assert [at.row for at in reasoned[0].positions] == [row for row in rows if row < len(told)]
+    assert reasoned[1].positions == []
+    assert torch.equal(tier[: len(told)], tier_of_told[: len(told)])
+    own = rmt_step.MicroBatch(reasoned, 0, entropies=entropies)
+    assert torch.equal(rmt_step._labelled(own), entropies[: len(told)][told.labelled])
+    assert source_metrics(reasoned, run.settings) == {"rmt skipped samples": (1.0, 2.0)}
+    assert source_metrics(reasoned, tiny_run().settings) == {}
 
 
 def test_what_lies_above_the_ceiling_is_never_chosen_and_counted():

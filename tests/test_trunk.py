@@ -117,6 +117,19 @@ def test_the_begin_token_stands_once_and_first_whatever_head_and_document_bring(
     assert len(sample) <= 12 + 3 * len(head)
 
 
+def test_no_head_stands_before_a_plain_sample():
+    batch = dataclasses.replace(_batch(), plain=(False, True))
+    how = {"end_of_document": END_OF_DOCUMENT, "separate_documents": True}
+    told, plain = build_trunk(batch, [70, 71], preamble=[41, 42], **how)
+    assert (told.plain, plain.plain) == (False, True)
+    assert torch.equal(told.tokens, _trunk([41, 42])[0].tokens)
+    bare = _trunk()[1]
+    assert not bare.plain
+    for name in ("tokens", "position_ids", "labels", "loss_mask", "columns"):
+        assert torch.equal(getattr(plain, name), getattr(bare, name))
+    assert plain.documents == bare.documents
+
+
 def test_trunk_of_whole_samples_ignores_ends_of_documents():
     for sample in _trunk([41], separate=False):
         assert sample.documents == ((0, 13),)

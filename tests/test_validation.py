@@ -299,18 +299,16 @@ BAD = {
     "-iters is 1; with --context-parallel-size 2 and --transformer-impl local pass 0: Megatron's",
     ("--multi-latent-attention",): "--multi-latent-attention is True; RMT needs False:",
     ("--mtp-num-layers", "1"): "--mtp-num-layers is 1; RMT needs it left out:",
-    ("--window-size", "128,1"): "--window-size is 128,1; RMT needs N,0:",
-    ("--window-size", "(-1,0)"): "--window-size is -1,0; RMT needs N,0:",
-    ("--window-size", "128"): "--window-size is 128; RMT needs N,0:",
-    ("--window-size", "128,0"): "--window-size is 128,0, which the fused softmax of "
-    "--transformer-impl local does not know; pass --no-masked-softmax-fusion.",
     (
-        "--window-size",
-        "128,0",
         "--window-attn-skip-freq",
         "[1,0]*2",
+        "--window-size",
+        "128,0",
     ): "--window-attn-skip-freq is [1, 0, 1, 0]; pass a number above 0, or a list of 2",
-    ("--window-size", "128,0", "--window-attn-skip-freq", "0"): "--window-attn-skip-freq is 0;",
+    ("--window-attn-skip-freq", "0", "--window-size", "128,0"): "--window-attn-skip-freq is 0;",
+    ("--window-size", "(-1,0)"): "--window-size is -1,0; RMT needs N,0:",
+    ("--window-size", "128"): "--window-size is 128; RMT needs N,0:",
+    ("--window-size", "128,1"): "--window-size is 128,1; RMT needs N,0:",
     ("--experimental-attention-variant", "dsa"): "--experimental-attention-variant is dsa; RMT",
     ("--qk-clip",): "--qk-clip is True; RMT needs False:",
     ("--log-max-attention-logit",): "--log-max-attention-logit is True; RMT needs False:",
@@ -465,6 +463,12 @@ def test_micro_batches_must_be_enough_for_virtual_pipeline_stages(
     assert interleaving_problem(args) is None
 
 
+def test_a_softmax_that_forgets_windows_is_refused():
+    problems = [*unsupported(_parse("--rmt", "--window-size", "128,0"))]
+    sentence = "128,0, which the fused softmax of --transformer-impl local does not know; pass"
+    assert [sentence in problem for problem in problems] == [True]
+
+
 @pytest.mark.parametrize("skip", [[], ["2"], ["[1,0]"]])
 @pytest.mark.parametrize("fused", [False, True], ids=["local", "engine"])
 def test_windows_over_what_is_behind_a_token_are_accepted(skip: list[str], fused: bool):
@@ -473,6 +477,30 @@ def test_windows_over_what_is_behind_a_token_are_accepted(skip: list[str], fused
     )
     flags += ["--window-size", "16,0", *(["--window-attn-skip-freq", *skip] if skip else [])]
     assert [*unsupported(_parse("--rmt", *flags))] == []
+
+
+@pytest.mark.parametrize(
+    ("growth", "length", "sentence"),
+    [
+        # Thresholds in tokens: 4 samples of 128.
+        ("0:2 512:4", {"train_samples": 12}, None),
+        ("0:2 512:4", {"train_samples": 13}, "13, but the steps take 16; pass 16, or 12, so"),
+        ("0:2 512:4", {"train_iters": 4}, "those of 4 steps of 2 sample(s); pass --train-samples"),
+        ("0:4 512:2", {"train_samples": 12}, "whose steps have 4 then 2 samples; pass numbers"),
+        ("0:2 512:5", {"train_samples": 14}, "multiples of --micro-batch-size times data-parallel"),
+        ("0:2 512", {"train_samples": 12}, 'is 0:2 512: Invalid schedule entry "512"'),
+        ("512:2", {"train_samples": 12}, "is 512:2: first schedule entry must have threshold 0"),
+    ],
+)
+def test_a_batch_grows_by_whole_micro_batches_in_a_run_counted_in_samples(
+    growth: str, length: dict[str, int], sentence: str | None
+):
+    args = _parse("--rmt", "--step-batch-size-schedule", growth)
+    args.data_parallel_size, args.global_batch_size = 2, 2
+    vars(args).update({"train_iters": None} | length)
+    problems = [problem for problem in unsupported(args) if "--step-batch" in problem]
+    assert len(problems) == (sentence is not None)
+    assert all(sentence in problem for problem in problems)
 
 
 @pytest.mark.parametrize(
@@ -563,6 +591,7 @@ def test_what_the_page_of_megatrons_flags_calls_refused_is_and_nothing_else():
     both = {"--use-distributed-optimizer", "--moe-router-load-balancing-type"}
     both |= {"--fp8-format", "--fp8-recipe", "--position-embedding-type", "--transformer-impl"}
     both |= {"--moe-flex-dispatcher-backend", "--expert-model-parallel-size"}
+    both |= {"--window-size", "--window-attn-skip-freq"}
     assert refused_by_rmt & works <= both | {"--attention-dropout", "--hidden-dropout"}
 
 
@@ -635,6 +664,7 @@ FILES = {
     "other data": "holds token 1000 but --tokenizer-model has 258 tokens; tokenize the corpus with",
     "no data": "but there is no nowhere/train.idx; pass the prefix of a .bin and .idx file.",
     "half the data": "half.bin is missing; tokenize the corpus again.",
+    "other blend": "--rmt-skip-sources is web; web is no corpus of the training blend, which has ",
 }
 
 
@@ -665,6 +695,7 @@ def files(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "other data": [*own, "--data-path", _write_data(folder / "other", 1000)],
         "no data": [*own, "--data-path", "0.5", "nowhere/train"],
         "half the data": [*own, "--data-path", str(folder / "half")],
+        "other blend": [*own, *data, "--rmt-skip-sources", "web"],
     }
 
 

@@ -81,12 +81,12 @@ class Settings:
     """Skip a step whose numbers are not finite instead of stopping, and write its samples to
     rmt_quarantine.jsonl beside the metrics; N of them in a row stop"""
     rollout_kv_gib: float | None = setting(None, "(0, inf)", "GiB", unset="no bound")
-    """Bound on the keys and values that the rollouts of a rank hold at a time; positions are
-    decoded in waves that fit"""
+    """Bound on the keys and values that the rollouts of a rank hold at a time; positions that do
+    not fit are decoded later"""
 
     no_decode_graph: bool = setting(False)
     """Do not record steps of decoding as CUDA graphs, which is done for dense models on a GPU, but
-    neither with pipeline stages nor in FP8"""
+    not in FP8"""
 
     initial_budget: int = setting(800, "[1, inf)", "tokens", source="paper")
     """B_0: thought asked for at first"""
@@ -177,6 +177,9 @@ class Settings:
     only in the place of others"""
     no_curriculum: bool = setting(False, source="ablation of the paper")
     """Positions uniformly over all tiers"""
+    skip_sources: tuple[str, ...] | None = setting(None, unset="none")
+    """Corpora of the training blend whose samples train on next tokens alone, without prompt and
+    rollouts: prefixes as the data flags name them, or their last parts"""
 
     loss: str = setting("hybrid", source="paper")
     """Loss on tokens: hybrid, or your own function as module:function; see docs/change.md"""
@@ -224,6 +227,9 @@ class Settings:
     eval_positions: Literal["any", "answers"] = setting("any")
     """Which: any, drawn from the whole text, or answers, from those whose next token is the first
     one in a span of the line's answer_spans, [[first, limit], ...] in characters"""
+    eval_samples: int = setting(0, "[0, inf)", "samples")
+    """Measure the same, at as many positions, in the first N samples of each of Megatron's own
+    evaluations (--eval-interval, --eval-iters), of the validation and of the test split"""
     metrics_file: str | None = setting(None, unset="rmt_metrics.jsonl in --save")
     """JSON lines, one per step"""
     log_samples_interval: int = setting(0, "[0, inf)", "steps")

@@ -36,6 +36,28 @@ def write_metrics(path: Path, iteration: int, values: dict[str, Any]) -> None:
     append_lines(path, [json.dumps(line)])
 
 
+def amend_metrics(path: Path, iteration: int, values: dict[str, Any]) -> None:
+    """Append the line of ``iteration`` once more, with ``values``, where it is the last one; else a
+    line of these alone."""
+    with never_ending_training(str(path)):
+        last = _last_line(path)
+        known = last if last.pop("iteration", None) == iteration else {}
+        write_metrics(path, iteration, {**known, **values})
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The last line of the file that is whole; nothing if there is none."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST_LINE))
+        lines = file.read().splitlines()
+    try:
+        return dict(json.loads(lines[-1]))
+    except (IndexError, ValueError, TypeError):
+        return {}
+
+
 def append_lines(path: Path, lines: Sequence[str]) -> None:
     """Append JSON lines to a file, made with its folder if it is not there; all of them or none.
 

@@ -22,6 +22,7 @@ from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.checkpoints import refuse_what_is_not_finite, unwritten
 from megatron_rmt.job.data_files import empty_split
 from megatron_rmt.job.digests import check_digests, index_with_digest, with_digests
+from megatron_rmt.job.eval_samples import Values, evaluate_with_thoughts, report_evaluation
 from megatron_rmt.job.index_cache import whole_indices
 from megatron_rmt.job.processes import (
     end_when_interrupted,
@@ -34,6 +35,7 @@ from megatron_rmt.job.run_lock import lock_problem, metrics_lock_problem
 from megatron_rmt.job.settings import add_rmt_arguments, readable_help, versions
 from megatron_rmt.job.tracking import continue_wandb_run, forgive_writer, never_ending_training
 from megatron_rmt.job.train_step import PROGRESS, prepared, run_step
+from megatron_rmt.job.user_batch import BatchError
 from megatron_rmt.job.validation import check_rmt_arguments
 from megatron_rmt.mid_training import read_prompt
 from megatron_rmt.model.gpt import Model, gpt_model
@@ -81,12 +83,10 @@ def _add_arguments(original: Callable[..., Any], parser: Any) -> Any:
 def _validate_args(original: Callable[..., Any], args: Any, *others: Any, **named: Any) -> Any:
     try:
         result = original(args, *others, **named)
-    except AssertionError as error:
+    except Exception as error:
         if not Settings.of(args).rmt:
             raise
-        # Many of Megatron's assertions say nothing; their line does.
-        text = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-        raise SystemExit(f"Megatron refuses these flags: {text}") from None
+        raise SystemExit(f"Megatron refuses these flags: {_reason(error)}") from None
     try:
         check_rmt_arguments(args)
     except ValueError as error:
@@ -101,6 +101,19 @@ def _validate_args(original: Callable[..., Any], args: Any, *others: Any, **name
         # Megatron hands all arguments to wandb as the configuration of the run.
         args.rmt_versions = versions()
     return result
+
+
+def _reason(error: Exception) -> str:
+    """One line on why Megatron's checks of its flags ended."""
+    text = " ".join(str(error).split())
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    if isinstance(error, AssertionError):
+        # Many say nothing; their line does.
+        return text or str(line)
+    if isinstance(error, ValueError | NotImplementedError | RuntimeError):
+        return text or type(error).__name__
+    # Megatron did not mean to end so.
+    return f"{type(error).__name__}: {text} (in: {line})"
 
 
 def _compile_helpers(original: Callable[..., Any]) -> None:
@@ -219,6 +232,42 @@ def _train_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # What only the built model tells; all ranks find the same.
         raise SystemExit(str(error)) from None
     return run_step(original, call, run)
+
+
+# Of the evaluation that is under way: what each of its sets is measured by, after how many steps.
+_EVALUATION: list[tuple[int, list[Values]]] = []
+
+
+def _evaluate_and_print_results(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from megatron.training import get_args
+
+    settings = Settings.of(get_args())
+    if not (settings.trains_with_rl and settings.eval_samples):
+        return original(*args, **kwargs)
+    call = inspect.signature(original).bind(*args, **kwargs).arguments
+    steps, values = call["iteration"], []
+    _EVALUATION.append((steps, values))
+    try:
+        result = original(*args, **kwargs)
+    finally:
+        _EVALUATION.pop()
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        report_evaluation(get_args(), values, call["prefix"], steps)
+    return result
+
+
+def _evaluate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not _EVALUATION:
+        return original(*args, **kwargs)
+    steps, values = _EVALUATION[-1]
+    call = inspect.signature(original).bind(*args, **kwargs).arguments
+    run = prepared(_inside(call["model"]))
+    try:
+        result, found = evaluate_with_thoughts(original, call, run, steps)
+    except BatchError as error:
+        raise SystemExit(f"RMT, evaluation after {steps} steps: {error}") from None
+    values.append(found)
+    return result
 
 
 def _save_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -341,6 +390,19 @@ PATCHES: tuple[Symbol, ...] = (
         "forward_step_func data_iterator model forward_backward_func iteration",
         _train_step,
     ),
+    # Thoughts on samples of Megatron's evaluations.
+    Symbol(
+        "megatron.training.training",
+        "evaluate",
+        "forward_step_func data_iterator model eval_iters",
+        _evaluate,
+    ),
+    Symbol(
+        "megatron.training.training",
+        "evaluate_and_print_results",
+        "prefix iteration",
+        _evaluate_and_print_results,
+    ),
     # Logs that cannot be written end nothing.
     Symbol(
         "megatron.training.global_vars",
@@ -418,6 +480,8 @@ RELIED_ON: tuple[Symbol, ...] = (
     ),
     # Where the checkpoint lies whose moving average a resumed run goes on with.
     Symbol("megatron.training.checkpointing", "get_checkpoint_name", "iteration return_base_dir"),
+    # The corpora of the training blend.
+    Symbol("megatron.training.utils", "get_blend_and_blend_per_split", "args"),
     # How many micro-batches of the user's a step takes.
     Symbol("megatron.core.num_microbatches_calculator", "get_num_microbatches"),
     # The updates as Megatron's schedules expect them.

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 
 from megatron_rmt.algorithm.curriculum import SELECTIONS, has_reserve
 from megatron_rmt.algorithm.settings import Settings, argument_name
+from megatron_rmt.job.text_files import read_text_file
 
 GROUP_TITLE = "reinforcement mid-training (RMT)"
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -62,7 +63,7 @@ class FlagFactory(ArgumentGroupFactory):
         if typing.get_origin(config_type) is not tuple:
             return super()._extract_type(config_type)
         kinds = typing.get_args(config_type)
-        return {"type": kinds[0], "nargs": len(kinds)}
+        return {"type": kinds[0], "nargs": "+" if kinds[-1] is ... else len(kinds)}
 
     def _build_argparse_kwargs_from_field(self, attribute: Field[Any]) -> dict[str, Any]:
         keywords = super()._build_argparse_kwargs_from_field(attribute)
@@ -138,7 +139,7 @@ def read_config(path: str) -> dict[str, Any]:
     """
     remedy = "pass UTF-8 lines like 'group-size: 8', each key once"
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text_file(Path(path))
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             # A few lines of them can stand for more values than there is memory.
             raise ValueError("it repeats a part of itself (*)")
@@ -183,13 +184,14 @@ def _typed(value: Any, field: Field[Any]) -> Any:
     parts = value if number and isinstance(value, list) else [value]
     # A number may be text: YAML's own word for infinity is .inf, everybody else's inf.
     from_types = (int, float, str) if kind is float else (kind,)
-    if len(parts) == (number or 1) and all(type(part) in from_types for part in parts):
+    wanted = max(1, len(parts)) if number == "+" else number or 1
+    if len(parts) == wanted and all(type(part) in from_types for part in parts):
         with contextlib.suppress(ValueError):
             typed = [kind(part) for part in parts]
             if number or choices is None or value in choices:
                 return typed if number else typed[0]
     if number:
-        raise ValueError(f"a list of {number} numbers")
+        raise ValueError("a list of texts" if number == "+" else f"a list of {number} numbers")
     raise ValueError(f"one of {', '.join(choices)}" if choices else _EXPECTED[kind])
 
 

@@ -27,7 +27,7 @@ from megatron_rmt.job.held_out import (
 from megatron_rmt.job.idle_steps import note_idle_step
 from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.not_taken import Progress, left_to_the_next_run, skipped
-from megatron_rmt.job.resume import rendering
+from megatron_rmt.job.resume import behind_doors, rendering
 from megatron_rmt.job.samples import (
     is_shown,
     read_samples,
@@ -35,6 +35,7 @@ from megatron_rmt.job.samples import (
     write_samples,
     write_text,
 )
+from megatron_rmt.job.sources import Sources, noting, sources_of_run, with_sources
 from megatron_rmt.job.user_batch import BatchError, foreign_token_problem, take_batches
 from megatron_rmt.mid_training import MidTraining, prepare
 from megatron_rmt.model.gpt import (
@@ -76,6 +77,7 @@ def prepared(model: Model) -> MidTraining:
     run = prepare(args, model, get_tokenizer())
     # Megatron stores all arguments with each checkpoint.
     args.rmt_prompt_rendering = rendering(run.prompt)
+    args.rmt_doors = behind_doors(run.settings)
     args.rmt_data = marks_of_data(args)
     if run.baseline is not None and args.iteration > 0:
         _resume_baseline(run.baseline, args)
@@ -88,6 +90,13 @@ def held_out_of(model: Model) -> HeldOut:
     from megatron.training import get_tokenizer
 
     return tokenize_held_out(prepared(model), get_tokenizer())
+
+
+@functools.lru_cache(maxsize=1)
+def _sources_of(model: Model) -> Sources | None:
+    """The corpora of the run of ``model``, read once; None where all are treated alike."""
+    run = prepared(model)
+    return sources_of_run(run.args) if run.settings.skip_sources else None
 
 
 def _resume_baseline(baseline: Baseline, args: Namespace) -> None:
@@ -125,11 +134,13 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
     schedule = schedule_of_step(run.settings, iteration, options.train_iters)
     if iteration == 0:
         _measure(run, chunks, 0, schedule.budget)
+    sources = _sources_of(run.policy.model)
+    read = iterators if sources is None else [noting(iterator) for iterator in iterators]
     try:
         with _gathered(options, chunks):
             batches = take_batches(
                 call["forward_step_func"],
-                iterators,
+                read,
                 chunks,
                 chunks_of(run.policy.model),
                 get_num_microbatches(),
@@ -139,6 +150,8 @@ def run_step(original: Callable[..., Any], call: dict[str, Any], run: MidTrainin
                     foreign_token_problem, args=options, vocab_size=run.policy.vocab_size
                 ),
             )
+            if sources is not None:
+                batches = with_sources(batches, read, sources)
             for iterator in iterators:
                 if isinstance(iterator, RerunDataIterator):
                     # Megatron advances those that it is given, which will be others.

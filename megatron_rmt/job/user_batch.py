@@ -73,7 +73,7 @@ def take_batches(
     exchanges = parallel_state.get_pipeline_model_parallel_world_size() > 1
     if exchanges or context_parallel_group() is not None:
         # Before the stages, and those that share a sample, exchange their parts.
-        _raise_together(problems)
+        raise_together(problems)
     batches: list[UserBatch] = []
     if not any(problems):
         calls_of_batches = [*zip(*recorded, strict=True)]
@@ -90,7 +90,7 @@ def take_batches(
                 for mask in masks
             ]
             problems.append(token_problem(batch))
-    _raise_together(problems)
+    raise_together(problems)
     return batches
 
 
@@ -282,7 +282,7 @@ def _mask_problem(
     return None
 
 
-def _raise_together(problems: Iterable[str | None]) -> None:
+def raise_together(problems: Iterable[str | None]) -> None:
     """Raise the first problem that any rank has, on all ranks. Collective over all of them."""
     own = next((problem for problem in problems if problem is not None), None)
     if dist.get_world_size() == 1:

@@ -24,6 +24,7 @@ from megatron_rmt.job.resume import (
     stored_arguments,
 )
 from megatron_rmt.job.settings import flag_name, lies_in, setting_problems
+from megatron_rmt.job.sources import sources_of_run
 from megatron_rmt.mid_training import DOORS, batches_of_run, fitting_problem, read_prompt
 from megatron_rmt.model.routers import routing_problems
 from megatron_rmt.prompt.ids_of_text import check_ids_are_text
@@ -165,6 +166,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
             yield f"{flag} is {value}; RMT needs {without}: {why}."
     yield from _context_parallel(args)
     yield from _shards(args)
+    yield from _growing_batch(args)
     yield from _empty_stages(args)
     yield from _windows(args)
     if args.num_experts:
@@ -201,6 +203,40 @@ def _context_parallel(args: Namespace) -> Iterator[str]:
         yield (
             f"--eval-iters is {args.eval_iters}; with --context-parallel-size {ranks} and "
             "--transformer-impl local pass 0: Megatron's own attention does not share sequences."
+        )
+
+
+def _growing_batch(args: Namespace) -> Iterator[str]:
+    """What Megatron finds out in the middle of a run whose batch grows, or takes from the smallest
+    batch of the layout: the learning rate's schedule and the data of a run that is given in steps.
+    """
+    growth = getattr(args, "step_batch_size_schedule", None)
+    if not growth:
+        return
+    given = f"--step-batch-size-schedule is {growth}"
+    try:
+        batches = batches_of_run(args)
+    except (ValueError, AssertionError) as error:
+        yield f"{given}: {_one_line(error)}."
+        return
+    sizes, taken = [size for _, size in batches], sum(steps * size for steps, size in batches)
+    together = args.micro_batch_size * args.data_parallel_size
+    if sizes != sorted(sizes) or any(size % together for size in sizes):
+        yield (
+            f"{given}, whose steps have {' then '.join(map(str, sizes))} samples; pass numbers "
+            "that grow, and multiples of --micro-batch-size times data-parallel ranks "
+            f"({together})."
+        )
+    elif args.train_iters:
+        yield (
+            f"{given} and --train-iters is {args.train_iters}, for which Megatron's learning rate "
+            f"and data are those of {args.train_iters} steps of {together} sample(s); pass "
+            f"--train-samples {taken} instead."
+        )
+    elif taken != args.train_samples:
+        yield (
+            f"{given} and --train-samples is {args.train_samples}, but the steps take {taken}; "
+            f"pass {taken}, or {taken - sizes[-1]}, so that the last one finds its data."
         )
 
 
@@ -414,7 +450,13 @@ def _vocabulary(args: Namespace) -> Iterator[str]:
     except ValueError as error:
         yield f"{named} does not suit RMT, which reads answers as text: {_one_line(error)}."
         return
-    yield from data_problems(args, vocabulary)
+    problems = [*data_problems(args, vocabulary)]
+    yield from problems
+    if settings.skip_sources and not problems:
+        try:
+            sources_of_run(args)
+        except ValueError as error:
+            yield str(error)
     try:
         prompt = read_prompt(settings, tokenizer)
     except ValueError as error:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -53,9 +54,15 @@ class Visibility(PackedSeqParams):
         self.max_seqlen_kv = self.max_seqlen_q
         self.cp_group = alone()
 
+    def take_angles(self, angles: Tensor) -> bool:
+        """Whether ``attend`` rotates queries and keys itself, by ``angles``
+        ``[padded tokens, 1, 1, rotated dims]`` fp32; else the layers do."""
+        return False
+
     def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of ``query`` ``[tokens, heads, dim]`` over ``key``, ``value``
-        ``[tokens, kv heads, dim]`` (rotated, this layer's): ``[tokens, heads, dim]``."""
+        ``[tokens, kv heads, dim]`` (this layer's; rotated, unless by ``take_angles``):
+        ``[tokens, heads, dim]``."""
         raise NotImplementedError(f"{type(self).__name__} must say how its tokens attend.")
 
 
@@ -158,12 +165,26 @@ def _follow_visibility(core_attention: torch.nn.Module, layer: LayerAttention) -
 def _rotate_by_visibility(decoder: torch.nn.Module) -> None:
     if getattr(decoder, "rotates_by_visibility", False):
         return
+    alike = _rotates_halves_alike(decoder.config)
 
     def pick_positions(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         visibility, table = kwargs.get("packed_seq_params"), kwargs.get("rotary_pos_emb")
         if isinstance(visibility, Visibility) and table is not None:
-            kwargs["rotary_pos_emb"] = table.index_select(0, visibility.position_ids)
+            angles = table.index_select(0, visibility.position_ids)
+            # Layers without angles rotate nothing.
+            taken = alike and visibility.take_angles(angles)
+            kwargs["rotary_pos_emb"] = None if taken else angles
         return args, kwargs
 
     decoder.register_forward_pre_hook(pick_positions, with_kwargs=True)
     decoder.rotates_by_visibility = True
+
+
+def _rotates_halves_alike(config: TransformerConfig) -> bool:
+    """Whether all layers rotate pairs half of the rotated dimensions apart, and do nothing else."""
+    return not (
+        config.rotary_interleaved
+        or config.no_rope_freq
+        # Its cosines and sines have a factor.
+        or getattr(config, "yarn_rotary_scaling_factor", None)
+    )

@@ -5,6 +5,7 @@ end stands in vectors on the device. So a step of decoding is the same sequence 
 same shapes as the step before it, which is what a CUDA graph records.
 """
 
+import functools
 import importlib.util
 
 import torch
@@ -28,11 +29,22 @@ def decode_attention(
     softmax and the sums over keys are fp32 (fp64 for fp64 inputs). Returns ``[rows, heads, dim]``;
     zeros where a row sees nothing.
     """
-    if query.is_cuda and query.dtype != torch.float64 and importlib.util.find_spec("triton"):
+    if runs_kernels(query):
         from megatron_rmt.rollout import decode_attention_triton
 
         return decode_attention_triton.attend(query, trunk, tails, limits, scale, sink)
     return attend(query, trunk, tails, limits, scale, sink)
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether kernels of Triton take ``x``: on a GPU, in fp32 or half precision, if it is there."""
+    return x.is_cuda and x.dtype != torch.float64 and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Looked for once, not for each layer and token."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def attend(

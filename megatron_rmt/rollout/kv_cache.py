@@ -19,6 +19,7 @@ from megatron_rmt.model.visibility import TreeVisibility, Visibility
 from megatron_rmt.rollout.decode_attention import decode_attention
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.row_limits import RowLimits
+from megatron_rmt.rollout.store_rotated import Rotation, store_rotated
 
 # Of each group of rows of a batch: which rows, the keys and values [kv heads, trunk rows, dim] that
 # they read together, and the bias [rows * queries, trunk rows] of those that a row does not see.
@@ -70,21 +71,15 @@ class TailCache:
         for tail, new in zip(self.stored[layer], (key, value), strict=True):
             tail[:, :, column] = new
 
-    def write_rows(
-        self, layer: int, tails: Tensor, columns: Tensor, key: Tensor, value: Tensor, count: int
-    ) -> None:
-        """Store ``[tokens, kv heads, dim]``, each token at its column of each of its ``tails``.
-
-        tails: int64 ``[copies, tokens]``. columns: int64 ``[tokens]``. count: tails of a layer,
-        which are made when it is first written.
-        """
+    def of_layer(self, layer: int, key: Tensor, value: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer's ``count`` tails, made when they are first asked for, for
+        tokens such as ``[tokens, kv heads, dim]``."""
         if layer not in self.stored:
             self.stored[layer] = tuple(
                 new.new_empty(count, new.shape[1], self.capacity, new.shape[2])
                 for new in (key, value)
             )
-        for stored, new in zip(self.stored[layer], (key, value), strict=True):
-            stored.transpose(1, 2)[tails, columns] = new
+        return self.stored[layer]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Let ``rows``, in that order, be all: finished rollouts leave the batch.
@@ -333,7 +328,8 @@ class LimitsVisibility(Visibility):
     """Stems or new tokens whose rows see what vectors on the device say, on anything but a CPU.
 
     limits: of the rows, once their keys and values are written into the tails ``written`` int64
-    ``[copies, tokens]`` at ``columns`` int64 ``[tokens]``. count: tails of the batch.
+    ``[copies, tokens]`` at ``columns`` int64 ``[tokens]``. count: tails of the batch. rotation: of
+    the tokens, in all layers; None where the layers rotate.
     """
 
     store: KeyValueStore | None = None
@@ -342,15 +338,23 @@ class LimitsVisibility(Visibility):
     written: Tensor | None = None
     columns: Tensor | None = None
     count: int = 0
+    rotation: Rotation | None = None
     _within: dict[int | None, RowLimits] = field(default_factory=dict, init=False, repr=False)
+
+    def take_angles(self, angles: Tensor) -> bool:
+        angles = angles[: self.tokens, 0, 0]
+        self.rotation = angles.cos(), angles.sin()
+        return True
 
     def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         number, window = layer.number, layer.window
-        self.tails.write_rows(number, self.written, self.columns, key, value, self.count)
+        tails = self.tails.of_layer(number, key, value, self.count)
+        written, columns = self.written, self.columns
+        query = store_rotated(query, key, value, self.rotation, tails, written, columns)
         if window not in self._within:
             self._within[window] = self.limits.within(window)
-        trunk, tails = self.store.trunk[number], self.tails.stored[number]
-        return decode_attention(query, trunk, tails, self._within[window], layer.scale, layer.sink)
+        trunk, limits = self.store.trunk[number], self._within[window]
+        return decode_attention(query, trunk, tails, limits, layer.scale, layer.sink)
 
 
 @dataclass

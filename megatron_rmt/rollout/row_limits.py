@@ -23,7 +23,8 @@ class RowLimits(NamedTuple):
     @classmethod
     def of(cls, first: Tensor, limit: Tensor, tail: Tensor, length: Tensor) -> "RowLimits":
         """Rows that see all of their tails up to themselves; whole numbers of any dtype."""
-        return cls(*(of.int() for of in (first, limit, tail, length, torch.zeros_like(length))))
+        own = length.int()
+        return cls(first.int(), limit.int(), tail.int(), own, torch.zeros_like(own))
 
     def within(self, window: int | None) -> "RowLimits":
         """What of it lies in a layer's ``window`` (``LayerAttention``)."""

@@ -25,12 +25,14 @@ NO_LABEL = -1
 @dataclass(frozen=True)
 class UserBatch:
     """One micro-batch as the user's forward step gave it to the model, each
-    ``[micro-batch, sequence]``, on the CPU: int64 tokens, position_ids, labels; fp32 loss_mask."""
+    ``[micro-batch, sequence]``, on the CPU: int64 tokens, position_ids, labels; fp32 loss_mask.
+    plain: whether each sample trains on its next tokens alone; empty for none."""
 
     tokens: Tensor
     position_ids: Tensor
     labels: Tensor
     loss_mask: Tensor
+    plain: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Sample:
     position_ids: int64 rotary positions. labels: int64, the token that follows, negative where none
     is known. loss_mask: fp32 weight of each row in the NTP loss. columns: int64 index in the
     user's sample, -1 in a prompt's preamble. documents: (first, limit) rows of each document, its
-    preamble included; padding stands in the document before it, or by itself.
+    preamble included; padding stands in the document before it, or by itself. plain: no position
+    of it is chosen, and no preamble stands before it.
     """
 
     index: int
@@ -51,6 +54,7 @@ class Sample:
     loss_mask: Tensor
     columns: Tensor
     documents: tuple[tuple[int, int], ...]
+    plain: bool = False
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -95,17 +99,18 @@ def build_trunk(
     """The samples of one micro-batch, whose numbers in the whole run are ``indices``.
 
     preamble: token ids put before each document (each sample, if documents are not separate), but
-    not before padding. separate_documents: documents do not see each other, as Megatron's
-    ``--reset-attention-mask``; a document ends with its ``end_of_document`` token. vocab_size:
-    labels from it on, like negative ones, become ``NO_LABEL``. begin: token ids that begin a text,
-    of which a document's own give way to the preamble's.
+    neither before padding nor in plain samples. separate_documents: documents do not see each
+    other, as Megatron's ``--reset-attention-mask``; a document ends with its ``end_of_document``
+    token. vocab_size: labels from it on, like negative ones, become ``NO_LABEL``. begin: token ids
+    that begin a text, of which a document's own give way to the preamble's.
     """
     unknown = batch.labels < 0
     if vocab_size is not None:
         unknown |= batch.labels >= vocab_size
     trunk = []
-    for index, tokens, position_ids, labels, loss_mask in zip(
+    for index, plain, tokens, position_ids, labels, loss_mask in zip(
         indices,
+        batch.plain or itertools.repeat(False, len(indices)),
         batch.tokens,
         batch.position_ids,
         batch.labels.masked_fill(unknown, NO_LABEL),
@@ -119,7 +124,9 @@ def build_trunk(
         ):
             before, dropped = [], 0
             if is_text:
-                before, dropped = before_document(preamble, begin, tokens[start:limit].tolist())
+                before, dropped = before_document(
+                    () if plain else preamble, begin, tokens[start:limit].tolist()
+                )
             befores += before
             own = start + dropped
             columns += [torch.full((len(before),), -1), torch.arange(own, limit)]
@@ -138,6 +145,7 @@ def build_trunk(
                 loss_mask=loss_mask[columns].float().masked_fill(in_preamble, 0.0),
                 columns=columns,
                 documents=tuple(documents),
+                plain=plain,
             )
         )
     return trunk

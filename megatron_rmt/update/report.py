@@ -76,6 +76,14 @@ def answer_metrics(reasoned: Sequence[ReasonedSample], prompt: Prompt) -> dict[s
     return {"rmt unanswerable": (float(left_out.sum()), float(text.sum()))}
 
 
+def source_metrics(reasoned: Sequence[ReasonedSample], settings: Settings) -> dict[str, Metric]:
+    """The share of the samples that train on next tokens alone, where there may be some."""
+    if settings.skip_sources is None:
+        return {}
+    plain = sum(of.sample.plain for of in reasoned)
+    return {"rmt skipped samples": (float(plain), float(len(reasoned)))}
+
+
 def response_metrics(
     positions: Sequence[ChosenPosition],
     evidence: Evidence,
