@@ -11,6 +11,7 @@ from megatron_rmt.rollout.trunk import UserBatch
 from tests.distributed import run_distributed
 
 LENGTH = 24
+FIELDS = ("tokens", "position_ids", "labels", "loss_mask")
 
 
 def _batch(reset: bool = False) -> UserBatch:
@@ -28,7 +29,7 @@ def _batch(reset: bool = False) -> UserBatch:
 def _own_part(batch: UserBatch) -> UserBatch:
     """As Megatron cuts it."""
     group = parallel_state.get_context_parallel_group()
-    fields = {name: value.clone() for name, value in vars(batch).items()}
+    fields = {name: getattr(batch, name).clone() for name in FIELDS}
     return UserBatch(**get_batch_on_this_cp_rank(fields, is_hybrid_cp=False, cp_group=group))
 
 
@@ -49,13 +50,14 @@ def test_parts_and_whole_samples_become_the_same(ranks: int, reset: bool):
     whole = _batch(reset)
     for of_rank in run_distributed(ranks, _joined_on_ranks, reset):
         for batch, columns, own in of_rank:
-            for name, value in vars(whole).items():
+            for name in FIELDS:
+                value = getattr(whole, name)
                 assert torch.equal(getattr(batch, name), value), name
                 assert torch.equal(value[:, columns], getattr(own, name)), name
 
 
 def _pieces(batch: UserBatch, columns: list[list[int]]) -> list[UserBatch]:
-    return [UserBatch(*(value[:, own] for value in vars(batch).values())) for own in columns]
+    return [UserBatch(*(getattr(batch, name)[:, own] for name in FIELDS)) for own in columns]
 
 
 @pytest.mark.parametrize(

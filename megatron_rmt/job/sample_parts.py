@@ -7,7 +7,7 @@ way (``model/context_parallel.py``), so every rank wants whole samples.
 """
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_rmt.model.context_parallel import context_parallel_group
 from megatron_rmt.rollout.trunk import UserBatch
 
+_FIELDS = ("tokens", "position_ids", "labels", "loss_mask")
 _CUT_OTHERWISE = (
     "forward_step_func gives GPTModel.forward parts of samples that Megatron's "
     "get_batch_on_this_cp_rank has not cut, by which RMT puts them together; cut them so for "
@@ -46,10 +47,10 @@ def join_parts(own: UserBatch) -> Joined:
 
 def joined(parts: list[UserBatch], rank: int) -> Joined:
     """``join_parts``, given what all ranks have, to ``rank``."""
-    own, ranks, names = parts[rank], len(parts), [field.name for field in fields(UserBatch)]
+    own, ranks = parts[rank], len(parts)
     (_, length), shapes = own.tokens.shape, {part.tokens.shape for part in parts}
     if len(shapes) == 1 and all(
-        torch.equal(getattr(part, name), getattr(own, name)) for part in parts for name in names
+        torch.equal(getattr(part, name), getattr(own, name)) for part in parts for name in _FIELDS
     ):
         return Joined(own, torch.arange(length))
     if len(shapes) > 1 or length % 2:
@@ -61,7 +62,7 @@ def joined(parts: list[UserBatch], rank: int) -> Joined:
             pieces[of], pieces[-1 - of] = getattr(part, name).chunk(2, dim=1)
         return torch.cat(pieces, dim=1)
 
-    batch = UserBatch(*map(whole, names))
+    batch = UserBatch(**{name: whole(name) for name in _FIELDS})
     pieces = torch.arange(ranks * length).chunk(2 * ranks)
     # Within a sample positions count on from piece to piece, unless a document begins there.
     of_pieces = batch.position_ids.chunk(2 * ranks, dim=1)
