@@ -348,7 +348,20 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
     "attention bias": (config(attention_bias=True), "attention_bias=True"),
     "quantized": (config(quantization_config={"bits": 4}), "quantization_config"),
     "activation": (config(hidden_act="gelu"), "hidden_act='gelu'"),
-    "yarn": (config(rope_parameters={"rope_type": "yarn"}), "rotary scaling .*'yarn'"),
+    "YaRN without a factor": (config(rope_parameters={"rope_type": "yarn"}), "lacks 'factor'"),
+    "YaRN with a factor of attention": (
+        config(rope_parameters={"rope_type": "yarn", "factor": 4.0, "attention_factor": 2.0}),
+        "attention_factor=2.0 for YaRN; only models without",
+    ),
+    "longrope": (config(rope_parameters={"rope_type": "longrope"}), "rotary scaling .*'longrope'"),
+    "gpt-oss without biases": (
+        config(model_type="gpt_oss", attention_bias=False),
+        "attention_bias=False; of the family gpt_oss only models with it",
+    ),
+    "gain of the sigmoid": (
+        config(model_type="gpt_oss", swiglu_alpha=1.0),
+        "swiglu_alpha=1.0; Megatron has 1.702 only",
+    ),
     "rotary base": (config(rope_parameters={"rope_theta": 1.5}), "rope_theta=1.5"),
     "infinite rotary base": (rotary_base(float("inf")), "rope_theta=inf; it must be a positive"),
     "rotary base of NaN": (rotary_base(float("nan")), "rope_theta=nan; it must be a positive"),

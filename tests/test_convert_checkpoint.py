@@ -167,6 +167,10 @@ decoder.layers.mlp.experts.experts.linear_fc1._extra_state[]
 decoder.layers.mlp.experts.experts.linear_fc1.weight
 decoder.layers.mlp.experts.experts.linear_fc2._extra_state[]
 decoder.layers.mlp.experts.experts.linear_fc2.weight"""
+BIASES_AND_SINKS = f"""
+{ATTENTION}.linear_qkv.bias {ATTENTION}.linear_proj.bias {ATTENTION}.core_attention.softmax_offset
+decoder.layers.mlp.router.bias decoder.layers.mlp.experts.experts.linear_fc1.bias
+decoder.layers.mlp.experts.experts.linear_fc2.bias"""
 QUERY_KEY_NORMS = f"""
 {ATTENTION}.q_layernorm.weight {ATTENTION}.q_layernorm._extra_state[]
 {ATTENTION}.k_layernorm.weight {ATTENTION}.k_layernorm._extra_state[]"""
@@ -175,6 +179,7 @@ QUERY_KEY_NORMS = f"""
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
+        ("gpt-oss", EXPERT_MLP + BIASES_AND_SINKS + " output_layer.weight"),
         ("llama", DENSE_MLP + " output_layer.weight"),
         ("smollm2", DENSE_MLP),
         ("mistral", DENSE_MLP + " output_layer.weight"),

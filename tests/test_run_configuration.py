@@ -63,7 +63,7 @@ def test_silent_configuration_means_what_it_means_to_transformers(family: str):
     described = AutoConfig.for_model(**silent).to_dict() | dict.fromkeys(TOKEN_IDS)
     assert read_config(silent) == read_config(described)
     for default, value in FAMILIES[family].defaults.items():
-        if default not in ("rope_theta", "sliding_window"):
+        if default not in ("rope_theta", "rope_parameters", "sliding_window"):
             assert described[default] == value, default
 
 
@@ -101,6 +101,7 @@ def _parse(words: list[list[str]]) -> list[dict[str, Any]]:
 @pytest.mark.multiprocess
 def test_arguments_are_those_of_megatrons_parser():
     described = [config(family, **EXPERTS) for family in FAMILIES]
+    described += [config(rope_parameters={"rope_type": "yarn", "factor": 4.0})]
     described += [config(family, **WINDOWS) for family in ("mistral", "qwen2", "smollm3")]
     described += [config(rope_parameters=SCALED), config("qwen2", tie_word_embeddings=True)]
     shapes = [read_config(one) for one in described]
@@ -259,6 +260,10 @@ def test_windows_that_the_job_changed_are_written(family: str):
         ("llama", {"attention_output_gate": True}),
         ("llama", {"window_size": (16, 0)}),
         ("llama", {"use_mup": True}),
+        ("gpt_oss", {"softmax_type": "off-by-one"}),
+        ("gpt_oss", {"rotary_scaling_factor": 2.0}),
+        ("gpt_oss", {"add_bias_linear": False}),
+        ("gpt_oss", {"moe_router_pre_softmax": True}),
         ("llama", {"num_experts": 8}),
         ("qwen2", {"add_qkv_bias": False}),
         ("qwen3", {"qk_l2_norm": True}),

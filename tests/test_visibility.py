@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
@@ -114,6 +115,24 @@ def test_an_attention_that_would_not_follow_is_refused():
         attach_tree_attention(model)
     model.decoder.layers[1].self_attention = IdentityOp()
     assert attach_tree_attention(model) == 1
+
+
+@pytest.mark.usefixtures("single_process_megatron")
+def test_learnable_sinks_are_split_over_tensor_parallel_ranks():
+    """Whole on every rank by Megatron's marks, they would be compared, and miss in the norm."""
+    model = build_model(softmax_type="learnable")
+    sinks = [layer.self_attention.core_attention.softmax_offset for layer in model.decoder.layers]
+    sinks[0].main_param = torch.zeros(4)
+    attach_tree_attention(model)
+    for sink in (*sinks, sinks[0].main_param):
+        assert param_is_not_tensor_parallel_duplicate(sink, tp_group=_SecondRank())
+    norm = model.decoder.final_layernorm.weight
+    assert not param_is_not_tensor_parallel_duplicate(norm, tp_group=_SecondRank())
+
+
+class _SecondRank:
+    def rank(self) -> int:
+        return 1
 
 
 @pytest.mark.usefixtures("single_process_megatron")

@@ -29,7 +29,7 @@ DENSE = (
     "phi3",
     "smollm3",
 )
-EXPERTS = ("mixtral", "qwen3-moe", "qwen3-moe-unnormalised")
+EXPERTS = ("mixtral", "qwen3-moe", "qwen3-moe-unnormalised", "gpt-oss")
 MODELS = (*DENSE, *EXPERTS)
 
 MAKE_MODELS = """
@@ -45,6 +45,8 @@ common = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_l
     bos_token_id=0, eos_token_id=1, tie_word_embeddings=False)
 scaled = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0,
     high_freq_factor=4.0, original_max_position_embeddings=8192)
+yarn = dict(rope_type="yarn", rope_theta=150000.0, factor=4.0, truncate=False,
+    original_max_position_embeddings=16)
 wide = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16)
 kinds = {
     "llama": ("llama", {}),
@@ -62,6 +64,8 @@ kinds = {
     "phi3": ("phi3", dict(pad_token_id=1)),
     "smollm3": ("smollm3", dict(num_hidden_layers=4, tie_word_embeddings=True, pad_token_id=1)),
     "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "gpt-oss": ("gpt_oss", dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16,
+        sliding_window=9, pad_token_id=1, rope_parameters=yarn)),
     "qwen3-moe": ("qwen3_moe", dict(norm_topk_prob=True, **wide)),
     "qwen3-moe-unnormalised": ("qwen3_moe", dict(norm_topk_prob=False, **wide)),
 }

@@ -120,6 +120,7 @@ def attach_tree_attention(model: torch.nn.Module) -> int:
             _check_attention(module)
         if isinstance(module, SelfAttention):
             _follow_visibility(module.core_attention, LayerAttention.of(module))
+            _mark_as_split(getattr(module.core_attention, "softmax_offset", None))
             attached += 1
         if hasattr(module, "rotary_pos_emb") and hasattr(module, "decoder"):
             _rotate_by_visibility(module.decoder)
@@ -160,6 +161,14 @@ def _follow_visibility(core_attention: torch.nn.Module, layer: LayerAttention) -
 
     forward.follows_visibility = True
     core_attention.forward = forward
+
+
+def _mark_as_split(sink: Tensor | None) -> None:
+    """Say of a sink that tensor-parallel ranks share out its heads, as Megatron forgets to: it
+    would leave all but the first rank's out of the gradient's norm."""
+    for parameter in (sink, getattr(sink, "main_param", None)):
+        if parameter is not None:
+            parameter.tensor_model_parallel = True
 
 
 def _rotate_by_visibility(decoder: torch.nn.Module) -> None:

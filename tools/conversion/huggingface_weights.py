@@ -155,7 +155,7 @@ class HuggingFaceWeights:
 def _is_redundant(name: str, shape: ModelShape) -> bool:
     """Whether a tensor repeats what another, or config.json, should say already."""
     if name.endswith(INVERSE_FREQUENCIES):
-        return shape.rotary_scaling is None
+        return shape.rotary_scaling is None and shape.yarn is None
     return name == LM_HEAD and shape.tied
 
 

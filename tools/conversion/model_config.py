@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from conversion.weight_names import FAMILIES, WITHOUT_TABLE, ModelShape
+from conversion.weight_names import FAMILIES, WITHOUT_TABLE, ModelShape, Yarn
 
 # What is constant in Megatron's form of Llama 3's rotary scaling; the factor is a flag.
 LLAMA3_SCALING = {
@@ -38,6 +38,13 @@ PLAIN_ARGUMENTS: Mapping[str, Any] = {
     "position_embedding_type": "learned_absolute",
     "rotary_base": 10000,
     "rope_scaling_factor": 8.0,
+    "rotary_scaling_factor": 1.0,
+    "yarn_original_max_position_embeddings": None,
+    "yarn_beta_fast": None,
+    "yarn_beta_slow": None,
+    "yarn_correction_range_round_to_int": None,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
     "normalization": "LayerNorm",
     "layernorm_epsilon": 1e-5,
     "swiglu": False,
@@ -83,8 +90,14 @@ PLAIN_ARGUMENTS: Mapping[str, Any] = {
 }
 # Flags that do not decide what a model computes, or say so twice.
 WITHOUT_MEANING = ("--padded-vocab-size", "--attention-dropout", "--hidden-dropout")
+# Their routers always take the softmax over the chosen experts.
+WITH_EXPERTS_ALONE = ("mixtral", "gpt_oss")
+# The only one that Megatron's clamped GELU has.
+SIGMOID_GAIN = 1.702
 # What the names of arguments begin with that mean nothing without experts.
 OF_EXPERTS = "moe_"
+# What the names of arguments begin with that mean nothing without YaRN.
+OF_YARN = ("yarn_", "rotary_scaling_factor", "mscale")
 
 
 def read_config(config: Mapping[str, Any]) -> ModelShape:
@@ -96,7 +109,7 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
     _check_switches(config)
     family = config["model_type"]
     config = {**FAMILIES[family].defaults, **config}
-    rotary_base, rotary_scaling = _rotary(config)
+    rotary_base, rotary_scaling, yarn = _rotary(config)
     heads = _size(config, "num_attention_heads")
     hidden = _size(config, "hidden_size")
     vocabulary = _size(config, "vocab_size")
@@ -114,6 +127,8 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
         norm_epsilon=_positive(config, "rms_norm_eps", most=1),
         rotary_base=rotary_base,
         rotary_scaling=rotary_scaling,
+        yarn=yarn,
+        activation_bound=_activation_bound(config),
         without_rotary=_without_rotary(config),
         **_windows(config),
         **_experts(config),
@@ -161,6 +176,12 @@ def _check_switches(config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"config.json sets {switch}={config[switch]!r}, which has no Megatron form for "
                 f"the family {family}; convert a model without it."
+            )
+    for switch in FAMILIES[family].needed:
+        if config.get(switch, True) is not True:
+            raise ValueError(
+                f"config.json sets {switch}={config[switch]!r}; of the family {family} only models "
+                "with it are supported."
             )
     if config.get("quantization_config"):
         raise ValueError(
@@ -234,7 +255,10 @@ def _windows(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
     """What transformers takes for ``layer_types`` where config.json does not list them."""
-    if "max_window_layers" in FAMILIES[config["model_type"]].defaults:
+    family = FAMILIES[config["model_type"]]
+    if family.whole_every:
+        windowed = [(layer + 1) % family.whole_every != 0 for layer in range(layers)]
+    elif "max_window_layers" in family.defaults:
         first = config["max_window_layers"]
         if not isinstance(first, int):
             raise ValueError(
@@ -248,16 +272,18 @@ def _layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
 
 def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of ``ModelShape`` that only a mixture of experts has."""
-    if not any(weight.per_expert for weight in FAMILIES[config["model_type"]].weights):
+    weights = FAMILIES[config["model_type"]].weights
+    if not any(".experts." in weight.megatron for weight in weights):
         return {}
-    is_mixtral = config["model_type"] == "mixtral"
+    # They have no other MLP, whose size would need another name.
+    alone = config["model_type"] in WITH_EXPERTS_ALONE
     # transformers 5 writes num_local_experts for every family.
     count = "num_experts" if "num_experts" in config else "num_local_experts"
     experts = {
         "experts": _size(config, count),
-        "expert_ffn": _size(config, "intermediate_size" if is_mixtral else "moe_intermediate_size"),
+        "expert_ffn": _size(config, "intermediate_size" if alone else "moe_intermediate_size"),
         "experts_per_token": _size(config, "num_experts_per_tok"),
-        "normalised_routing": is_mixtral or _switch(config, "norm_topk_prob"),
+        "normalised_routing": alone or _switch(config, "norm_topk_prob"),
     }
     if experts["experts_per_token"] > experts["experts"]:
         raise ValueError(
@@ -267,8 +293,35 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
     return experts
 
 
-def _rotary(config: Mapping[str, Any]) -> tuple[int, float | None]:
-    """Rotary base, and the factor of Llama 3's scaling; transformers 4 and 5 differ here."""
+def _activation_bound(config: Mapping[str, Any]) -> float | None:
+    if "swiglu_limit" not in FAMILIES[config["model_type"]].defaults:
+        return None
+    gain = config.get("swiglu_alpha", SIGMOID_GAIN)
+    if gain != SIGMOID_GAIN:
+        raise ValueError(
+            f"config.json sets swiglu_alpha={gain!r}; Megatron has {SIGMOID_GAIN} only."
+        )
+    return float(_positive(config, "swiglu_limit"))
+
+
+def _yarn(rope: Mapping[str, Any], positions: int) -> Yarn:
+    """What rotary parameters say, with the defaults of transformers."""
+    for key in ("attention_factor", "mscale", "mscale_all_dim"):
+        if rope.get(key) is not None:
+            raise ValueError(
+                f"config.json sets {key}={rope[key]!r} for YaRN; only models without are supported."
+            )
+    return Yarn(
+        factor=float(_positive(rope, "factor")),
+        original_positions=_size(rope, "original_max_position_embeddings", positions),
+        beta_fast=float(_positive(rope, "beta_fast", 32.0)),
+        beta_slow=float(_positive(rope, "beta_slow", 1.0)),
+        rounds=rope.get("truncate") is None or _switch(rope, "truncate"),
+    )
+
+
+def _rotary(config: Mapping[str, Any]) -> tuple[int, float | None, Yarn | None]:
+    """Rotary base, the factor of Llama 3's scaling, and YaRN; transformers 4 and 5 differ here."""
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key), dict | None):
             raise ValueError(
@@ -287,12 +340,14 @@ def _rotary(config: Mapping[str, Any]) -> tuple[int, float | None]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     by_layer = any(isinstance(value, dict) for value in rope.values())
     if kind == "default" and not by_layer:
-        return int(base), None
+        return int(base), None, None
+    if kind == "yarn" and not by_layer:
+        return int(base), None, _yarn(rope, _size(config, "max_position_embeddings"))
     if kind == "llama3" and all(rope.get(key) == value for key, value in LLAMA3_SCALING.items()):
-        return int(base), float(_positive(rope, "factor"))
+        return int(base), float(_positive(rope, "factor")), None
     raise ValueError(
-        f"config.json sets rotary scaling {rope!r}; Megatron has 'default', and 'llama3' with a "
-        f"factor and {LLAMA3_SCALING} only."
+        f"config.json sets rotary scaling {rope!r}; Megatron has 'default', 'yarn', and 'llama3' "
+        f"with a factor and {LLAMA3_SCALING} only."
     )
 
 
@@ -337,7 +392,9 @@ def megatron_arguments(shape: ModelShape) -> dict[str, Any]:
             name = flag.removeprefix("--").replace("-", "_")
             arguments[name] = True if value is None else value
     arguments["layernorm_epsilon"] = arguments.pop("norm_epsilon")
-    arguments["add_bias_linear"] = not arguments.pop("disable_bias_linear")
+    arguments["add_bias_linear"] = not arguments.pop("disable_bias_linear", False)
+    if arguments.pop("no_yarn_correction_range_round_to_int", False):
+        arguments["yarn_correction_range_round_to_int"] = False
     return arguments
 
 
@@ -366,6 +423,16 @@ def _flags(shape: ModelShape) -> dict[str, Any]:
     if shape.rotary_scaling is not None:
         flags["--use-rope-scaling"] = None
         flags["--rope-scaling-factor"] = shape.rotary_scaling
+    if shape.yarn is not None:
+        flags["--position-embedding-type"] = "yarn"
+        flags["--rotary-scaling-factor"] = shape.yarn.factor
+        flags["--yarn-original-max-position-embeddings"] = shape.yarn.original_positions
+        flags["--yarn-beta-fast"] = shape.yarn.beta_fast
+        flags["--yarn-beta-slow"] = shape.yarn.beta_slow
+        if not shape.yarn.rounds:
+            flags["--no-yarn-correction-range-round-to-int"] = None
+    if shape.activation_bound is not None:
+        flags["--activation-func-clamp-value"] = shape.activation_bound
     if shape.without_rotary:
         flags["--no-rope-freq"] = [int(one) for one in shape.without_rotary]
     if shape.window is not None:
@@ -380,7 +447,18 @@ def _flags(shape: ModelShape) -> dict[str, Any]:
         flags["--moe-router-topk"] = shape.experts_per_token
         if not shape.normalised_routing:
             flags["--moe-router-pre-softmax"] = None
-    return flags | dict.fromkeys(FAMILIES[shape.family].flags)
+    family = FAMILIES[shape.family]
+    for flag in family.without:
+        del flags[flag]
+    for flag in family.flags:
+        name, _, value = flag.partition(" ")
+        flags[name] = _value(value)
+    return flags
+
+
+def _value(word: str) -> str | float | None:
+    """Of a flag in a family's table."""
+    return float(word) if word.replace(".", "").isdigit() else word or None
 
 
 def caution(shape: ModelShape) -> str | None:

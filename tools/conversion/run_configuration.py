@@ -14,7 +14,9 @@ from conversion.mismatch import summary
 from conversion.model_config import (
     LLAMA3_SCALING,
     OF_EXPERTS,
+    OF_YARN,
     PLAIN_ARGUMENTS,
+    WITH_EXPERTS_ALONE,
     megatron_arguments,
     read_config,
 )
@@ -50,6 +52,9 @@ def _meaning(arguments: Mapping[str, Any]) -> dict[str, Any]:
         found["moe_layer_freq"] = 1
     if found.get("vocab_size") is None:
         found.pop("vocab_size", None)
+    if found.get("position_embedding_type") != "yarn":
+        for name in [name for name in found if name.startswith(OF_YARN)]:
+            del found[name]
     if not found.get("use_rope_scaling"):
         found.pop("rope_scaling_factor", None)
     if found.get("num_experts"):
@@ -155,5 +160,6 @@ def _write_others(config: dict[str, Any], run: Mapping[str, Any], different: Dif
         config["tie_word_embeddings"] = not run["untie_embeddings_and_output_weights"]
     if different.pop("moe_router_topk", None):
         config["num_experts_per_tok"] = run["moe_router_topk"]
-    if config["model_type"] != "mixtral" and different.pop("moe_router_pre_softmax", None):
+    alone = config["model_type"] in WITH_EXPERTS_ALONE
+    if not alone and different.pop("moe_router_pre_softmax", None):
         config["norm_topk_prob"] = not run["moe_router_pre_softmax"]

@@ -25,13 +25,28 @@ LAYER = "model.layers.{layer}."
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Rotary scaling by YaRN (arXiv 2309.00071), in Megatron's terms.
+
+    Wavelengths that fit ``beta_fast`` times into the original context are kept, those that fit
+    ``beta_slow`` times are stretched by ``factor``. rounds: the bounds of the dimensions between.
+    """
+
+    factor: float
+    original_positions: int
+    beta_fast: float
+    beta_slow: float
+    rounds: bool
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What a Hugging Face ``config.json`` says of the model, in Megatron's terms.
 
     ``rotary_scaling`` is the factor of Llama 3's scaling; None where there is no scaling.
     ``without_rotary`` says of each layer whether it turns no queries and keys; empty: none.
     ``window`` is how many tokens before itself a token sees, ``windowed`` of each layer whether it
-    has the window; empty: all.
+    has the window; empty: all. ``activation_bound`` is that of a clamped GELU in SwiGLU's place.
     """
 
     family: str
@@ -54,6 +69,8 @@ class ModelShape:
     without_rotary: tuple[bool, ...] = ()
     window: int | None = None
     windowed: tuple[bool, ...] = ()
+    yarn: Yarn | None = None
+    activation_bound: float | None = None
 
     @property
     def padded_vocabulary(self) -> int:
@@ -74,8 +91,10 @@ class ModelShape:
             "query": self.heads * self.head,
             "key": self.groups * self.head,
             "head": self.head,
+            "heads": self.heads,
             "experts": self.experts,
             "expert_ffn": self.expert_ffn,
+            "gates_and_ups": 2 * self.expert_ffn,
         }[dimension]
 
 
@@ -100,6 +119,22 @@ def _per_group(
     return grouped.split([count // shape.groups for count in rows], dim=1)
 
 
+def _transposed(
+    whole: torch.Tensor, rows: Sequence[int], shape: ModelShape
+) -> Sequence[torch.Tensor]:
+    """Of every expert the transposed: ``[experts, in, out]``."""
+    return [whole.transpose(1, 2)]
+
+
+def _alternating(
+    whole: torch.Tensor, rows: Sequence[int], shape: ModelShape
+) -> Sequence[torch.Tensor]:
+    """Of every expert gate and up by turns, slowest the input if there is one, where Megatron has
+    all gates first: ``[experts, in, expert_ffn, 2]``."""
+    halves = whole.unflatten(1, (2, -1))
+    return [halves.permute(0, *range(halves.ndim - 1, 0, -1))]
+
+
 @dataclass(frozen=True)
 class Weight:
     """One row of a family's table.
@@ -112,12 +147,15 @@ class Weight:
         packing: Where the blocks are in the Megatron tensor.
         alias: Second key in the Megatron checkpoint, where the local and the Transformer Engine
             specification differ; both are written, either is read.
+        dimensions: Those of the Megatron tensor, where they are not those of the parts: the row
+            holds all experts of a layer, as their part does.
     """
 
     megatron: str
     parts: tuple[tuple[str, str], ...]
     packing: Packing = _stacked
     alias: str | None = None
+    dimensions: str | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -127,7 +165,7 @@ class Weight:
     @property
     def per_expert(self) -> bool:
         """Whether the tensor exists once for each expert of each layer."""
-        return ".experts.experts." in self.megatron
+        return ".experts.experts." in self.megatron and self.dimensions is None
 
     def stack(self, shape: ModelShape) -> tuple[int, ...]:
         """How many layers, and experts in each, have the tensor; () where there is one."""
@@ -158,6 +196,8 @@ class Weight:
 
     def megatron_shape(self, shape: ModelShape) -> tuple[int, ...]:
         """Shape of the packed tensor at one place, the vocabulary not padded."""
+        if self.dimensions is not None:
+            return tuple(map(shape.size, self.dimensions.split()))
         parts = self.part_shapes(shape)
         return (sum(part[0] for part in parts), *parts[0][1:])
 
@@ -293,16 +333,56 @@ PACKED_GATED_MLP = (
 )
 
 
+EXPERTS_NORM = Weight(
+    "decoder.layers.pre_mlp_layernorm.weight",
+    ((LAYER + "post_attention_layernorm.weight", "hidden"),),
+    # What the local specification calls it, as if experts were one MLP.
+    alias="decoder.layers.mlp.linear_fc1.layer_norm_weight",
+)
+# All experts of a layer in one tensor, gates and ups by turns, and biases everywhere.
+PACKED_EXPERTS = (
+    EXPERTS_NORM,
+    Weight("decoder.layers.mlp.router.weight", ((LAYER + "mlp.router.weight", "experts hidden"),)),
+    Weight("decoder.layers.mlp.router.bias", ((LAYER + "mlp.router.bias", "experts"),)),
+    Weight(
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight",
+        ((LAYER + "mlp.experts.gate_up_proj", "experts hidden gates_and_ups"),),
+        _alternating,
+        dimensions="experts gates_and_ups hidden",
+    ),
+    Weight(
+        "decoder.layers.mlp.experts.experts.linear_fc1.bias",
+        ((LAYER + "mlp.experts.gate_up_proj_bias", "experts gates_and_ups"),),
+        _alternating,
+        dimensions="experts gates_and_ups",
+    ),
+    Weight(
+        "decoder.layers.mlp.experts.experts.linear_fc2.weight",
+        ((LAYER + "mlp.experts.down_proj", "experts expert_ffn hidden"),),
+        _transposed,
+        dimensions="experts hidden expert_ffn",
+    ),
+    Weight(
+        "decoder.layers.mlp.experts.experts.linear_fc2.bias",
+        ((LAYER + "mlp.experts.down_proj_bias", "experts hidden"),),
+        dimensions="experts hidden",
+    ),
+)
+OUTPUT_BIAS = Weight(
+    "decoder.layers.self_attention.linear_proj.bias",
+    ((LAYER + "self_attn.o_proj.bias", "hidden"),),
+)
+SINKS = Weight(
+    "decoder.layers.self_attention.core_attention.softmax_offset",
+    ((LAYER + "self_attn.sinks", "heads"),),
+)
+
+
 def _experts(block: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
     """The rows of a router and its experts, which replace the MLP."""
     expert = LAYER + block + ".experts.{expert}."
     return (
-        Weight(
-            "decoder.layers.pre_mlp_layernorm.weight",
-            ((LAYER + "post_attention_layernorm.weight", "hidden"),),
-            # What the local specification calls it, as if experts were one MLP.
-            alias="decoder.layers.mlp.linear_fc1.layer_norm_weight",
-        ),
+        EXPERTS_NORM,
         Weight(
             "decoder.layers.mlp.router.weight",
             ((LAYER + block + ".gate.weight", "experts hidden"),),
@@ -327,12 +407,15 @@ class Family:
 
     Attributes:
         weights: Rows, without ``lm_head`` (see ``weights_of``).
-        flags: Megatron flags beyond those that all families share.
+        flags: Megatron flags beyond those that all families share, a value behind a blank.
+        without: Flags that all others share.
         stateful: Megatron modules that keep an ``_extra_state`` object in a checkpoint, at each
             place; empty here, but Megatron refuses a checkpoint without them.
         refused: Configuration switches that must be off.
+        needed: Configuration switches that must be on.
         windows: The layers that ``sliding_window`` is for: ``"all"``, or ``"listed"``, those of
             ``layer_types``; None: it has no effect.
+        whole_every: Where there are no ``layer_types``, of so many layers the last has no window.
         window_switch: Configuration switch without which ``sliding_window`` has no effect.
         defaults: What transformers takes where ``config.json`` is silent, if it differs between
             families.
@@ -340,9 +423,12 @@ class Family:
 
     weights: tuple[Weight, ...]
     flags: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     stateful: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
     windows: str | None = None
+    whole_every: int | None = None
     window_switch: str | None = None
     defaults: Mapping[str, object] = field(default_factory=dict)
 
@@ -406,6 +492,39 @@ FAMILIES: Mapping[str, Family] = {
             "no_rope_layer_interval": 4,
         },
     ),
+    "gpt_oss": Family(
+        weights=(
+            EMBEDDING,
+            *ATTENTION,
+            *QKV_BIAS,
+            OUTPUT_BIAS,
+            SINKS,
+            *PACKED_EXPERTS,
+            FINAL_NORM,
+        ),
+        flags=("--softmax-type learnable", "--quick-geglu", "--glu-linear-offset 1.0"),
+        without=("--swiglu", "--disable-bias-linear"),
+        stateful=EXPERT_MODULES,
+        needed=("attention_bias",),
+        windows="listed",
+        whole_every=2,
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "sliding_window": 128,
+            "num_experts_per_tok": 4,
+            "num_local_experts": 128,
+            "attention_bias": True,
+            "swiglu_limit": 7.0,
+            "rope_theta": 150000.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "truncate": False,
+            },
+        },
+    ),
     # Qwen2.5 and R1-Distill-Qwen are of this model_type.
     "qwen2": Family(
         weights=(EMBEDDING, *ATTENTION, *QKV_BIAS, *GATED_MLP, FINAL_NORM),
@@ -465,7 +584,6 @@ WITHOUT_TABLE: Mapping[str, str] = {
     "gemma3_text": f"{_BOTH_SIDES}, and has windows and rotary bases by layer",
     "glm4": f"{_BOTH_SIDES}, which Megatron's GPT layer has no place for",
     "glm4_moe": "its first layers have no experts, and the others shared ones",
-    "gpt_oss": "it has attention sinks and windows in every other layer",
     "nemotron_h": _MAMBA,
     "olmo2": _OLMO,
     "olmo3": f"{_OLMO}; and it has windows by layer",
