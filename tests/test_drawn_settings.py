@@ -32,6 +32,8 @@ GROUPS = (
     "experimental",
     "rerun engine",
 )
+# They mean nothing without what they belong to, which is refused or is no training.
+OF_ANOTHER = "inference|exit|dsa|mamba|fsdp|tp-comm|kitchen|fp4|mxfp8|muon|rl-|mup-|linear-[kcv]"
 # What a setting without choices is given; one that is not here and asks for a value is not drawn.
 VALUES = {
     "--weight-decay": "0.1",
@@ -84,7 +86,7 @@ def _settings() -> list[tuple[str, ...]]:
     for group in parser._action_groups:
         for action in group._group_actions if group.title in GROUPS else ():
             name = action.option_strings[0]
-            if "inference" in name or "exit" in name:
+            if re.search(OF_ANOTHER, name):
                 continue
             if action.nargs == 0:
                 found.append((name,))

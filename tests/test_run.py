@@ -102,6 +102,8 @@ def test_the_second_job_trains_alike_in_one_process_and_with_interleaved_stages(
     flags += ["--data-path", "0.7", str(inputs.data), "0.3", str(web), "--split", "80,10,10"]
     flags += ["--train-samples", "16", "--step-batch-size-schedule", "0:2 256:4"]
     flags += ["--corpus-loss-weights", "1", "0.5", "--eval-interval", "3", "--eval-iters", "2"]
+    # Else it is that of one micro-batch, too few for interleaved stages.
+    flags += ["--eval-global-batch-size", "4"]
     rmt = [*RMT, "--rmt-skip-sources", "second", "--rmt-eval-samples", "4"]
     interleaved = ["--pipeline-model-parallel-size", "2"]
     interleaved += ["--num-virtual-stages-per-pipeline-rank", "2"]

@@ -455,6 +455,12 @@ def test_micro_batches_must_be_enough_for_virtual_pipeline_stages(
     assert f"--global-batch-size is {4 * micro_batches}, which is {micro_batches} micro" in problem
     assert problem.endswith(f"pass a multiple of {multiple}.")
     assert problem in _refusal(args)
+    args.global_batch_size = 4 * together if together else 16
+    assert interleaving_problem(args) is None
+    args.eval_iters, args.eval_micro_batch_size, args.eval_global_batch_size = 2, 1, 2
+    assert interleaving_problem(args).startswith("--eval-global-batch-size is 2, which is 1 micro")
+    args.eval_iters = 0
+    assert interleaving_problem(args) is None
     args.microbatch_group_size_per_vp_stage = 3
     too_few = "--microbatch-group-size-per-virtual-pipeline-stage is 3; 4 pipeline stages need 4"
     assert interleaving_problem(args).startswith(too_few)

@@ -308,15 +308,20 @@ def interleaving_problem(args: Namespace) -> str | None:
             f"--microbatch-group-size-per-virtual-pipeline-stage is {together}; {stages} pipeline "
             f"stages need {stages} or more, or leave it out."
         )
-    for _, size in batches_of_run(args):
-        count = size // (args.micro_batch_size * args.data_parallel_size)
+    flag = "step-batch-size-schedule" if args.step_batch_size_schedule else "global-batch-size"
+    sizes = [(f"--{flag}", size, args.micro_batch_size) for _, size in batches_of_run(args)]
+    if args.eval_iters and args.eval_global_batch_size:
+        own = (args.eval_global_batch_size, args.eval_micro_batch_size)
+        sizes.append(("--eval-global-batch-size", *own))
+    for flag, size, micro_batch_size in sizes:
+        count = size // (micro_batch_size * args.data_parallel_size)
         if count < together or 0 < count % together < stages:
             return (
-                f"--global-batch-size is {size}, which is {count} micro-batches for each "
+                f"{flag} is {size}, which is {count} micro-batches for each "
                 f"data-parallel rank; virtual pipeline stages take {together} of them at a time "
                 f"(--microbatch-group-size-per-virtual-pipeline-stage), and a rest of {stages} or "
                 f"more: pass a multiple of "
-                f"{together * args.micro_batch_size * args.data_parallel_size}."
+                f"{together * micro_batch_size * args.data_parallel_size}."
             )
     return None
 
