@@ -552,7 +552,7 @@ def _grow(
 
 def _split(run: MidTraining, blocks: Sequence[Block]) -> RowSplit | None:
     """How context-parallel ranks, if there are any, share the rows of ``blocks``: by the operations
-    of the layers."""
+    of the layers, as if none had a window."""
     group = context_parallel_group()
     if group is None:
         return None

@@ -71,9 +71,11 @@ def _step(context: int, *how: Any) -> tuple[list[Any], dict[str, Tensor], dict[s
         collected = collect(run, _batches(*data), tiny_schedule(iteration=5))
     gradients, reports = _update(run, collected)
     drawn = [
-        (of.sample.index, own.row, own.rewards, [one.tokens.tolist() for one in own.rollouts])
+        # Information gains are sums of another order, so rounded.
+        (of.sample.index, own.row, rollout.tokens.tolist(), round(reward, 9))
         for of in collected.reasoned
         for own in of.positions
+        for rollout, reward in zip(own.rollouts, own.rewards, strict=True)
     ]
     return drawn, gradients, reports
 
@@ -124,10 +126,10 @@ def test_a_step_of_context_parallel_ranks_is_that_of_one_process(
     ranks: int, context: int, how: str
 ):
     ((alone, gradients, reports),) = run_distributed(1, _step, 1, *HOW[how])
-    assert len({tuple(map(tuple, rollouts)) for *_, rollouts in alone}) > 4
+    assert len({tuple(tokens) for _, _, tokens, _ in alone}) > 4
     found = run_distributed(ranks, _step, context, *HOW[how])
     for drawn, own_gradients, own_reports in found:
-        assert [of for of in alone if of[0] in {index for index, *_ in drawn}] == sorted(drawn)
+        assert [of for of in alone if of[0] in {index for index, *_ in drawn}] == drawn
         assert own_gradients.keys() == gradients.keys()
         for name, expected in gradients.items():
             error = float((own_gradients[name] - expected).norm() / expected.norm())
@@ -137,5 +139,4 @@ def test_a_step_of_context_parallel_ranks_is_that_of_one_process(
             torch.testing.assert_close(
                 own_reports[name], reports[name], rtol=1e-6, atol=1e-9, equal_nan=True, msg=name
             )
-    everything = sorted(of for drawn, *_ in found[::context] for of in drawn)
-    assert everything == alone
+    assert {of[0] for drawn, *_ in found for of in drawn} == {of[0] for of in alone}

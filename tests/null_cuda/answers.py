@@ -134,7 +134,7 @@ ANSWERS: dict[str, Answer] = {
     "job.metrics.write_metrics": _zeros,
     "job.user_batch._complete": _batch,
     "job.user_batch._mask_problem": _zeros,
-    "job.user_batch._raise_together": _zeros,
+    "job.user_batch.raise_together": _zeros,
     "job.user_batch.check_tokens": _foreign_tokens,
     "rollout.generate._Decoder._take_tokens": _flags,
     "rollout.live_rollouts.LiveRollouts.responses": _responses,
