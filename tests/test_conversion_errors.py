@@ -359,7 +359,7 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
         "attention_bias=False; of the family gpt_oss only models with it",
     ),
     "gain of the sigmoid": (
-        config(model_type="gpt_oss", swiglu_alpha=1.0),
+        config(model_type="gpt_oss", attention_bias=True, swiglu_alpha=1.0),
         "swiglu_alpha=1.0; Megatron has 1.702 only",
     ),
     "rotary base": (config(rope_parameters={"rope_theta": 1.5}), "rope_theta=1.5"),

@@ -305,9 +305,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "off by one": {"softmax_type": "off-by-one"},
     "YaRN": {"position_embedding": "yarn"},
     "a part rotates, neighbours together": {"rotary_percent": 0.5, "rotary_interleaved": True},
-    "windows, sinks, core attention recompute": {
+    "windows and sinks": {
         "window_size": (3, 0),
         "window_attn_skip_freq": [1, 0],
+        "softmax_type": "learnable",
+    },
+    "sinks, core attention recompute": {
         "softmax_type": "learnable",
         "recompute_granularity": "selective",
         "recompute_modules": ["core_attn"],

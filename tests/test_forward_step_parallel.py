@@ -28,7 +28,8 @@ Named = dict[str, Tensor]
 @dataclass(frozen=True)
 class Layout:
     """How the ranks divide the model. context: ranks that share each tree. chunks: of a rank, with
-    virtual pipeline stages. padding: rows appended to every tree, or to every part of one."""
+    virtual pipeline stages. padding: rows appended to every tree, or to every part of one. nearby:
+    windows and sinks."""
 
     tensor: int = 1
     context: int = 1
@@ -37,10 +38,16 @@ class Layout:
     sequence_parallel: bool = False
     recompute: bool = False
     padding: int = 0
+    nearby: bool = False
 
     @property
     def ranks(self) -> int:
         return self.tensor * self.context * self.pipeline
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """What the layers attend to, for ``build_model``."""
+        return step.ARCHITECTURES["windows and sinks"] if self.nearby else {}
 
     @property
     def layers(self) -> int:
@@ -73,7 +80,7 @@ def _shard(name: str, value: Tensor, ranks: int, rank: int) -> Tensor:
         return value.chunk(ranks, dim=1)[rank]
     if "linear_fc1" in name:  # the gate, then what it gates, each divided
         return torch.cat([half.chunk(ranks)[rank] for half in value.chunk(2)])
-    if "linear_qkv" in name or "embedding" in name or "output_layer" in name:
+    if any(of in name for of in ("linear_qkv", "embedding", "output_layer", "softmax_offset")):
         return value.chunk(ranks)[rank]
     return value
 
@@ -104,6 +111,7 @@ def _rank_gradients(layout: Layout, attention: str, weights: Named) -> list[Name
         "pipeline_dtype": torch.float64,
         "sequence_parallel": layout.sequence_parallel,
         "num_layers": layout.layers,
+        **layout.attention,
     }
     if interleaved:
         # Megatron wants it of two stages.
@@ -174,10 +182,10 @@ def _batches(attention: str, padding: int = 0) -> list[step.MicroBatch]:
     return batches
 
 
-def _weights_and_gradients(layers: int) -> tuple[Named, Named]:
+def _weights_and_gradients(layout: Layout) -> tuple[Named, Named]:
     """Of the stock model in one process, each sequence by itself."""
     single_process_megatron()
-    model: GPTModel = build_model(num_layers=layers).train()
+    model: GPTModel = build_model(num_layers=layout.layers, **layout.attention).train()
     gradients = step._naive_step(model, _batches("sdpa"), step.STEM)[1]
     weights = {name: value for name, value in model.state_dict().items() if value is not None}
     return {n: w for n, w in weights.items() if isinstance(w, Tensor)}, gradients
@@ -196,6 +204,8 @@ LAYOUTS = {
     "TP2 x CP2, sequence parallel": Layout(tensor=2, context=2, sequence_parallel=True),
     "CP2 x PP2": Layout(context=2, pipeline=2, padding=4),
     "PP2 with two chunks": Layout(pipeline=2, chunks=2),
+    "TP2, windows and sinks": Layout(tensor=2, nearby=True),
+    "PP2, windows and sinks": Layout(pipeline=2, nearby=True),
     "PP2 with two chunks, full recompute": Layout(pipeline=2, chunks=2, recompute=True),
 }
 
@@ -210,7 +220,7 @@ SLOW = {"CP3, padding", "CP2, full recompute", "CP2 x PP2"}
 )
 def test_gradients_equal_one_sequence_at_a_time_in_one_process(layout, attention):
     chosen = LAYOUTS[layout]
-    weights, reference = _weights_and_gradients(chosen.layers)
+    weights, reference = _weights_and_gradients(chosen)
     # Sequence parallelism divides the rows.
     if chosen.sequence_parallel and chosen.context == 1:
         chosen = Layout(**{**vars(chosen), "padding": 8 + _rows() % 2})

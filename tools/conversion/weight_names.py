@@ -581,12 +581,12 @@ _MAMBA = "it has state-space layers, which RMT's tree of rollouts does not know"
 WITHOUT_TABLE: Mapping[str, str] = {
     "deepseek_v3": "its keys and values are latent, and RMT stores them as heads",
     "gemma2": f"{_BOTH_SIDES}, and bounds scores and logits",
-    "gemma3_text": f"{_BOTH_SIDES}, and has windows and rotary bases by layer",
+    "gemma3_text": f"{_BOTH_SIDES}, and has rotary bases by layer",
     "glm4": f"{_BOTH_SIDES}, which Megatron's GPT layer has no place for",
     "glm4_moe": "its first layers have no experts, and the others shared ones",
     "nemotron_h": _MAMBA,
     "olmo2": _OLMO,
-    "olmo3": f"{_OLMO}; and it has windows by layer",
+    "olmo3": _OLMO,
     "qwen3_5_text": "it has layers of linear attention, which RMT's tree of rollouts does not know",
     "qwen3_next": "it has layers of linear attention, which RMT's tree of rollouts does not know",
 }
