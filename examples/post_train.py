@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.algorithm.curriculum import Candidates
+from megatron_rmt.algorithm.doors import depends_on
 from megatron_rmt.algorithm.rewards import Evidence, says
 
 MARKER = os.environ.get("MARKER", "#### ").encode()
 
 
+@depends_on(MARKER=MARKER.decode())
 def answers(of: Candidates) -> list[int]:
     """Before the answer of each document, ascending; if they are more than ``of.count``, as many of
     them, drawn uniformly.

@@ -23,6 +23,7 @@ from megatron_rmt.model.routers import check_routing
 from megatron_rmt.model.tree_attention import check_backend
 from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.prompt.prompt import Prompt
+from megatron_rmt.rollout.generate import tells_limits
 from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes, key_value_bytes
 from megatron_rmt.update.baseline import Baseline
 
@@ -278,13 +279,16 @@ def _announce_memory(run: MidTraining) -> None:
         raise ValueError(
             f"the keys and values of the rollouts take {size.total_bytes / GIB:.1f} GiB "
             f"({size.describe()}) but the device has {memory / GIB:.1f} GiB; pass "
-            "--rmt-rollout-kv-gib, so that they are generated in waves that fit."
+            "--rmt-rollout-kv-gib, so that no more are generated at a time than fit."
         )
-    waves = max(1, -(-size.positions // at_once))
+    fit = min(at_once, size.positions)
+    parts = f"{max(1, -(-size.positions // at_once))} wave(s) of {fit} positions"
+    if tells_limits(run.policy.device):
+        parts = f"{fit} of {size.positions} positions at a time"
     if dist.get_rank() == 0:
         print(
             "RMT: keys and values of a step's rollouts, a rank, at most"
             f"{prompts_of_a_sample(run.args, run.prompt)}: {size.describe()}; "
-            f"{waves} wave(s) of {min(at_once, size.positions)} positions.",
+            f"{parts}.",
             flush=True,
         )

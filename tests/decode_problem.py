@@ -1,5 +1,7 @@
 """Arguments of decode attention that reach its edges, and how far a result is from float64."""
 
+from typing import Any
+
 import torch
 
 from megatron_rmt.rollout.row_limits import RowLimits
@@ -45,7 +47,23 @@ def problem(
     for row in range(rows):
         for stored in tails:
             stored[tail[row], :, length[row] :] = torch.nan
-    return query, keys, tails, RowLimits(first, limit, tail, length), dim**-0.5
+    return query, keys, tails, RowLimits.of(first, limit, tail, length), dim**-0.5
+
+
+def window_and_sink(
+    layer: str, heads: int, dtype: torch.dtype
+) -> tuple[int | None, torch.Tensor | None]:
+    """Of a layer, from such words as ``-`` (neither), ``4`` (a window), ``4s`` (and a sink)."""
+    window = int(layer.strip("s")) if layer.strip("s-") else None
+    generator = torch.Generator().manual_seed(heads)
+    sink = 3 * torch.randn(heads, generator=generator, dtype=torch.float64)
+    return window, sink.to(dtype) if "s" in layer else None
+
+
+def within(window: int | None, *given: Any) -> tuple:
+    """The arguments in a layer with a ``window``."""
+    *tensors, limits, scale = given
+    return *tensors, limits.within(window), scale
 
 
 def error(
@@ -55,20 +73,27 @@ def error(
     tails: list[torch.Tensor],
     limits: RowLimits,
     scale: float,
+    window: int | None = None,
+    sink: torch.Tensor | None = None,
 ) -> float:
-    """Relative to dense attention in float64, row by row."""
+    """Relative to dense attention in float64, row by row; ``limits`` without the ``window``."""
     expected = torch.zeros(query.shape, dtype=torch.float64)
     repeats = query.shape[1] // trunk[0].shape[0]
-    for row, (first, limit, tail, length) in enumerate(
+    for row, (first, limit, tail, length, _) in enumerate(
         zip(*(x.tolist() for x in limits), strict=True)
     ):
         key, value = (
             torch.cat([shared[:, first:limit], own[tail, :, :length]], 1).double()
             for shared, own in zip(trunk, tails, strict=True)
         )
+        if window is not None:
+            key, value = (x[:, -(window + 1) :] for x in (key, value))
         key, value = (x.repeat_interleave(repeats, 0) for x in (key, value))
         scores = torch.einsum("hd,hkd->hk", query[row].double(), key) * scale
-        expected[row] = torch.einsum("hk,hkd->hd", scores.softmax(-1), value)
+        if sink is not None:
+            scores = torch.cat([scores, sink.double()[:, None]], dim=1)
+        weights = scores.softmax(-1)[:, : key.shape[1]]
+        expected[row] = torch.einsum("hk,hkd->hd", weights, value)
     assert found.shape == query.shape
     assert found.dtype == query.dtype
     return float((found.double() - expected).norm() / expected.norm())

@@ -1,6 +1,9 @@
 """The acceptance script: its checks hold on a CPU, what needs a GPU says so, failures count."""
 
+import importlib
 import json
+import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -55,6 +58,19 @@ def test_every_check_has_a_name_of_its_own_and_says_what_to_do():
     assert all(check.remedy.endswith(".") for check in CHECKS)
 
 
+def test_only_the_program_itself_chooses_an_allocator(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    importlib.reload(accept_gpu)
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
+    # What it sets is taken back after the test.
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+
+
 def _changed(function: Callable[..., Any], **changes: Callable[[Any], Any]) -> Callable[..., Any]:
     """``function`` with other values of the arguments that are named."""
 
@@ -67,7 +83,7 @@ def _changed(function: Callable[..., Any], **changes: Callable[[Any], Any]) -> C
 
 def test_a_gpu_that_computes_something_else_fails(monkeypatch: pytest.MonkeyPatch):
     exact, attend, rows_of = numbers.token_loss_sum, numbers.attend_by_limits, numbers.rows_of
-    of_rollouts = kv_cache.decode_attention
+    of_rollouts, store = kv_cache.decode_attention, numbers.store_rotated
     for owner, name, wrong, check in (
         (
             numbers,
@@ -94,9 +110,15 @@ def test_a_gpu_that_computes_something_else_fails(monkeypatch: pytest.MonkeyPatc
             "decode-std6",
         ),
         (
+            numbers,
+            "store_rotated",
+            lambda query, key, *others: store(query, 1.01 * key, *others),
+            "decode-store",
+        ),
+        (
             kv_cache,
             "decode_attention",
-            lambda *args: of_rollouts(*args[:-1], 1.3 * args[-1]),
+            lambda *args: of_rollouts(*args[:4], 1.3 * args[4], *args[5:]),
             "decode-graph",
         ),
         (

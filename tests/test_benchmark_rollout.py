@@ -16,6 +16,7 @@ pytestmark = pytest.mark.multiprocess
 def test_all_cases_run_and_rows_are_counted(inputs: TinyInputs, tmp_path: Path):
     table, plot = tmp_path / "rollout.json", tmp_path / "occupancy.png"
     flags = "--document 64 --positions 4 --group 5 --tokens 12 --lengths spread --repeats 1"
+    flags += " --at-once 2"
     corpus = inputs.checkpoint.parent / "corpus/train.jsonl"
     files = ["--checkpoint", inputs.checkpoint, "--data", corpus, "--json", table, "--plot", plot]
     command = [sys.executable, REPOSITORY / "tools/benchmark.py", "rollout", *flags.split(), *files]
@@ -35,6 +36,8 @@ def test_all_cases_run_and_rows_are_counted(inputs: TinyInputs, tmp_path: Path):
     tokens = 64 + 20 * (len_of_stem(report["title"]) + 12 + 1)
     assert report["data"]["key_value_bytes"] == 2 * heads * width * layers * size * tokens
     assert report["data"]["generate_key_value_bytes"] > report["data"]["key_value_bytes"]
+    passes = report["data"]["passes"]
+    assert 12 < passes["begin where others end"] <= passes["waves"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -38,6 +38,8 @@ SHAPES = {
     "norms of queries and keys": {"qk_layernorm": True},
     "layer norm": {"normalization": "LayerNorm", "gated_linear_unit": False},
     "interleaved rotation": {"rotary_interleaved": True},
+    "YaRN": {"position_embedding": "yarn"},
+    "windows and sinks": {"window_size": (4, 0), "softmax_type": "learnable"},
 }
 
 

@@ -121,6 +121,16 @@ def remove(*names: str) -> Spoil:
     return lambda directory: [(directory / name).unlink() for name in names]
 
 
+def pipe(name: str) -> Spoil:
+    """A named pipe that nobody writes to: whoever opens it waits forever."""
+
+    def spoil(directory: Path) -> None:
+        (directory / name).unlink(missing_ok=True)
+        os.mkfifo(directory / name)
+
+    return spoil
+
+
 def shards(spoil: Spoil) -> Spoil:
     """Two files and an index instead of one file, then ``spoil``."""
 
@@ -293,6 +303,8 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
     ),
     # Configuration.
     "no configuration": (remove("config.json"), "config.json is missing"),
+    "configuration a pipe": (pipe("config.json"), r"config.json cannot be read \(it is a pipe or"),
+    "index a pipe": (pipe(INDEX), rf"{INDEX} cannot be read \(it is a pipe or a device"),
     "configuration nested": (
         write("config.json", '{"a": ' * 10**5),
         "config.json is not valid JSON .*recursion",
@@ -355,6 +367,14 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
         "factor=inf; it must be a positive number",
     ),
     "Gemma 2": (config(model_type="gemma2"), "'gemma2' .* get and what they give, and bounds"),
+    "layer types": (
+        config(model_type="qwen2", use_sliding_window=True, layer_types=["chunked_attention"] * 2),
+        r"layer_types=\['chunked_attention', .* one for each of the 2 layers",
+    ),
+    "first layer with a window": (
+        config(model_type="qwen3", use_sliding_window=True, max_window_layers="all"),
+        "max_window_layers='all'; it must be a whole number",
+    ),
     "layers without rotary": (
         config(no_rope_layers=[1, 2]),
         r"no_rope_layers=\[1, 2\]; it must be a list of 0 and 1, one for each of the 2 layers",
@@ -562,7 +582,7 @@ MEGATRON_CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "tracker of bytes": (
         lambda d: (d / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\x00\xfe" * 50),
-        r"latest_.*\.txt holds '.{1,300}' instead of an iteration",
+        r"latest_.*\.txt cannot be read \(it is no text\)",
     ),
     "tracker with a long number": (
         write("latest_checkpointed_iteration.txt", "9" * 5000),
@@ -574,6 +594,10 @@ MEGATRON_CASES: dict[str, tuple[Spoil, str]] = {
             (d / "latest_checkpointed_iteration.txt").mkdir(),
         ),
         r"latest_checkpointed_iteration\.txt cannot be read \(Is a directory\)",
+    ),
+    "tracker a pipe": (
+        pipe("latest_checkpointed_iteration.txt"),
+        r"iteration\.txt cannot be read \(it is a pipe or a device, not a file\)",
     ),
     "tracker ahead": (write("latest_checkpointed_iteration.txt", "9"), "says 9, but .* missing"),
     "no metadata": (remove("release/metadata.json"), "not a complete torch_dist checkpoint"),

@@ -1,6 +1,7 @@
 """Damaged files, files of another vocabulary and splits without a document, by every data flag."""
 
 import json
+import os
 import re
 import struct
 from argparse import Namespace
@@ -134,13 +135,16 @@ def test_every_flag_of_megatrons_is_read_as_megatron_reads_it(tmp_path: Path):
         (b"[" * 100_000, "does not name the words of each split; pass JSON like"),
         (b"\xff", "cannot be read (it is not UTF-8); pass a text file."),
         (None, "cannot be read (No such file or directory); pass a text file."),
+        (os.mkfifo, "cannot be read (it is a pipe or a device, not a file); pass a text file."),
     ],
 )
 def test_a_file_of_words_that_cannot_be_read_is_named(
-    content: bytes | None, said: str, tmp_path: Path
+    content: bytes | Callable[[Path], None] | None, said: str, tmp_path: Path
 ):
     path = tmp_path / "words.json"
-    if content is not None:
+    if callable(content):
+        content(path)
+    elif content is not None:
         path.write_bytes(content)
     (problem,) = data_problems(_args(per_split_data_args_path=str(path)), VOCABULARY)
     assert problem.startswith(f"--per-split-data-args-path {path}: ")

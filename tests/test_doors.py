@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_rmt.algorithm.curriculum import SELECTIONS
-from megatron_rmt.algorithm.doors import find
+from megatron_rmt.algorithm.doors import depends_on, find, values_of
 from megatron_rmt.algorithm.rewards import REWARDS
 
 MODULE = """
@@ -92,6 +92,11 @@ def test_a_known_name_is_the_known_function():
 )
 def test_an_importable_path_is_what_it_names(module, name, says):
     assert _find(f"{module}:{name}")(None) == says
+
+
+def test_a_function_says_what_it_depends_on_and_stays_what_it_is():
+    marked = depends_on(SCALE="2")(other)
+    assert (marked, values_of(marked), values_of(ours)) == (other, {"SCALE": "2"}, {})
 
 
 @pytest.mark.parametrize("name", ["mtach", "door_of_a_user", "door_of_a_user.mine", ":mine", "a:"])

@@ -24,6 +24,7 @@ WITHOUT_A_POSITION += ["--rmt-ntp-coefficient", "1"]
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
 PER_TOKEN = "--calculate-per-token-loss"
+WINDOWS = "--window-size 9,0 --window-attn-skip-freq 2"
 # Flags of the tiny model that have no opposite, left out for its other forms.
 LLAMA_MLP = "--swiglu --disable-bias-linear"
 
@@ -39,6 +40,15 @@ DENSE: dict[str, tuple[int, str, str]] = {
     "rotary interleaved": (1, "--rotary-interleaved", ""),
     "rotary interpolation": (1, "--rotary-seq-len-interpolation-factor 2", ""),
     "rotary scaling": (1, "--use-rope-scaling --rope-scaling-factor 8", ""),
+    "YaRN": (
+        1,
+        "--position-embedding-type yarn --rotary-scaling-factor 4 "
+        "--yarn-original-max-position-embeddings 32",
+        "",
+    ),
+    "windows": (1, WINDOWS, ""),
+    "windows and sinks": (1, f"{WINDOWS} --softmax-type learnable", ""),
+    "off by one, TP2": (2, f"{TP2} --softmax-type off-by-one", ""),
     "no rotary in every second layer": (1, "--no-rope-freq 2", ""),
     "no positions": (1, "--position-embedding-type none", ""),
     "learned positions": (1, "--position-embedding-type learned_absolute", ""),

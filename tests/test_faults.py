@@ -1,6 +1,7 @@
 """Faults put into whole runs: each ends in one sentence, on all ranks, and costs no checkpoint."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.multiprocess]
 
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
+FP16 = ["--fp16", "--initial-loss-scale", "1024", "--hysteresis", "1"]
 SAVING = ["--save-interval", "2", "--exit-interval", "4"]
 
 # The example, with a fault in step ``STEP`` (1 for the first), whose lines see the model, its
@@ -116,6 +118,12 @@ NOT_FINITE = {
         "if rank == 0:\n    parameters['embedding.word_embeddings.weight'][:] = torch.inf",
         r"iteration 3: \d+ entropies are not finite, the first of sample 8, document 0 in it, ",
     ),
+    "NaN in a weight, in fp16": (
+        1,
+        FP16,
+        f"parameters[{FIRST!r}].view(-1)[3] = torch.nan",
+        r"iteration 3: \d+ entropies are not finite, the first of sample 8, document 0 in it, ",
+    ),
     "NaN in a gradient": (
         2,
         ["--no-check-for-nan-in-loss-and-grad"],
@@ -138,6 +146,23 @@ NOT_FINITE = {
 def test_a_number_that_is_not_finite_ends_the_run_before_the_step(start, tmp_path, case):
     ranks, flags, fault, sentence = case
     assert_ended(start, tmp_path, 2, sentence, ranks, flags, fault)
+
+
+@pytest.mark.slow
+def test_an_infinite_gradient_of_fp16_is_skipped_by_megatron_with_a_lower_scale(
+    start: Start, tmp_path: Path
+):
+    fault = "after.append(parameters[{!r}].register_hook(lambda of: of * torch.inf).remove)"
+    ended = start(1, FP16, fault.format(FIRST))
+    assert [line["iteration"] for line in ended.metrics] == [1, 2, 3, 4]
+    assert not any("skipped" in line for line in ended.metrics)
+    printed = (tmp_path / "saved/megatron.log").read_text()
+    assert re.findall(r"loss scale: (\S+) \| grad norm: \S+", printed) == [
+        "1024.0",
+        "1024.0",
+        "512.0",
+    ]
+    assert re.findall(r"skipped iterations: +(\d)", printed) == ["0", "0", "1", "0"]
 
 
 def test_weights_that_are_not_finite_are_not_saved(start: Start, tmp_path: Path):

@@ -301,6 +301,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "mup_embedding_mult": 3.0,
         "mup_base_head_dim": 4.0,
     },
+    "windows": {"window_size": (3, 0), "window_attn_skip_freq": [1, 0]},
+    "off by one": {"softmax_type": "off-by-one"},
+    "YaRN": {"position_embedding": "yarn"},
+    "a part rotates, neighbours together": {"rotary_percent": 0.5, "rotary_interleaved": True},
+    "windows, sinks, core attention recompute": {
+        "window_size": (3, 0),
+        "window_attn_skip_freq": [1, 0],
+        "softmax_type": "learnable",
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn"],
+    },
     "experts": {
         "num_moe_experts": 4,
         "moe_router_topk": 2,

@@ -20,6 +20,7 @@ import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import attention
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,7 @@ from megatron_rmt.algorithm.losses import Predictions
 from megatron_rmt.algorithm.rng import uniforms
 from megatron_rmt.cpu import compiled as cpu_compiled
 from megatron_rmt.model.gpt import Policy
+from megatron_rmt.model.layer_attention import LayerAttention
 from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.prompt.response import Response
@@ -500,6 +502,36 @@ def test_where_the_device_is_told_limits_the_tokens_are_the_same(name, monkeypat
     _assert_same(_generate(CASES[name], CHOSEN, _filled_store()), expected)
 
 
+@pytest.mark.usefixtures("by_limits")
+def test_where_the_device_is_told_limits_no_layer_rotates_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    store, case = _filled_store(), CASES["boxed"]
+    expected = _generate(case, CHOSEN, store)
+    monkeypatch.delattr(attention, "apply_rotary_pos_emb")
+    _assert_same(_generate(case, CHOSEN, store), expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rotary_interleaved": True},
+        {"no_rope_freq": [0, 1]},
+        {"position_embedding": "learned_absolute"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_layers_that_rotate_otherwise_or_not_at_all_do_so_where_the_device_is_told_limits(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    model = build_model(torch.float32, **changes).eval()
+    attach_tree_attention(model)
+    monkeypatch.setattr(sys.modules[__name__], "_models", lambda: (None, model))
+    expected = _generate(CASES["boxed"], CHOSEN, _filled_store())
+    monkeypatch.setattr(generate_module, "tells_limits", lambda device: True)
+    _assert_same(_generate(CASES["boxed"], CHOSEN, _filled_store()), expected)
+
+
 class _Calls(TorchDispatchMode):
     """Every operation: its name, the shapes and places of its tensors, and its numbers."""
 
@@ -552,7 +584,7 @@ def test_a_step_is_the_same_operations_as_the_one_before_also_where_a_rank_may_b
         assert before == after
 
 
-def _record_without_a_gpu(step: Callable[[], None]) -> Callable[[], None]:
+def _record_without_a_gpu(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """What runs the operations of ``step`` again on the very memory that they have used, as a CUDA
     graph does; nothing of Python runs again."""
     calls: list[tuple[Any, Any, Any, Any]] = []
@@ -566,20 +598,21 @@ def _record_without_a_gpu(step: Callable[[], None]) -> Callable[[], None]:
             return result
 
     with Record():
-        step()
+        flags = step()
     has_run = [True]
 
-    def replay() -> None:
+    def replay() -> Tensor:
         # The first time it has been run by being recorded.
         if has_run:
             has_run.clear()
-            return
+            return flags
         for function, args, kwargs, result in calls:
             for old, new in zip(
                 *map(tree_leaves, (result, function(*args, **kwargs))), strict=True
             ):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+        return flags
 
     return replay
 
@@ -590,7 +623,7 @@ def test_a_step_that_is_recorded_and_run_again_draws_the_same_tokens(name, monke
     expected = _generate(CASES[name], CHOSEN, _filled_store())
     recorded: list[int] = []
 
-    def record(step: Callable[[], None]) -> Callable[[], None]:
+    def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         recorded.append(1)
         return _record_without_a_gpu(step)
 
@@ -678,8 +711,8 @@ def test_the_host_waits_for_the_device_once_a_token(monkeypatch: pytest.MonkeyPa
     steps: list[int] = []
     attend = DecodeVisibility.attend
 
-    def attended(visibility: DecodeVisibility, layer: int, *others: Any) -> Tensor:
-        if layer == 1:
+    def attended(visibility: DecodeVisibility, layer: LayerAttention, *others: Any) -> Tensor:
+        if layer.number == 1:
             steps.append(len(reads))
         return attend(visibility, layer, *others)
 
@@ -709,8 +742,8 @@ def test_nothing_keeps_a_gradient_and_nothing_is_an_inference_tensor(
     held: list[Tensor] = []
     attend = DecodeVisibility.attend
 
-    def attended(visibility: DecodeVisibility, layer: int, *tensors: Any) -> Tensor:
-        held.extend([*tensors[:3], *visibility.tails.stored[layer]])
+    def attended(visibility: DecodeVisibility, layer: LayerAttention, *tensors: Any) -> Tensor:
+        held.extend([*tensors[:3], *visibility.tails.stored[layer.number]])
         return attend(visibility, layer, *tensors)
 
     monkeypatch.setattr(DecodeVisibility, "attend", attended)
@@ -754,6 +787,33 @@ def test_random_models_budgets_and_positions(seed: int, monkeypatch: pytest.Monk
         forced = len(case.close) if case.force_close else 0
         assert read.thought_length <= 2 * case.budget + forced
         assert len(tokens) <= 2 * case.budget + forced + case.answer_tokens
+
+
+# Windows of a token that end in the stem, in the trunk, and of layers that differ.
+ATTENTION: dict[str, dict[str, Any]] = {
+    "short windows": {"window_size": (1, 0)},
+    "windows": {"window_size": (6, 0), "window_attn_skip_freq": [0, 1]},
+    "off by one": {"softmax_type": "off-by-one"},
+    "YaRN": {"position_embedding": "yarn"},
+    "windows and sinks": {"window_size": (4, 0), "softmax_type": "learnable"},
+}
+
+
+@pytest.mark.parametrize("by_limits", [False, True], ids=["slices", "limits"])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_responses_of_models_that_attend_otherwise(attention, by_limits: bool, monkeypatch):
+    models_ = [build_model(torch.float32, **ATTENTION[attention]) for _ in range(2)]
+    models_[1].load_state_dict(models_[0].state_dict())
+    attach_tree_attention(models_[1])
+    monkeypatch.setattr(sys.modules[__name__], "_models", lambda: [m.eval() for m in models_])
+    monkeypatch.setattr(generate_module, "tells_limits", lambda device: by_limits)
+    for case in (CASES["boxed"], CASES["greedy, forced close"]):
+        groups = _generate(case, CHOSEN, _filled_store())
+        for group, (number, column) in zip(groups, CHOSEN, strict=True):
+            tokens, drawn, log_probs = _slow_response(case, number, column, case.group - 1)
+            assert group[-1].tokens.tolist() == tokens
+            assert group[-1].drawn.tolist() == drawn
+            np.testing.assert_allclose(group[-1].log_probs, log_probs, rtol=0, atol=1e-5)
 
 
 EXPERTS = {

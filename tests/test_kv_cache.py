@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.model.blocks import Block
+from megatron_rmt.model.layer_attention import LayerAttention
 from megatron_rmt.rollout.kv_cache import (
     DecodeVisibility,
     KeyValueStore,
@@ -19,6 +20,7 @@ from megatron_rmt.rollout.live_rollouts import RolloutPosition
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SCALE = 0.3
+SINK = torch.tensor([-1.5, 0.25, 3.0, 9.0], dtype=torch.float64)
 
 
 def _qkv(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,12 +31,17 @@ def _qkv(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, sink: Tensor | None = None
+) -> Tensor:
     """Softmax attention written out: ``[queries, heads, width]``, visible ``[queries, keys]``."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * SCALE
-    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    scores = scores.masked_fill(~visible, -math.inf)
+    if sink is not None:
+        scores = torch.cat([scores, sink[:, None, None].expand(-1, len(query), -1)], dim=-1)
+    weights = scores.softmax(-1)[..., : len(key)]
     return torch.einsum("hqk,khd->qhd", weights, value)
 
 
@@ -56,7 +63,9 @@ def _stored_trunk(trunk_tokens: int, layers: tuple[int, ...] = (1,)) -> tuple[Ke
                 first_row=start,
             )
             rows = slice(start, limit)
-            output = visibility.attend(layer, query[rows], key[rows], value[rows], SCALE)
+            output = visibility.attend(
+                LayerAttention(layer, SCALE), query[rows], key[rows], value[rows]
+            )
             causal = torch.ones(limit - start, limit - start, dtype=torch.bool).tril()
             _close(output, _dense(query[rows], key[rows], value[rows], causal))
         contents[layer] = (key, value)
@@ -71,8 +80,16 @@ def test_the_trunk_pass_attends_and_keeps_keys_and_values_of_each_layer():
 
 
 @pytest.mark.usefixtures("compiled")
-def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left():
+@pytest.mark.parametrize(
+    ("window", "sink"),
+    [(None, None), (None, SINK), (0, SINK), *((w, None) for w in (0, 1, 2, 3, 6))],
+)
+def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
+    window: int | None, sink: Tensor | None
+):
     """Three positions of two samples, groups of two, three steps; rollouts leave in between."""
+    layer = LayerAttention(1, SCALE, window, sink)
+    nearest = len if window is None else lambda keys: window + 1
     store, contents = _stored_trunk(12)
     trunk_key, trunk_value = contents[1]
     visible, stem, group = [(0, 3), (2, 4), (4, 11)], 2, 2
@@ -90,14 +107,15 @@ def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
         trunks=shared_trunks(positions),
         group=group,
     )
-    output = visibility.attend(1, query, key, value, SCALE)
+    output = visibility.attend(layer, query, key, value)
     contexts = []
     for index, (first, limit) in enumerate(visible):
         rows = slice(index * stem, (index + 1) * stem)
         keys = torch.cat([trunk_key[first:limit], key[rows]])
         values = torch.cat([trunk_value[first:limit], value[rows]])
         seen = torch.ones(stem, limit - first + stem).tril(limit - first).bool()
-        _close(output[rows], _dense(query[rows], keys, values, seen))
+        seen = seen.triu(limit - first + 1 - nearest(keys))
+        _close(output[rows], _dense(query[rows], keys, values, seen, sink))
         contexts += [(keys, values)] * group
 
     batch = torch.arange(len(visible) * group)
@@ -114,11 +132,12 @@ def test_stems_and_decoding_equal_dense_attention_also_after_rollouts_have_left(
             trunks=shared_trunks([positions[row] for row in (batch // group).tolist()]),
             column=stem + step,
         )
-        output = visibility.attend(1, query, key, value, SCALE)
+        output = visibility.attend(layer, query, key, value)
         for row, rollout in enumerate(batch.tolist()):
             keys, values = contexts[rollout]
+            keys, values = (x[-nearest(keys) :] for x in (keys, values))
             everything = torch.ones(1, len(keys), dtype=torch.bool)
-            reference = _dense(query[row, None], keys, values, everything)
+            reference = _dense(query[row, None], keys, values, everything, sink)
             _close(output[row, None], reference)
         if staying is not None:
             tails.keep(staying)

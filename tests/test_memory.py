@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from megatron_rmt.rollout.kv_cache import KeyValueStore, TailCache
-from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes, key_value_bytes, rollout_waves
+from megatron_rmt.rollout.memory import (
+    GIB,
+    CacheSize,
+    in_bytes,
+    key_value_bytes,
+    positions_at_once,
+    rollout_waves,
+)
 from tests.tiny_model import build_model
 
 pytestmark = pytest.mark.usefixtures("single_process_megatron")
@@ -46,7 +53,7 @@ def _waves(positions: int, kv_bytes: int | None, in_flight: int = 1) -> list[sli
         tail_tokens=10,
         in_flight=in_flight,
     )
-    return rollout_waves(size, kv_bytes, experts=None)
+    return rollout_waves(positions, positions_at_once(size, kv_bytes), experts=None)
 
 
 def _sizes(waves: list[slice], positions: int) -> list[int]:

@@ -348,8 +348,9 @@ def test_seconds_follow_the_hardware():
     assert seconds.trunk == pytest.approx(flops.trunk / (0.5 * 989e12))
     weights = parameters(planned.args, stage=0).total * 2
     assert seconds.rollout > seconds.passes * weights / 3350e9
-    # Four waves: of the 64 positions 17 fit at a time.
-    assert seconds.passes == 4 * (planned.first.tokens.longest - 1)
+    # Of the 64 positions 17 fit at a time. No row is free for long, unlike in four waves.
+    tokens = planned.first.tokens
+    assert 64 / 17 * tokens.lengths.response < seconds.passes < 0.7 * 4 * (tokens.longest - 1)
     slower = plan.make_plan(request([*words, "--bandwidth-efficiency", 0.1])).first.seconds
     assert slower.rollout > 2 * seconds.rollout
     assert slower.update == seconds.update
@@ -359,14 +360,21 @@ def words_of(text: str) -> list[str]:
     return ["--recipe", str(RECIPES / "qwen3-14b.args"), *text.split()]
 
 
-def test_where_the_host_is_slower_rollouts_take_what_their_launches_take(monkeypatch):
+def test_where_memory_is_fast_rollouts_take_what_their_launches_take(monkeypatch):
     fast = dataclasses.replace(plan.HARDWARE["h100"], tflops=1e9, bandwidth=1e9)
     monkeypatch.setitem(plan.HARDWARE, "h100", fast)
-    seconds = plan.make_plan(request(words_of("--world-size 16"))).first.seconds
-    # 40 layers, 4 samples of the rank, two all-reduces a layer over 4 ranks.
-    launches = (40 * (13 + 6 + 11 * 4) + 274) * 5e-6
-    each = launches + 40 * 6 * 65e-6 + 40 * 2 * 15e-6
-    assert seconds.rollout / seconds.passes == pytest.approx(each, rel=1e-3)
+    for flags, layers, recorded in (
+        ("", 40, True),
+        ("--rmt-no-decode-graph", 40, False),
+        ("--pipeline-model-parallel-size 2", 20, True),
+        ("--fp8-format e4m3", 40, False),
+    ):
+        planned = plan.make_plan(request(words_of(f"--world-size 16 {flags}")))
+        seconds = planned.first.seconds
+        # Two all-reduces a layer over 4 ranks.
+        each = (layers * 14 + 71) * (1.5e-6 if recorded else 5e-6) + layers * 2 * 15e-6
+        each += 0 if recorded else layers * 6 * 65e-6
+        assert seconds.rollout / seconds.passes == pytest.approx(each, rel=1e-3), flags
 
 
 @pytest.mark.parametrize(

@@ -189,13 +189,19 @@ def test_the_script_trains_answers_to_questions_and_evaluate_measures_them(
         "NPROC_PER_NODE": "1",
         "PYTHON": sys.executable,
     }
-    steps = "--train-iters 2 --save-interval 2 --seq-length 256 --global-batch-size 2"
-    done = subprocess.run(
-        ["bash", "examples/post_train.sh", *steps.split(), "--rmt-initial-budget", "6",
-         "--rmt-answer-tokens", "2", "--rmt-log-samples-interval", "1", "--lr", "1e-4"],
-        env=environment, cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
+    flags = (
+        "--save-interval 2 --seq-length 256 --global-batch-size 2 --rmt-initial-budget 6 "
+        "--rmt-answer-tokens 2 --rmt-log-samples-interval 1 --lr 1e-4 --train-iters 2"
+    )
+    start = {"env": environment, "cwd": REPOSITORY, "capture_output": True, "text": True}
+    command = ["bash", "examples/post_train.sh", *flags.split()]
+    done = subprocess.run(command, **start)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    start["env"] = environment | {"MARKER": "?"}
+    refused = subprocess.run(command, **start)
+    assert refused.returncode != 0
+    said = "was trained with other settings: MARKER is '?' and was 'Answer: '; pass what they were"
+    assert said in refused.stdout + refused.stderr
     texts = {
         json.loads(line)["text"]
         for line in (corpus / "train.jsonl").read_text(encoding="utf-8").splitlines()

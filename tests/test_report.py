@@ -26,7 +26,7 @@ sys.path.insert(0, str(SCRIPT.parent))
 
 import report  # noqa: E402
 from evaluation import Measured, Record, write_output  # noqa: E402
-from reporting import charts, headline, reading, rollouts  # noqa: E402
+from reporting import charts, headline, intervals, reading, rollouts, tables  # noqa: E402
 from reporting.markup import escaped, tag  # noqa: E402
 from reporting.page import page  # noqa: E402
 
@@ -409,7 +409,7 @@ def test_without_an_evaluation_the_headline_is_what_the_run_measured_first_and_l
     ]
     _write(tmp_path / reading.METRICS, rows)
     shown = _Reader(_page(f"mine={tmp_path}")).text
-    first, last = (headline.shown(headline.wilson(x, 40), 100.0, " %") for x in (0.0, 0.4))
+    first, last = (intervals.shown(headline.wilson(x, 40), 100.0, " %") for x in (0.0, 0.4))
     assert f"mine, step 0{first}mine, step 4{last}" in shown
     assert "as if these were independent" in shown
 
@@ -460,10 +460,86 @@ def test_a_studys_tables_are_shown_as_they_are(tmp_path: Path):
     path.write_text(json.dumps({"tables": [table]}))
     shown = _page(path)
     text = _Reader(shown).text
-    assert "ArmsarmabRMT0.25 [0.125, 0.5]12345.5" in text
+    assert "ArmsaRMT0.2 [0.1, 0.5]" in text
+    assert "armabRMT0.250 [0.125, 0.500]12,345.5" in text
     assert "Three seeds." in text
     assert shown.count("<tr>") == 4
     assert shown.count("<th ") == 5 + 3
+
+
+def _table(**columns: list[Any]) -> reading.Table:
+    rows = [["RMT", *own] for own in zip(*columns.values(), strict=True)]
+    return reading.Table("Arms", "", ["arm", *columns], rows)
+
+
+def test_a_study_is_charted_by_its_first_two_columns_of_one_unit():
+    one, other, below = (reading.Estimate(x, x - 0.1, x + 0.1) for x in (0.3, 0.4, 0.05))
+    both = _table(
+        **{"seeds": [3], "thought, %": [one], "log p, nats": [one], "at once, %": [other]}
+    )
+    assert tables.charted(both) == {"thought, %": [("RMT", one)], "at once, %": [("RMT", other)]}
+    more = _table(**{"a, %": [one], "b, %": [other], "c, %": [below]})
+    assert [*tables.charted(more)] == ["a, %", "b, %"]
+    assert tables.charted(_table(**{"a, %": [one], "b, %": [below]})) == {}, "a difference"
+    assert tables.charted(_table(steps=[40])) == {}
+
+
+def test_a_study_alone_comes_first_and_does_not_say_that_nothing_was_measured(tmp_path: Path):
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps({"tables": [{"columns": ["arm", "a"], "rows": [["RMT", 1]]}]}))
+    shown = _page(path)
+    assert re.findall(r'<section id="(\w+)"', shown) == ["study"]
+    assert "Nothing was measured" not in shown
+    assert re.search(r'<a href="#(\w+)" class="skip"', shown)[1] == "study"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (reading.Estimate(29.7, 22.9, 37.0), "29.7 [22.9, 37.0]"),
+        (reading.Estimate(100.0, 100.0, 100.0), "100 [100, 100]"),
+        (reading.Estimate(2.5e-7, 1e-7, 3e-7), "2.5e-07 [1e-07, 3e-07]"),
+        (reading.Estimate(8.0), "8"),
+        (89204.0, "89,204"),
+        (None, ""),
+        ("words", "words"),
+    ],
+)
+def test_a_value_and_its_interval_have_as_many_decimals(value: Any, text: str):
+    assert tables.cell(value) == text
+
+
+def test_a_name_has_one_color_on_the_whole_page_and_stands_once_in_the_title(tmp_path: Path):
+    names = {"match rate": 0.5, "well-formed rate": 0.5}
+    for run_name in ("RMT", "RPT"):
+        (tmp_path / run_name).mkdir()
+        rows = [{"iteration": step, **names} for step in (1, 2)]
+        _write(tmp_path / run_name / reading.METRICS, rows)
+    value = {"value": 0.25, "low": 0.125, "high": 0.5}
+    study = tmp_path / "study.json"
+    rows = [[name, value] for name in ("base", "RPT", "RMT")]
+    study.write_text(json.dumps({"tables": [{"columns": ["arm", "a"], "rows": rows}]}))
+    words = [f"{name}={_evaluation(tmp_path / f'{name}.json')}" for name in ("base", "RPT", "RMT")]
+    words = [*words, *(f"{name}={tmp_path / name}" for name in ("RMT", "RPT")), str(study)]
+    shown = _page(*words)
+    bars = r'class="who">(\w+)</span><svg[^>]*>.*?class="[^"]*\bc(\d)'
+    lines = r'class="line c(\d) d0"[^>]*></line></svg>(R\w+)</li>'
+    found = set(re.findall(bars, shown)) | {(name, c) for c, name in re.findall(lines, shown)}
+    assert found == {("RMT", "0"), ("RPT", "1"), ("base", "2")}
+    report.main([*words, "--output", str(tmp_path / "out.html")])
+    assert "<h1>RMT: RMT, RPT, base</h1>" in (tmp_path / "out.html").read_text()
+
+
+def test_of_several_models_the_page_says_first_which_is_right_most_often():
+    def standing(name: str, share: float) -> headline.Standing:
+        return headline.Standing(name, {"thought": reading.Estimate(share, share - 0.1, 0.9)})
+
+    (said,) = headline.best([standing("old", 0.5), standing("good", 0.75), standing("new", 0.25)])
+    assert _Reader(said).text == (
+        "Right most often after its thought: good, 75.0 % [65.0, 90.0]; old 50.0 % [40.0, 90.0], "
+        "new 25.0 % [15.0, 90.0]."
+    )
+    assert headline.best([standing("only", 0.5)]) == []
 
 
 @pytest.mark.parametrize(
@@ -575,7 +651,7 @@ def report_of_a_run(inputs: TinyInputs, tmp_path_factory: pytest.TempPathFactory
 def test_the_page_of_a_real_run_has_all_of_its_parts(report_of_a_run: Path):
     shown = report_of_a_run.read_text()
     text = _Reader(shown).text
-    places = ("headline", "curves", "uncertainty", "rollouts", "throughput", "study", "evaluations")
+    places = ("headline", "study", "curves", "uncertainty", "rollouts", "throughput", "evaluations")
     assert [place for place in places if f'<section id="{place}"' in shown] == [*places]
     assert "tiny: 3 steps" in text
     titles = (

@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +10,16 @@ from typing import Any
 
 import pytest
 
+from examples import post_train
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.checkpoints import save_problem
 from megatron_rmt.job.data_files import marks_of_data
 from megatron_rmt.job.resume import (
     MAY_CHANGE,
     TRACKER,
+    behind_doors,
     changed_data,
+    changed_doors,
     changed_settings,
     check_same_settings,
     checkpoint_folder,
@@ -154,13 +158,16 @@ def test_the_tracker_of_checkpoints_that_are_not_kept_is_read_too(tmp_path: Path
     assert [*checkpoint_problems(args)] == []
 
 
-def test_a_tracker_that_is_a_folder_is_refused(tmp_path: Path):
-    (tmp_path / TRACKER).mkdir()
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(os.mkdir, "Is a directory"), (os.mkfifo, "it is a pipe or a device, not a file")],
+)
+def test_a_tracker_that_is_no_file_is_refused(
+    make: Callable[[Path], None], reason: str, tmp_path: Path
+):
+    make(tmp_path / TRACKER)
     (problem,) = checkpoint_problems(_args(tmp_path))
-    assert (
-        "cannot be read (Is a directory); leave the flag out to begin anew, as nothing is"
-        in problem
-    )
+    assert f"cannot be read ({reason}); leave the flag out to begin anew, as nothing is" in problem
 
 
 def test_a_deleted_or_empty_iteration_is_refused(tmp_path: Path):
@@ -365,6 +372,24 @@ def test_another_corpus_is_named_and_a_moved_one_is_the_same(tmp_path: Path):
     assert changed_data(_args(data_path=[here]), stored) == []
 
 
+def test_what_a_function_of_the_user_depends_on_is_compared_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    asks, args = "examples.post_train:answers", _args("run", rmt_select="tiers")
+    assert behind_doors(Settings.of(args)) == {}
+    args = _args("run", rmt_select=asks)
+    now = behind_doors(Settings.of(args))
+    assert now == {"MARKER": post_train.MARKER.decode()}
+    stored = _args(rmt_select=asks, rmt_doors=now)
+    check_same_settings(args, PROMPT, stored)
+    assert changed_doors(args, _args(rmt_select=asks)) == [], "an older version saved none"
+    monkeypatch.setattr(post_train.answers, "depends_on", {"MARKER": "Answer: ", "OTHER": "new"})
+    with pytest.raises(ValueError, match="with other settings: MARKER is 'Answer: ' and was '####"):
+        check_same_settings(args, PROMPT, stored)
+    args.rmt_allow_changed_settings = True
+    check_same_settings(args, PROMPT, stored)
+
+
 def test_a_checkpoint_of_something_else_is_a_first_start():
     args = _args(train_iters=12)
     for stored in (
@@ -384,6 +409,7 @@ def test_a_run_is_resumed_under_its_own_settings_only(inputs: TinyInputs, tmp_pa
     stored = stored_arguments(_args(saved))
     assert stored.rmt_prompt_rendering["close"] == "</think>"
     assert stored.rmt_data == marks_of_data(_args(data_path=[str(inputs.data)]))
+    assert stored.rmt_doors == {}
     assert stored_arguments(_args(saved, finetune=True)) is None
 
     resumed = inputs.flags(resume_from=saved)

@@ -36,6 +36,8 @@ SIZES = {
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 SCALED = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, **LLAMA3_SCALING}
 COMPANIONS = Path("beside")
+LISTED = ["full_attention", "sliding_attention"]
+WINDOWS = {"use_sliding_window": True, "sliding_window": 16, "layer_types": LISTED}
 
 
 def config(family: str = "llama", **changes: Any) -> dict[str, Any]:
@@ -99,6 +101,7 @@ def _parse(words: list[list[str]]) -> list[dict[str, Any]]:
 @pytest.mark.multiprocess
 def test_arguments_are_those_of_megatrons_parser():
     described = [config(family, **EXPERTS) for family in FAMILIES]
+    described += [config(family, **WINDOWS) for family in ("mistral", "qwen2", "smollm3")]
     described += [config(rope_parameters=SCALED), config("qwen2", tie_word_embeddings=True)]
     shapes = [read_config(one) for one in described]
     (found,) = run_distributed(1, _parse, [[], *map(megatron_flags, shapes)])
@@ -116,6 +119,7 @@ def test_arguments_are_those_of_megatrons_parser():
         config(rope_theta=1e4, rope_scaling=None),
         config(rope_parameters=SCALED),
         config("mistral", sliding_window=16),
+        config("qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=1),
         config("qwen3_moe", **EXPERTS),
     ],
 )
@@ -182,22 +186,54 @@ def test_what_the_job_changed_is_written(
     assert not differences(run_of(described, **change), megatron_arguments(read_config(found)))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "windows",
+    [
+        {"use_sliding_window": True, "sliding_window": 16},
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": 16, "layer_types": LISTED},
+        {"use_sliding_window": True, "sliding_window": 64},
+        {"use_sliding_window": False, "sliding_window": 16},
+    ],
+)
+def test_windows_are_those_of_transformers(family: str, windows: dict[str, Any]):
+    """A layer sees that many tokens, itself among them, unless a context has no more."""
+    from transformers import AutoConfig
+
+    described = config(family, no_rope_layers=[1, 0], **windows)
+    known = AutoConfig.for_model(**described)
+    seen = getattr(known, "sliding_window", None)
+    types = getattr(known, "layer_types", None) or ["sliding_attention"] * 2
+    if FAMILIES[family].windows != "listed":
+        types = ["sliding_attention"] * 2 if FAMILIES[family].windows else []
+    windowed = [one == "sliding_attention" for one in types]
+    if seen is None or seen >= 64 or not any(windowed):
+        seen, windowed = None, []
+    shape = read_config(described)
+    assert shape.window == (None if seen is None else seen - 1)
+    assert shape.windowed == (() if all(windowed) else tuple(windowed))
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
-def test_a_window_that_the_job_trained_beyond_is_taken_away(family: str):
-    described = config(
-        family,
-        sliding_window=16,
-        use_sliding_window=True,
-        layer_types=["full_attention", "sliding_attention"],
-    )
-    assert read_config(described).maximum_positions == 16
-    found = exported(described, max_position_embeddings=128)
-    assert found["max_position_embeddings"] == 128
-    assert found["sliding_window"] is None
-    assert found["layer_types"] == ["full_attention"] * 2
-    assert read_config(found).maximum_positions == 128
-    kept = exported(described, max_position_embeddings=8)
-    assert kept == {**described, "max_position_embeddings": 8}
+def test_windows_that_the_job_changed_are_written(family: str):
+    described = config(family, **WINDOWS)
+    without = exported(described, window_size=None, max_position_embeddings=128)
+    assert without["max_position_embeddings"] == 128
+    assert without["sliding_window"] is None
+    assert read_config(without).window is None
+    wider = exported(described, window_size=(31, 0), window_attn_skip_freq=None)
+    assert wider["sliding_window"] == 32
+    assert read_config(wider).window == 31
+    assert not read_config(wider).windowed
+    some = {"window_size": (31, 0), "window_attn_skip_freq": 2}
+    if family == "mistral":
+        with pytest.raises(ValueError, match=r"window_attn_skip_freq=.* cannot be made to say of"):
+            exported(described, **some)
+    else:
+        assert exported(described, **some)["layer_types"] == LISTED[::-1]
+    with pytest.raises(ValueError, match=r"window_size=.* cannot be made to say of"):
+        exported(described, window_size=(31, 4))
 
 
 @pytest.mark.parametrize(

@@ -145,10 +145,22 @@ for rows, bounds, how in [
         torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-6)
     checked += 1
 
+# Weights that only the last bits of the search tell apart.
+logits = torch.full((1, 600), -30.0)
+third = 3 + 5 / 512
+logits[0, [10, 200, 400, 599]] = torch.tensor([5.0, 4.0, third, third - 2.0**-22])
+for bounds in (WHOLE, SPLIT):
+    how = {"top_k": 3, "temperature": 0.8}
+    for tokens, _ in drawn(logits, torch.tensor([1 - 2.0**-53], dtype=torch.float64), bounds, how):
+        assert tokens.tolist() == [400]
+
 for rows, bounds in [(1, [0, 1]), (3, [0, 257]), (5, WHOLE), (5, SPLIT)]:
     logits, _ = problem(rows, bounds[-1])
-    # The first of equals, in one program's pass and in another's, on one rank and on another.
+    # The first of equals, in one pass of a program and in another, on one rank and on another.
     logits[:, bounds[-1] * 2 // 3] = logits[-1, [bounds[-1] - 1, bounds[-1] // 2]] = 30.0
+    if bounds[-1] > 512:
+        logits[0, [60, 60 + 512]] = 31.0
+        logits[1, 590] = 32.0
     how = {"temperature": 0.8}
     expected = sampling.most_probable(logits, vocab_start=0, tp_group=None, **how)
     for found in drawn(logits, None, bounds, how):
@@ -182,7 +194,7 @@ print(checked, "cases agree")
 KINDS = {
     **dict.fromkeys(("logits", "maxima", "log_probs"), "*fp32"),
     **dict.fromkeys(("enough", "reached", "shard_sums", "uniforms", "drawn"), "*fp64"),
-    **dict.fromkeys(("least", "kept"), "*i32"),
+    "least": "*i32",
     **dict.fromkeys(("block_sums", "tokens", "ids"), "*i64"),
     "factor": "fp32",
 }
@@ -215,7 +227,7 @@ def test_kernels_compile_for_sm_90_without_spilled_registers(tmp_path):
 
     # A fourth of the vocabulary of Qwen3, whose last shard is odd.
     width = {"width": kernels.COLUMNS}
-    search = {"has_kept": True, "counts": False, "width": kernels.SEARCH_COLUMNS}
+    search = {"counts": False, "width": kernels.SEARCH_COLUMNS}
     draw = {"has_least": True, "ranks": 4, "most_blocks": 256}
     for kernel, constants, warps in (
         (kernels._maxima, width, kernels.WARPS),

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import math
+import os
 import re
 import typing
 from argparse import Namespace
@@ -308,6 +309,10 @@ def test_a_file_that_cannot_be_read_is_named(capsys, tmp_path):
         _small_parser().parse_args(["--rmt-config", "nowhere/rmt.yaml"])
     expected = "--rmt-config is nowhere/rmt.yaml; cannot read it: No such file or directory; pass "
     assert capsys.readouterr().err.startswith(expected)
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match=r"pipe.yaml; cannot read it: it is a pipe or a device"):
+        read_config(str(pipe))
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("template: é".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin.yaml; cannot read it: 'utf-8' codec .*pass UTF-8"):

@@ -1,8 +1,10 @@
 """tools/study.py: what a study may say, that stages are done once, and the statistics of seeds."""
 
 import json
+import os
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_rmt.algorithm.settings import Settings
+from megatron_rmt.job.settings import flag_name
 from tests.distributed import REPOSITORY
 from tests.tiny_run import TinyInputs
 
@@ -36,6 +40,14 @@ CONTENT: dict[str, Any] = {
         "longer": {"flags": "", "time_of": "RMT", "step_time_of": "plain"},
         "other": {"flags": ""},
     },
+}
+POST_TRAIN: dict[str, Any] = {
+    "after": ["plain", "RMT"],
+    "data": "{folder}/questions",
+    "marker": "Answer: ",
+    "heldout": {"asked": "{folder}/asked.jsonl"},
+    "flags": "--train-iters 3",
+    "positions": "--positions answers",
 }
 
 
@@ -84,6 +96,28 @@ def measured(rights: list[list[int]]) -> Measured:
             {"arms": {"a": {"flags": ""}, "plain": {"flags": "", "time_of": "a"}}},
             "arms: plain: time_of and step_time_of belong together",
         ),
+        ({"post_train": {"colour": 1}}, "post_train: 'colour' is unknown"),
+        ({"post_train": {"after": "RMT"}}, "post_train: after is 'RMT'; it must be a list"),
+        (
+            {"post_train": POST_TRAIN | {"marker": 3}},
+            "post_train: marker is 3; it must be a str",
+        ),
+        (
+            {"post_train": POST_TRAIN | {"after": ["RMT", "nobody"]}},
+            "post_train: after has 'nobody'; name arms of the study",
+        ),
+        (
+            {"post_train": POST_TRAIN | {"after": []}},
+            "post_train: after has ''; name arms of the study",
+        ),
+        (
+            {"post_train": POST_TRAIN | {"heldout": {"a": "a.jsonl"}}},
+            "post_train: heldout: 'a' is one of the study's; rename it",
+        ),
+        (
+            {"post_train": POST_TRAIN | {"after": ["RMT", "RMT"]}},
+            "post_train: after: an arm has that name already; rename it",
+        ),
     ],
 )
 def test_what_a_study_cannot_mean_is_one_sentence(
@@ -102,11 +136,20 @@ def test_a_file_that_is_no_study_is_one_sentence(tmp_path: Path, text: str):
         study.main([str(path), "--output", str(tmp_path)])
 
 
+def test_a_pipe_is_no_study(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"cannot be read: .*it is a pipe or a device"):
+        study.read_study(tmp_path / "pipe")
+
+
 def test_the_studies_of_the_examples_can_be_read():
     paths = list((REPOSITORY / "examples/studies").iterdir())
     assert paths
+    known = {flag_name(field.name) for field in fields(Settings)}
     for path in paths:
         study.read_study(path)
+        text = path.read_text(encoding="utf-8")
+        assert set(re.findall(r"--rmt-[a-z-]+", text)) <= known, path
 
 
 def test_arms_need_those_they_build_on_and_the_first(tmp_path: Path):
@@ -115,6 +158,100 @@ def test_arms_need_those_they_build_on_and_the_first(tmp_path: Path):
     assert study.needed(found, ["longer"]) == ["plain", "RMT", "longer"]
     with pytest.raises(ValueError, match="--arms nobody: the study has plain, RMT, longer, other"):
         study.needed(found, ["nobody"])
+
+
+def commands_of(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, arms: list[str], **changes: Any
+) -> dict[str, tuple[str, dict[str, str], str]]:
+    """What ``run_seed`` would start: command, environment and the stamps it builds on, by stage."""
+    found = {}
+
+    def run(
+        stages: study.Stages,
+        name: str,
+        command: list[str],
+        after: str = "",
+        environment: dict[str, str] | None = None,
+    ) -> str:
+        found[name] = (" ".join(command), environment or {}, after)
+        return f"<{name}>"
+
+    monkeypatch.setattr(study.Stages, "run", run)
+    asked = study.read_study(written(folder / "study.yaml", **changes))
+    study.run_seed(asked, 2, folder / "out", study.needed(asked, arms))
+    return found
+
+
+def test_post_training_begins_with_an_arm_and_asks_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    changes = {
+        "prepare": ["make {seed}"],
+        "train": "--seq-length 8",
+        "reason": "--rmt-template inline",
+        "evaluate": "--budget 4",
+        "post_train": POST_TRAIN | {"prepare": ["ask {seed}"]},
+    }
+    arms = ["RMT, post-trained"]
+    found = commands_of(monkeypatch, tmp_path, arms, **changes)
+    folder = tmp_path / "out/2"
+    assert [*found] == [
+        "prepare 1",
+        "prepare questions 1",
+        *("train plain", "evaluate plain a", "evaluate plain asked"),
+        *("train RMT", "evaluate RMT a", "evaluate RMT asked"),
+        *("train RMT, post-trained", "evaluate RMT, post-trained asked"),
+    ]
+    command, environment, after = found["train RMT, post-trained"]
+    assert command == ("bash examples/post_train.sh --seed 2 --rmt-template inline --train-iters 3")
+    assert environment == {
+        "CHECKPOINT": str(Path("somewhere").resolve()),
+        "START": str(folder / "RMT"),
+        "SAVE": str(folder / "RMT,-post-trained"),
+        "DATA": str(folder / "questions"),
+        "MARKER": "Answer: ",
+        "NPROC_PER_NODE": "1",
+    }
+    assert after == "<train RMT><prepare questions 1>"
+    assert "--positions answers" in found["evaluate plain asked"][0]
+    for name, load in (("RMT", "RMT"), ("RMT, post-trained", "RMT,-post-trained")):
+        command, _, after = found[f"evaluate {name} asked"]
+        assert f"--load {folder / load} --data {folder}/asked.jsonl" in command
+        assert f"--positions-from {folder}/plain.asked.json --budget 4" in command
+        assert after.startswith(f"<train {name}>")
+    # A study that is done is not begun anew when questions are added to it.
+    others = commands_of(monkeypatch, tmp_path, ["RMT"], **changes)
+    assert others == {name: found[name] for name in others}
+    assert not any("asked" in name or "questions" in name for name in others)
+
+
+def test_post_training_may_have_a_prompt_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    own = {"reason": "--rmt-answer-tokens 9", "evaluate": "--budget 7"}
+    found = commands_of(
+        *(monkeypatch, tmp_path, ["plain, post-trained"]),
+        reason="--rmt-answer-tokens 1",
+        evaluate="--budget 4",
+        post_train=POST_TRAIN | own,
+    )
+    assert "--rmt-answer-tokens 9" in found["train plain, post-trained"][0]
+    assert found["evaluate plain asked"][0].endswith("--budget 7 --rmt-answer-tokens 9")
+    assert found["evaluate plain a"][0].endswith("--budget 4 --rmt-answer-tokens 1")
+
+
+def test_post_trained_arms_are_compared_with_where_they_began_and_with_the_first(tmp_path: Path):
+    found = study.read_study(written(tmp_path / "study.yaml", post_train=POST_TRAIN))
+    assert study.compared(found) == {
+        "a": {"difference from plain": dict.fromkeys(("RMT", "longer", "other"), "plain")},
+        "asked": {
+            "gain by post-training": {
+                "plain, post-trained": "plain",
+                "RMT, post-trained": "RMT",
+            },
+            "difference from plain, post-trained": {"RMT, post-trained": "plain, post-trained"},
+        },
+    }
 
 
 def test_a_stage_is_done_once_until_it_or_one_before_it_changes(tmp_path: Path):
@@ -241,6 +378,7 @@ def test_tables_hold_the_seeds_that_there_are(tmp_path: Path, capsys: pytest.Cap
     assert found == {"plain": (2, 37.5), "RMT": (1, 100.0)}
     assert [(row[0], row[1], row[2]["value"]) for row in differences["rows"]] == [("RMT", 1, 50.0)]
     assert [row[:2] for row in costs["rows"]] == [["plain", 4], ["RMT", 4]]
+    assert "perplexity" not in results["columns"], "nobody measured it"
     shown = capsys.readouterr().out
     assert "| RMT | 1 | 100.0 [100.0, 100.0] |" in shown
     assert "### Held out: a: difference from plain" in shown
@@ -254,28 +392,52 @@ def test_a_study_trains_evaluates_and_goes_on_where_it_was(
     heldout.write_text(
         "".join(json.dumps({"text": f"{n} and {n + 1} and so on"}) + "\n" for n in (1, 2))
     )
-    common = "--seq-length 32 --micro-batch-size 1 --global-batch-size 1"
+    common = "--micro-batch-size 1 --global-batch-size 1 --rmt-group-size 2 --rmt-initial-budget 4"
     steps = "--train-iters 2 --save-interval 2 --lr-warmup-iters 1"
+    questions = "{folder}/questions"
     path = written(
         tmp_path / "study.yaml",
         model=str(inputs.checkpoint),
         seeds=[1],
         data=str(inputs.data),
         heldout={"a": str(heldout)},
-        train=f"{common} {steps} --rmt-group-size 2 --rmt-initial-budget 4",
+        train=f"{common} {steps} --seq-length 32",
         reason="--rmt-template inline --rmt-force-close --rmt-answer-tokens 2",
         positions="--documents 2 --positions-per-document 1",
         evaluate="--budget 4",
         arms=dict(list(CONTENT["arms"].items())[:3]),
+        post_train={
+            "after": ["RMT"],
+            "prepare": [
+                f"{sys.executable} tools/generate_computed_corpus.py --output {questions} "
+                "--questions 1 --train-documents 60 --heldout-documents 2",
+                f"{sys.executable} tools/preprocess_data.py --input {questions}/train.jsonl "
+                f"--output-prefix {questions}/train --tokenizer {inputs.huggingface}",
+            ],
+            "data": f"{questions}/train",
+            "marker": "Answer: ",
+            "heldout": {"asked": f"{questions}/heldout.jsonl"},
+            "flags": f"{common} --seq-length 256 --train-iters 1 --save-interval 1",
+            "reason": "--rmt-template examples/templates/worked.json --rmt-force-close "
+            "--rmt-answer-tokens 2",
+            "positions": "--positions answers --documents 2 --positions-per-document 1",
+        },
     )
     arguments = [str(path), "--output", str(tmp_path / "out")]
     study.main(arguments)
     first = capfd.readouterr()
     assert [line.split(": ")[1] for line in first.err.splitlines() if ": train" in line] == [
-        f"train {name}" for name in ("plain", "RMT", "longer")
+        f"train {name}" for name in ("plain", "RMT", "longer", "RMT, post-trained")
     ]
     tables = json.loads((tmp_path / "out/study.json").read_text())["tables"]
-    assert [row[0] for row in tables[0]["rows"]] == ["plain", "RMT", "longer"]
+    assert [(table["title"], [row[0] for row in table["rows"]]) for table in tables] == [
+        ("Held out: a", ["plain", "RMT", "longer"]),
+        ("Held out: a: difference from plain", ["RMT", "longer"]),
+        ("Held out: asked", ["plain", "RMT", "RMT, post-trained"]),
+        ("Held out: asked: gain by post-training", ["RMT, post-trained"]),
+        ("Cost", ["plain", "RMT", "longer", "RMT, post-trained"]),
+    ]
+    assert "whole answer, %" in tables[2]["columns"]
     study.main(arguments)
     again = capfd.readouterr()
     assert again.out == first.out

@@ -236,6 +236,35 @@ def test_a_run_with_virtual_stages_resumes_bitwise_and_in_one_process(
             assert line[name] == pytest.approx(expected_line[name], rel=1e-3, abs=1e-5), name
 
 
+WINDOWS = ["--window-size", "9,0", "--window-attn-skip-freq", "2"]
+ATTENTION = {
+    "windows": WINDOWS,
+    "off by one": ["--softmax-type", "off-by-one"],
+    "windows and sinks": [*WINDOWS, "--softmax-type", "learnable"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ATTENTION.values(), ids=ATTENTION)
+@pytest.mark.parametrize("greedy", [[], ["--rmt-greedy"]], ids=["sampled", "greedy"])
+def test_layers_that_attend_otherwise_train_alike_in_every_layout(
+    start: Start, reference: Run, tmp_path: Path, layers: list[str], greedy: list[str]
+):
+    flags = [*RMT, *greedy, *layers]
+    # The converted checkpoint has no sinks, and random ones are others on two ranks.
+    saving = ["--save", str(tmp_path), "--save-interval", "1"]
+    first = start(1, [*flags, *saving, "--exit-interval", "1", "--dist-ckpt-strictness", "log_all"])
+    assert first.metrics[0]["entropy"] != reference.metrics[0]["entropy"]
+    alone = start(1, [*flags, *saving], resume_from=tmp_path)
+    latest = tmp_path / "latest_checkpointed_iteration.txt"
+    latest.write_text("1")
+    for layout in (TP2, PP2):
+        curve = start(2, [*flags, *layout], resume_from=tmp_path).metrics
+        assert_same_curve(curve, alone.metrics)
+    latest.write_text("3")
+    assert start(1, flags, resume_from=tmp_path).metrics == alone.metrics[2:]
+
+
 def test_separate_documents_train_alike_in_every_layout(start: Start, reference: Run):
     alone = start(1, [*RMT, *SEPARATE_DOCUMENTS])
     assert alone.metrics[0]["entropy"] != reference.metrics[0]["entropy"]

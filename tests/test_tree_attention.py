@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_rmt.model import tree_attention
-from megatron_rmt.model.blocks import Block, ancestry, position_block
+from megatron_rmt.model.blocks import Block, ancestry, longest_path, position_block
+from megatron_rmt.model.layer_attention import LayerAttention
 from megatron_rmt.model.lse_attention import LseAttention
 from megatron_rmt.model.tree_attention import (
     BACKENDS,
@@ -23,6 +24,7 @@ from megatron_rmt.model.visibility import TreeVisibility
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 SCALE = 0.3
+LAYER = LayerAttention(1, SCALE)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -82,6 +84,16 @@ def _brute_force(blocks: tuple[Block, ...]) -> Tensor:
     return visible
 
 
+@functools.cache
+def _brute_force_within(blocks: tuple[Block, ...], window: int) -> Tensor:
+    """The same, of every row only the last ``window`` that it sees, and itself."""
+    visible = torch.zeros_like(_brute_force(blocks))
+    for row, seen in enumerate(_brute_force(blocks)):
+        # A row's ancestors are packed in the order in which they follow each other.
+        visible[row, seen.nonzero()[-(window + 1) :, 0]] = True
+    return visible
+
+
 @pytest.mark.parametrize("length", [0, 1, 4])
 def test_a_single_branch_sees_what_it_would_beside_others(length: int):
     alone = (Block(0, 9), position_block(9, 2, 7, 3, [length]))
@@ -138,6 +150,109 @@ def test_visibility_is_that_of_every_row_written_out(tree):
     blocks, rows = TREES[tree], torch.arange(_tokens(TREES[tree]))
     visible = _brute_force(blocks)
     assert torch.equal(ancestry(blocks)(rows[:, None], rows), visible)
+    assert longest_path(blocks) == visible.sum(1).max()
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("window", [0, 1, 4, 40, 700])
+def test_a_window_leaves_the_nearest_ancestors(tree, window: int):
+    blocks, rows = TREES[tree], torch.arange(_tokens(TREES[tree]))
+    within = ancestry(blocks, window=window)(rows[:, None], rows)
+    assert torch.equal(within, _brute_force_within(blocks, window))
+
+
+@pytest.mark.parametrize(
+    ("tree", "window"),
+    [(tree, window) for tree in TREES for window in ((40, 300) if tree == "long" else (0, 1, 4))],
+)
+@pytest.mark.parametrize("attention", ["auto", "flex"])
+def test_layers_with_windows_equal_dense_attention(attention, tree, window: int, monkeypatch):
+    """Between layers without, of one micro-batch; documents in several pieces of few rows."""
+    monkeypatch.setattr(tree_attention, "_PIECE_ROWS", 7)
+    blocks = TREES[tree]
+    inputs = _inputs(_tokens(blocks))
+    visibility = TreeVisibility(tokens=_tokens(blocks), blocks=blocks, attention=attention)
+    for layer in (LAYER, LayerAttention(2, SCALE, window), LAYER, LayerAttention(4, SCALE, 2)):
+        visible = _brute_force(blocks)
+        if layer.window is not None:
+            visible = _brute_force_within(blocks, layer.window)
+        if attention == "flex":
+            output = visibility.attend(layer, *inputs)
+            assert max(_errors([output], [_dense(*inputs, visible)])) < 1e-14
+            continue
+        attend = functools.partial(visibility.attend, layer)
+        ours = _with_gradients(attend, inputs, torch.float64)
+        dense = _with_gradients(lambda *x, seen=visible: _dense(*x, seen), inputs, torch.float64)
+        assert max(_errors(ours, dense)) < 1e-13
+
+
+def _with_sink(visible: Tensor, sink: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``_dense`` with one more column of scores, written out."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * SCALE
+    column = sink[:, None, None].expand(-1, len(query), -1)
+    scores = torch.cat([scores.masked_fill(~visible, -math.inf), column], dim=-1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :-1], value)
+
+
+SINK = torch.tensor([-1.5, 0.25, 3.0, 40.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("attention", ["lse", "sdpa", "flex"])
+def test_sinks_are_one_more_column_of_the_softmax(attention, tree, window: int | None):
+    """Scores of sinks that are small beside the others, and all but everything."""
+    blocks = TREES[tree]
+    visible = _brute_force(blocks) if window is None else _brute_force_within(blocks, window)
+    inputs = [*_inputs(_tokens(blocks)), SINK]
+    visibility = TreeVisibility(tokens=_tokens(blocks), blocks=blocks, attention=attention)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, sink: Tensor) -> Tensor:
+        return visibility.attend(LayerAttention(1, SCALE, window, sink), query, key, value)
+
+    def dense(query: Tensor, key: Tensor, value: Tensor, sink: Tensor) -> Tensor:
+        return _with_sink(visible, sink, query, key, value)
+
+    if attention == "flex":
+        assert max(_errors([attend(*inputs)], [dense(*inputs)])) < 1e-14
+        return
+    errors = _errors(*(_with_gradients(x, inputs, torch.float64) for x in (attend, dense)))
+    assert len(errors) == 5
+    assert max(errors) < 1e-13
+
+
+@pytest.mark.parametrize("attention", ["lse", "sdpa"])
+def test_sinks_in_bf16_are_close_to_float64(attention):
+    blocks = TREES["long"]
+    inputs = [*_inputs(_tokens(blocks)), SINK / 13]
+    visible = _brute_force(blocks)
+    attend = BACKENDS[attention](blocks)
+    ours = _with_gradients(lambda *x: attend(*x[:3], SCALE, None, x[3]), inputs, torch.bfloat16)
+    dense = _with_gradients(lambda *x: _with_sink(visible, x[3], *x[:3]), inputs, torch.float64)
+    *errors, of_sink = _errors(ours, dense)
+    assert max(errors) < 6e-3
+    assert of_sink < 1.5e-2
+
+
+def test_bf16_does_not_round_the_score_of_a_sink_once_more():
+    sink = SINK.float()
+    inputs = [x.bfloat16() for x in _inputs(3)]
+    query, key, value = tree_attention._with_sink(*inputs, sink, SCALE)
+    scores = (
+        torch.einsum("qhd,hd->qh", query.float(), key[-1, :1].float().expand(HEADS, -1)) * SCALE
+    )
+    torch.testing.assert_close(scores, sink.expand(3, -1), rtol=2e-5, atol=0)
+    assert not value[-1].any()
+
+
+def test_no_mask_of_a_window_is_as_large_as_the_document():
+    blocks = (Block(0, 3000),)
+    visibility = TreeVisibility(tokens=3000, blocks=blocks)
+    visibility.attend(LayerAttention(1, SCALE, 500), *_inputs(3000))
+    masks = visibility._backends[True]._masks.values()
+    assert [[*mask.shape] for mask in masks] == [[500, 500], *[[500, 1000]] * 5]
 
 
 @pytest.mark.parametrize("branches", [[3, 2], [0, 1, 4], [0, 0], []])
@@ -250,12 +365,13 @@ def test_a_plan_is_positions_and_a_few_integers():
     blocks = TREES["long"]
     visibility = TreeVisibility(tokens=_tokens(blocks), blocks=blocks)
     visibility.use_position_ids(torch.arange(visibility.tokens), visibility.tokens)
-    visibility.attend(1, *_inputs(visibility.tokens), SCALE)
+    visibility.attend(LAYER, *_inputs(visibility.tokens))
 
     def tensors(value: object) -> list[Tensor]:
         if isinstance(value, Tensor):
             return [value]
         inside = vars(value).values() if hasattr(value, "__dict__") else ()
+        inside = value.values() if isinstance(value, dict) else inside
         inside = value if isinstance(value, (tuple, list)) else inside
         return [tensor for item in inside for tensor in tensors(item)]
 
@@ -266,13 +382,13 @@ def test_layers_share_what_a_backend_prepares_and_other_blocks_do_not():
     blocks = TREES["ragged"]
     inputs = _inputs(_tokens(blocks))
     visibility = TreeVisibility(tokens=_tokens(blocks), blocks=blocks, attention="sdpa")
-    visibility.attend(1, *inputs, SCALE)
-    backend = visibility._backend
-    visibility.attend(2, *inputs, SCALE)
-    assert visibility._backend is backend
+    visibility.attend(LAYER, *inputs)
+    backend = visibility._backends[False]
+    visibility.attend(LayerAttention(2, SCALE), *inputs)
+    assert visibility._backends[False] is backend
     assert isinstance(backend, SdpaAttention)
     visibility.blocks = (*blocks[:-1], PERTURBATIONS["trunk one row shorter"](blocks[-1]))
-    output = visibility.attend(1, *inputs, SCALE)
+    output = visibility.attend(LAYER, *inputs)
     assert max(_errors([output], [_dense(*inputs, _brute_force(visibility.blocks))])) < 1e-14
 
 

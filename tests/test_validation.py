@@ -296,8 +296,16 @@ BAD = {
     ("--context-parallel-size", "2"): "--context-parallel-size is 2; RMT needs 1:",
     ("--multi-latent-attention",): "--multi-latent-attention is True; RMT needs False:",
     ("--mtp-num-layers", "1"): "--mtp-num-layers is 1; RMT needs it left out:",
-    ("--window-size", "128,0"): "--window-size is (128, 0); RMT needs it left out:",
-    ("--softmax-type", "learnable"): "--softmax-type is learnable; RMT needs vanilla:",
+    (
+        "--window-attn-skip-freq",
+        "[1,0]*2",
+        "--window-size",
+        "128,0",
+    ): "--window-attn-skip-freq is [1, 0, 1, 0]; pass a number above 0, or a list of 2",
+    ("--window-attn-skip-freq", "0", "--window-size", "128,0"): "--window-attn-skip-freq is 0;",
+    ("--window-size", "(-1,0)"): "--window-size is -1,0; RMT needs N,0:",
+    ("--window-size", "128"): "--window-size is 128; RMT needs N,0:",
+    ("--window-size", "128,1"): "--window-size is 128,1; RMT needs N,0:",
     ("--experimental-attention-variant", "dsa"): "--experimental-attention-variant is dsa; RMT",
     ("--qk-clip",): "--qk-clip is True; RMT needs False:",
     ("--log-max-attention-logit",): "--log-max-attention-logit is True; RMT needs False:",
@@ -458,6 +466,22 @@ def test_micro_batches_must_be_enough_for_virtual_pipeline_stages(
     assert interleaving_problem(args) is None
 
 
+def test_a_softmax_that_forgets_windows_is_refused():
+    problems = [*unsupported(_parse("--rmt", "--window-size", "128,0"))]
+    sentence = "128,0, which the fused softmax of --transformer-impl local does not know; pass"
+    assert [sentence in problem for problem in problems] == [True]
+
+
+@pytest.mark.parametrize("skip", [[], ["2"], ["[1,0]"]])
+@pytest.mark.parametrize("fused", [False, True], ids=["local", "engine"])
+def test_windows_over_what_is_behind_a_token_are_accepted(skip: list[str], fused: bool):
+    flags = (
+        ["--transformer-impl", "transformer_engine"] if fused else ["--no-masked-softmax-fusion"]
+    )
+    flags += ["--window-size", "16,0", *(["--window-attn-skip-freq", *skip] if skip else [])]
+    assert [*unsupported(_parse("--rmt", *flags))] == []
+
+
 @pytest.mark.parametrize(
     ("growth", "length", "sentence"),
     [
@@ -570,6 +594,7 @@ def test_what_the_page_of_megatrons_flags_calls_refused_is_and_nothing_else():
     both = {"--use-distributed-optimizer", "--moe-router-load-balancing-type"}
     both |= {"--fp8-format", "--fp8-recipe", "--position-embedding-type", "--transformer-impl"}
     both |= {"--moe-flex-dispatcher-backend", "--expert-model-parallel-size"}
+    both |= {"--window-size", "--window-attn-skip-freq"}
     assert refused_by_rmt & works <= both | {"--attention-dropout", "--hidden-dropout"}
 
 

@@ -8,6 +8,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from megatron_rmt.model.blocks import Block
+from megatron_rmt.model.layer_attention import LayerAttention
 from megatron_rmt.model.visibility import (
     ROTARY_TABLE_STEP,
     TreeVisibility,
@@ -123,4 +124,4 @@ def test_a_fused_rotation_of_unpacked_sequences_is_refused():
 
 def test_a_plan_must_say_how_its_tokens_attend():
     with pytest.raises(NotImplementedError, match="Visibility must say"):
-        Visibility().attend(1, *_qkv(3), SCALE)
+        Visibility().attend(LayerAttention(1, SCALE), *_qkv(3))

@@ -17,6 +17,15 @@ from torch import Tensor
 # The embedding is padded, as Megatron's is; padding must never be drawn nor count.
 VOCAB, PADDED_VOCAB = 53, 64
 LONGEST_POSITION = 200
+YARN = {
+    "rotary_scaling_factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+    "correction_range_round_to_int": False,
+}
 
 
 def build_model(
@@ -27,6 +36,7 @@ def build_model(
     post_process: bool = True,
     make_spec: Callable[..., ModuleSpec] = get_gpt_layer_local_spec,
     vp_stage: int | None = None,
+    rotary_percent: float = 1.0,
     **changes: Any,
 ) -> GPTModel:
     """Two layers of width 32 with 4 query and 2 key heads, Llama's shape unless ``changes``.
@@ -58,6 +68,10 @@ def build_model(
         "apply_rope_fusion": False,
     }
     config = TransformerConfig(**options | changes)
+    if position_embedding == "yarn":
+        # As Megatron's flags set them, which are no fields.
+        for name, value in YARN.items():
+            setattr(config, f"yarn_{name}", value)
     named = {"num_experts": config.num_moe_experts, "qk_layernorm": config.qk_layernorm}
     if make_spec is get_gpt_layer_local_spec:
         named["normalization"] = config.normalization
@@ -70,6 +84,7 @@ def build_model(
         post_process=post_process,
         max_sequence_length=LONGEST_POSITION,
         position_embedding_type=position_embedding,
+        rotary_percent=rotary_percent,
         share_embeddings_and_output_weights=tied,
         vp_stage=vp_stage,
     )

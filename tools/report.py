@@ -40,7 +40,7 @@ def write_report(
     found = read_inputs(inputs, waits=every is not None)
     names = [run.name for run in found.runs] + [one.name for one in found.evaluations]
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-    shown = title or f"RMT: {', '.join(names) or 'a study'}"
+    shown = title or f"RMT: {', '.join(dict.fromkeys(names)) or 'a study'}"
     text = page(found, title=shown, written=now, every=every)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -21,12 +21,22 @@ A study is a YAML file:
       pretrained: {flags: --rmt-no-rl --train-iters 80}
       RMT: {from: pretrained, flags: --train-iters 40, reason: true}
       next token: {from: pretrained, flags: --rmt-no-rl, time_of: RMT, step_time_of: pretrained}
+    post_train:                      # GRPO on questions and answers, by examples/post_train.sh
+      after: [next token, RMT]       # begins with each of these, and compares with the first
+      prepare: [...]                 # of the questions, after the study's own
+      data: "{folder}/questions/tokens/train"
+      marker: "Answer: "             # MARKER and DATA of that script
+      heldout: {questions: "{folder}/questions/heldout.jsonl"}
+      flags: --train-iters 20        # all of its flags but those of the prompt
+      positions: --positions answers
 
 ``{seed}`` and ``{folder}``, that of the seed, are put in everywhere. An arm begins with the model,
 or with the weights of the arm in ``from``. ``time_of`` gives it as many steps as fit into the time
 of another arm, by the time of a step of a third. ``examples/pretrain_rmt.sh`` trains each arm, with
 the study's flags and then its own; a flag given twice counts where it stands last. Each is then
-evaluated on each held-out file, at the positions of the first arm.
+evaluated on each held-out file, at the positions of the first arm. ``post_train`` adds an arm "RMT,
+post-trained" for each that it names; both are evaluated on its questions, whose other flags are the
+study's unless it has ``reason`` or ``evaluate`` of its own.
 
 A study that was stopped goes on where it was when started again: a stage that was completed by the
 same command after the same stages is reused. The tables of what there is go to stdout and to
@@ -51,6 +61,7 @@ from typing import Any
 import yaml
 
 from evaluation import Measured, read_output
+from megatron_rmt.job.text_files import read_text_file
 from study_tables import as_markdown, read_cost, tables_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -61,7 +72,7 @@ WORDS = ("data", "train", "reason", "positions", "evaluate")
 class Arm:
     """One way of training. flags: of training, beside the study's. begin: the arm whose weights it
     starts with, "" for the model. reason: whether it has rollouts. time_of, step_time_of: see
-    above, "" for as many steps as the flags say."""
+    above, "" for as many steps as the flags say. post_train: whether by ``post_train.sh``."""
 
     name: str
     flags: str
@@ -69,6 +80,26 @@ class Arm:
     reason: bool = False
     time_of: str = ""
     step_time_of: str = ""
+    post_train: bool = False
+
+
+@dataclass(frozen=True)
+class PostTraining:
+    """The section of that name; see above."""
+
+    after: list[str]
+    prepare: list[str]
+    data: str
+    marker: str
+    heldout: dict[str, str]
+    flags: str
+    reason: str
+    positions: str
+    evaluate: str
+
+    def arm_after(self, name: str) -> Arm:
+        """The arm that begins with the weights of ``name``."""
+        return Arm(f"{name}, post-trained", self.flags, name, reason=True, post_train=True)
 
 
 @dataclass(frozen=True)
@@ -86,6 +117,7 @@ class Study:
     reason: str
     positions: str
     evaluate: str
+    post_train: PostTraining | None
 
 
 def read_study(path: Path) -> Study:
@@ -95,7 +127,7 @@ def read_study(path: Path) -> Study:
         ValueError: one sentence about what in it cannot be meant.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text_file(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
@@ -135,6 +167,32 @@ def read_study(path: Path) -> Study:
         if bool(arm.time_of) != bool(arm.step_time_of):
             raise ValueError(f"{path}: {place}time_of and step_time_of belong together.")
         arms.append(arm)
+    words = {key: take(content, key, str, "", "") for key in WORDS}
+    heldout = _texts(take(content, "heldout", dict, ""))
+    post_train = None
+    if own := take(content, "post_train", dict, "", {}):
+        place = "post_train: "
+        for key in own.keys() - set(PostTraining.__dataclass_fields__):
+            raise ValueError(f"{path}: {place}{key!r} is unknown; see --help.")
+        post_train = PostTraining(
+            after=[str(name) for name in take(own, "after", list, place)],
+            prepare=[str(line) for line in take(own, "prepare", list, place, [])],
+            data=take(own, "data", str, place),
+            marker=take(own, "marker", str, place),
+            heldout=_texts(take(own, "heldout", dict, place)),
+            flags=take(own, "flags", str, place),
+            reason=take(own, "reason", str, place, words["reason"]),
+            positions=take(own, "positions", str, place),
+            evaluate=take(own, "evaluate", str, place, words["evaluate"]),
+        )
+        for name in post_train.after or [""]:
+            if name not in {arm.name for arm in arms}:
+                raise ValueError(f"{path}: {place}after has {name!r}; name arms of the study.")
+        for name in post_train.heldout.keys() & heldout.keys():
+            raise ValueError(f"{path}: {place}heldout: {name!r} is one of the study's; rename it.")
+        arms += map(post_train.arm_after, post_train.after)
+        if len({arm.name for arm in arms}) < len(arms):
+            raise ValueError(f"{path}: {place}after: an arm has that name already; rename it.")
     seeds = take(content, "seeds", list, "")
     if not arms or not seeds or any(type(seed) is not int for seed in seeds):
         raise ValueError(f"{path}: arms and seeds, whole numbers, must not be empty.")
@@ -146,10 +204,15 @@ def read_study(path: Path) -> Study:
         seeds=seeds,
         reference=reference,
         arms=arms,
-        heldout={str(k): str(v) for k, v in take(content, "heldout", dict, "").items()},
+        heldout=heldout,
         prepare=[str(line) for line in take(content, "prepare", list, "", [])],
-        **{key: take(content, key, str, "", "") for key in WORDS},
+        post_train=post_train,
+        **words,
     )
+
+
+def _texts(mapping: Mapping[Any, Any]) -> dict[str, str]:
+    return {str(key): str(value) for key, value in mapping.items()}
 
 
 class Stages:
@@ -218,50 +281,72 @@ def run_seed(study: Study, seed: int, output: Path, arms: Sequence[str]) -> None
     def words(text: str) -> list[str]:
         return shlex.split(put_in(text))
 
-    stamp = ""
-    for number, line in enumerate(study.prepare, 1):
-        stamp = stages.run(
-            f"prepare {number}", ["bash", "-euo", "pipefail", "-c", put_in(line)], stamp
-        )
-    stamps = {"": stamp}
-    model = str(Path(study.model).resolve())
-    for arm in study.arms:
-        if arm.name not in arms:
-            continue
-        saved, begin = folder / arm.name.replace(" ", "-"), model
-        if arm.begin:
-            begin = str(folder / arm.begin.replace(" ", "-"))
-        flags = words(study.train) + words(arm.flags) + words(study.reason) * arm.reason
-        if arm.time_of:
-            like, step = (
-                read_cost(folder / name.replace(" ", "-"))
-                for name in (arm.time_of, arm.step_time_of)
-            )
-            steps = max(1, round(like.seconds / step.step_seconds))
-            flags += ["--train-iters", str(steps), "--save-interval", str(steps)]
-        command = ["bash", "examples/pretrain_rmt.sh", "--pretrained-checkpoint", begin]
-        environment = {"CHECKPOINT": model, "DATA": put_in(study.data), "SAVE": str(saved)}
-        stamps[arm.name] = stages.run(
-            f"train {arm.name}",
-            [*command, "--seed", str(seed), *flags],
-            stamps[arm.begin],
-            {"NPROC_PER_NODE": "1"} | environment,
-        )
-        for file, heldout in study.heldout.items():
+    def prepared(lines: Sequence[str], name: str, stamp: str) -> str:
+        for number, line in enumerate(lines, 1):
+            command = ["bash", "-euo", "pipefail", "-c", put_in(line)]
+            stamp = stages.run(f"prepare {name}{number}", command, stamp)
+        return stamp
+
+    def evaluate(arm: Arm, of: Study | PostTraining, stamp: str) -> None:
+        for file, heldout in of.heldout.items():
             evaluated = evaluation_of(folder, arm.name, file)
             first = evaluation_of(folder, study.arms[0].name, file)
             positions = (
-                words(study.positions) if arm is study.arms[0] else ["--positions-from", str(first)]
+                words(of.positions) if arm is study.arms[0] else ["--positions-from", str(first)]
             )
             stages.run(
                 f"evaluate {arm.name} {file}",
                 [
                     *(sys.executable, "tools/evaluate.py", "--model-flags", model),
-                    *("--load", str(saved), "--data", put_in(heldout), "--output", str(evaluated)),
-                    *(*positions, *words(study.evaluate), *words(study.reason)),
+                    *("--load", str(saved_by(arm.name)), "--data", put_in(heldout)),
+                    *("--output", str(evaluated)),
+                    *(*positions, *words(of.evaluate), *words(of.reason)),
                 ],
-                stamps[arm.name],
+                stamp,
             )
+
+    def saved_by(name: str) -> Path:
+        return folder / name.replace(" ", "-")
+
+    model = str(Path(study.model).resolve())
+    stamps = {"": prepared(study.prepare, "", "")}
+    chosen = [arm for arm in study.arms if arm.name in arms]
+    post, before, questions = study.post_train, set[str](), ""
+    if any(arm.post_train for arm in chosen):
+        questions = prepared(post.prepare, "questions ", stamps[""])
+        before = {arm.begin for arm in chosen if arm.post_train} | {study.arms[0].name}
+    for arm in chosen:
+        begin = str(saved_by(arm.begin)) if arm.begin else model
+        saved = {"CHECKPOINT": model, "SAVE": str(saved_by(arm.name)), "NPROC_PER_NODE": "1"}
+        if arm.post_train:
+            stamps[arm.name] = stages.run(
+                f"train {arm.name}",
+                [
+                    *("bash", "examples/post_train.sh", "--seed", str(seed)),
+                    *(*words(post.reason), *words(arm.flags)),
+                ],
+                stamps[arm.begin] + questions,
+                saved | {"START": begin, "DATA": put_in(post.data), "MARKER": post.marker},
+            )
+            evaluate(arm, post, stamps[arm.name])
+            continue
+        flags = words(study.train) + words(arm.flags) + words(study.reason) * arm.reason
+        if arm.time_of:
+            like, step = (read_cost(saved_by(name)) for name in (arm.time_of, arm.step_time_of))
+            steps = max(1, round(like.seconds / step.step_seconds))
+            flags += ["--train-iters", str(steps), "--save-interval", str(steps)]
+        stamps[arm.name] = stages.run(
+            f"train {arm.name}",
+            [
+                *("bash", "examples/pretrain_rmt.sh", "--pretrained-checkpoint", begin),
+                *("--seed", str(seed), *flags),
+            ],
+            stamps[arm.begin],
+            saved | {"DATA": put_in(study.data)},
+        )
+        evaluate(arm, study, stamps[arm.name])
+        if arm.name in before:
+            evaluate(arm, post, stamps[arm.name] + questions)
 
 
 def evaluation_of(folder: Path, arm: str, file: str) -> Path:
@@ -288,11 +373,30 @@ def needed(study: Study, arms: Sequence[str]) -> list[str]:
     return [arm.name for arm in study.arms if arm.name in found]
 
 
+def compared(study: Study) -> dict[str, dict[str, dict[str, str]]]:
+    """Which arm each is compared with, by held-out file and by the title of the differences."""
+
+    def title(reference: str) -> str:
+        return f"difference from {reference}"
+
+    base, post = study.reference, study.post_train
+    others = {arm.name: base for arm in study.arms if arm.name != base and not arm.post_train}
+    found = {file: {title(base): others} for file in study.heldout}
+    if post is not None:
+        own = [arm for arm in study.arms if arm.post_train]
+        gains = {arm.name: arm.begin for arm in own}
+        others = {arm.name: own[0].name for arm in own[1:]}
+        for file in post.heldout:
+            found[file] = {"gain by post-training": gains, title(own[0].name): others}
+    return found
+
+
 def write_tables(study: Study, output: Path) -> str:
     """Tables of all evaluations that there are, as Markdown; also in ``study.json``."""
     folders = {seed: output / str(seed) for seed in study.seeds}
+    bases = compared(study)
     measured: dict[str, dict[str, dict[int, Measured]]] = {}
-    for file in study.heldout:
+    for file in bases:
         by_arm = measured.setdefault(file, {})
         for arm in study.arms:
             paths = {s: evaluation_of(folder, arm.name, file) for s, folder in folders.items()}
@@ -304,7 +408,7 @@ def write_tables(study: Study, output: Path) -> str:
         done = [one for one in saved if (one / "latest_checkpointed_iteration.txt").exists()]
         if done:
             costs[arm.name] = [read_cost(one) for one in done]
-    tables = tables_of(measured, costs, study.reference)
+    tables = tables_of(measured, costs, bases)
     partial = output / "study.json.partial"
     partial.write_text(json.dumps({"tables": tables}, indent=1) + "\n")
     partial.replace(output / "study.json")

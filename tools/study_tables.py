@@ -31,8 +31,8 @@ class Column(NamedTuple):
 
 MEASURES = (
     Column("thought, then answer, %", "thought"),
-    Column("whole answer, %", "whole_answer"),
     Column("next token at once, %", "next_token_sampled"),
+    Column("whole answer, %", "whole_answer"),
     Column("thought minus next token", "thought_minus_next_token_sampled"),
     Column("empty thought, %", "no_thought"),
     Column("another's thought, %", "swapped"),
@@ -44,6 +44,7 @@ MEASURES = (
 )
 COMPARED = (
     "thought",
+    "whole_answer",
     "next_token_sampled",
     "thought_log_prob",
     "log_prob",
@@ -140,49 +141,67 @@ def over_seeds(
 def tables_of(
     measured: Mapping[str, Mapping[str, Mapping[int, Measured]]],
     costs: Mapping[str, Sequence[Cost]],
-    reference: str,
+    bases: Mapping[str, Mapping[str, Mapping[str, str]]],
 ) -> list[dict[str, Any]]:
     """As ``report.py`` takes them: ``title``, ``note``, ``columns`` and ``rows``.
 
     measured: by held-out file, then by arm, then by seed. costs: by arm, one for each seed.
-    reference: the arm that others are compared with, on the seeds that both have.
+    bases: by held-out file, then by the title of a table of differences: with which arm each arm is
+    compared there, on the seeds that both have.
     """
-    return [
-        table
-        for file, by_arm in measured.items()
-        for table in (_results(file, by_arm), _differences(file, by_arm, reference))
-        if table["rows"]
-    ] + [_costs(costs)]
+    found = []
+    for file, by_arm in measured.items():
+        found.append(_results(file, by_arm))
+        found += [_differences(file, by_arm, title, of) for title, of in bases[file].items()]
+    return [table for table in found if table["rows"]] + [_costs(costs)]
 
 
 def _results(file: str, by_arm: Mapping[str, Mapping[int, Measured]]) -> dict[str, Any]:
-    rows = []
-    for arm, own in by_arm.items():
-        found = over_seeds(own)
-        rows.append([arm, len(own), *(_cell(found, column) for column in MEASURES)])
-    return {
-        "title": f"Held out: {file}",
-        "note": "Mean over the seeds, with 95 % intervals over seeds and documents.",
-        "columns": ["arm", "seeds", *(column.title for column in MEASURES)],
-        "rows": rows,
-    }
+    found = {arm: (len(own), over_seeds(own)) for arm, own in by_arm.items()}
+    return _table(
+        f"Held out: {file}",
+        "Mean over the seeds, with 95 % intervals over seeds and documents.",
+        MEASURES,
+        found,
+    )
 
 
 def _differences(
-    file: str, by_arm: Mapping[str, Mapping[int, Measured]], reference: str
+    file: str,
+    by_arm: Mapping[str, Mapping[int, Measured]],
+    title: str,
+    base_of: Mapping[str, str],
 ) -> dict[str, Any]:
-    columns = [column for column in MEASURES if column.name in COMPARED]
-    base, rows = by_arm.get(reference, {}), []
-    for arm, own in by_arm.items():
-        both = {seed: one for seed, one in own.items() if seed in base}
-        if arm != reference and both:
-            change = over_seeds(both, base)
-            rows.append([arm, len(both), *(_cell(change, column) for column in columns)])
+    found = {}
+    for arm, base in base_of.items():
+        bases = by_arm.get(base, {})
+        both = {seed: one for seed, one in by_arm.get(arm, {}).items() if seed in bases}
+        if both:
+            found[arm] = (len(both), over_seeds(both, bases))
+    return _table(
+        f"Held out: {file}: {title}",
+        "Of the same seeds and documents.",
+        [column for column in MEASURES if column.name in COMPARED],
+        found,
+    )
+
+
+def _table(
+    title: str,
+    note: str,
+    columns: Sequence[Column],
+    found: Mapping[str, tuple[int, Mapping[str, Sequence[Estimate]]]],
+) -> dict[str, Any]:
+    """``found``: seeds and results by arm. A column that nobody measured is left out."""
+    shown = [one for one in columns if any(one.name in own for _, own in found.values())]
     return {
-        "title": f"Held out: {file}: difference from {reference}",
-        "note": "Of the same seeds and documents.",
-        "columns": ["arm", "seeds", *(column.title for column in columns)],
-        "rows": rows,
+        "title": title,
+        "note": note,
+        "columns": ["arm", "seeds", *(column.title for column in shown)],
+        "rows": [
+            [arm, seeds, *(_cell(own, column) for column in shown)]
+            for arm, (seeds, own) in found.items()
+        ],
     }
 
 

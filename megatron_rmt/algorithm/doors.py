@@ -3,11 +3,29 @@
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+Door = TypeVar("Door", bound=Callable[..., Any])
 
 
 class DoorError(ValueError):
     """What such a function returned cannot be trained on; one sentence with the remedy."""
+
+
+def depends_on(**values: str) -> Callable[[Door], Door]:
+    """Marks a function, as a decorator: what it returns depends on these values, such as variables
+    of the environment, so a run may go on only where they are as they were."""
+
+    def mark(function: Door) -> Door:
+        function.depends_on = values
+        return function
+
+    return mark
+
+
+def values_of(function: Callable[..., Any]) -> dict[str, str]:
+    """What ``depends_on`` marks ``function`` with; empty unless it is marked."""
+    return getattr(function, "depends_on", {})
 
 
 def find(flag: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:

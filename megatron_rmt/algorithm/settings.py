@@ -81,12 +81,12 @@ class Settings:
     """Skip a step whose numbers are not finite instead of stopping, and write its samples to
     rmt_quarantine.jsonl beside the metrics; N of them in a row stop"""
     rollout_kv_gib: float | None = setting(None, "(0, inf)", "GiB", unset="no bound")
-    """Bound on the keys and values that the rollouts of a rank hold at a time; positions are
-    decoded in waves that fit"""
+    """Bound on the keys and values that the rollouts of a rank hold at a time; positions that do
+    not fit are decoded later"""
 
     no_decode_graph: bool = setting(False)
     """Do not record steps of decoding as CUDA graphs, which is done for dense models on a GPU, but
-    neither with pipeline stages nor in FP8"""
+    not in FP8"""
 
     initial_budget: int = setting(800, "[1, inf)", "tokens", source="paper")
     """B_0: thought asked for at first"""

@@ -21,6 +21,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 from megatron.core.datasets.utils import Split
 
+from megatron_rmt.job.text_files import read_text_file
+
 # Tokens of each file that are compared with the vocabulary before the run, in so many places, and
 # the most of all files that are searched for a token which a batch turned out to hold.
 SAMPLED_TOKENS = 1_000_000
@@ -88,7 +90,7 @@ def _read(flag: str, path: str) -> str:
     if "://" in path:
         return ""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_text_file(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ValueError(f"{flag} cannot be read ({reason}); pass a text file.") from None

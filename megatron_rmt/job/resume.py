@@ -1,10 +1,11 @@
 """What a run goes on from: the checkpoint that ``--load`` names, and the settings behind it.
 
 Megatron stores all arguments with a checkpoint, ``--rmt-*`` among them, and RMT adds how the prompt
-was rendered (``args.rmt_prompt_rendering``) and marks of the token files (``args.rmt_data``): of
-the data Megatron keeps nothing but the number of samples taken. A resumed run repeats the one that
-was not stopped, digit for digit, only if all that decides what a step computes is as it was; so a
-difference is refused by name, unless ``--rmt-allow-changed-settings`` is given.
+was rendered (``args.rmt_prompt_rendering``), what functions of the user depend on
+(``args.rmt_doors``) and marks of the token files (``args.rmt_data``): of the data Megatron keeps
+nothing but the number of samples taken. A resumed run repeats the one that was not stopped, digit
+for digit, only if all that decides what a step computes is as it was; so a difference is refused by
+name, unless ``--rmt-allow-changed-settings`` is given.
 """
 
 import hashlib
@@ -20,9 +21,14 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rmt.algorithm.curriculum import SELECTIONS
+from megatron_rmt.algorithm.doors import find, values_of
+from megatron_rmt.algorithm.losses import LOSSES
+from megatron_rmt.algorithm.rewards import REWARDS
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.job.data_files import marks_of_data
 from megatron_rmt.job.settings import as_typed, flag_name
+from megatron_rmt.job.text_files import read_text_file
 from megatron_rmt.mid_training import steps_of_run
 from megatron_rmt.prompt.prompt import Prompt
 
@@ -104,7 +110,7 @@ def checkpoint_folder(load: Path, step: int | None) -> Path | None:
     """
     tracker, word = load / TRACKER, None
     try:
-        word = tracker.read_text(encoding="utf-8").strip()
+        word = read_text_file(tracker).strip()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, UnicodeDecodeError) as error:
@@ -157,6 +163,20 @@ def rendering(prompt: Prompt) -> dict[str, str]:
     return {**prompt.rendering(), "answer": prompt.template.answer, "tokens": digest[:16]}
 
 
+def behind_doors(settings: Settings) -> dict[str, str]:
+    """What reward, selection and loss say that they depend on, for ``args.rmt_doors``.
+
+    Raises:
+        ValueError: see ``doors.find``.
+    """
+    doors = (
+        ("--rmt-reward", settings.reward, REWARDS),
+        ("--rmt-select", settings.select, SELECTIONS),
+        ("--rmt-loss", settings.loss, LOSSES),
+    )
+    return {name: value for door in doors for name, value in values_of(find(*door)).items()}
+
+
 def stored_arguments(args: Namespace) -> Any:
     """The arguments stored with the checkpoint that this run goes on from, read before a model is
     built; None where there are none, they cannot be read so early, or nothing of them counts
@@ -180,7 +200,8 @@ def check_same_settings(args: Namespace, prompt: Prompt, stored: Any) -> None:
     """
     if stored is None or not Settings.of(stored).trains_with_rl:
         return
-    changed = changed_settings(args, rendering(prompt), stored) + changed_data(args, stored)
+    changed = changed_settings(args, rendering(prompt), stored)
+    changed += changed_doors(args, stored) + changed_data(args, stored)
     if not changed:
         return
     differ = f"--load {args.load} was trained with other settings: {'; '.join(changed)}"
@@ -207,6 +228,21 @@ def changed_settings(args: Namespace, rendered: Mapping[str, str], stored: Any) 
     # Another text is other tokens, too.
     other = [name for name in other if name != "tokens" or other == ["tokens"]]
     return changed + [_changed_text(name, rendered[name], before.get(name, "")) for name in other]
+
+
+def changed_doors(args: Namespace, stored: Any) -> list[str]:
+    """What a function of the user depends on and is not as in the run that ``stored`` these
+    arguments, with both values.
+
+    Raises:
+        ValueError: see ``doors.find``.
+    """
+    now, then = behind_doors(Settings.of(args)), getattr(stored, "rmt_doors", {})
+    return [
+        f"{name} is {value!r} and was {then[name]!r}"
+        for name, value in now.items()
+        if name in then and value != then[name]
+    ]
 
 
 def changed_data(args: Namespace, stored: Any) -> list[str]:

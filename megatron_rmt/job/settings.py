@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 
 from megatron_rmt.algorithm.curriculum import SELECTIONS, has_reserve
 from megatron_rmt.algorithm.settings import Settings, argument_name
+from megatron_rmt.job.text_files import read_text_file
 
 GROUP_TITLE = "reinforcement mid-training (RMT)"
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -138,7 +139,7 @@ def read_config(path: str) -> dict[str, Any]:
     """
     remedy = "pass UTF-8 lines like 'group-size: 8', each key once"
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text_file(Path(path))
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             # A few lines of them can stand for more values than there is memory.
             raise ValueError("it repeats a part of itself (*)")

@@ -27,7 +27,7 @@ from megatron_rmt.job.held_out import (
 from megatron_rmt.job.idle_steps import note_idle_step
 from megatron_rmt.job.metrics import metrics_path, write_metrics
 from megatron_rmt.job.not_taken import Progress, left_to_the_next_run, skipped
-from megatron_rmt.job.resume import rendering
+from megatron_rmt.job.resume import behind_doors, rendering
 from megatron_rmt.job.samples import (
     is_shown,
     read_samples,
@@ -77,6 +77,7 @@ def prepared(model: Model) -> MidTraining:
     run = prepare(args, model, get_tokenizer())
     # Megatron stores all arguments with each checkpoint.
     args.rmt_prompt_rendering = rendering(run.prompt)
+    args.rmt_doors = behind_doors(run.settings)
     args.rmt_data = marks_of_data(args)
     if run.baseline is not None and args.iteration > 0:
         _resume_baseline(run.baseline, args)

@@ -111,8 +111,6 @@ def unsupported(args: Namespace) -> Iterator[str]:
         "--context-parallel-size": (1, "the tree is not split by it"),
         "--multi-latent-attention": (False, "the key-value store holds plain keys and values"),
         "--mtp-num-layers": (None, "the head predicts one token"),
-        "--window-size": (None, "branches see their trunk"),
-        "--softmax-type": ("vanilla", "tree attention has no attention sink"),
         "--experimental-attention-variant": (
             None,
             "tree attention stands in for softmax attention only",
@@ -170,12 +168,13 @@ def unsupported(args: Namespace) -> Iterator[str]:
     yield from _shards(args)
     yield from _growing_batch(args)
     yield from _empty_stages(args)
+    yield from _windows(args)
     if args.num_experts:
         yield from routing_problems(args)
-    if args.position_embedding_type not in ("rope", "learned_absolute", "none"):
+    if args.position_embedding_type not in ("rope", "yarn", "learned_absolute", "none"):
         yield (
             f"--position-embedding-type is {args.position_embedding_type}; RMT supports rope, "
-            "learned_absolute and none."
+            "yarn, learned_absolute and none."
         )
     if args.transformer_impl not in ("local", "transformer_engine"):
         yield (
@@ -239,6 +238,30 @@ def _empty_stages(args: Namespace) -> Iterator[str]:
         yield (
             f"--pipeline-model-parallel-layout is {layout}, which leaves nothing to pipeline stage "
             f"{empty[0]}; give each a layer, the embedding or the loss."
+        )
+
+
+def _windows(args: Namespace) -> Iterator[str]:
+    """Sliding windows that Megatron's layers read differently, or not at all."""
+    window, layers = args.window_size, args.num_layers
+    if window is None:
+        return
+    shown = ",".join(map(str, window))
+    if len(window) != 2 or window[0] < 0 or window[1] != 0:
+        yield (
+            f"--window-size is {shown}; RMT needs N,0: a token sees itself and the N before it, "
+            "and none behind it."
+        )
+    elif args.transformer_impl == "local" and args.masked_softmax_fusion:
+        yield (
+            f"--window-size is {shown}, which the fused softmax of --transformer-impl local does "
+            "not know; pass --no-masked-softmax-fusion."
+        )
+    skip = args.window_attn_skip_freq
+    if (isinstance(skip, list) and len(skip) != layers) or skip == 0:
+        yield (
+            f"--window-attn-skip-freq is {skip}; pass a number above 0, or a list of {layers} "
+            "(--num-layers), 1 where a layer has a window."
         )
 
 

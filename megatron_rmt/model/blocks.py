@@ -53,21 +53,39 @@ def position_block(
 Sees = Callable[[Tensor, Tensor], Tensor]
 
 
-def ancestry(blocks: Sequence[Block], device: torch.device | None = None) -> Sees:
+def longest_path(blocks: Sequence[Block]) -> int:
+    """Most rows that a row of ``blocks`` sees, itself among them."""
+    return max(
+        block.trunk_limit
+        - block.trunk_first
+        + block.stem_limit
+        - block.first
+        + max(block.branches, default=0)
+        for block in blocks
+    )
+
+
+def ancestry(
+    blocks: Sequence[Block], device: torch.device | None = None, window: int | None = None
+) -> Sees:
     """The visibility of all rows of ``blocks``, which cover the rows from 0 on, in order.
 
     Row ``q`` sees row ``k`` if and only if
 
-        k <= q < descendants[k]   or   trunk_first[q] <= k < trunk_limit[q].
+        k <= q < descendants[k]   or   trunk_first[q] <= k < trunk_limit[q]
 
-    In the order of rows a stem is followed by its branches, so what descends from a row inside its
-    block are the rows up to ``descendants``.
+    and, with a ``window``, place[q] - place[k] <= window. In the order of rows a stem is followed
+    by its branches, so what descends from a row inside its block are the rows up to
+    ``descendants``. Places count the rows of a path, a document's being its row numbers.
     """
-    ends, segments, spans = [], [], []
+    ends, segments, spans, shifts = [], [], [], []
     for block in blocks:
-        _, *branch_ends = itertools.accumulate(block.branches, initial=block.stem_limit)
-        ends += [block.limit, *branch_ends]
+        branch_firsts = [*itertools.accumulate(block.branches, initial=block.stem_limit)]
+        ends += [block.limit, *branch_firsts[1:]]
         segments += [block.stem_limit - block.first, *block.branches]
+        # The first row of a stem follows the trunk, that of every branch the stem.
+        before = block.first - block.trunk_limit if block.trunk_limit > block.trunk_first else 0
+        shifts += [before, *(first - block.stem_limit + before for first in branch_firsts[:-1])]
         spans.append((block.limit - block.first, block.trunk_first, block.trunk_limit))
 
     def of_rows(values: Sequence[int] | Tensor, rows: Sequence[int] | Tensor) -> Tensor:
@@ -82,7 +100,14 @@ def ancestry(blocks: Sequence[Block], device: torch.device | None = None) -> See
         inside = (key <= query) & (query < descendants[key])
         return inside | ((trunk_first[query] <= key) & (key < trunk_limit[query]))
 
-    return sees
+    if window is None:
+        return sees
+    shift = of_rows(shifts, segments)
+
+    def sees_near(query: Tensor, key: Tensor) -> Tensor:
+        return sees(query, key) & (query - shift[query] - key + shift[key] <= window)
+
+    return sees_near
 
 
 def _batch(rows: Tensor) -> Tensor:

@@ -82,8 +82,16 @@ class LseAttention:
         self.blocks = blocks
         self._parts = _runs(blocks), _contexts(blocks)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return _MergedParts.apply(query, key, value, *self._parts, scale)
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
+        return _MergedParts.apply(query, key, value, sink, *self._parts, scale)
 
 
 class _MergedParts(torch.autograd.Function):
@@ -93,11 +101,12 @@ class _MergedParts(torch.autograd.Function):
     Backward needs no gradient through that: the probability of a key is exp(s - lse) with the
     merged lse, whichever part it is in, so flash attention's own backward, called on one part with
     the merged output and lse, gives that part's share of all gradients (as ring attention does).
-    Partial outputs are merged, and shares summed, in fp32 for bf16.
+    A sink is one more part, of one key whose value is zero. Partial outputs are merged, and shares
+    summed, in fp32 for bf16.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, runs, contexts, scale):
+    def forward(ctx, query, key, value, sink, runs, contexts, scale):
         wide = torch.promote_types(query.dtype, torch.float32)
         output = torch.empty_like(query, dtype=wide, memory_format=torch.contiguous_format)
         lse = query.new_empty(query.shape[:2], dtype=wide)
@@ -117,15 +126,18 @@ class _MergedParts(torch.autograd.Function):
             share = torch.sigmoid(part_lse - merged_lse)
             merged.lerp_(_unfold(part, len(merged)).to(wide), share)
             merged_lse.copy_(torch.logaddexp(merged_lse, part_lse))
+        if sink is not None:
+            parts_lse, lse = lse, torch.logaddexp(lse, sink.to(wide))
+            output *= torch.exp(parts_lse - lse)[..., None]
         output = output.to(query.dtype)
-        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.save_for_backward(query, key, value, sink, output, lse)
         ctx.parts = runs, contexts, scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        query, key, value, output, lse = ctx.saved_tensors
+        query, key, value, sink, output, lse = ctx.saved_tensors
         runs, contexts, scale = ctx.parts
         gradients = [
             torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)
@@ -153,7 +165,11 @@ class _MergedParts(torch.autograd.Function):
             context.add(gradients[1], of_key[0].transpose(0, 1))
             context.add(gradients[2], of_value[0].transpose(0, 1))
         of_query, of_key, of_value = (x.to(query.dtype) for x in gradients)
-        return of_query, of_key, of_value, None, None, None
+        of_sink = None
+        if sink is not None:
+            found = (gradient.to(lse.dtype) * output.to(lse.dtype)).sum(-1)
+            of_sink = -(torch.exp(sink.to(lse.dtype) - lse) * found).sum(0).to(sink.dtype)
+        return of_query, of_key, of_value, of_sink, None, None, None
 
 
 def _part_backward(

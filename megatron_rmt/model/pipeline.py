@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_rmt.model.gpt import Model, chunks_of
@@ -81,33 +82,68 @@ def forward_by_chunks(
         visibility.position_ids = torch.cat(
             [visibility.position_ids, visibility.position_ids.new_zeros(padding)]
         )
-    if config.sequence_parallel:
-        rows //= config.tensor_model_parallel_size
+    chunks = chunks_of(model)
+
+    def run(index: int) -> Any:
+        return forward_chunk(model, chunks[index], tokens, visibility, read)
+
+    return (yield from pass_by_chunks(model, rows, run, sends))
+
+
+def forward_chunk(
+    model: Model,
+    chunk: GPTModel,
+    tokens: Tensor,
+    visibility: Visibility,
+    read: Callable[[Tensor, Tensor], Any],
+) -> Any:
+    """What ``chunk`` makes of ``tokens``, or of what it was given by the stage before: hidden
+    states, or what ``read`` returns."""
 
     def read_hidden(*, hidden_states: Tensor, **_: Any) -> Any:
-        hidden = full_hidden(hidden_states, config)[: visibility.tokens]
+        hidden = full_hidden(hidden_states, model.config)[: visibility.tokens]
         return read(hidden, output_weight(model))
 
+    return chunk(
+        input_ids=tokens[None],
+        position_ids=visibility.position_ids[None],
+        attention_mask=None,
+        packed_seq_params=visibility,
+        output_processor=read_hidden,
+    )
+
+
+def pass_by_chunks(
+    model: Model,
+    rows: int,
+    run: Callable[[int], Any],
+    sends: Sends | None = None,
+    kept: dict[int, Tensor] | None = None,
+) -> Generator[None, None, Any]:
+    """A pass of ``rows`` padded rows, of which ``run`` takes those that have come to this rank
+    through its chunk of that number; halts and returns as ``forward_by_chunks``. kept: where rows
+    arrive, by the chunk's number, so that they arrive there the next time as well."""
+    config = model.config
+    if config.sequence_parallel:
+        rows //= config.tensor_model_parallel_size
     for index, chunk in enumerate(chunks_of(model)):
         if index:
             yield
         if not chunk.pre_process:
-            received = torch.empty(
-                (rows, 1, config.hidden_size),
-                dtype=config.pipeline_dtype or config.params_dtype,
-                device=tokens.device,
-            )
+            received = None if kept is None else kept.get(index)
+            if received is None or len(received) != rows:
+                received = torch.empty(
+                    (rows, 1, config.hidden_size),
+                    dtype=config.pipeline_dtype or config.params_dtype,
+                    device=next(chunk.parameters()).device,
+                )
+            if kept is not None:
+                kept[index] = received
             wraps = parallel_state.is_pipeline_first_stage()
             source = parallel_state.get_pipeline_model_parallel_prev_rank()
             dist.recv(received, src=source, group=_group_of_messages(wraps))
             chunk.set_input_tensor([received])
-        output = chunk(
-            input_ids=tokens[None],
-            position_ids=visibility.position_ids[None],
-            attention_mask=None,
-            packed_seq_params=visibility,
-            output_processor=read_hidden,
-        )
+        output = run(index)
         if chunk.post_process:
             return output
         _send(output.contiguous(), sends)

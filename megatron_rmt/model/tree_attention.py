@@ -13,14 +13,20 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 from megatron_rmt.model.blocks import Block, Sees, _batch, ancestry
 from megatron_rmt.model.lse_attention import LseAttention
@@ -31,33 +37,56 @@ class TreeAttention(Protocol):
 
     def __init__(self, blocks: Sequence[Block]) -> None: ...
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
         """``query`` ``[tokens, heads, dim]`` over ``key`` and ``value`` ``[tokens, kv heads, dim]``
-        of one layer: ``[tokens, heads, dim]``, differentiable in all three."""
+        of one layer: ``[tokens, heads, dim]``, differentiable in all three. window, sink: of the
+        layer, as in ``LayerAttention``; differentiable in the sink too."""
         ...
 
 
 class SdpaAttention:
-    """One ``scaled_dot_product_attention`` call per block, on its trunk's rows and its own."""
+    """One ``scaled_dot_product_attention`` call per block, on its trunk's rows and its own; with a
+    window, on those of them that a row sees, and several calls for a document."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = blocks
-        self._sees: Sees | None = None
-        self._masks: dict[Block, Tensor] = {}
+        self._sees: dict[int | None, Sees] = {}
+        self._masks: dict[tuple[_Piece, int | None], Tensor] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
+        width = query.shape[2]
+        if sink is not None:
+            query, key, value = _with_sink(query, key, value, sink, scale)
         outputs = [query[:0]]
-        for block in self.blocks:
-            rows = slice(block.first, block.limit)
-            keys, values = key[rows], value[rows]
-            if block.trunk_limit > block.trunk_first:
-                trunk = slice(block.trunk_first, block.trunk_limit)
-                keys = torch.cat([key[trunk], keys])
-                values = torch.cat([value[trunk], values])
-            mask = self._mask(block, query.device)
+        for piece in (piece for block in self.blocks for piece in _pieces(block, window)):
+            rows, keys, values = query[piece.first : piece.limit], *map(piece.keys, (key, value))
+            mask = self._mask(piece, window, query.device)
+            if sink is not None:
+                # The key that is before all others, and, so that causal stays what it is, a row.
+                keys, values = (
+                    torch.cat([x[-1:], own]) for x, own in ((key, keys), (value, values))
+                )
+                rows = F.pad(rows, (0, 0, 0, 0, 1, 0))
+                mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
             with _kernels(query.device):
                 output = F.scaled_dot_product_attention(
-                    _batch(query[rows]),
+                    _batch(rows),
                     _batch(keys),
                     _batch(values),
                     attn_mask=mask,
@@ -65,19 +94,76 @@ class SdpaAttention:
                     scale=scale,
                     enable_gqa=query.shape[1] != key.shape[1],
                 )
-            outputs.append(output[0].transpose(0, 1))
-        return torch.cat(outputs)
+            outputs.append(output[0].transpose(0, 1)[int(sink is not None) :])
+        return torch.cat(outputs)[..., :width]
 
-    def _mask(self, block: Block, device: torch.device) -> Tensor | None:
-        """``[rows, trunk rows + rows]`` bool, None where plainly causal. All layers need it."""
-        if not block.branches and block.trunk_limit == block.trunk_first:
+    def _mask(self, piece: "_Piece", window: int | None, device: torch.device) -> Tensor | None:
+        """``[rows, keys]`` bool, None where plainly causal. All layers need it."""
+        if piece.is_causal and window is None:
             return None
-        if block not in self._masks:
-            trunk = torch.arange(block.trunk_first, block.trunk_limit, device=device)
-            own = torch.arange(block.first, block.limit, device=device)
-            sees = self._sees or ancestry(self.blocks, device)
-            self._sees, self._masks[block] = sees, sees(own[:, None], torch.cat([trunk, own]))
-        return self._masks[block]
+        if (piece, window) not in self._masks:
+            if window not in self._sees:
+                self._sees[window] = ancestry(self.blocks, device, window)
+            rows = torch.arange(self.blocks[-1].limit, device=device)
+            own = rows[piece.first : piece.limit, None]
+            self._masks[piece, window] = self._sees[window](own, piece.keys(rows))
+        return self._masks[piece, window]
+
+
+# What it adds to the dims of queries and keys, of which some kernels want a multiple of it.
+_SINK_DIMS = 8
+
+
+def _with_sink(
+    query: Tensor, key: Tensor, value: Tensor, sink: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All with more dims, and one row more of keys and values at the end: a key whose product with
+    a query is that head's ``sink``, and its value, zero."""
+    wide = sink.to(torch.promote_types(sink.dtype, torch.float32)) / scale
+    # In two dims, as half precision rounds what one holds.
+    coarse = wide.to(query.dtype)
+    fine = (wide - coarse.to(wide.dtype)).to(query.dtype)
+    factors = F.pad(torch.stack([coarse, fine], dim=-1), (0, _SINK_DIMS - 2))
+    query = torch.cat([query, factors.expand(len(query), -1, -1)], dim=-1)
+    key, value = (F.pad(x, (0, _SINK_DIMS, 0, 0, 0, 1)) for x in (key, value))
+    of_sink = torch.zeros_like(key[-1:])
+    of_sink[..., -_SINK_DIMS : -_SINK_DIMS + 2] = 1
+    return query, torch.cat([key[:-1], of_sink]), value
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows ``[first, limit)`` of a block, and two spans of rows, each ``(first, limit)``, outside
+    of which they see nothing: of the trunk, and up to their own."""
+
+    first: int
+    limit: int
+    trunk: tuple[int, int]
+    own: tuple[int, int]
+    is_causal: bool
+
+    def keys(self, rows: Tensor) -> Tensor:
+        """What of ``rows`` ``[tokens, ...]`` lies in the spans."""
+        trunk, own = (rows[first:limit] for first, limit in (self.trunk, self.own))
+        return torch.cat([trunk, own]) if len(trunk) else own
+
+
+# Least rows of a document that are one piece where there is a window.
+_PIECE_ROWS = 256
+
+
+def _pieces(block: Block, window: int | None) -> Iterator[_Piece]:
+    """A block, a document with a window in several pieces: none has a dense mask of all rows."""
+    is_causal = not block.branches and block.trunk_limit == block.trunk_first
+    if window is None or not is_causal:
+        trunk_first = max(block.trunk_first, block.trunk_limit - (window or block.trunk_limit))
+        trunk, own = (trunk_first, block.trunk_limit), (block.first, block.limit)
+        yield _Piece(*own, trunk, own, is_causal)
+        return
+    step = max(window, _PIECE_ROWS)
+    for first in range(block.first, block.limit, step):
+        limit = min(block.limit, first + step)
+        yield _Piece(first, limit, (0, 0), (max(block.first, first - window), limit), is_causal)
 
 
 def _kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -99,32 +185,45 @@ class FlexAttention:
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = blocks
-        self._mask: BlockMask | None = None
+        self._masks: dict[int | None, BlockMask] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
         tokens = len(query)
         padding = -tokens % _FLEX_BLOCK
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (query, key, value))
-        if self._mask is None:
+        if window not in self._masks:
             blocks = [*self.blocks, Block(tokens, tokens + padding)] if padding else self.blocks
-            sees = ancestry(blocks, query.device)
+            sees = ancestry(blocks, query.device, window)
 
             def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 return sees(query, key)
 
             make = _compiled(create_block_mask) if query.is_cuda else create_block_mask
             rows = tokens + padding
-            self._mask = make(visible, None, None, rows, rows, device=query.device)
+            self._masks[window] = make(visible, None, None, rows, rows, device=query.device)
         attend = _compiled(flex_attention) if query.is_cuda else flex_attention
         output = attend(
             _batch(query),
             _batch(key),
             _batch(value),
-            block_mask=self._mask,
+            block_mask=self._masks[window],
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
             kernel_options=FLEX_OPTIONS if query.is_cuda else None,
+            return_aux=None if sink is None else AuxRequest(lse=True),
         )
+        if sink is not None:
+            output, found = output
+            share = torch.sigmoid(found.lse - sink[:, None])
+            output = (output * share[..., None]).to(query.dtype)
         return output[0, :, :tokens].transpose(0, 1)
 
 
@@ -161,11 +260,12 @@ BACKENDS: dict[str, type[TreeAttention]] = {
 }
 
 
-def backend_for(name: str, device: torch.device) -> type[TreeAttention]:
+def backend_for(name: str, device: torch.device, *, windowed: bool = False) -> type[TreeAttention]:
     """The backend that ``--rmt-attention`` ``name`` means on ``device``.
 
     ``auto`` is lse on the CPU; on CUDA flex where torch can compile, else sdpa (the choice and flex
-    with CUDA are unverified on GPU).
+    with CUDA are unverified on GPU). In layers whose windows leave something out (``windowed``)
+    sdpa stands in for lse, which has no masks.
 
     Raises:
         ValueError: ``name`` does not run on ``device``.
@@ -184,7 +284,7 @@ def backend_for(name: str, device: torch.device) -> type[TreeAttention]:
             "--rmt-attention is lse, which is made of the CPU's flash attention, but the model is "
             f"on {device.type}; pass auto, flex or sdpa."
         )
-    return BACKENDS[name]
+    return SdpaAttention if name == "lse" and windowed else BACKENDS[name]
 
 
 def check_backend(name: str, device: torch.device) -> None:

@@ -13,7 +13,6 @@ without a visibility reach the original unchanged.
 """
 
 import functools
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +21,12 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_rmt.model.blocks import Block
+from megatron_rmt.model.blocks import Block, longest_path
+from megatron_rmt.model.layer_attention import LayerAttention
 from megatron_rmt.model.tree_attention import TreeAttention, backend_for
 
 # Megatron caches one rotary table per requested length: ask for few different lengths.
@@ -51,9 +52,15 @@ class Visibility(PackedSeqParams):
         self.max_seqlen_q = -(-longest // ROTARY_TABLE_STEP) * ROTARY_TABLE_STEP
         self.max_seqlen_kv = self.max_seqlen_q
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def take_angles(self, angles: Tensor) -> bool:
+        """Whether ``attend`` rotates queries and keys itself, by ``angles``
+        ``[padded tokens, 1, 1, rotated dims]`` fp32; else the layers do."""
+        return False
+
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of ``query`` ``[tokens, heads, dim]`` over ``key``, ``value``
-        ``[tokens, kv heads, dim]`` (rotated, this layer's): ``[tokens, heads, dim]``."""
+        ``[tokens, kv heads, dim]`` (this layer's; rotated, unless by ``take_angles``):
+        ``[tokens, heads, dim]``."""
         raise NotImplementedError(f"{type(self).__name__} must say how its tokens attend.")
 
 
@@ -66,13 +73,22 @@ class TreeVisibility(Visibility):
 
     blocks: tuple[Block, ...] = ()
     attention: str = "auto"
-    _backend: TreeAttention | None = field(default=None, init=False, repr=False, compare=False)
+    # Of layers without and with windows that leave something out.
+    _backends: dict[bool, TreeAttention] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        window = layer.window
+        if window is not None and window + 1 >= longest_path(self.blocks):
+            window = None
+        windowed = window is not None
         # What a backend prepares from the blocks serves all layers, and recomputed ones.
-        if self._backend is None or self._backend.blocks is not self.blocks:
-            self._backend = backend_for(self.attention, query.device)(self.blocks)
-        return self._backend(query, key, value, scale)
+        backend = self._backends.get(windowed)
+        if backend is None or backend.blocks is not self.blocks:
+            kind = backend_for(self.attention, query.device, windowed=windowed)
+            backend = self._backends[windowed] = kind(self.blocks)
+        return backend(query, key, value, layer.scale, window, layer.sink)
 
 
 def attach_tree_attention(model: torch.nn.Module) -> int:
@@ -90,9 +106,7 @@ def attach_tree_attention(model: torch.nn.Module) -> int:
         if isinstance(module, TransformerLayer):
             _check_attention(module)
         if isinstance(module, SelfAttention):
-            width = module.hidden_size_per_attention_head
-            scale = module.config.softmax_scale or 1.0 / math.sqrt(width)
-            _follow_visibility(module.core_attention, module.layer_number, scale)
+            _follow_visibility(module.core_attention, LayerAttention.of(module))
             attached += 1
         if hasattr(module, "rotary_pos_emb") and hasattr(module, "decoder"):
             _rotate_by_visibility(module.decoder)
@@ -113,7 +127,7 @@ def _check_attention(layer: TransformerLayer) -> None:
         )
 
 
-def _follow_visibility(core_attention: torch.nn.Module, layer: int, scale: float) -> None:
+def _follow_visibility(core_attention: torch.nn.Module, layer: LayerAttention) -> None:
     if getattr(core_attention.forward, "follows_visibility", False):
         return
     original = core_attention.forward
@@ -124,7 +138,8 @@ def _follow_visibility(core_attention: torch.nn.Module, layer: int, scale: float
         if not isinstance(visibility, Visibility):
             return original(query, key, value, *args, **kwargs)
         real = slice(0, visibility.tokens)
-        output = visibility.attend(layer, query[real, 0], key[real, 0], value[real, 0], scale)
+        own = layer.with_sink(getattr(core_attention, "softmax_offset", None))
+        output = visibility.attend(own, query[real, 0], key[real, 0], value[real, 0])
         output = output.flatten(1)
         if visibility.tokens < query.shape[0]:
             output = F.pad(output, (0, 0, 0, query.shape[0] - visibility.tokens))
@@ -137,12 +152,26 @@ def _follow_visibility(core_attention: torch.nn.Module, layer: int, scale: float
 def _rotate_by_visibility(decoder: torch.nn.Module) -> None:
     if getattr(decoder, "rotates_by_visibility", False):
         return
+    alike = _rotates_halves_alike(decoder.config)
 
     def pick_positions(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         visibility, table = kwargs.get("packed_seq_params"), kwargs.get("rotary_pos_emb")
         if isinstance(visibility, Visibility) and table is not None:
-            kwargs["rotary_pos_emb"] = table.index_select(0, visibility.position_ids)
+            angles = table.index_select(0, visibility.position_ids)
+            # Layers without angles rotate nothing.
+            taken = alike and visibility.take_angles(angles)
+            kwargs["rotary_pos_emb"] = None if taken else angles
         return args, kwargs
 
     decoder.register_forward_pre_hook(pick_positions, with_kwargs=True)
     decoder.rotates_by_visibility = True
+
+
+def _rotates_halves_alike(config: TransformerConfig) -> bool:
+    """Whether all layers rotate pairs half of the rotated dimensions apart, and do nothing else."""
+    return not (
+        config.rotary_interleaved
+        or config.no_rope_freq
+        # Its cosines and sines have a factor.
+        or getattr(config, "yarn_rotary_scaling_factor", None)
+    )

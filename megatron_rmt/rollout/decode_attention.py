@@ -5,6 +5,7 @@ end stands in vectors on the device. So a step of decoding is the same sequence 
 same shapes as the step before it, which is what a CUDA graph records.
 """
 
+import functools
 import importlib.util
 
 import torch
@@ -19,18 +20,31 @@ def decode_attention(
     tails: tuple[Tensor, Tensor],
     limits: RowLimits,
     scale: float,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of each row over what ``limits`` lets it see of trunk and tail.
 
     query: ``[rows, heads, dim]``. trunk: keys and values ``[kv heads, trunk tokens, dim]``. tails:
-    the same ``[tails, kv heads, capacity, dim]``. Scores, the softmax and the sums over keys are
-    fp32 (fp64 for fp64 inputs). Returns ``[rows, heads, dim]``; zeros where a row sees nothing.
+    the same ``[tails, kv heads, capacity, dim]``. sink: as in ``LayerAttention``. Scores, the
+    softmax and the sums over keys are fp32 (fp64 for fp64 inputs). Returns ``[rows, heads, dim]``;
+    zeros where a row sees nothing.
     """
-    if query.is_cuda and query.dtype != torch.float64 and importlib.util.find_spec("triton"):
+    if runs_kernels(query):
         from megatron_rmt.rollout import decode_attention_triton
 
-        return decode_attention_triton.attend(query, trunk, tails, limits, scale)
-    return attend(query, trunk, tails, limits, scale)
+        return decode_attention_triton.attend(query, trunk, tails, limits, scale, sink)
+    return attend(query, trunk, tails, limits, scale, sink)
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether kernels of Triton take ``x``: on a GPU, in fp32 or half precision, if it is there."""
+    return x.is_cuda and x.dtype != torch.float64 and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Looked for once, not for each layer and token."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def attend(
@@ -39,6 +53,7 @@ def attend(
     tails: tuple[Tensor, Tensor],
     limits: RowLimits,
     scale: float,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """The same with all scores written out, by torch's own operations on any device."""
     (rows, heads, width), kv_heads = query.shape, trunk[0].shape[0]
@@ -52,12 +67,16 @@ def attend(
     on_tail = on_tail.view(rows, kv_heads, -1, on_tail.shape[-1])
     scores = torch.cat([on_trunk, on_tail], dim=-1) * scale
     column = torch.arange(scores.shape[-1], device=query.device)
-    first, limit, length = (of[:, None] for of in (limits.first, limits.limit, limits.length))
+    first, limit, _, length, start = (of[:, None] for of in limits)
     of_tail = column - on_trunk.shape[-1]
     seen = ((column >= first) & (column < limit) & (of_tail < 0)) | (
-        (of_tail >= 0) & (of_tail < length)
+        (of_tail >= start) & (of_tail < length)
     )
-    weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1)
+    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    if sink is not None:
+        of_sink = sink.to(scores.dtype).view(kv_heads, -1, 1).expand(rows, -1, -1, -1)
+        scores = torch.cat([scores, of_sink], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : len(column)]
     weights = weights.masked_fill(~seen.any(1)[:, None, None, None], 0.0).to(query.dtype)
     from_trunk, from_tail = weights.split([on_trunk.shape[-1], on_tail.shape[-1]], dim=-1)
     from_trunk = from_trunk.transpose(0, 1).reshape(kv_heads, -1, on_trunk.shape[-1])

@@ -39,6 +39,7 @@ def attend(
     tails: tuple[Tensor, Tensor],
     limits: RowLimits,
     scale: float,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """As ``decode_attention``; two launches."""
     rows, heads, dim = query.shape
@@ -70,6 +71,7 @@ def attend(
         limits.limit,
         limits.tail,
         limits.length,
+        limits.start,
         found,
         log_sums,
         rows,
@@ -88,9 +90,11 @@ def attend(
     _join_parts[(rows, heads)](
         found,
         log_sums,
+        log_sums if sink is None else sink,
         output,
         rows,
         parts=parts,
+        has_sink=sink is not None,
         heads=heads,
         dim=dim,
         block_dim=block_dim,
@@ -139,6 +143,7 @@ def _attend_parts(
     limit,
     tail,
     length,
+    tail_first,
     found,
     log_sums,
     rows,
@@ -204,8 +209,9 @@ def _attend_parts(
         own = (program - on_trunk) // tail_parts
         tail_lane = tl.arange(0, tail_lanes)
         own_length = tl.load(length + own)
-        tail_blocks = tl.cdiv(tl.cdiv(own_length, keys), tail_parts)
-        tail_start = tail_part * tail_blocks * keys
+        own_first = tl.load(tail_first + own)
+        tail_blocks = tl.cdiv(tl.cdiv(own_length - own_first, keys), tail_parts)
+        tail_start = own_first + tail_part * tail_blocks * keys
         tail_stop = tl.minimum(own_length, tail_start + tail_blocks * keys)
         own_tail = tl.load(tail + own).to(tl.int64)
         _attend_keys(
@@ -221,7 +227,7 @@ def _attend_parts(
             tail_lane < queries,
             tail_start,
             tail_stop,
-            tail_lane * 0,
+            tail_lane * 0 + own_first,
             tail_lane * 0 + own_length,
             found,
             log_sums,
@@ -305,9 +311,11 @@ def _attend_keys(
 def _join_parts(
     found,
     log_sums,
+    sink,
     output,
     rows,
     parts: tl.constexpr,
+    has_sink: tl.constexpr,
     heads: tl.constexpr,
     dim: tl.constexpr,
     block_dim: tl.constexpr,
@@ -318,10 +326,15 @@ def _join_parts(
     dims = tl.arange(0, block_dim)
     wide = dims < dim
     maximum = -float("inf")
+    if has_sink:
+        maximum = tl.load(sink + tl.program_id(1)).to(tl.float32) * 1.4426950408889634
+    of_sink = maximum
     for part in tl.static_range(parts):
         maximum = tl.maximum(maximum, tl.load(log_sums + part * cells + cell))
     base = tl.where(maximum == -float("inf"), 0.0, maximum)
     total = 0.0
+    if has_sink:
+        total = tl.exp2(of_sink - base)
     result = tl.zeros([block_dim], tl.float32)
     for part in tl.static_range(parts):
         weight = tl.exp2(tl.load(log_sums + part * cells + cell) - base)

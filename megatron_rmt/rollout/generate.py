@@ -6,6 +6,10 @@ every live rollout per step. Every forward goes through Megatron's own modules, 
 pipeline parallelism, experts and FP8 come along; what differs from training is the visibility
 (``kv_cache``). A rollout that has ended leaves the batch.
 
+Positions whose keys and values do not fit beside the others come later: on a CPU in waves, each
+decoded to its end; on a GPU where rollouts have ended, so that each row has a step of its own. What
+the next pass is, stems or tokens, follows from flags that all ranks of a model have anyway.
+
 The budget bounds the work: beyond ``2 * budget`` tokens of thought nothing is rewarded (paper,
 length reward), so generation stops there, or, as an option, the end of thought is forced and the
 answer still read.
@@ -34,7 +38,9 @@ from megatron_rmt.model.pipeline import (
     begin_from_last_stage,
     finish_sends,
     forward_by_chunks,
+    forward_chunk,
     output_weight,
+    pass_by_chunks,
 )
 from megatron_rmt.model.visibility import Visibility
 from megatron_rmt.prompt.prompt import Prompt, ResponseBound
@@ -51,7 +57,13 @@ from megatron_rmt.rollout.kv_cache import (
 )
 from megatron_rmt.rollout.late_read import LateRead
 from megatron_rmt.rollout.live_rollouts import LiveRollouts, RolloutPosition, padded_rows
-from megatron_rmt.rollout.memory import CacheSize, key_value_bytes, rollout_waves
+from megatron_rmt.rollout.memory import (
+    CacheSize,
+    equal_parts,
+    key_value_bytes,
+    positions_at_once,
+    rollout_waves,
+)
 from megatron_rmt.rollout.responses import Rollout
 from megatron_rmt.rollout.row_limits import RowLimits
 from megatron_rmt.rollout.sampling import DecodeHead, RolloutSettings
@@ -114,7 +126,6 @@ def generate(
         bound = ResponseBound(thought=max(begun), close=0, answer=prompt.answer_tokens)
     stem = [*prompt.stem(how.budget), *([] if how.thinks else prompt.close)]
     tail_tokens = len(stem) + bound.tokens
-    # Positions that are decoded together, in waves that fit into the memory.
     in_flight = parallel_state.get_pipeline_model_parallel_world_size()
     size = CacheSize(
         token_bytes=key_value_bytes(model),
@@ -124,33 +135,42 @@ def generate(
         tail_tokens=tail_tokens,
         in_flight=in_flight,
     )
-    waves = rollout_waves(size, how.kv_bytes, experts)
+    by_limits = tells_limits(policy.device)
+    at_once = positions_at_once(size, how.kv_bytes)
+    if by_limits:
+        # Of one batch for each pipeline stage, in which positions take the places of others.
+        parts = equal_parts(len(positions), in_flight)
+    else:
+        # Of batches that are decoded to their ends, as many at a time as there are stages.
+        parts = rollout_waves(len(positions), at_once, experts)
     head = None
     if chunks_of(model)[-1].post_process:
         tp_group = parallel_state.get_tensor_model_parallel_group()
-        most_rows = 0
-        if tells_limits(policy.device):
-            most_rows = padded_rows(max(own.stop - own.start for own in waves) * how.group)
+        most_rows = padded_rows(at_once * how.group) if by_limits else 0
         weight = output_weight(model)
         head = DecodeHead(weight, policy.vocab_size, tp_group, how, most_rows)
-    by_limits = tells_limits(policy.device)
     records = by_limits and how.graph and is_recordable(model.config, policy.device)
     told = torch.zeros(1, dtype=torch.float64, device=policy.device)
     decoder = _Decoder(policy, store, stem, head, experts, stop, told)
-    # Each wave to its end; with pipeline stages as many at a time as there are stages.
     done: list[list[Rollout]] = []
     stopped = False
-    for first in range(0, len(waves), in_flight):
+    for first in range(0, len(parts), in_flight):
         batches = [
             _Batch(
                 # Ranks that share experts may go on: they need this one, even if it has stopped.
                 LiveRollouts(
-                    [] if stopped else positions[own], prompt, how, bound, policy.device, by_limits
+                    [] if stopped else positions[own],
+                    prompt,
+                    how,
+                    bound,
+                    policy.device,
+                    by_limits,
+                    at_once,
                 ),
                 TailCache(tail_tokens),
-                graph=StepGraph(record) if records else None,
+                graphs=[StepGraph(record) for _ in chunks_of(model)] if records else [],
             )
-            for own in waves[first : first + in_flight]
+            for own in parts[first : first + in_flight]
         ]
         with without_sequence_parallel(model), captured_layers(model):
             decoder.run(batches)
@@ -180,9 +200,10 @@ class _Batch:
     stopped: all rollouts have been cut short for that. trunks, after: which trunk rows each row
     sees and the rotary position after its stem; None when rows have left. Where the device is told
     limits: spans, the first row of the trunk that each rollout sees, the row after the last, and
-    the position after its stem, int64 ``[3, rollouts + 1]``; graph, of its steps; late, how the
-    host reads flags. flags: what ``_write`` says to the host; written: that it has been called.
-    passing: its pass, halted behind a chunk; None where no pass is under way.
+    the position after its stem, int64 ``[3, rollouts + 1]``; graphs, of its steps, one for each
+    chunk of this rank, and received, where rows come to that; late, how the host reads what
+    ``_write`` says; flags: that, where it has been called already. passing: its pass, halted behind
+    a chunk; None where no pass is under way.
     """
 
     live: LiveRollouts
@@ -193,10 +214,10 @@ class _Batch:
     trunks: list[SharedTrunk] | None = None
     after: Tensor | None = None
     spans: Tensor | None = None
-    graph: StepGraph | None = None
+    graphs: Sequence[StepGraph] = ()
+    received: dict[int, Tensor] = field(default_factory=dict)
     late: LateRead = field(default_factory=LateRead)
     flags: Tensor | None = None
-    written: bool = False
     passing: Iterator[None] | None = None
 
 
@@ -223,17 +244,20 @@ class _Decoder:
             batch = running.popleft()
             if batch.passing is not None:
                 _pass_a_chunk(batch)
-            elif self._take_tokens(batch):
-                self._decode(batch, sends)
-            else:
+            elif not self._take_tokens(batch):
                 continue
+            elif batch.live.begun:
+                self._read_stems(batch, sends)
+            else:
+                self._decode(batch, sends)
             running.append(batch)
         finish_sends(sends)
 
     def _read_stems(self, batch: _Batch, sends: Sends) -> None:
-        """Start the tails with the stem and draw the first tokens."""
+        """Start the tails of positions that begin with the stem and draw the first tokens."""
         live = batch.live
-        positions, length = live.positions, len(self.stem)
+        positions = [live.positions[index] for index in live.begun]
+        length = len(self.stem)
         if not positions:
             self._idle(batch, sends)
             return
@@ -256,10 +280,7 @@ class _Decoder:
 
         def draw(hidden: Tensor, _: Tensor) -> Tensor:
             scores = self.head.scores(hidden.view(len(positions), length, -1)[:, -1])
-            scores = scores.repeat_interleave(live.how.group, dim=0)
-            # A padded row may draw anything.
-            missing = len(live.rows) - len(scores)
-            return self._draw(live, torch.cat([scores, scores[:missing]]) if missing else scores)
+            return self._draw(live, scores.repeat_interleave(live.how.group, dim=0))
 
         self._pass(batch, tokens.repeat(len(positions)), visibility, draw, sends)
 
@@ -290,38 +311,59 @@ class _Decoder:
         self._pass(batch, live.newest, visibility, self._drawing(live), sends)
 
     def _decode_by_limits(self, batch: _Batch, sends: Sends) -> None:
-        def decode() -> None:
-            self._pass(batch, batch.live.newest, *self._step_by_limits(batch), sends)
+        live = batch.live
 
-        def decode_and_write() -> None:
-            decode()
-            self._write(batch)
+        def decode_and_write() -> Tensor:
+            self._pass(batch, live.newest, *self._step_by_limits(batch), sends)
+            return self._write(batch)
 
-        if batch.graph is None:
-            decode()
+        if not batch.graphs:
+            self._pass(batch, live.newest, *self._step_by_limits(batch), sends)
+        elif parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            batch.flags = batch.graphs[0].run(len(live.rows), decode_and_write)
         else:
-            batch.graph.run(len(batch.live.rows), decode_and_write)
-            batch.written = True
+            batch.passing = self._recorded_by_chunks(batch, sends)
+            _pass_a_chunk(batch)
+
+    def _recorded_by_chunks(self, batch: _Batch, sends: Sends) -> Iterator[None]:
+        """A step of which all but the messages between stages, and writing, is recorded.
+
+        What a stage has sent has left when the batch's tokens come back, before it is overwritten.
+        """
+        model, live = self.policy.model, batch.live
+        rows, chunks = len(live.rows), chunks_of(model)
+
+        def run(index: int) -> Tensor:
+            def step() -> Tensor:
+                visibility, draw = self._step_by_limits(batch)
+                return forward_chunk(model, chunks[index], live.newest, visibility, draw)
+
+            return batch.graphs[index].run(rows, step)
+
+        drawn = yield from pass_by_chunks(model, rows, run, sends, batch.received)
+        self._tell(batch, drawn)
 
     def _stems_by_limits(self, batch: _Batch) -> LimitsVisibility:
         live, length = batch.live, len(self.stem)
-        device, group, positions = live.rows.device, live.how.group, live.positions
-        spans = [(own.first, own.limit, own.next_position + length) for own in positions]
-        spans = torch.tensor(spans).t().to(device)
-        # Nobody's rollout sees nothing.
-        batch.spans = F.pad(spans.repeat_interleave(group, dim=1), (0, 1))
-        column = torch.arange(length, device=device).repeat(len(positions))
-        first, limit, _ = spans.repeat_interleave(length, dim=1).int()
-        tails = torch.arange(live.count, device=device).view(-1, group)
+        device, group = live.rows.device, live.how.group
+        if batch.spans is None:
+            spans = [(p.first, p.limit, p.next_position + length) for p in live.positions]
+            spans = torch.tensor(spans).t().to(device)
+            # Nobody's rollout sees nothing, and is somewhere all the same.
+            batch.spans = F.pad(spans.repeat_interleave(group, dim=1), (0, 1), value=1)
+        first, limit, _ = batch.spans[:, live.begun.start * group : live.begun.stop * group : group]
+        first, limit = torch.stack([first, limit]).repeat_interleave(length, dim=1)
+        column = torch.arange(length, device=device).repeat(len(live.begun))
+        tails = live.slots[live.written_next].view(-1, group)
         written = tails.repeat_interleave(length, dim=0).t()
         return LimitsVisibility(
             tokens=len(column),
             store=self.store,
             tails=batch.tails,
-            limits=RowLimits(first, limit, written[0].int(), (column + 1).int()),
+            limits=RowLimits.of(first, limit, written[0], column + 1),
             written=written,
             columns=column,
-            count=live.count + 1,
+            count=live.nobodys_slot + 1,
         )
 
     def _step_by_limits(
@@ -330,20 +372,20 @@ class _Decoder:
         """What the rows of the next step see, and how they draw; the same operations each time."""
         live = batch.live
         first, limit, after = batch.spans[:, live.rows]
-        column = live.steps_of_rows() + (len(self.stem) - 1)
+        newest = live.steps_of_rows() - 1
+        column = newest + len(self.stem)
         # Rows that have ended read nothing.
-        sees = (first, limit * live.alive, live.rows, (column + 1) * live.alive)
+        sees = (first, limit * live.alive, live.slots, (column + 1) * live.alive)
         visibility = LimitsVisibility(
             tokens=len(live.rows),
             store=self.store,
             tails=batch.tails,
-            limits=RowLimits(*(of.int() for of in sees)),
-            written=live.rows[None],
+            limits=RowLimits.of(*sees),
+            written=live.slots[None],
             columns=column,
-            count=live.count + 1,
+            count=live.nobodys_slot + 1,
         )
-        position_ids = after + live.steps_of_rows() - 1
-        visibility.use_position_ids(position_ids, self.policy.longest_position)
+        visibility.use_position_ids(after + newest, self.policy.longest_position)
         return visibility, self._drawing(live)
 
     def _drawing(self, live: LiveRollouts) -> Callable[[Tensor, Tensor], Tensor]:
@@ -391,16 +433,22 @@ class _Decoder:
     ) -> Iterator[None]:
         model = self.policy.model
         drawn = yield from forward_by_chunks(model, tokens, visibility, draw, sends)
+        self._tell(batch, drawn)
+
+    def _tell(self, batch: _Batch, drawn: Tensor | None) -> None:
+        """Start to tell the other stages what the last one, where it is not None, has drawn."""
         if drawn is None:
-            shape = (2 if self.stop is None else 3, len(batch.live.rows))
-            drawn = torch.empty(shape, dtype=torch.float64, device=tokens.device)
+            live = batch.live
+            shape = (2 if self.stop is None else 3, len(live.rows[live.written_next]))
+            drawn = torch.empty(shape, dtype=torch.float64, device=live.rows.device)
             batch.arriving = None
         else:
             batch.arriving = begin_from_last_stage(drawn)
         batch.drawn = drawn
 
-    def _write(self, batch: _Batch) -> None:
-        """Write the newest tokens; the flags then say what the host must know, on the device."""
+    def _write(self, batch: _Batch) -> Tensor:
+        """Write the newest tokens; returns what the host must know, on the device: whether a rank
+        has been told to stop, whether any goes on that shares the experts, which rows go on."""
         live = batch.live
         if live.rows_here:
             if self.head is None:
@@ -414,28 +462,31 @@ class _Decoder:
             live.alive &= ~told
         if self.experts is not None:
             anywhere = live.alive.any()[None].int()
+            if live.waiting:
+                anywhere = 1 - told.any()[None].int()
             dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.experts)
-        batch.flags = torch.cat([told, anywhere.bool(), live.alive])
+        return torch.cat([told, anywhere.bool(), live.alive])
 
     def _take_tokens(self, batch: _Batch) -> bool:
         """Have the newest tokens written; whether the batch goes on, here or on a rank that shares
         the experts."""
         live = batch.live
-        if not batch.written:
-            self._write(batch)
-        batch.written = False
+        newest = self._write(batch) if batch.flags is None else batch.flags
+        batch.flags = None
         live.step += bool(live.rows_here)
         # The one wait for the device of this token; where it is late, for the one before. Ranks
         # that share experts must all hear of the end with the same pass.
         # At the bound all have ended, and the newest says whether for having been stopped.
         late = live.pads and self.experts is None and live.step < live.bound.tokens
-        flags = batch.late(batch.flags) if late else batch.flags.tolist()
+        flags = batch.late(newest) if late else newest.tolist()
         if flags is None:
             return True
         told = int(self.stop is not None and bool(live.rows_here))
         anywhere = int(self.experts is not None)
         alive = flags[told + anywhere :]
         batch.stopped = batch.stopped or any(flags[:told])
+        if batch.stopped:
+            live.waiting.clear()
         if live.rows_here:
             staying = live.settle(alive)
             if staying is not None:
@@ -443,7 +494,7 @@ class _Decoder:
                 batch.late.forget()
                 if not live.pads:
                     batch.tails.keep(staying)
-        return any(flags[told:])
+        return bool(live.begun) or any(flags[told:])
 
     def _idle(self, batch: _Batch, sends: Sends) -> None:
         """Take part in a pass of the other ranks that share the experts."""

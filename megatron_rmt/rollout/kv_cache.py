@@ -7,17 +7,19 @@ branch, is its tail. ``TrunkVisibility`` reads trunks, ``StemVisibility`` starts
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megatron_rmt.cpu import compiled
 from megatron_rmt.cpu.compiled import fused, wide
+from megatron_rmt.model.layer_attention import LayerAttention
 from megatron_rmt.model.visibility import TreeVisibility, Visibility
 from megatron_rmt.rollout.decode_attention import decode_attention
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.row_limits import RowLimits
+from megatron_rmt.rollout.store_rotated import Rotation, store_rotated
 
 # Of each group of rows of a batch: which rows, the keys and values [kv heads, trunk rows, dim] that
 # they read together, and the bias [rows * queries, trunk rows] of those that a row does not see.
@@ -69,21 +71,15 @@ class TailCache:
         for tail, new in zip(self.stored[layer], (key, value), strict=True):
             tail[:, :, column] = new
 
-    def write_rows(
-        self, layer: int, tails: Tensor, columns: Tensor, key: Tensor, value: Tensor, count: int
-    ) -> None:
-        """Store ``[tokens, kv heads, dim]``, each token at its column of each of its ``tails``.
-
-        tails: int64 ``[copies, tokens]``. columns: int64 ``[tokens]``. count: tails of a layer,
-        which are made when it is first written.
-        """
+    def of_layer(self, layer: int, key: Tensor, value: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer's ``count`` tails, made when they are first asked for, for
+        tokens such as ``[tokens, kv heads, dim]``."""
         if layer not in self.stored:
             self.stored[layer] = tuple(
                 new.new_empty(count, new.shape[1], self.capacity, new.shape[2])
                 for new in (key, value)
             )
-        for stored, new in zip(self.stored[layer], (key, value), strict=True):
-            stored.transpose(1, 2)[tails, columns] = new
+        return self.stored[layer]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Let ``rows``, in that order, be all: finished rollouts leave the batch.
@@ -112,21 +108,32 @@ class TrunkVisibility(TreeVisibility):
     store: KeyValueStore | None = None
     first_row: int = 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self.store.write_trunk(layer, self.first_row, key, value)
-        return super().attend(layer, query, key, value, scale)
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.store.write_trunk(layer.number, self.first_row, key, value)
+        return super().attend(layer, query, key, value)
 
 
 @dataclass(frozen=True)
 class SharedTrunk:
     """``rows`` of a batch, which all read the rows ``trunk`` of the stored trunks.
 
-    bias: ``[rows, trunk rows]`` fp32, 0 where a row sees the trunk's row, else -inf.
+    bias: ``[rows, trunk rows]`` fp32, 0 where a row sees the trunk's row, else -inf. distance:
+    ``[rows, trunk rows]`` int64, how far before a row's tail the trunk's row is, 1 for the last.
     """
 
     rows: slice
     trunk: slice
     bias: Tensor
+    distance: Tensor
+
+    def bias_within(self, window: int | None, places: Sequence[int]) -> Tensor:
+        """``[rows * queries, trunk rows]`` fp32, for a row's queries at ``places`` of its tail and
+        a layer's ``window``."""
+        bias = self.bias[:, None].expand(-1, len(places), -1)
+        if window is not None:
+            place = torch.tensor(places, device=bias.device)[:, None]
+            bias = bias.masked_fill(self.distance[:, None] + place > window, -torch.inf)
+        return bias.flatten(0, 1)
 
 
 def shared_trunks(
@@ -141,7 +148,8 @@ def shared_trunks(
         columns = torch.arange(trunk.start, trunk.stop)
         seen = (columns >= first[:, None]) & (columns < limit[:, None])
         bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(device)
-        trunks.append(SharedTrunk(slice(start, start + len(bias)), trunk, bias))
+        distance = (limit[:, None] - columns).to(device)
+        trunks.append(SharedTrunk(slice(start, start + len(bias)), trunk, bias, distance))
         start += len(bias)
     return trunks
 
@@ -158,35 +166,34 @@ class StoredTrunkVisibility(Visibility):
     trunks: Sequence[SharedTrunk] = ()
 
     def __post_init__(self) -> None:
-        self._biases: list[Tensor] = []
+        self._biases: dict[int | None, list[Tensor]] = {}
 
     def _attend_trunk_and_tail(
         self,
-        layer: int,
+        layer: LayerAttention,
         query: Tensor,
+        places: Sequence[int],
         tail: tuple[Tensor, Tensor],
         tail_bias: Tensor | None,
-        scale: float,
     ) -> Tensor:
         """Attention of ``query`` ``[rows, kv heads, queries, dim]``, and in that shape.
 
         Query heads that share a key head are queries side by side, so that keys are read once and
-        not copied. tail: keys and values ``[rows, kv heads, length, dim]``. tail_bias:
-        ``[queries, length]`` fp32; None: all of the tail is seen.
+        not copied. places: of the queries in their tails. tail: keys and values
+        ``[rows, kv heads, length, dim]``. tail_bias: ``[queries, length]`` fp32; None: all of the
+        tail is seen.
         """
-        queries = query.shape[2]
-        if not self._biases:
-            # The same in every layer.
-            self._biases = [
-                shared.bias.to(query.dtype).repeat_interleave(queries, dim=0)
-                for shared in self.trunks
+        if layer.window not in self._biases:
+            # The same in every layer with that window.
+            self._biases[layer.window] = [
+                shared.bias_within(layer.window, places).to(query.dtype) for shared in self.trunks
             ]
-        trunk_key, trunk_value = self.store.trunk[layer]
+        trunk_key, trunk_value = self.store.trunk[layer.number]
         trunks = [
             (shared.rows, trunk_key[:, shared.trunk], trunk_value[:, shared.trunk], bias)
-            for shared, bias in zip(self.trunks, self._biases, strict=True)
+            for shared, bias in zip(self.trunks, self._biases[layer.window], strict=True)
         ]
-        return _fused_attention(query, trunks, *tail, tail_bias, scale)
+        return _fused_attention(query, trunks, *tail, tail_bias, layer)
 
 
 def _fused_attention(
@@ -195,7 +202,7 @@ def _fused_attention(
     tail_key: Tensor,
     tail_value: Tensor,
     tail_bias: Tensor | None,
-    scale: float,
+    layer: LayerAttention,
 ) -> Tensor:
     """Attention over trunk and tail apart, by torch's fused kernel for CPUs, weighed together.
 
@@ -204,6 +211,7 @@ def _fused_attention(
     is read by a compiled loop instead, where one can be had, which also weighs.
     """
     kv_heads, queries, width = query.shape[1:]
+    scale = layer.scale
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     outputs, sums = [], []
     for rows, key, value, bias in trunks:
@@ -211,9 +219,18 @@ def _fused_attention(
         output, log_sums = attend(
             by_head, key[None], value[None], attn_mask=bias[None, None], scale=scale
         )
+        if layer.window is not None:
+            # Of a row that sees nothing the kernel says zeros, and that the logarithm is 0.
+            log_sums = log_sums.masked_fill((bias == -torch.inf).all(1), -torch.inf)
         outputs.append(output.view(kv_heads, -1, queries, width).transpose(0, 1))
         sums.append(log_sums.view(kv_heads, -1, queries).transpose(0, 1))
     on_trunk, trunk_sum = _joined(outputs), _joined(sums)
+    if layer.sink is not None:
+        # A key of the trunk like others, whose value is zero.
+        sink = layer.sink.to(trunk_sum.dtype).view(kv_heads, -1)
+        sink = sink.repeat_interleave(queries // sink.shape[1], dim=1)
+        on_trunk = on_trunk * (trunk_sum - sink).sigmoid()[..., None].to(on_trunk.dtype)
+        trunk_sum = torch.logaddexp(trunk_sum, sink)
     if tail_bias is None and compiled.is_available():
         return _with_tail(query, tail_key, tail_value, on_trunk, trunk_sum, scale)
     if tail_bias is not None:
@@ -260,21 +277,25 @@ class StemVisibility(StoredTrunkVisibility):
 
     group: int = 1
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         positions = self.trunks[-1].rows.stop
         length, (kv_heads, width) = query.shape[0] // positions, key.shape[1:]
         key, value = (x.view(positions, length, kv_heads, width) for x in (key, value))
-        self.tails.start(layer, key, value, self.group)
+        self.tails.start(layer.number, key, value, self.group)
         # [positions, kv heads, heads of a kv head * stem, dim]
         query = query.view(positions, length, kv_heads, -1, width).permute(0, 2, 3, 1, 4)
         repeats = query.shape[2]
-        causal = torch.full((length, length), -torch.inf, device=query.device).triu(1)
+        place = torch.arange(length, device=query.device)
+        unseen = place > place[:, None]
+        if layer.window is not None:
+            unseen |= place < place[:, None] - layer.window
+        tail_bias = torch.zeros_like(unseen, dtype=torch.float32).masked_fill_(unseen, -torch.inf)
         output = self._attend_trunk_and_tail(
             layer,
             query.flatten(2, 3),
+            [*range(length)] * repeats,
             (key.transpose(1, 2), value.transpose(1, 2)),
-            causal.repeat(repeats, 1),
-            scale,
+            tail_bias.repeat(repeats, 1),
         )
         output = output.view(positions, kv_heads, repeats, length, width).permute(0, 3, 1, 2, 4)
         return output.reshape(positions * length, -1, width)
@@ -289,14 +310,15 @@ class DecodeVisibility(StoredTrunkVisibility):
 
     column: int = 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self.tails.write(layer, self.column, key, value)
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.tails.write(layer.number, self.column, key, value)
         rollouts, kv_heads, width = key.shape
-        key, value = (x[:, :, : self.column + 1] for x in self.tails.stored[layer])
+        first = 0 if layer.window is None else max(0, self.column - layer.window)
+        tail = tuple(x[:, :, first : self.column + 1] for x in self.tails.stored[layer.number])
         query = query.view(rollouts, kv_heads, -1, width)
-        return self._attend_trunk_and_tail(layer, query, (key, value), None, scale).reshape(
-            rollouts, -1, width
-        )
+        places = [self.column] * query.shape[2]
+        output = self._attend_trunk_and_tail(layer, query, places, tail, None)
+        return output.reshape(rollouts, -1, width)
 
 
 @dataclass
@@ -304,7 +326,8 @@ class LimitsVisibility(Visibility):
     """Stems or new tokens whose rows see what vectors on the device say, on anything but a CPU.
 
     limits: of the rows, once their keys and values are written into the tails ``written`` int64
-    ``[copies, tokens]`` at ``columns`` int64 ``[tokens]``. count: tails of the batch.
+    ``[copies, tokens]`` at ``columns`` int64 ``[tokens]``. count: tails of the batch. rotation: of
+    the tokens, in all layers; None where the layers rotate.
     """
 
     store: KeyValueStore | None = None
@@ -313,11 +336,23 @@ class LimitsVisibility(Visibility):
     written: Tensor | None = None
     columns: Tensor | None = None
     count: int = 0
+    rotation: Rotation | None = None
+    _within: dict[int | None, RowLimits] = field(default_factory=dict, init=False, repr=False)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self.tails.write_rows(layer, self.written, self.columns, key, value, self.count)
-        tails = self.tails.stored[layer]
-        return decode_attention(query, self.store.trunk[layer], tails, self.limits, scale)
+    def take_angles(self, angles: Tensor) -> bool:
+        angles = angles[: self.tokens, 0, 0]
+        self.rotation = angles.cos(), angles.sin()
+        return True
+
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        number, window = layer.number, layer.window
+        tails = self.tails.of_layer(number, key, value, self.count)
+        written, columns = self.written, self.columns
+        query = store_rotated(query, key, value, self.rotation, tails, written, columns)
+        if window not in self._within:
+            self._within[window] = self.limits.within(window)
+        trunk, limits = self.store.trunk[number], self._within[window]
+        return decode_attention(query, trunk, tails, limits, layer.scale, layer.sink)
 
 
 @dataclass
@@ -325,5 +360,5 @@ class IdleVisibility(Visibility):
     """No token at all, only padding: a rank that has nothing to do takes part in a pass of those
     that share its experts."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return query

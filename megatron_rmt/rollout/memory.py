@@ -93,28 +93,34 @@ class CacheSize:
         return max(1, fit)
 
 
-def rollout_waves(
-    size: CacheSize, kv_bytes: int | None, experts: ProcessGroup | None
-) -> list[slice]:
-    """Which positions are decoded together; ``size.in_flight`` neighbours run at the same time.
-
-    At least one, which may be empty; the same number on all ranks of one model and on all that
-    share ``experts``.
+def positions_at_once(size: CacheSize, kv_bytes: int | None) -> int:
+    """Most positions of one batch in ``kv_bytes``; the same number on all stages of a pipeline.
 
     Raises:
-        CacheError: not even one position fits into ``kv_bytes``.
+        CacheError: not even one position of each batch in flight fits.
     """
     if kv_bytes is not None and size.in_flight > 1:
         # Stages may hold different numbers of layers.
         stages = parallel_state.get_pipeline_model_parallel_group()
         size = replace(size, token_bytes=_largest(size.token_bytes, stages))
-    positions = size.positions
-    at_once = min(size.positions_at_once(kv_bytes), max(1, -(-positions // size.in_flight)))
+    share = max(1, -(-size.positions // size.in_flight))
+    return min(size.positions_at_once(kv_bytes), share)
+
+
+def rollout_waves(positions: int, at_once: int, experts: ProcessGroup | None) -> list[slice]:
+    """Which positions are decoded together, ``at_once`` at most.
+
+    At least one wave, which may be empty; the same number on all ranks that share ``experts``.
+    """
     waves = max(1, -(-positions // at_once))
     if experts is not None:
         waves = _largest(waves, experts)
-    # Of nearly equal size: the last one would be small otherwise.
-    ends = [positions * index // waves for index in range(waves + 1)]
+    return equal_parts(positions, waves)
+
+
+def equal_parts(positions: int, parts: int) -> list[slice]:
+    """Neighbouring positions, in parts of nearly equal size."""
+    ends = [positions * index // parts for index in range(parts + 1)]
     return [slice(first, limit) for first, limit in pairwise(ends)]
 
 

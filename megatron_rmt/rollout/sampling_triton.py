@@ -63,7 +63,8 @@ def sample_tokens(
         least = _least_number(scores, torch.full_like(uniforms, top_k), tp_group, counts=True)
         shard_sums = sums_of_shards(least)
     if top_p is not None:
-        least = _least_number(scores, top_p * shard_sums.sum(0), tp_group, kept=least)
+        # All that top k leaves weighs enough, so that this number is not below that one.
+        least = _least_number(scores, top_p * shard_sums.sum(0), tp_group)
         shard_sums = sums_of_shards(least)
     # The shard that holds the token tells the others its id and its score, and, as a proof that all
     # draw alike, the uniform number and 1.
@@ -163,11 +164,10 @@ def _least_number(
     enough: Tensor,
     tp_group: ProcessGroup | None,
     *,
-    kept: Tensor | None = None,
     counts: bool = False,
 ) -> Tensor:
     """The largest number int32 ``[rows]`` such that the tokens with at least that number weigh, or
-    are as many as, ``enough`` fp64 ``[rows]``. kept: the number of the least token that weighs."""
+    are as many as, ``enough`` fp64 ``[rows]``."""
     rows, device = len(enough), enough.device
     least = torch.zeros(rows, dtype=torch.int32, device=device)
     reached = torch.empty(rows, _WAYS.value, dtype=torch.float64, device=device)
@@ -178,12 +178,10 @@ def _least_number(
     for shift in shifts:
         _search[(rows,)](
             *scores,
-            least if kept is None else kept,
             enough,
             least,
             reached,
             shift,
-            has_kept=kept is not None,
             counts=counts,
             alone=not several,
             width=SEARCH_COLUMNS,
@@ -270,12 +268,10 @@ def _search(
     columns,
     maxima,
     factor,
-    kept,
     enough,
     least,
     reached,
     shift,
-    has_kept: tl.constexpr,
     counts: tl.constexpr,
     alone: tl.constexpr,
     width: tl.constexpr,
@@ -287,23 +283,18 @@ def _search(
     ways = tl.arange(0, _WAYS)
     maximum = tl.load(maxima + row)
     wanted = tl.load(enough + row)
-    least_kept = tl.load(kept + row) if has_kept else 0
     found = tl.load(least + row)
     if alone:
         for search in range(0, _FIRST_SHIFT // _BITS + 1):
             own_shift = _FIRST_SHIFT - search * _BITS
-            here = _reached(
-                scores, columns, maximum, factor, least_kept, found, own_shift, counts, width
-            )
+            here = _reached(scores, columns, maximum, factor, found, own_shift, counts, width)
             found = _narrowed(found, here, wanted, own_shift)
     else:
         cells = reached + row * _WAYS + ways
         if shift < _FIRST_SHIFT:
             found = _narrowed(found, tl.load(cells), wanted, shift + _BITS)
         if shift >= 0:
-            here = _reached(
-                scores, columns, maximum, factor, least_kept, found, shift, counts, width
-            )
+            here = _reached(scores, columns, maximum, factor, found, shift, counts, width)
             tl.store(cells, here)
     tl.store(least + row, found)
 
@@ -314,7 +305,6 @@ def _reached(
     columns,
     maximum,
     factor,
-    least_kept,
     found,
     shift,
     counts: tl.constexpr,
@@ -329,7 +319,7 @@ def _reached(
         z = tl.load(scores + at, mask=at < columns, other=-float("inf"))
         weights = _weights(z, maximum, factor)
         numbers = _numbers(weights)
-        values = tl.where(numbers >= least_kept, weights.to(tl.int64), 0)
+        values = weights.to(tl.int64)
         if counts:
             values = (numbers > 0).to(tl.int64)
         total += tl.where(numbers[None] >= bounds[:, None], values[None], 0)

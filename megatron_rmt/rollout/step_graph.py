@@ -11,20 +11,20 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
-Step = Callable[[], None]
+# What it returns is written anew, in its place, by each replay.
+Step = Callable[[], Tensor]
 
 
 def is_recordable(config: TransformerConfig, device: torch.device) -> bool:
     """Whether a step of this rank's layers asks the host nothing.
 
-    Experts ask how many tokens each gets, pipeline stages exchange rows outside of a stream's
-    order, and Transformer Engine keeps the scales of FP8 and FP4 by itself; with Megatron's own
-    CUDA graphs there is nothing left to record.
+    Experts ask how many tokens each gets, and Transformer Engine keeps the scales of FP8 and FP4 by
+    itself; with Megatron's own CUDA graphs there is nothing left to record.
     """
     return (
         device.type == "cuda"
-        and config.pipeline_model_parallel_size == 1
         and not config.num_moe_experts
         and not (config.fp8 or config.fp4)
         and config.cuda_graph_impl == "none"
@@ -40,15 +40,14 @@ class StepGraph:
         self._rows: int | None = None
         self._replay: Step | None = None
 
-    def run(self, rows: int, step: Step) -> None:
+    def run(self, rows: int, step: Step) -> Tensor:
         """Run ``step``, of ``rows`` rows; it must differ from the last in nothing but those."""
         if rows != self._rows:
             self._rows, self._replay = rows, None
-            step()
-            return
+            return step()
         if self._replay is None:
             self._replay = self._record(step)
-        self._replay()
+        return self._replay()
 
 
 def record(step: Step) -> Step:
@@ -60,7 +59,7 @@ def record(step: Step) -> Step:
             # NCCL's watchdog, another thread, may ask for its events meanwhile.
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                step()
+                result = step()
             finally:
                 graph.capture_end()
     except RuntimeError as error:
@@ -68,7 +67,12 @@ def record(step: Step) -> Step:
         warnings.warn(f"decoding runs without a CUDA graph, which is slower: {error}", stacklevel=2)
         return step
     current.wait_stream(stream)
-    return graph.replay
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 @functools.cache

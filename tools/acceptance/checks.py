@@ -101,6 +101,12 @@ CHECKS: tuple[Check, ...] = (
         for std in (1, 3, 6, 10)
     ),
     Check(
+        "decode-store",
+        "rotated and stored tokens against float64",
+        numbers.rotate_and_store,
+        f"Rollouts would read other keys: do not train; {REPORT}.",
+    ),
+    Check(
         "decode-graph",
         "recorded steps draw the same",
         decoding.graph,

@@ -6,9 +6,11 @@ import math
 import os
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from acceptance.check import Found, Machine, relative
 from megatron_rmt.algorithm.rng import uniforms
@@ -18,8 +20,9 @@ from megatron_rmt.model.head import token_entropies, token_loss_sum
 from megatron_rmt.model.tree_attention import BACKENDS
 from megatron_rmt.rollout.decode_attention import decode_attention as attend_by_limits
 from megatron_rmt.rollout.row_limits import RowLimits
+from megatron_rmt.rollout.store_rotated import store_rotated
 from megatron_rmt.update.forward_step import _rows_of as rows_of
-from tests import decode_problem
+from tests import decode_problem, rotation_problem
 
 
 def surroundings(machine: Machine) -> Found:
@@ -194,6 +197,24 @@ def decode_attention(machine: Machine, std: float) -> Found:
         output = attend_by_limits(query.to(machine.device), *on_device, moved, scale)
         errors[f"{rows} rows"] = decode_problem.error(output.cpu(), *given)
     return Found.below(errors, decode_problem.BOUNDS[torch.bfloat16])
+
+
+def rotate_and_store(machine: Machine) -> Found:
+    """Queries, and tails with new keys and values, of decoding in bf16 against float64."""
+
+    def on_device(*args: Any) -> Tensor:
+        moved = tree_map_only(Tensor, lambda x: x.to(machine.device), args)
+        output = store_rotated(*moved)
+        # Where the problem looks for them.
+        for tail, written in zip(args[4], moved[4], strict=True):
+            tail.copy_(written)
+        return output.cpu()
+
+    errors = {}
+    for tokens, copies in ((256, 1), (24, 8)) if machine.on_gpu else ((20, 1), (3, 8)):
+        given = rotation_problem.problem(tokens, 10, 2, 128, 128, copies, torch.bfloat16)
+        errors[f"{tokens} tokens"] = max(rotation_problem.errors(on_device, given))
+    return Found.below(errors, rotation_problem.BOUNDS[torch.bfloat16])
 
 
 def repeated_rows(machine: Machine) -> Found:

@@ -2,6 +2,7 @@
 
     python tools/benchmark.py rollout --repeats 3
     python tools/benchmark.py rollout --lengths spread --tokens 64 --plot occupancy.png
+    python tools/benchmark.py rollout --lengths spread --at-once 4
 
 K positions of one document, G rollouts each. With ``--lengths even`` all have ``--tokens`` new
 tokens, with ``spread`` 1 to that many, evenly. Cases, interleaved:
@@ -14,9 +15,14 @@ tokens, with ``spread`` 1 to that many, evenly. Cases, interleaved:
 - floors of decoding: the bare products with the model's weights, one for each step and as many rows
   as live, alone and with those of attention; and the bytes of weights and live keys and values over
   the measured memory bandwidth.
+
+With ``--at-once`` the passes are counted, not timed, that a GPU would make where no more positions
+fit: others begin where rollouts have ended. Against them stand the passes of waves, each decoded
+until its longest response has ended.
 """
 
 import argparse
+import contextlib
 import inspect
 import os
 import shlex
@@ -31,6 +37,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -48,12 +55,13 @@ from json_lines import read_rows
 from megatron_rmt.model.pipeline import forward_through_stages
 from megatron_rmt.probe import document_sample
 from megatron_rmt.prompt.prompt import Prompt
-from megatron_rmt.rollout.generate import RolloutSettings, generate
+from megatron_rmt.rollout import generate as module
 from megatron_rmt.rollout.kv_cache import KeyValueStore, TrunkVisibility
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
-from megatron_rmt.rollout.memory import CacheSize, key_value_bytes
+from megatron_rmt.rollout.memory import CacheSize, key_value_bytes, rollout_waves
 from megatron_rmt.rollout.prefill import read_trunk
 from megatron_rmt.rollout.responses import Rollout
+from megatron_rmt.rollout.sampling import RolloutSettings
 from megatron_rmt.rollout.trunk import trunk_blocks
 from model_on_hand import loading_flags, model_flags, quiet_unless_it_fails, start_mid_training
 
@@ -104,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group", type=int, default=8, help="rollouts G per position (default 8)")
     add("--tokens", type=int, default=32, help="most new tokens of a rollout (default 32)")
     add("--lengths", choices=("even", "spread"), default="even", help="all --tokens, or 1 to that")
+    add("--at-once", type=int, help="positions that fit, to count passes (default: all)")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of our model (default bf16)")
     add("--threads", type=int, help="torch threads (default: the cores)")
     add("--plot", type=Path, help="PNG of the rows that are decoded and live at each step")
@@ -226,6 +235,8 @@ def _measure(
     seconds |= {name: times[-flags.repeats :] for name, times in parts.items()}
     seconds["bytes"] = [engine.bytes_seconds(workload, live)]
     report = _report(flags, engine, workload, live, seconds, setting, kept)
+    if flags.at_once:
+        _count_passes(report, engine, workload, flags.at_once)
     if flags.plot:
         plot_occupancy(flags.plot, kept["rows"], live[1:])
     return report
@@ -297,6 +308,21 @@ def _report(
         rows=rows,
         notes=notes,
         data=data,
+    )
+
+
+def _count_passes(report: Report, engine: "Engine", workload: Workload, at_once: int) -> None:
+    """Add to ``report`` how many passes decode ``at_once`` positions at a time."""
+    store = engine.read_trunks([workload.document])
+    rows, responses = engine.decode(workload, store, at_once=at_once)
+    longest = [max(map(len, group)) for group in responses]
+    waves = rollout_waves(len(longest), at_once, experts=None)
+    passes = {"begin where others end": len(rows) + 1, "waves": sum(max(longest[w]) for w in waves)}
+    report.data["passes"] = passes
+    report.notes.append(
+        f"With {at_once} positions at a time as on a GPU, which begin where others have ended: "
+        f"{passes['begin where others end']} passes; the same responses in {len(waves)} waves: "
+        f"{passes['waves']}."
     )
 
 
@@ -452,9 +478,11 @@ class Engine:
         store: KeyValueStore,
         shared: bool = True,
         spread: bool | None = None,
+        at_once: int | None = None,
     ) -> tuple[list[int], list[list[Rollout]]]:
-        """Rows of each decoding pass, and the responses. ``store`` holds the document, or, if it is
-        not ``shared``, a prefix for each rollout."""
+        """Rows of each pass after the first stems', and the responses. ``store`` holds the
+        document, or, if it is not ``shared``, a prefix for each rollout. at_once: positions that
+        fit, and then by the path of a GPU."""
         copies = 1 if shared else workload.group
         positions: list[RolloutPosition] = []
         for prefix in workload.prefixes:
@@ -472,20 +500,21 @@ class Engine:
         spread = workload.spread if spread is None else spread
         pieces = {name: getattr(self.prompt, name) for name in inspect.signature(Prompt).parameters}
         lengths = KnownLengths(self.policy.vocab_size, workload.longest, spread)
-        self._rows.clear()
-        responses = generate(
-            self.policy,
-            KnownLengthsPrompt(**pieces, lengths=lengths),
-            store,
-            positions,
-            RolloutSettings(
-                group=workload.group // copies,
-                budget=workload.budget,
-                seed=1,
-                iteration=0,
-                temperature=workload.temperature,
-            ),
+        settings = RolloutSettings(
+            group=workload.group // copies,
+            budget=workload.budget,
+            seed=1,
+            iteration=0,
+            temperature=workload.temperature,
+            kv_bytes=at_once and self._size(workload, at_once).total_bytes,
         )
+        prompt = KnownLengthsPrompt(**pieces, lengths=lengths)
+        self._rows.clear()
+        with contextlib.ExitStack() as stack:
+            if at_once:
+                as_on_a_gpu = mock.patch.object(module, "tells_limits", return_value=True)
+                stack.enter_context(as_on_a_gpu)
+            responses = module.generate(self.policy, prompt, store, positions, settings)
         return self._rows[1:], responses
 
     @torch.no_grad()
@@ -539,13 +568,16 @@ class Engine:
 
     def key_value_bytes(self, workload: Workload) -> int:
         """Bytes of trunk and tails of the workload, all of it at a time."""
+        return self._size(workload, len(workload.prefixes)).total_bytes
+
+    def _size(self, workload: Workload, positions: int) -> CacheSize:
         return CacheSize(
             token_bytes=key_value_bytes(self.model),
             trunk_tokens=len(workload.document),
-            rows=workload.rollouts,
+            rows=positions * workload.group,
             rows_per_position=workload.group,
             tail_tokens=len(workload.stem) + self.prompt.bound(workload.budget).tokens,
-        ).total_bytes
+        )
 
 
 def memory_bandwidth(size: int = 2**28) -> float:

@@ -26,6 +26,7 @@ from conversion.weight_names import (
     check_finite,
     rows_of,
 )
+from megatron_rmt.job.text_files import read_text_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -296,9 +297,11 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: The file is missing, is not JSON or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text_file(path))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing.") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({first_line(error)}).") from error
     if not isinstance(content, dict):

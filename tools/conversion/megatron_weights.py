@@ -54,6 +54,7 @@ from conversion.weight_names import (
     weights_of,
 )
 from megatron_rmt.job.digests import damage, recorded_digests
+from megatron_rmt.job.text_files import read_text_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # Where Megatron keeps what is no tensor, among it the arguments of the training job: an object of
@@ -494,11 +495,12 @@ def iteration_directory(source: Path, iteration: int | None) -> Path:
             raise ValueError(f"--iteration {iteration} is not in {source}; found: {saved or None}.")
         return directory
     try:
-        word = (source / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        word = read_text_file(source / TRACKER).strip()
     except FileNotFoundError as error:
         raise ValueError(f"{source} is not a Megatron checkpoint: {TRACKER} is missing.") from error
-    except OSError as error:
-        raise ValueError(f"{source / TRACKER} cannot be read ({error.strerror}).") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ValueError(f"{source / TRACKER} cannot be read ({reason}).") from error
     if word != "release" and not re.fullmatch("[0-9]{1,12}", word):
         held = repr(word[:40]) if word else "nothing"
         raise ValueError(

@@ -64,6 +64,7 @@ PLAIN_ARGUMENTS: Mapping[str, Any] = {
     "attention_output_gate": False,
     "softmax_type": "vanilla",
     "window_size": None,
+    "window_attn_skip_freq": None,
     "multi_latent_attention": False,
     "experimental_attention_variant": None,
     "hybrid_layer_pattern": None,
@@ -109,11 +110,12 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
         head=_size(config, "head_dim", hidden // heads),
         vocabulary=vocabulary,
         tied=_switch(config, "tie_word_embeddings"),
-        maximum_positions=_maximum_positions(config),
+        maximum_positions=_size(config, "max_position_embeddings"),
         norm_epsilon=_positive(config, "rms_norm_eps", most=1),
         rotary_base=rotary_base,
         rotary_scaling=rotary_scaling,
         without_rotary=_without_rotary(config),
+        **_windows(config),
         **_experts(config),
     )
     if shape.layers * max(1, shape.experts) > MOST_PLACES:
@@ -207,15 +209,41 @@ def _switch(config: Mapping[str, Any], key: str) -> bool:
     return bool(value)
 
 
-def _maximum_positions(config: Mapping[str, Any]) -> int:
-    """The longest context in which every token sees all before it.
-
-    Within a sliding window, attention with and without the window are the same.
-    """
+def _windows(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``ModelShape`` that say what layers with a sliding window see."""
+    family, layers = FAMILIES[config["model_type"]], _size(config, "num_hidden_layers")
     positions = _size(config, "max_position_embeddings")
-    switch = FAMILIES[config["model_type"]].window_switch
-    windowed = _switch(config, switch) if switch else True
-    return min(positions, _size(config, "sliding_window", positions)) if windowed else positions
+    if not family.windows or (family.window_switch and not _switch(config, family.window_switch)):
+        return {}
+    # How many tokens one sees, itself among them; all that there are without a window.
+    seen = _size(config, "sliding_window", positions)
+    types: Any = ["sliding_attention"] * layers
+    if family.windows == "listed":
+        types = config.get("layer_types") or _layer_types(config, layers)
+    known = {"sliding_attention", "full_attention"}
+    if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= known:
+        raise ValueError(
+            f"config.json sets layer_types={types!r}; it must be a list of 'sliding_attention' and "
+            f"'full_attention', one for each of the {layers} layers."
+        )
+    windowed = tuple(one == "sliding_attention" for one in types)
+    if seen >= positions or not any(windowed):
+        return {}
+    return {"window": seen - 1, "windowed": () if all(windowed) else windowed}
+
+
+def _layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
+    """What transformers takes for ``layer_types`` where config.json does not list them."""
+    if "max_window_layers" in FAMILIES[config["model_type"]].defaults:
+        first = config["max_window_layers"]
+        if not isinstance(first, int):
+            raise ValueError(
+                f"config.json sets max_window_layers={first!r}; it must be a whole number."
+            )
+        windowed = [layer >= first for layer in range(layers)]
+    else:
+        windowed = [*_without_rotary(config)] or [False] * layers
+    return ["sliding_attention" if one else "full_attention" for one in windowed]
 
 
 def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,8 +319,14 @@ def megatron_flags(shape: ModelShape) -> list[str]:
     Precision, parallel layout and the tokenizer are not part of it.
     """
     words = (word for flag in _flags(shape).items() for word in flag if word is not None)
-    # Megatron reads no list with blanks.
-    return [str(word).replace(" ", "") if isinstance(word, list) else str(word) for word in words]
+    return [_written(word) for word in words]
+
+
+def _written(value: Any) -> str:
+    """As Megatron reads it: no list has blanks."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).replace(" ", "") if isinstance(value, list) else str(value)
 
 
 def megatron_arguments(shape: ModelShape) -> dict[str, Any]:
@@ -334,6 +368,10 @@ def _flags(shape: ModelShape) -> dict[str, Any]:
         flags["--rope-scaling-factor"] = shape.rotary_scaling
     if shape.without_rotary:
         flags["--no-rope-freq"] = [int(one) for one in shape.without_rotary]
+    if shape.window is not None:
+        flags["--window-size"] = (shape.window, 0)
+    if shape.windowed:
+        flags["--window-attn-skip-freq"] = [int(one) for one in shape.windowed]
     if not shape.tied:
         flags["--untie-embeddings-and-output-weights"] = None
     if shape.experts:

@@ -43,6 +43,8 @@ def _meaning(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not found.get("group_query_attention", True):
         found["group_query_attention"] = True
         found["num_query_groups"] = found.get("num_attention_heads")
+    if "window_size" in found:
+        found["window_attn_skip_freq"] = _windowed(found)
     frequency = found.get("moe_layer_freq")
     if isinstance(frequency, list) and all(step == 1 for step in frequency):
         found["moe_layer_freq"] = 1
@@ -55,6 +57,16 @@ def _meaning(arguments: Mapping[str, Any]) -> dict[str, Any]:
         found.pop("ffn_hidden_size", None)
         return found
     return {name: value for name, value in found.items() if not name.startswith(OF_EXPERTS)}
+
+
+def _windowed(arguments: Mapping[str, Any]) -> list[int]:
+    """1 for each layer that has a window, else 0; empty without windows."""
+    if not arguments["window_size"]:
+        return []
+    skip, layers = arguments.get("window_attn_skip_freq"), range(arguments["num_layers"])
+    if isinstance(skip, int):
+        return [int((layer + 1) % skip != 0) for layer in layers]
+    return [1 for _ in layers] if skip is None else skip
 
 
 def _is_equal(first: object, second: object) -> bool:
@@ -81,7 +93,7 @@ def configuration_of_run(
     shape = read_config(config)
     different = differences(run, megatron_arguments(shape))
     config = dict(config)
-    for write in (_write_rotary, _write_positions, _write_others):
+    for write in (_write_rotary, _write_windows, _write_others):
         write(config, run, different)
     if different:
         named = [
@@ -114,23 +126,29 @@ def _write_rotary(config: dict[str, Any], run: Mapping[str, Any], different: Dif
         config["rope_scaling"] = rope if run.get("use_rope_scaling") else None
 
 
-def _write_positions(
-    config: dict[str, Any], run: Mapping[str, Any], different: Differences
-) -> None:
-    """Write the number of positions, over all of which Megatron attends without a window."""
-    if not different.pop("max_position_embeddings", None):
+def _write_windows(config: dict[str, Any], run: Mapping[str, Any], different: Differences) -> None:
+    """Write the sliding window, and which layers have it."""
+    names = ("window_size", "window_attn_skip_freq")
+    changed = {name: different[name] for name in names if name in different}
+    family, layers = FAMILIES[config["model_type"]], config["num_hidden_layers"]
+    has_window = _windowed(run) if changed else []
+    writable = family.windows == "listed" or has_window in ([], [1] * layers)
+    writable = writable and (not has_window or run["window_size"][1] == 0)
+    if not changed or not family.windows or not writable:
         return
-    config["max_position_embeddings"] = run["max_position_embeddings"]
-    if read_config(config).maximum_positions < run["max_position_embeddings"]:
-        config["sliding_window"] = None
-        switch = FAMILIES[config["model_type"]].window_switch
-        if switch:
-            config[switch] = False
-        if "layer_types" in config:
-            config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+    for name in changed:
+        different.pop(name)
+    config["sliding_window"] = run["window_size"][0] + 1 if has_window else None
+    if family.window_switch:
+        config[family.window_switch] = bool(has_window)
+    if family.windows == "listed":
+        types = ("full_attention", "sliding_attention")
+        config["layer_types"] = [types[one] for one in has_window or [0] * layers]
 
 
 def _write_others(config: dict[str, Any], run: Mapping[str, Any], different: Differences) -> None:
+    if different.pop("max_position_embeddings", None):
+        config["max_position_embeddings"] = run["max_position_embeddings"]
     if different.pop("layernorm_epsilon", None):
         config["rms_norm_eps"] = run["layernorm_epsilon"]
     if different.pop("untie_embeddings_and_output_weights", None):

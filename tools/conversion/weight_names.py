@@ -30,6 +30,8 @@ class ModelShape:
 
     ``rotary_scaling`` is the factor of Llama 3's scaling; None where there is no scaling.
     ``without_rotary`` says of each layer whether it turns no queries and keys; empty: none.
+    ``window`` is how many tokens before itself a token sees, ``windowed`` of each layer whether it
+    has the window; empty: all.
     """
 
     family: str
@@ -50,6 +52,8 @@ class ModelShape:
     experts_per_token: int = 0
     normalised_routing: bool = True
     without_rotary: tuple[bool, ...] = ()
+    window: int | None = None
+    windowed: tuple[bool, ...] = ()
 
     @property
     def padded_vocabulary(self) -> int:
@@ -327,6 +331,8 @@ class Family:
         stateful: Megatron modules that keep an ``_extra_state`` object in a checkpoint, at each
             place; empty here, but Megatron refuses a checkpoint without them.
         refused: Configuration switches that must be off.
+        windows: The layers that ``sliding_window`` is for: ``"all"``, or ``"listed"``, those of
+            ``layer_types``; None: it has no effect.
         window_switch: Configuration switch without which ``sliding_window`` has no effect.
         defaults: What transformers takes where ``config.json`` is silent, if it differs between
             families.
@@ -336,6 +342,7 @@ class Family:
     flags: tuple[str, ...] = ()
     stateful: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    windows: str | None = None
     window_switch: str | None = None
     defaults: Mapping[str, object] = field(default_factory=dict)
 
@@ -360,6 +367,7 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(
         weights=(EMBEDDING, *ATTENTION, *GATED_MLP, FINAL_NORM),
         stateful=LINEARS,
+        windows="all",
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
     ),
     "mixtral": Family(
@@ -370,6 +378,7 @@ FAMILIES: Mapping[str, Family] = {
             FINAL_NORM,
         ),
         stateful=EXPERT_MODULES,
+        windows="all",
         defaults={
             "num_key_value_heads": 8,
             "rope_theta": 1e6,
@@ -381,12 +390,14 @@ FAMILIES: Mapping[str, Family] = {
     "phi3": Family(
         weights=(EMBEDDING, *PACKED_ATTENTION, *PACKED_GATED_MLP, FINAL_NORM),
         stateful=LINEARS,
+        windows="all",
         refused=("attention_bias", "mlp_bias"),
     ),
     "smollm3": Family(
         weights=(EMBEDDING, *ATTENTION, *GATED_MLP, FINAL_NORM),
         stateful=LINEARS,
         refused=("attention_bias", "mlp_bias"),
+        windows="listed",
         window_switch="use_sliding_window",
         defaults={
             "num_key_value_heads": 4,
@@ -400,16 +411,23 @@ FAMILIES: Mapping[str, Family] = {
         weights=(EMBEDDING, *ATTENTION, *QKV_BIAS, *GATED_MLP, FINAL_NORM),
         flags=("--add-qkv-bias",),
         stateful=LINEARS,
+        windows="listed",
         window_switch="use_sliding_window",
-        defaults={"num_key_value_heads": 32, "sliding_window": 4096},
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
     ),
     "qwen3": Family(
         weights=(EMBEDDING, *ATTENTION, *QUERY_KEY_NORMS, *GATED_MLP, FINAL_NORM),
         flags=("--qk-layernorm",),
         stateful=(*LINEARS, *STATEFUL_NORMS),
         refused=("attention_bias",),
+        windows="listed",
         window_switch="use_sliding_window",
-        defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+        defaults={
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
     ),
     "qwen3_moe": Family(
         weights=(
@@ -422,6 +440,7 @@ FAMILIES: Mapping[str, Family] = {
         flags=("--qk-layernorm",),
         stateful=(*EXPERT_MODULES, *STATEFUL_NORMS),
         refused=("attention_bias", "mlp_only_layers"),
+        windows="all",
         window_switch="use_sliding_window",
         defaults={
             "num_key_value_heads": 4,

@@ -1,15 +1,18 @@
 """Seconds of one step of RMT on stated hardware. Estimates: no GPU was at hand to measure one.
 
 The trunk pass and the update are bound by arithmetic: their operations at the stated share of the
-device's peak. Decoding is bound by memory and by the host: each token of the longest rollout takes
-one pass, which reads all weights, the trunk's and the rollouts' keys and values and the scores of
-attention, and launches every kernel anew. Data-parallel communication is taken to hide behind the
-update, which leaves out that ranks with short rollouts wait for others.
+device's peak. Decoding is bound by memory and by launches: each token of the longest rollout takes
+one pass, which reads all weights, the trunk's and the rollouts' keys and values, and launches every
+kernel, from a recorded graph or one by one; positions that do not fit begin where others have
+ended. Data-parallel communication is taken to hide behind the update, which leaves out that ranks
+with short rollouts wait for others.
 """
 
+import math
 from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron_rmt.rollout.live_rollouts import SHARE_TO_BEGIN
 from megatron_rmt.rollout.memory import in_bytes
 from planning.memory import FP32, cache_of_step, parameters
 from planning.work import SampleWork, StepFlops, flops, model_cost
@@ -32,18 +35,18 @@ HARDWARE = {
     "h200": Hardware("H200 SXM", 989, 4800, 139, 450),
     "a100": Hardware("A100 SXM 80 GB", 312, 2039, 79, 300),
 }
-# Rollouts are decoded without graphs, operation by operation. Counted on the null device: of a
-# layer with Transformer Engine 13, and of its attention 6, and 11 for each sample of the rank; of a
-# token 274, to draw its random numbers and itself and to store it.
-LAYER_LAUNCHES, SAMPLE_LAUNCHES, TOKEN_LAUNCHES = 13 + 6, 11, 58 + 138 + 38 + 40
+# Of a layer with Transformer Engine 11 (read), and, counted on the null device, to rotate and store
+# its new tokens 1 and of its attention 2; of a token 71, of which 46 to take its number, to draw it
+# and to write it.
+LAYER_LAUNCHES, TOKEN_LAUNCHES = 11 + 1 + 2, 71
 # Estimates: seconds of the host for each, and for each call of a module of Transformer Engine, of
-# which a layer makes 6.
-LAUNCH, MODULE, LAYER_MODULES = 5e-6, 65e-6, 6
+# which a layer makes 6; seconds of the device for each where a step is recorded as a graph.
+LAUNCH, MODULE, LAYER_MODULES, RECORDED = 5e-6, 65e-6, 6, 1.5e-6
 # Of an all-reduce of a few kilobytes.
 COLLECTIVE = 15e-6
-# Bytes moved for each score of attention, which is written out in steps: product, fp32, bias,
-# joining trunk and tail, softmax, half precision, and two copies.
-SCORE_TRAFFIC = 44
+# Parts that the keys of a row are read in (estimate; the kernel has up to 32): each leaves an
+# output in fp32, which is written and read again. Scores are not written out.
+PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -112,19 +115,21 @@ def _rollout(
     peak: float,
     bandwidth_efficiency: float,
 ) -> tuple[float, float]:
-    """(seconds, passes) of decoding all waves."""
+    """(seconds, passes) of decoding all positions."""
     samples = args.global_batch_size // args.data_parallel_size
     positions = samples * args.positions_drawn
     stages, tp = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
     cache = cache_of_step(args, work, longest)
     fit = cache.positions_at_once(in_bytes(args.rmt_rollout_kv_gib))
     at_once = min(fit, -(-positions // stages))
-    waves = -(-positions // at_once)
-    # Waves run ``stages`` at a time; each stage works at all of them in turn.
-    rounds = -(-waves // stages) * stages
     mean = work.tokens.branch / (args.rmt_positions_per_sample * args.rmt_group_size)
+    # How often all that can be decoded at a time is. Rows of rollouts that have ended wait until
+    # enough are free, and all for the stems of those that begin; at worst it is one after another.
+    turns = max(1.0, positions / stages / at_once)
+    each = mean * (1 + SHARE_TO_BEGIN / 2) + 1 / SHARE_TO_BEGIN
+    in_turn = min(passes + (turns - 1) * each, math.ceil(turns) * passes)
     # Rollouts end one after the other.
-    alive = min(1.0, mean / passes) if passes else 1.0
+    alive = min(1.0, turns * mean / in_turn) if in_turn else 1.0
     rows = at_once * args.rmt_group_size * alive
     in_wave = at_once / args.positions_drawn
     stem = work.tokens.stem / args.rmt_positions_per_sample
@@ -143,15 +148,20 @@ def _rollout(
     weights -= 0 if tied or stages > 1 else looked_up
     read = weights * args.params_bytes
     read += cache.token_bytes * (in_wave * work.span + rows * tail)
-    scores = rows * (work.span + tail) * args.num_attention_heads / tp * args.layers_per_stage
-    read += scores * SCORE_TRAFFIC + rows * args.head_columns / tp * 3 * FP32
+    read += rows * args.query_width / tp * args.layers_per_stage * PARTS * 2 * FP32
+    read += rows * args.head_columns / tp * 3 * FP32
     by_memory = read / (hardware.bandwidth * 1e9 * bandwidth_efficiency)
-    launches = LAYER_LAUNCHES + SAMPLE_LAUNCHES * in_wave
-    by_host = (args.layers_per_stage * launches + TOKEN_LAUNCHES) * LAUNCH
-    if args.transformer_impl == "transformer_engine":
-        by_host += args.layers_per_stage * LAYER_MODULES * MODULE
+    launches = args.layers_per_stage * LAYER_LAUNCHES + TOKEN_LAUNCHES
+    if not (args.num_moe_experts or args.fp8 or args.rmt_no_decode_graph):
+        by_launches = launches * RECORDED
+    else:
+        by_launches = launches * LAUNCH
+        if args.transformer_impl == "transformer_engine":
+            by_launches += args.layers_per_stage * LAYER_MODULES * MODULE
     if tp > 1:
-        by_host += args.layers_per_stage * 2 * COLLECTIVE
+        by_launches += args.layers_per_stage * 2 * COLLECTIVE
     of_all = flops(work.decode, model_cost(args)) * args.global_batch_size
     by_arithmetic = of_all / (args.world_size * peak)
-    return max(rounds * passes * max(by_memory, by_host), by_arithmetic), rounds * passes
+    # Each stage works at the batches of all stages in turn.
+    decoded = in_turn * stages
+    return max(decoded * max(by_memory, by_launches), by_arithmetic), decoded

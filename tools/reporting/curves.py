@@ -1,6 +1,6 @@
 """The curves of one or several runs: what was measured, step by step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from reporting.charts import Series, legend, line_chart, percent, short
@@ -108,16 +108,16 @@ PANELS = (
 )
 
 
-def curves(runs: Sequence[Run]) -> Markup:
-    """A chart of each panel that any run has values of."""
-    figures = [_figure(panel, runs) for panel in PANELS]
+def curves(runs: Sequence[Run], colors: Mapping[str, int]) -> Markup:
+    """A chart of each panel that any run has values of. colors: by name of a run."""
+    figures = [_figure(panel, runs, colors) for panel in PANELS]
     found = Markup.joined(*figures)
     if not found:
         return tag("p", "No step has been written yet.", class_="note")
     return tag("div", found, class_="charts")
 
 
-def _figure(panel: Panel, runs: Sequence[Run]) -> Markup:
+def _figure(panel: Panel, runs: Sequence[Run], colors: Mapping[str, int]) -> Markup:
     """One run: a color for each metric. Several: a color for each run, a dash for each metric."""
     alone = len(runs) == 1
     metrics = [name for name in panel.metrics if any(run.known(name) for run in runs)]
@@ -125,11 +125,11 @@ def _figure(panel: Panel, runs: Sequence[Run]) -> Markup:
         Series(
             label=panel.metrics[name] if alone else f"{run.name}, {panel.metrics[name]}",
             points=run.known(name),
-            color=line if alone else number,
+            color=line if alone else colors[run.name],
             dash=line,
             smooth=name not in panel.schedules,
         )
-        for number, run in enumerate(runs)
+        for run in runs
         for line, name in enumerate(metrics)
     ]
     chart = line_chart(
@@ -145,7 +145,7 @@ def _figure(panel: Panel, runs: Sequence[Run]) -> Markup:
     if alone:
         entries = [(one.label, one.color, one.dash) for one in series]
     else:
-        entries = [(run.name, number, 0) for number, run in enumerate(runs)]
+        entries = [(run.name, colors[run.name], 0) for run in runs]
         labels = [panel.metrics[name] for name in metrics]
         # Grey, as a dash belongs to the metric of every run.
         entries += [(label, -1, dash) for dash, label in enumerate(labels) if len(labels) > 1]

@@ -1,10 +1,10 @@
 """The first thing on the page: what a thought is worth on text that was not trained on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from reporting.charts import interval_bar, ticks
+from reporting.intervals import interval_rows, shown
 from reporting.markup import Markup, tag
 from reporting.reading import Estimate, Evaluation, Run
 
@@ -127,19 +127,28 @@ def points_of(gap: Estimate) -> str:
     return f"{100 * gap.value:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
 
 
-def shown(estimate: Estimate, scale: float = 1.0, unit: str = "") -> str:
-    """``26.8 % [23.3, 30.4]``."""
-    text = f"{scale * estimate.value:.1f}{unit}"
-    if math.isnan(estimate.low):
-        return text
-    return f"{text} [{scale * estimate.low:.1f}, {scale * estimate.high:.1f}]"
+def first_and_last(found: Sequence[Standing]) -> list[Standing]:
+    """Those that there is room for: the first and the last ones."""
+    return [*found[:1], *found[1:][-(MOST_SHOWN - 1) :]]
 
 
-def headline(evaluations: Sequence[Evaluation], runs: Sequence[Run]) -> Markup:
-    """The section; it says so where nothing was measured."""
-    found, how = standings(evaluations, runs)
-    left_out = found[1 : -MOST_SHOWN + 1] if len(found) > MOST_SHOWN else []
-    found = [one for one in found if one not in left_out]
+def best(found: Sequence[Standing]) -> list[Markup]:
+    """Who is right most often after a thought, and how often the others are; nothing of one."""
+    own = [(one.name, one.results["thought"]) for one in found if "thought" in one.results]
+    if len(own) < 2:
+        return []
+    (name, most), *others = sorted(own, key=lambda one: -one[1].value)
+    said = ", ".join(f"{other} {shown(value, 100.0, ' %')}" for other, value in others)
+    text = f"{name}, {shown(most, 100.0, ' %')}; {said}."
+    return [tag("li", tag("strong", "Right most often after its thought: "), text)]
+
+
+def headline(
+    evaluations: Sequence[Evaluation], runs: Sequence[Run], colors: Mapping[str, int]
+) -> Markup:
+    """The section; it says so where nothing was measured. colors: by name of a standing."""
+    measured, how = standings(evaluations, runs)
+    found = first_and_last(measured)
     if not found:
         return tag(
             "p",
@@ -149,54 +158,26 @@ def headline(evaluations: Sequence[Evaluation], runs: Sequence[Run]) -> Markup:
         )
     parts = [
         tag("h3", "How often is the next token right?"),
-        _rows(found, WAYS, 100.0, " %"),
+        interval_rows(_of_each(found, WAYS), colors, 100.0, " %"),
     ]
     if any(LENGTH in one.results for one in found):
         parts.append(tag("h3", "How long does it think?"))
-        parts.append(_rows(found, {LENGTH: "tokens of a thought"}, 1.0, ""))
+        parts.append(interval_rows(_of_each(found, {LENGTH: "tokens of a thought"}), colors))
     sentences = verdicts(found[-1])
     if sentences:
-        parts.insert(
-            0,
-            Markup.joined(
-                tag("p", "The verdict on ", tag("b", found[-1].name), ":"),
-                tag("ul", *sentences, class_="verdicts"),
-            ),
-        )
-    if left_out:
-        how += f" {len(left_out)} others are in the tables below."
+        verdict = tag("p", "The verdict on ", tag("b", found[-1].name), ":")
+        parts.insert(0, Markup.joined(verdict, tag("ul", *sentences, class_="verdicts")))
+    if comparison := best(found):
+        parts.insert(0, tag("ul", *comparison, class_="verdicts"))
+    if len(found) < len(measured):
+        how += f" {len(measured) - len(found)} others are in the tables below."
     return Markup.joined(*parts, tag("p", how, class_="note"))
 
 
-def _rows(found: Sequence[Standing], names: dict[str, str], scale: float, unit: str) -> Markup:
-    """A row for each way and standing, on one axis from 0."""
-    highest = max(
-        max(filter(math.isfinite, (own.value, own.high)))
-        for one in found
-        for own in (one.results[name] for name in names if name in one.results)
-    )
-    high = ticks(0.0, highest if highest > 0 else 1.0)[-1]
-    rows = []
-    for name, title in names.items():
-        own = [(number, one) for number, one in enumerate(found) if name in one.results]
-        if not own:
-            continue
-        lines = [
-            tag(
-                "div",
-                tag("span", one.name if len(found) > 1 else "", class_="who"),
-                interval_bar(one.results[name], 0.0, high, number),
-                tag("span", shown(one.results[name], scale, unit), class_="value"),
-                class_="interval",
-            )
-            for number, one in own
-        ]
-        rows.append(tag("div", tag("dt", title), tag("dd", *lines), class_="way"))
-    axis = tag(
-        "div",
-        tag("span", "0"),
-        tag("span", f"{scale * high:g}{unit}"),
-        class_="scale",
-        aria_hidden="true",
-    )
-    return Markup.joined(tag("dl", *rows, class_="ways"), axis)
+def _of_each(
+    found: Sequence[Standing], names: Mapping[str, str]
+) -> dict[str, list[tuple[str, Estimate]]]:
+    return {
+        title: [(one.name, one.results[name]) for one in found if name in one.results]
+        for name, title in names.items()
+    }

@@ -32,7 +32,7 @@ def page(inputs: Inputs, *, title: str, written: str, every: float | None = None
         tag("style", Markup(STYLE)),
     ]
     body = [
-        tag("a", "to the numbers", href="#headline", class_="skip"),
+        tag("a", "to the numbers", href=f"#{sections[0][0]}", class_="skip"),
         tag("header", tag("h1", title), _about(inputs), _status(inputs.runs, written, every)),
         tag("nav", *links, _theme(), aria_label="Sections"),
         tag("main", *map(_section, sections)),
@@ -80,20 +80,22 @@ def _theme() -> Markup:
 
 def _sections(inputs: Inputs) -> list[Section]:
     """(place, name, what is to be seen, content) of each."""
-    runs = inputs.runs
+    runs, colors = inputs.runs, _colors(inputs)
+    measured = any(headline.standings(inputs.evaluations, runs)[0]) or not inputs.tables
     return [
         (
             "headline",
             "What a thought is worth",
             "",
-            headline.headline(inputs.evaluations, runs),
+            headline.headline(inputs.evaluations, runs, colors) if measured else Markup(),
         ),
+        ("study", "Study", "", tables.study(inputs.tables, colors)),
         (
             "curves",
             "Step by step",
             "Bold lines are moving averages, faint ones what was measured; numbers at the right "
             "are the last.",
-            curves.curves(runs) if runs else Markup(),
+            curves.curves(runs, colors) if runs else Markup(),
         ),
         (
             "uncertainty",
@@ -122,7 +124,6 @@ def _sections(inputs: Inputs) -> list[Section]:
             "",
             _of_runs(runs, [throughput.throughput(run) for run in runs]),
         ),
-        ("study", "Study", "", tables.study(inputs.tables)),
         (
             "evaluations",
             "All numbers of the evaluations",
@@ -130,6 +131,15 @@ def _sections(inputs: Inputs) -> list[Section]:
             tables.evaluations(inputs.evaluations),
         ),
     ]
+
+
+def _colors(inputs: Inputs) -> dict[str, int]:
+    """One for each name that charts show: a run's is that of the evaluation of the same name."""
+    measured, _ = headline.standings(inputs.evaluations, inputs.runs)
+    names = [run.name for run in inputs.runs] if len(inputs.runs) > 1 else []
+    names += [one.name for one in headline.first_and_last(measured)]
+    names += tables.arms(inputs.tables)
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
 def _anchor(number: int, run: Run, iteration: int, sample: int | None, token: int) -> str | None:

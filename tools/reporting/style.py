@@ -113,7 +113,8 @@ summary .context { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; color
   font-weight: 600; padding: 4px 0; } th, td { padding: 4px 12px 4px 0; text-align: right;
   border-bottom: 1px solid var(--rule); white-space: nowrap; } tr > :first-child {
   text-align: left; font-weight: 400; } thead th { color: var(--soft); font-weight: 600; }
-.share { min-width: 90px; }
+.share { min-width: 90px; } .wide tr > :first-child { position: sticky; left: 0;
+  background: var(--page); }
 @media (max-width: 600px) { .wide tr > :first-child { white-space: normal; min-width: 110px; } }
 """
 

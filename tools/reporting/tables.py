@@ -1,8 +1,9 @@
 """Tables: those of a study as they are, and all numbers of the evaluations."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from reporting.intervals import interval_rows
 from reporting.markup import Markup, tag
 from reporting.reading import Estimate, Evaluation, Table
 
@@ -41,12 +42,16 @@ def scrolling(label: str, table: Markup) -> Markup:
 
 
 def cell(value: str | float | Estimate | None, scale: float = 1.0, decimals: int = -1) -> str:
-    """``50.5 [47.9, 53.1]``; without decimals, as many as six digits need."""
-    form = f".{decimals}f" if decimals >= 0 else ".6g"
+    """``50.5 [47.9, 53.1]``; without decimals, as many as six digits of one of them need."""
     if value is None:
         return ""
     if isinstance(value, str):
         return value
+    parts = [*vars(value).values()] if isinstance(value, Estimate) else [value]
+    form = f".{decimals}f" if decimals >= 0 else ",.6g"
+    texts = [format(scale * one, form) for one in parts]
+    if decimals < 0 and not any("e" in text for text in texts):
+        form = f",.{max(len(text.partition('.')[2]) for text in texts)}f"
     if not isinstance(value, Estimate):
         return format(scale * value, form)
     text = format(scale * value.value, form)
@@ -75,12 +80,37 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -
     )
 
 
-def study(tables: Sequence[Table]) -> Markup:
-    """Each table of the studies with its note."""
+def charted(one: Table) -> dict[str, list[tuple[str, Estimate]]]:
+    """The first two columns of values with intervals that have one unit and none below 0, as
+    differences have: by title, (whose, value) of each row."""
+    found: dict[str, list[tuple[str, Estimate]]] = {}
+    units = set()
+    for index, title in enumerate(one.columns):
+        cells = [(str(row[0]), row[index]) for row in one.rows if index < len(row)]
+        values = [(name, own) for name, own in cells if isinstance(own, Estimate)]
+        if values and len(found) < 2 and units <= {title.rpartition(", ")[2]}:
+            units.add(title.rpartition(", ")[2])
+            found[title] = values
+    lowest = [min(value.value, value.low) for own in found.values() for _, value in own]
+    return {} if any(low < 0 for low in lowest) else found
+
+
+def arms(tables: Sequence[Table]) -> list[str]:
+    """Whose values the charts of ``study`` show."""
+    return [name for one in tables for own in charted(one).values() for name, _ in own]
+
+
+def study(tables: Sequence[Table], colors: Mapping[str, int]) -> Markup:
+    """Each table of the studies with its note, below a chart of what comes first in it. colors: by
+    name of an arm."""
     parts = []
     for one in tables:
+        values = charted(one)
+        if values:
+            parts += [tag("h3", one.title), interval_rows(values, colors)]
+        caption = "" if values else one.title
         rows = [[cell(own) for own in row] for row in one.rows]
-        parts.append(scrolling(one.title or "A study", table(one.title, one.columns, rows)))
+        parts.append(scrolling(one.title or "A study", table(caption, one.columns, rows)))
         if one.note:
             parts.append(tag("p", one.note, class_="note"))
     return Markup.joined(*parts)
