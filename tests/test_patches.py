@@ -98,6 +98,19 @@ def test_what_megatron_refuses_is_one_sentence():
             patches._validate_args(refuse, argparse.Namespace(rmt=False))
 
 
+def test_what_the_models_configuration_refuses_is_one_sentence(monkeypatch):
+    def refuse(args: argparse.Namespace) -> None:
+        args.padded = True
+        raise ValueError("Expert bias\n wants a sigmoid")
+
+    monkeypatch.setattr("megatron.training.arguments.core_transformer_config_from_args", refuse)
+    args = argparse.Namespace()
+    with pytest.raises(SystemExit) as error:
+        patches._check_configuration(args)
+    assert str(error.value) == "Megatron refuses these flags: Expert bias wants a sigmoid"
+    assert vars(args) == {}
+
+
 def _nothing_is_patched() -> bool:
     return not any(hasattr(symbol, "megatron_rmt_original") for symbol in _current().values())
 

@@ -113,7 +113,11 @@ def test_the_second_job_trains_alike_in_one_process_and_with_interleaved_stages(
     assert [line["iteration"] for line in staged.metrics] == [1, 2, 3, 3, 4, 5, 5, 5]
     assert 0 < sum(line["skipped samples"] for line in alone.metrics) < len(alone.metrics)
     for line, other in zip(staged.metrics, alone.metrics, strict=True):
-        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+        # Stages pad their micro-batches to one size.
+        expected = {name: value for name, value in other.items() if name != "padding"}
+        assert {name: line[name] for name in expected} == pytest.approx(
+            expected, rel=1e-4, abs=1e-5
+        )
     # Without --rmt it is the job's own.
     plain = run(tmp_path / "plain", 2, [*flags, *interleaved], job)
     assert float(plain.printed("lm loss")[0]) == pytest.approx(

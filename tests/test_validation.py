@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 import megatron_rmt
 from megatron_rmt.algorithm.settings import Settings
 from megatron_rmt.cpu import platform as cpu_platform
+from megatron_rmt.job import validation
 from megatron_rmt.job.settings import (
     GROUP_TITLE,
     add_rmt_arguments,
@@ -541,6 +542,14 @@ def test_apex_is_never_needed():
     args = _parse("--rmt")
     args.gradient_accumulation_fusion = True
     assert "pass --no-gradient-accumulation-fusion (RMT never needs apex)" in _refusal(args)
+
+
+@pytest.mark.parametrize("flag", ["--use-te-activation-func", "--use-transformer-engine-op-fuser"])
+def test_local_layers_have_nothing_of_transformer_engine(flag: str):
+    assert f"{flag} is on and --transformer-impl is local, whose" in _refusal(_parse("--rmt", flag))
+    args = _parse("--rmt", flag)
+    args.transformer_impl = "transformer_engine"
+    assert not any(flag in problem for problem in validation._missing(args))
 
 
 def test_all_problems_are_reported_at_once():

@@ -5,6 +5,7 @@ after the user's script has imported ``pretrain``. Each patched symbol, and each
 call, is checked first: one that is gone, or lacks a parameter that RMT relies on, is refused.
 """
 
+import copy
 import functools
 import importlib
 import importlib.metadata
@@ -94,6 +95,7 @@ def _validate_args(original: Callable[..., Any], args: Any, *others: Any, **name
         raise SystemExit(str(error)) from None
     if not Settings.of(args).rmt:
         return result
+    _check_configuration(args)
     end_with_torchrun()
     end_when_interrupted()
     continue_wandb_run(args)
@@ -101,6 +103,17 @@ def _validate_args(original: Callable[..., Any], args: Any, *others: Any, **name
         # Megatron hands all arguments to wandb as the configuration of the run.
         args.rmt_versions = versions()
     return result
+
+
+def _check_configuration(args: Any) -> None:
+    """End where the configuration of the model would: Megatron makes it of the flags after it has
+    checked them, and checks others then."""
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    try:
+        core_transformer_config_from_args(copy.copy(args))
+    except Exception as error:
+        raise SystemExit(f"Megatron refuses these flags: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -480,6 +493,8 @@ RELIED_ON: tuple[Symbol, ...] = (
     ),
     # Where the checkpoint lies whose moving average a resumed run goes on with.
     Symbol("megatron.training.checkpointing", "get_checkpoint_name", "iteration return_base_dir"),
+    # The model's configuration, which refuses flags that were not looked at before.
+    Symbol("megatron.training.arguments", "core_transformer_config_from_args", "args"),
     # The corpora of the training blend.
     Symbol("megatron.training.utils", "get_blend_and_blend_per_split", "args"),
     # How many micro-batches of the user's a step takes.

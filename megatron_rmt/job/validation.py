@@ -337,6 +337,12 @@ def _missing(args: Namespace) -> Iterator[str]:
             "--transformer-impl is local, whose fused weight gradient comes with NVIDIA's apex, "
             "which is not installed; pass --no-gradient-accumulation-fusion (RMT never needs apex)."
         )
+    for name in ("use_te_activation_func", "use_transformer_engine_op_fuser"):
+        if args.transformer_impl == "local" and getattr(args, name, False):
+            yield (
+                f"--{name.replace('_', '-')} is on and --transformer-impl is local, whose layers "
+                "have nothing of Transformer Engine; leave it out, or pass transformer_engine."
+            )
     saves = args.save and not args.no_save_optim
     loads = args.load and not (args.finetune or args.no_load_optim)
     if args.use_distributed_optimizer and not HAVE_APEX_OR_TE and (saves or loads):
