@@ -1,6 +1,7 @@
 """The training program on a CUDA device that counts and does not compute (``tests.null_cuda``)."""
 
 import functools
+import importlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.null_cuda import device, recipes
+from tests.null_cuda import answers, device, recipes
 from tests.null_cuda.count import is_replayed, largest_step, operations, peaks
 from tests.tiny_tokenizer import build_tokenizer
 
@@ -119,6 +120,17 @@ def test_settings_of_the_tests_process_do_not_reach_the_device(monkeypatch: pyte
     found = device.environment(Path("folder"))
     assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     assert not {"TORCHDYNAMO_DISABLE", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"} & {*found}
+
+
+@pytest.mark.parametrize("place", answers.ANSWERS)
+def test_a_place_that_reads_the_device_is_there(place: str):
+    module, _, function = f"megatron_rmt.{place}".rpartition(".")
+    try:
+        owner = importlib.import_module(module)
+    except ModuleNotFoundError:
+        module, _, name = module.rpartition(".")
+        owner = getattr(importlib.import_module(module), name)
+    assert callable(getattr(owner, function))
 
 
 def test_a_failure_says_why_and_not_what_every_run_says(tmp_path: Path):

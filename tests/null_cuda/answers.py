@@ -56,10 +56,6 @@ def _batch(found: Tensor, names: Mapping[str, Any], _: Script) -> Tensor:
     return torch.arange(columns).remainder(150).add(32).expand(rows, -1)
 
 
-def _foreign_tokens(found: Tensor, *_: Any) -> Tensor:
-    return torch.full_like(found, -1)  # (highest, -lowest): none
-
-
 def _entropies_and_predictions(found: Tensor, *_: Any) -> Tensor:
     generator = torch.Generator().manual_seed(len(found))
     if found.is_floating_point():
@@ -135,7 +131,6 @@ ANSWERS: dict[str, Answer] = {
     "job.user_batch._complete": _batch,
     "job.user_batch._mask_problem": _zeros,
     "job.user_batch.raise_together": _zeros,
-    "job.user_batch.check_tokens": _foreign_tokens,
     "rollout.generate._Decoder._take_tokens": _flags,
     "rollout.live_rollouts.LiveRollouts.responses": _responses,
     "rollout.memory._largest": _as_it_is,
