@@ -336,7 +336,10 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
     "list for a number": (config(hidden_size=[32]), r"hidden_size=\[32\]; it must be a positive"),
     "heads and groups": (config(num_key_value_heads=3), "must be a multiple of the second"),
     "odd heads": (config(head_dim=7), "heads of size 7"),
-    "no family": (config(model_type=...), "model_type None .* supported families: llama, mistral"),
+    "no family": (
+        config(model_type=...),
+        "model_type None .* supported families: gpt_oss, llama, mistral",
+    ),
     "list of families": (config(model_type=[]), r"model_type \[\] of config.json is not supported"),
     "object of families": (
         config(model_type={"llama": 1}),
