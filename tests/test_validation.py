@@ -552,6 +552,13 @@ def test_local_layers_have_nothing_of_transformer_engine(flag: str):
     assert not any(flag in problem for problem in validation._missing(args))
 
 
+def test_ucc_wants_more_than_one_connection(monkeypatch: pytest.MonkeyPatch):
+    args = _parse("--rmt", "--pipeline-model-parallel-comm-backend", "ucc")
+    for connections, problems in (("1", 1), ("8", 0)):
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
+        assert sum("is ucc, for which" in one for one in validation._missing(args)) == problems
+
+
 def test_all_problems_are_reported_at_once():
     last = {flags[0]: flags for flags in BAD if flags not in (BLOCKWISE, TENSORWISE)}
     refusal = _refusal(_parse("--rmt", *(word for flags in last.values() for word in flags)))

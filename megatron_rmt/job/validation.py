@@ -1,6 +1,7 @@
 """What RMT cannot run with, found on every rank before a model is built: all problems at once."""
 
 import math
+import os
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -343,6 +344,12 @@ def _missing(args: Namespace) -> Iterator[str]:
                 f"--{name.replace('_', '-')} is on and --transformer-impl is local, whose layers "
                 "have nothing of Transformer Engine; leave it out, or pass transformer_engine."
             )
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if args.pipeline_model_parallel_comm_backend == "ucc" and connections == "1":
+        yield (
+            "--pipeline-model-parallel-comm-backend is ucc, for which Megatron wants the "
+            "environment's CUDA_DEVICE_MAX_CONNECTIONS above 1; set it, or pass nccl."
+        )
     saves = args.save and not args.no_save_optim
     loads = args.load and not (args.finetune or args.no_load_optim)
     if args.use_distributed_optimizer and not HAVE_APEX_OR_TE and (saves or loads):
