@@ -293,7 +293,7 @@ BAD = {
     ("--rmt-metrics-file", "."): "--rmt-metrics-file is ., a folder; pass a file in it.",
     ("--attention-dropout", "0.1"): "--attention-dropout is 0.1; RMT needs 0.0:",
     ("--hidden-dropout", "0.1"): "--hidden-dropout is 0.1; RMT needs 0.0:",
-    (*EXPERTS, "--context-parallel-size", "2"): "--context-parallel-size is 2; RMT needs 1 with "
+    ("--context-parallel-size", "2", *EXPERTS): "--context-parallel-size is 2; RMT needs 1 with "
     "--num-experts: what the routers",
     ("--context-parallel-size", "2", "--eval-iters", "1", "--transformer-impl", "local"): "--eval"
     "-iters is 1; with --context-parallel-size 2 and --transformer-impl local pass 0: Megatron's",
@@ -591,7 +591,7 @@ def test_what_the_page_of_megatrons_flags_calls_refused_is_and_nothing_else():
     both = {"--use-distributed-optimizer", "--moe-router-load-balancing-type"}
     both |= {"--fp8-format", "--fp8-recipe", "--position-embedding-type", "--transformer-impl"}
     both |= {"--moe-flex-dispatcher-backend", "--expert-model-parallel-size"}
-    both |= {"--window-size", "--window-attn-skip-freq"}
+    both |= {"--window-size", "--window-attn-skip-freq", "--context-parallel-size"}
     assert refused_by_rmt & works <= both | {"--attention-dropout", "--hidden-dropout"}
 
 
