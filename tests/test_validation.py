@@ -141,6 +141,17 @@ def test_experts_of_a_token_alone_are_accepted(tokenizer: str, flags: str):
     check_rmt_arguments(_parse("--rmt", "--tokenizer-model", tokenizer, *EXPERTS, *flags.split()))
 
 
+def test_local_experts_with_biases_are_not_trained_on_one_rank():
+    args = _parse("--rmt", *EXPERTS)
+    assert [*unsupported(args)] == []
+    args.add_bias_linear = True
+    (problem,) = unsupported(args)
+    assert "cannot be trained with biases where --expert-model-parallel-size is 1;" in problem
+    args.expert_model_parallel_size = 2
+    args.moe_token_dispatcher_type = "alltoall"
+    assert [*unsupported(args)] == []
+
+
 def test_flags_of_routers_mean_nothing_without_experts(tokenizer: str):
     jitter = ["--moe-input-jitter-eps", "0.1"]
     check_rmt_arguments(_parse("--rmt", "--tokenizer-model", tokenizer, *jitter))

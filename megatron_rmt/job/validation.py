@@ -172,6 +172,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
     yield from _windows(args)
     if args.num_experts:
         yield from routing_problems(args)
+        yield from _biases_of_experts(args)
     if args.position_embedding_type not in ("rope", "yarn", "learned_absolute", "none"):
         yield (
             f"--position-embedding-type is {args.position_embedding_type}; RMT supports rope, "
@@ -256,6 +257,18 @@ def _empty_stages(args: Namespace) -> Iterator[str]:
         yield (
             f"--pipeline-model-parallel-layout is {layout}, which leaves nothing to pipeline stage "
             f"{empty[0]}; give each a layer, the embedding or the loss."
+        )
+
+
+def _biases_of_experts(args: Namespace) -> Iterator[str]:
+    """Megatron's local experts add their biases in place, to what autograd takes for a view where
+    nothing was exchanged between ranks."""
+    alone = args.expert_model_parallel_size == 1
+    if args.add_bias_linear and args.transformer_impl == "local" and alone:
+        yield (
+            "--transformer-impl is local, whose experts cannot be trained with biases where "
+            "--expert-model-parallel-size is 1; pass 2 or more, transformer_engine, or "
+            "--disable-bias-linear."
         )
 
 
