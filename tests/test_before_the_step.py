@@ -106,9 +106,10 @@ def test_ranks_of_one_model_compare_all_that_they_chose_drew_and_rewarded(
     compared, change = CHANGES[case]
     assert compared(scored().reasoned) == [], "a model of one rank"
     monkeypatch.setattr(before_the_step.dist, "get_world_size", lambda *_: 2)
-    (copy,), (same,) = compared(scored().reasoned), compared(scored().reasoned)
-    assert copy.value == same.value
-    assert copy.what.endswith(", over tensor and pipeline parallel")
-    reasoned = scored().reasoned
+    copies, reasoned = compared(scored().reasoned), scored().reasoned
+    assert [copy.value for copy in copies] == [same.value for same in compared(reasoned)]
+    shared = [copy.what.split(", over ")[1] for copy in copies]
+    assert shared == ["tensor and pipeline parallel", "context parallel"]
     change(reasoned[0].positions[1])
-    assert compared(reasoned)[0].value != copy.value
+    for copy, other in zip(copies, compared(reasoned), strict=True):
+        assert other.value != copy.value
