@@ -8,6 +8,7 @@ spend seconds on it.
 """
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -68,6 +69,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
 def make_tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the tiny Hugging Face models of ``tests.tiny_checkpoints``."""
     return tiny_checkpoints.make_models(tmp_path_factory.mktemp("huggingface"))
+
+
+@pytest.fixture
+def source(tiny_checkpoints: Path, tmp_path: Path) -> Path:
+    """A copy of a model, to be spoiled."""
+    return Path(shutil.copytree(tiny_checkpoints / "llama", tmp_path / "source"))
 
 
 @pytest.fixture(scope="session")
