@@ -180,7 +180,7 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
     "odd heads": (config(head_dim=7), "heads of size 7"),
     "no family": (
         config(model_type=...),
-        "model_type None .* supported families: gpt_oss, llama, mistral",
+        "model_type None .* supported families: glm4_moe, gpt_oss, llama",
     ),
     "list of families": (config(model_type=[]), r"model_type \[\] of config.json is not supported"),
     "object of families": (
