@@ -207,6 +207,22 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
         config(model_type="gpt_oss", attention_bias=True, swiglu_alpha=1.0),
         "swiglu_alpha=1.0; Megatron has 1.702 only",
     ),
+    "GLM-4.5 without experts": (
+        config(model_type="glm4_moe", first_k_dense_replace=2),
+        "first_k_dense_replace=2, but num_hidden_layers=2: no layer would have experts",
+    ),
+    "GLM-4.5 with groups of experts": (
+        config(model_type="glm4_moe", n_group=4),
+        r"n_group=4; only models that choose experts from one group \(1\)",
+    ),
+    "GLM-4.5 with raw sigmoids": (
+        config(model_type="glm4_moe", norm_topk_prob=False),
+        "norm_topk_prob=False; of the family glm4_moe only models with it",
+    ),
+    "more than whole heads turned": (
+        config(model_type="glm4_moe", partial_rotary_factor=1.5),
+        "partial_rotary_factor=1.5; it must be a positive number of at most 1",
+    ),
     "rotary base": (config(rope_parameters={"rope_theta": 1.5}), "rope_theta=1.5"),
     "infinite rotary base": (rotary_base(float("inf")), "rope_theta=inf; it must be a positive"),
     "rotary base of NaN": (rotary_base(float("nan")), "rope_theta=nan; it must be a positive"),

@@ -309,6 +309,7 @@ JOBS = {
     "qwen2": ["--tensor-model-parallel-size", "2"],
     "llama": ["--pipeline-model-parallel-size", "2"],
     "mixtral": ["--expert-model-parallel-size", "2"],
+    "glm-4.5-air": ["--expert-model-parallel-size", "2"],
 }
 
 

@@ -109,6 +109,12 @@ BIASED = ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-
 BIASED += ["--moe-router-bias-update-rate", "0.05"]
 
 
+# The first layer has no experts, the others also have one for all tokens; half of a head is turned.
+SHARED = ["--moe-layer-freq", "[0]+[1]*3", "--moe-shared-expert-intermediate-size", "48"]
+SHARED += ["--moe-router-topk-scaling-factor", "1.5", "--moe-router-dtype", "fp32"]
+SHARED += ["--rotary-percent", "0.5"]
+
+
 EP2 = ["--expert-model-parallel-size", "2"]
 
 
@@ -122,6 +128,7 @@ EP2 = ["--expert-model-parallel-size", "2"]
             [*BALANCED, *BIASED], PP2_VP2, id="PP2 x VP2, balanced", marks=pytest.mark.slow
         ),
         pytest.param([], [*EP2, *PP2_VP2], id="EP2 x PP2 x VP2", marks=pytest.mark.slow),
+        pytest.param([*BIASED, *SHARED], EP2, id="EP2, as GLM-4.5", marks=pytest.mark.slow),
     ],
 )
 def test_experts_on_two_ranks_train_like_one_process(

@@ -88,8 +88,11 @@ PLAIN_ARGUMENTS: Mapping[str, Any] = {
     "moe_router_group_topk": None,
     "moe_apply_probs_on_input": False,
 }
-# Flags that do not decide what a model computes, or say so twice.
-WITHOUT_MEANING = ("--padded-vocab-size", "--attention-dropout", "--hidden-dropout")
+# Flags that do not decide what a model computes but how precisely, or say so twice.
+WITHOUT_MEANING = (
+    *("--padded-vocab-size", "--attention-dropout", "--hidden-dropout"),
+    "--moe-router-dtype",
+)
 # Their routers always take the softmax over the chosen experts.
 WITH_EXPERTS_ALONE = ("mixtral", "gpt_oss")
 # Layers behind the last that predict more tokens than the next; transformers reads none of them.
