@@ -6,6 +6,7 @@ tensors and runs nothing. Written are safetensors.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ SHARD_BYTES = 5 * 2**30
 INVERSE_FREQUENCIES = "rotary_emb.inv_freq"
 # By how much bfloat16 rounds them, and more.
 ROUNDING = 0.01
+LAYER_NUMBER = re.compile(re.escape(LAYER).replace(r"\{layer\}", "([0-9]{1,9})"))
 ((LM_HEAD, _),) = OUTPUT.parts
 ((EMBEDDINGS, _),) = EMBEDDING.parts
 
@@ -172,8 +174,8 @@ def _is_redundant(name: str, shape: ModelShape) -> bool:
 
 def _is_behind(name: str, shape: ModelShape) -> bool:
     """Whether a tensor is of a layer behind the last, which is left out."""
-    layers = range(shape.layers, shape.layers + shape.further_layers)
-    return any(name.startswith(LAYER.format(layer=layer)) for layer in layers)
+    found = LAYER_NUMBER.match(name)
+    return found is not None and 0 <= int(found[1]) - shape.layers < shape.further_layers
 
 
 def weight_files(directory: Path) -> list[Path]:
