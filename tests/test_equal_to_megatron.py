@@ -7,6 +7,7 @@ RMT).
 """
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -61,6 +62,13 @@ DENSE: dict[str, tuple[int, str, str]] = {
     "muP": (1, "--use-mup --mup-base-hidden-size 32 --mup-embedding-mult 2", ""),
     "residual behind the norm": (1, "--apply-residual-connection-post-layernorm", ""),
     "fp16": (1, "--fp16 --apply-query-key-layer-scaling --initial-loss-scale 1024", ""),
+    "multi-token prediction": (1, "--mtp-num-layers 1", ""),
+    "two tokens further, documents apart, untied, PP2": (
+        2,
+        f"{PP2} --mtp-num-layers 2 --mtp-loss-scaling-factor 0.7 --reset-attention-mask "
+        "--reset-position-ids --untie-embeddings-and-output-weights",
+        "",
+    ),
     "untied": (1, "--untie-embeddings-and-output-weights", ""),
     "separate documents": (1, "--reset-attention-mask --reset-position-ids", ""),
     "separate masks": (1, "--reset-attention-mask", ""),
@@ -154,7 +162,8 @@ def test_without_a_position_every_step_is_megatrons(
         f"--load {tmp_path / 'none'} --tokenizer-model {tokenizer} --vocab-size 384 "
         f"--train-iters {STEPS} {flags}"
     )
-    plain = _printed(run(tmp_path / "plain", ranks, own))
+    megatron = run(tmp_path / "plain", ranks, own)
+    plain = _printed(megatron)
     finished = run(tmp_path / "rmt", ranks, [*own, *WITHOUT_A_POSITION])
     assert all(line["branch tokens"] == 0 for line in finished.metrics)
     assert len(plain) == STEPS
@@ -162,3 +171,8 @@ def test_without_a_position_every_step_is_megatrons(
         assert loss == pytest.approx(expected_loss, rel=0, abs=5e-5 if "--fp16" in flags else 2e-5)
         # Three digits are printed.
         assert norm == pytest.approx(expected_norm, rel=0, abs=1.01e-3)
+    further = sorted(set(re.findall(r"mtp_\d loss", megatron.log)))
+    assert bool(further) is ("--mtp-num-layers" in flags)
+    for name in further:
+        losses, expected = ([*map(float, of.printed(name))] for of in (finished, megatron))
+        assert losses == pytest.approx(expected, rel=0, abs=2e-5)

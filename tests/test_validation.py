@@ -310,7 +310,10 @@ BAD = {
     ("--context-parallel-size", "2", "--eval-iters", "1", "--transformer-impl", "local"): "--eval"
     "-iters is 1; with --context-parallel-size 2 and --transformer-impl local pass 0: Megatron's",
     ("--multi-latent-attention",): "--multi-latent-attention is True; RMT needs False:",
-    ("--mtp-num-layers", "1"): "--mtp-num-layers is 1; RMT needs it left out:",
+    ("--mtp-num-layers", "1", "--context-parallel-size", "2"): "--mtp-num-layers is 1; RMT needs "
+    "it left out with --context-parallel-size 2:",
+    ("--mtp-num-layers", "1", "--sequence-parallel", *EXPERTS): "--mtp-num-layers is 1; RMT needs "
+    "it left out with --num-experts where rows are padded",
     (
         "--window-attn-skip-freq",
         "[1,0]*2",
@@ -528,10 +531,17 @@ def test_a_batch_grows_by_whole_micro_batches_in_a_run_counted_in_samples(
         # A chunk of a stage may be empty.
         ("Et|t|t|||||tL", None),
         ("Ett||tt|L", "is Ett||tt|L, which leaves nothing to pipeline stage 1; give each a layer"),
+        ("Et|t|t|||||tmmL", None),
+        (
+            "Et|t|t|tm|||mL",
+            "is Et|t|t|tm|||mL; put the layers of multi-token prediction (m) beside",
+        ),
         ("Et|t|t|||||xL", "is Et|t|t|||||xL: Invalid layer character: x"),
     ],
 )
-def test_no_pipeline_stage_may_be_empty(layout: str, sentence: str | None):
+def test_a_layout_gives_every_stage_something_and_the_last_all_predictions(
+    layout: str, sentence: str | None
+):
     args = _parse("--rmt", "--pipeline-model-parallel-size", "4")
     args.pipeline_model_parallel_layout = layout
     problems = [problem for problem in unsupported(args) if "-layout" in problem]
@@ -625,6 +635,7 @@ def test_what_the_page_of_megatrons_flags_calls_refused_is_and_nothing_else():
     both |= {"--fp8-format", "--fp8-recipe", "--position-embedding-type", "--transformer-impl"}
     both |= {"--moe-flex-dispatcher-backend", "--expert-model-parallel-size"}
     both |= {"--window-size", "--window-attn-skip-freq", "--context-parallel-size"}
+    both |= {"--mtp-num-layers"}
     assert refused_by_rmt & works <= both | {"--attention-dropout", "--hidden-dropout"}
 
 

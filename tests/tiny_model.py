@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from torch import Tensor
@@ -76,6 +79,9 @@ def build_model(
     if make_spec is get_gpt_layer_local_spec:
         named["normalization"] = config.normalization
     spec = make_spec(**named)
+    further = None
+    if config.mtp_num_layers:
+        further = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
     model = GPTModel(
         config,
         spec,
@@ -86,6 +92,7 @@ def build_model(
         position_embedding_type=position_embedding,
         rotary_percent=rotary_percent,
         share_embeddings_and_output_weights=tied,
+        mtp_block_spec=further,
         vp_stage=vp_stage,
     )
     return model.to(dtype)

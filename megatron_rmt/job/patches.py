@@ -482,6 +482,12 @@ RELIED_ON: tuple[Symbol, ...] = (
         "input_ids position_ids attention_mask labels loss_mask packed_seq_params "
         "output_processor output_processor_context",
     ),
+    # What comes behind the decoder, where layers of multi-token prediction would run in every pass.
+    Symbol(
+        "megatron.core.models.gpt.gpt_model",
+        "GPTModel._postprocess",
+        "hidden_states rotary_pos_emb packed_seq_params output_processor output_processor_context",
+    ),
     # Whole weights for rollouts, where their gathering is overlapped.
     Symbol("megatron.training.training", "should_disable_forward_pre_hook"),
     *(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_rmt.algorithm.doors import find
@@ -110,7 +111,6 @@ def unsupported(args: Namespace) -> Iterator[str]:
         "--attention-dropout": (0.0, "generation and update must agree"),
         "--hidden-dropout": (0.0, "generation and update must agree"),
         "--multi-latent-attention": (False, "the key-value store holds plain keys and values"),
-        "--mtp-num-layers": (None, "the head predicts one token"),
         "--experimental-attention-variant": (
             None,
             "tree attention stands in for softmax attention only",
@@ -166,9 +166,10 @@ def unsupported(args: Namespace) -> Iterator[str]:
             without = "it left out" if needed is None else needed
             yield f"{flag} is {value}; RMT needs {without}: {why}."
     yield from _context_parallel(args)
+    yield from _multi_token_prediction(args)
     yield from _shards(args)
     yield from _growing_batch(args)
-    yield from _empty_stages(args)
+    yield from _layout(args)
     yield from _windows(args)
     if args.num_experts:
         yield from routing_problems(args)
@@ -208,6 +209,24 @@ def _context_parallel(args: Namespace) -> Iterator[str]:
         )
 
 
+def _multi_token_prediction(args: Namespace) -> Iterator[str]:
+    """What the layers of multi-token prediction cannot be combined with."""
+    layers = args.mtp_num_layers
+    if not layers:
+        return
+    given = f"--mtp-num-layers is {layers}; RMT needs it left out"
+    if args.context_parallel_size > 1:
+        yield (
+            f"{given} with --context-parallel-size {args.context_parallel_size}: the trunk would "
+            "lie on some ranks alone."
+        )
+    if args.num_experts and (args.sequence_parallel or getattr(args, "fp8", None)):
+        yield (
+            f"{given} with --num-experts where rows are padded (--sequence-parallel, "
+            "--fp8-format): its router would count the padding."
+        )
+
+
 def _growing_batch(args: Namespace) -> Iterator[str]:
     """What Megatron finds out in the middle of a run whose batch grows, or takes from the smallest
     batch of the layout: the learning rate's schedule and the data of a run that is given in steps.
@@ -242,8 +261,9 @@ def _growing_batch(args: Namespace) -> Iterator[str]:
         )
 
 
-def _empty_stages(args: Namespace) -> Iterator[str]:
-    """Pipeline stages that would hold no parameter; a chunk of one may hold none."""
+def _layout(args: Namespace) -> Iterator[str]:
+    """Pipeline stages that would hold no parameter; a chunk of one may hold none. And layers of
+    multi-token prediction that lie on another stage than the loss."""
     layout, stages = args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
     if not layout:
         return
@@ -257,6 +277,11 @@ def _empty_stages(args: Namespace) -> Iterator[str]:
         yield (
             f"--pipeline-model-parallel-layout is {layout}, which leaves nothing to pipeline stage "
             f"{empty[0]}; give each a layer, the embedding or the loss."
+        )
+    if any(LayerType.mtp in part for part in parts[:-1]):
+        yield (
+            f"--pipeline-model-parallel-layout is {layout}; put the layers of multi-token "
+            "prediction (m) beside the loss (L): RMT takes both together."
         )
 
 

@@ -85,6 +85,12 @@ def chunks_of(model: Model) -> list[GPTModel]:
     return [*model] if isinstance(model, ModelChunks) else [model]
 
 
+def decoder_modules(model: Model) -> Iterator[torch.nn.Module]:
+    """The modules that every pass runs; the layers of multi-token prediction are not among them."""
+    for chunk in chunks_of(model):
+        yield from chunk.decoder.modules()
+
+
 def named_parameters(
     chunks: Sequence[torch.nn.Module],
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -173,14 +173,23 @@ def finish_sends(sends: Sends, at_most: int = 0) -> None:
         sends.popleft()[0].wait()
 
 
+def all_rows(hidden: Tensor, config: Any) -> Tensor:
+    """The decoder's output ``[rows (/tp under sequence parallel), 1, hidden]`` of all rows.
+
+    Backward takes this rank's share of a gradient that all tensor-parallel ranks hold alike.
+    """
+    if not config.sequence_parallel:
+        return hidden
+    return tensor_parallel.gather_from_sequence_parallel_region(
+        hidden, tensor_parallel_output_grad=False
+    )
+
+
 def full_hidden(hidden: Tensor, config: Any) -> Tensor:
     """What the head reads, ``[rows, hidden]`` of all rows, from the decoder's output
-    ``[rows (/tp under sequence parallel), 1, hidden]``."""
-    if config.sequence_parallel:
-        # The head sums d hidden over the ranks itself, so backward only takes this rank's share.
-        hidden = tensor_parallel.gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=False
-        )
+    ``[rows (/tp under sequence parallel), 1, hidden]``. The head sums its gradient over the
+    ranks."""
+    hidden = all_rows(hidden, config)
     # MuP multiplies the scores, which are linear in the hidden states.
     multiplier = config.mup_output_mult if config.use_mup else 1.0
     return hidden[:, 0] if multiplier == 1.0 else hidden[:, 0] * multiplier

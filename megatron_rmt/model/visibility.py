@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -124,6 +125,10 @@ def attach_tree_attention(model: torch.nn.Module) -> int:
             attached += 1
         if hasattr(module, "rotary_pos_emb") and hasattr(module, "decoder"):
             _rotate_by_visibility(module.decoder)
+        if isinstance(module, GPTModel) and module.config.mtp_num_layers:
+            _hand_over_hidden(module)
+            if module.mtp_process:
+                _rotate_by_visibility(module.mtp)
     return attached
 
 
@@ -169,6 +174,36 @@ def _mark_as_split(sink: Tensor | None) -> None:
     for parameter in (sink, getattr(sink, "main_param", None)):
         if parameter is not None:
             parameter.tensor_model_parallel = True
+
+
+def _hand_over_hidden(model: GPTModel) -> None:
+    """Give the decoder's output to the ``output_processor`` at once, where there is a visibility.
+
+    Megatron lets the layers of multi-token prediction run before it, over all rows and with logits
+    of all of them: of rollouts, of stems and branches, too.
+    """
+    original = model._postprocess
+    if getattr(original, "follows_visibility", False):
+        return
+
+    @functools.wraps(original)
+    def postprocess(*args: Any, **kwargs: Any) -> Any:
+        if not isinstance(kwargs.get("packed_seq_params"), Visibility):
+            return original(*args, **kwargs)
+        if not model.post_process:
+            return kwargs["hidden_states"]
+        tied = model.share_embeddings_and_output_weights
+        return kwargs["output_processor"](
+            hidden_states=kwargs["hidden_states"],
+            output_layer=model.output_layer,
+            output_weight=model.shared_embedding_or_output_weight() if tied else None,
+            rotary_pos_emb=kwargs["rotary_pos_emb"],
+            context=kwargs["output_processor_context"],
+            config=model.config,
+        )
+
+    postprocess.follows_visibility = True
+    model._postprocess = postprocess
 
 
 def _rotate_by_visibility(decoder: torch.nn.Module) -> None:

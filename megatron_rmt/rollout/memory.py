@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention
 from torch.distributed import ProcessGroup
 
-from megatron_rmt.model.gpt import Model
+from megatron_rmt.model.gpt import Model, decoder_modules
 
 GIB = 2**30
 
@@ -22,7 +22,7 @@ def in_bytes(gib: float | None) -> int | None:
 def key_value_bytes(model: Model) -> int:
     """Bytes of the keys and values of one token in all layers of this rank's stage."""
     config = model.config
-    layers = sum(isinstance(module, SelfAttention) for module in model.modules())
+    layers = sum(isinstance(module, SelfAttention) for module in decoder_modules(model))
     heads = config.num_query_groups or config.num_attention_heads
     per_rank = max(1, heads // config.tensor_model_parallel_size)
     return layers * 2 * per_rank * config.kv_channels * config.params_dtype.itemsize
