@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.training.arguments import add_megatron_arguments
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -207,6 +208,7 @@ def test_numbers_that_the_optimizer_cannot_work_with_are_refused(
 BLOCKWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise")
 TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
 EXPERTS = ("--num-experts", "4")
+TP2 = ("--tensor-model-parallel-size", "2")
 # flags -> what the sentence says: the flag, its value, the remedy.
 BAD = {
     ("--overlap-param-gather-with-optimizer-step",): "--overlap-param-gather-with-optimizer-step "
@@ -309,11 +311,22 @@ BAD = {
     "--num-experts: what the routers",
     ("--context-parallel-size", "2", "--eval-iters", "1", "--transformer-impl", "local"): "--eval"
     "-iters is 1; with --context-parallel-size 2 and --transformer-impl local pass 0: Megatron's",
-    ("--multi-latent-attention",): "--multi-latent-attention is True; RMT needs False:",
+    ("--context-parallel-size", "2", "--multi-latent-attention"): "--context-parallel-size is 2; "
+    "RMT needs 1 with --multi-latent-attention:",
+    ("--fp8-format", "e4m3", "--multi-latent-attention"): "--fp8-format is e4m3; RMT needs it left "
+    "out with --multi-latent-attention:",
+    ("--cache-mla-latents", "--multi-latent-attention"): "--cache-mla-latents is True; RMT needs",
+    ("--position-embedding-type", "yarn", "--multi-latent-attention"): "--position-embedding-type "
+    "is yarn; with --multi-latent-attention, whose layers",
     ("--mtp-num-layers", "1", "--context-parallel-size", "2"): "--mtp-num-layers is 1; RMT needs "
     "it left out with --context-parallel-size 2:",
-    ("--mtp-num-layers", "1", "--sequence-parallel", *EXPERTS): "--mtp-num-layers is 1; RMT needs "
-    "it left out with --num-experts where rows are padded",
+    (
+        "--mtp-num-layers",
+        "1",
+        "--sequence-parallel",
+        *TP2,
+        *EXPERTS,
+    ): "--mtp-num-layers is 1; RMT needs it left out with --num-experts where rows are padded",
     (
         "--window-attn-skip-freq",
         "[1,0]*2",
@@ -578,6 +591,19 @@ def test_ucc_wants_more_than_one_connection(monkeypatch: pytest.MonkeyPatch):
     for connections, problems in (("1", 1), ("8", 0)):
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
         assert sum("is ucc, for which" in one for one in validation._missing(args)) == problems
+
+
+def test_latent_attention_that_only_a_gpu_has_is_refused(monkeypatch: pytest.MonkeyPatch):
+    args = _parse("--rmt", "--multi-latent-attention", "--transformer-impl", "local")
+    assert "is local, whose attention" not in _refusal(args)
+    # Without what stands in for it on a CPU.
+    original = DotProductAttention.__init__.__wrapped__
+    monkeypatch.setattr(DotProductAttention, "__init__", original)
+    args.apply_rope_fusion = True
+    found = _refusal(args)
+    assert "--transformer-impl is local, whose attention Megatron cannot build with" in found
+    assert "--rope-type is yarn and rotation is fused" in found
+    assert "pass --no-rope-fusion: tokens" in found
 
 
 def test_all_problems_are_reported_at_once():

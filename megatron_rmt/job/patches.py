@@ -488,6 +488,12 @@ RELIED_ON: tuple[Symbol, ...] = (
         "GPTModel._postprocess",
         "hidden_states rotary_pos_emb packed_seq_params output_processor output_processor_context",
     ),
+    # Where latent attention rotates, and what it makes keys and values of.
+    Symbol(
+        "megatron.core.transformer.multi_latent_attention",
+        "MLASelfAttention.get_query_key_value_tensors",
+        "hidden_states key_value_states position_ids packed_seq_params",
+    ),
     # Whole weights for rollouts, where their gathering is overlapped.
     Symbol("megatron.training.training", "should_disable_forward_pre_hook"),
     *(

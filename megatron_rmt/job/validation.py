@@ -1,5 +1,6 @@
 """What RMT cannot run with, found on every rank before a model is built: all problems at once."""
 
+import inspect
 import math
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
@@ -110,7 +112,6 @@ def unsupported(args: Namespace) -> Iterator[str]:
     refused = {
         "--attention-dropout": (0.0, "generation and update must agree"),
         "--hidden-dropout": (0.0, "generation and update must agree"),
-        "--multi-latent-attention": (False, "the key-value store holds plain keys and values"),
         "--experimental-attention-variant": (
             None,
             "tree attention stands in for softmax attention only",
@@ -167,6 +168,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
             yield f"{flag} is {value}; RMT needs {without}: {why}."
     yield from _context_parallel(args)
     yield from _multi_token_prediction(args)
+    yield from _latent_attention(args)
     yield from _shards(args)
     yield from _growing_batch(args)
     yield from _layout(args)
@@ -224,6 +226,46 @@ def _multi_token_prediction(args: Namespace) -> Iterator[str]:
         yield (
             f"{given} with --num-experts where rows are padded (--sequence-parallel, "
             "--fp8-format): its router would count the padding."
+        )
+
+
+def _latent_attention(args: Namespace) -> Iterator[str]:
+    """What multi-head latent attention cannot be combined with."""
+    if not args.multi_latent_attention:
+        return
+    with_it = "with --multi-latent-attention"
+    ranks = args.context_parallel_size
+    if ranks > 1:
+        yield (
+            f"--context-parallel-size is {ranks}; RMT needs 1 {with_it}: each rank would store the "
+            "latents of its own rows."
+        )
+    for name in ("fp8", "fp4"):
+        if getattr(args, name, None):
+            yield (
+                f"--{name}-format is {getattr(args, name)}; RMT needs it left out {with_it}: "
+                "rollouts multiply by parts of a weight."
+            )
+    if args.apply_rope_fusion:
+        yield (
+            f"--rope-type is {args.rope_type or 'yarn'} and rotation is fused, which counts places "
+            f"from 0; {with_it} pass --no-rope-fusion: tokens of a tree have other positions."
+        )
+    if args.cache_mla_latents:
+        yield (
+            "--cache-mla-latents is True; RMT needs it left out: it is for Megatron's inference "
+            "engine, and rollouts store latents anyway."
+        )
+    if args.position_embedding_type == "yarn":
+        yield (
+            f"--position-embedding-type is yarn; {with_it}, whose layers rotate by themselves, "
+            "pass rope, and --rope-type yarn."
+        )
+    built = inspect.signature(DotProductAttention.__init__, follow_wrapped=False).parameters
+    if args.transformer_impl == "local" and "v_channels" not in built:
+        yield (
+            f"--transformer-impl is local, whose attention Megatron cannot build {with_it} on a "
+            "GPU; pass transformer_engine."
         )
 
 

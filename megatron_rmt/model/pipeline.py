@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_rmt.model.gpt import Model, chunks_of
+from megatron_rmt.model.gpt import Model, all_rows, chunks_of
 from megatron_rmt.model.visibility import Visibility
 
 # FP8 products want rows in whole blocks: 32 for the MX recipe, 16 for the others.
@@ -171,18 +171,6 @@ def finish_sends(sends: Sends, at_most: int = 0) -> None:
     """Wait until no more than ``at_most`` are on their way."""
     while len(sends) > at_most:
         sends.popleft()[0].wait()
-
-
-def all_rows(hidden: Tensor, config: Any) -> Tensor:
-    """The decoder's output ``[rows (/tp under sequence parallel), 1, hidden]`` of all rows.
-
-    Backward takes this rank's share of a gradient that all tensor-parallel ranks hold alike.
-    """
-    if not config.sequence_parallel:
-        return hidden
-    return tensor_parallel.gather_from_sequence_parallel_region(
-        hidden, tensor_parallel_output_grad=False
-    )
 
 
 def full_hidden(hidden: Tensor, config: Any) -> Tensor:

@@ -21,8 +21,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from megatron_rmt.model.gpt import all_rows
 from megatron_rmt.model.head import token_loss_sum
-from megatron_rmt.model.pipeline import all_rows, full_hidden
+from megatron_rmt.model.pipeline import full_hidden
 from megatron_rmt.model.visibility import TreeVisibility
 from megatron_rmt.rollout.trunk import Sample, first_rows, trunk_blocks
 from megatron_rmt.update.tree import NO_SAMPLE, ReasonedSample
