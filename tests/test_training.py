@@ -296,16 +296,40 @@ def test_layers_that_attend_otherwise_train_alike_in_every_layout(
     assert start(1, flags, resume_from=tmp_path).metrics == alone.metrics[2:]
 
 
-SEVERAL_TOKENS = ["--mtp-num-layers", "2", "--mtp-loss-scaling-factor", "0.5"]
+LATENTS = [
+    *("--multi-latent-attention", "--kv-lora-rank", "24", "--qk-head-dim", "12"),
+    *("--qk-pos-emb-head-dim", "8", "--v-head-dim", "10", "--no-rope-fusion"),
+]
+SHAPES = {
+    "several tokens": ["--mtp-num-layers", "2", "--mtp-loss-scaling-factor", "0.5"],
+    "latents": [*LATENTS, "--rope-type", "rope", "--q-lora-rank", "16", "--qk-layernorm"],
+    "latents, YaRN, one token more": [
+        *LATENTS,
+        *("--rotary-scaling-factor", "4", "--mscale-all-dim", "0.7", "--mtp-num-layers", "1"),
+    ],
+}
+
+
+def _without_key_groups(flags: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    def without(*args: Path | TinyInputs) -> list[str]:
+        return [word for word in flags(*args) if word != "--group-query-attention"]
+
+    return without
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("greedy", [[], ["--rmt-greedy"]], ids=["sampled", "greedy"])
-@pytest.mark.parametrize("shape", [SEVERAL_TOKENS], ids=["several tokens"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_models_of_other_shapes_train_alike_in_every_layout(
-    start: Start, tmp_path: Path, shape: list[str], greedy: list[str]
+    start: Start,
+    tmp_path: Path,
+    shape: list[str],
+    greedy: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     # The converted checkpoint is of another shape: a model that Megatron trains itself.
+    if "--multi-latent-attention" in shape:
+        monkeypatch.setattr(TinyInputs, "flags", _without_key_groups(TinyInputs.flags))
     begun, saved = tmp_path / "begun", tmp_path / "saved"
     training = ["--lr", "3e-3", "--train-iters", "150", "--save-interval", "150"]
     start(1, [*shape, *training, "--load", str(tmp_path / "none"), "--save", str(begun)])
