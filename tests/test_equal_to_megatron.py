@@ -29,6 +29,10 @@ WINDOWS = "--window-size 9,0 --window-attn-skip-freq 2"
 # Flags of the tiny model that have no opposite, left out for its other forms.
 LLAMA_MLP = "--swiglu --disable-bias-linear"
 
+KEY_GROUPS = "--group-query-attention"
+LATENTS = "--multi-latent-attention --kv-lora-rank 24 --qk-head-dim 12 --qk-pos-emb-head-dim 8 "
+LATENTS += "--v-head-dim 10 --no-rope-fusion"
+
 # Name -> (ranks, flags, flags of the tiny model that are left out).
 DENSE: dict[str, tuple[int, str, str]] = {
     "llama": (1, "", ""),
@@ -68,6 +72,13 @@ DENSE: dict[str, tuple[int, str, str]] = {
         f"{PP2} --mtp-num-layers 2 --mtp-loss-scaling-factor 0.7 --reset-attention-mask "
         "--reset-position-ids --untie-embeddings-and-output-weights",
         "",
+    ),
+    "latents, TP2": (2, f"{TP2} {LATENTS} --q-lora-rank 16 --qk-layernorm", KEY_GROUPS),
+    "latents, YaRN, separate documents": (
+        1,
+        f"{LATENTS} --rope-type yarn --rotary-scaling-factor 4 --mscale 0.7 --mscale-all-dim 1 "
+        "--reset-attention-mask",
+        KEY_GROUPS,
     ),
     "untied": (1, "--untie-embeddings-and-output-weights", ""),
     "separate documents": (1, "--reset-attention-mask --reset-position-ids", ""),
@@ -120,6 +131,12 @@ MIXTURE: dict[str, tuple[int, str, str]] = {
         1,
         f"{LOSSES['balance']} --recompute-granularity selective --recompute-modules moe",
         "",
+    ),
+    "DeepSeek-V3's kind": (
+        1,
+        f"{LATENTS} --q-lora-rank 16 --qk-layernorm {LOSSES['balance of sequences']} {BIAS} "
+        "--moe-layer-freq ([0]+[1]*3) --moe-shared-expert-intermediate-size 32 --mtp-num-layers 1",
+        KEY_GROUPS,
     ),
     "EP2": (2, f"{NONE} {EP2}", ""),
     "allgather, DP2": (2, f"{NONE} --moe-token-dispatcher-type allgather", ""),
