@@ -73,7 +73,7 @@ DENSE: dict[str, tuple[int, str, str]] = {
         "--reset-position-ids --untie-embeddings-and-output-weights",
         "",
     ),
-    "latents, TP2": (2, f"{TP2} {LATENTS} --q-lora-rank 16 --qk-layernorm", KEY_GROUPS),
+    "latents": (1, f"{LATENTS} --q-lora-rank 16 --qk-layernorm", KEY_GROUPS),
     "latents, YaRN, separate documents": (
         1,
         f"{LATENTS} --rope-type yarn --rotary-scaling-factor 4 --mscale 0.7 --mscale-all-dim 1 "

@@ -318,6 +318,8 @@ BAD = {
     ("--cache-mla-latents", "--multi-latent-attention"): "--cache-mla-latents is True; RMT needs",
     ("--position-embedding-type", "yarn", "--multi-latent-attention"): "--position-embedding-type "
     "is yarn; with --multi-latent-attention, whose layers",
+    ("--mtp-num-layers", "1", "--pipeline-model-parallel-size", "2"): "--mtp-num-layers is 1; RMT "
+    "needs it left out with --pipeline-model-parallel-size 2 and tied embeddings, of which",
     ("--mtp-num-layers", "1", "--context-parallel-size", "2"): "--mtp-num-layers is 1; RMT needs "
     "it left out with --context-parallel-size 2:",
     (

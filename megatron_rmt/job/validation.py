@@ -222,6 +222,12 @@ def _multi_token_prediction(args: Namespace) -> Iterator[str]:
             f"{given} with --context-parallel-size {args.context_parallel_size}: the trunk would "
             "lie on some ranks alone."
         )
+    stages = args.pipeline_model_parallel_size
+    if stages > 1 and not args.untie_embeddings_and_output_weights:
+        yield (
+            f"{given} with --pipeline-model-parallel-size {stages} and tied embeddings, of which "
+            "Megatron can write no checkpoint; pass --untie-embeddings-and-output-weights."
+        )
     if args.num_experts and (args.sequence_parallel or getattr(args, "fp8", None)):
         yield (
             f"{given} with --num-experts where rows are padded (--sequence-parallel, "

@@ -41,6 +41,37 @@ def rotating_by(attention: MLASelfAttention, position_ids: Tensor, longest: int)
         del rotary.forward
 
 
+def with_whole_gradient(attention: MLASelfAttention, key: Tensor) -> Tensor:
+    """``key`` ``[rows, 1, heads, dim]``, whose rotated dims get the gradient of all ranks' heads.
+
+    They are one key of all heads, and each tensor-parallel rank has its own heads. Megatron sums up
+    the gradients of a rank's heads alone, but for whole down projections under sequence
+    parallelism; so one process and several would train differently. One all-reduce in backward.
+    """
+    config, group = attention.config, attention.tp_group
+    down = attention.linear_kv_down_proj.weight.shape[0]
+    is_whole = down == config.kv_lora_rank + config.qk_pos_emb_head_dim
+    if group.size() == 1 or (is_whole and config.sequence_parallel):
+        return key
+    return _WholeGradient.apply(key, config.qk_head_dim, group)
+
+
+class _WholeGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, key, plain, group):
+        ctx.plain, ctx.group = plain, group
+        return key.view_as(key)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        plain, rotated = gradient.tensor_split([ctx.plain], dim=-1)
+        whole = rotated.sum(2, keepdim=True)
+        torch.distributed.all_reduce(whole, group=ctx.group)
+        # Megatron sums over the heads.
+        alone = F.pad(whole, (0, 0, 0, gradient.shape[2] - 1))
+        return torch.cat([plain, alone], dim=-1), None, None
+
+
 def latents(attention: MLASelfAttention, key: Tensor, compressed: Tensor) -> Tensor:
     """What is stored of each row: ``[rows, 1, latent + rotated dims]``.
 

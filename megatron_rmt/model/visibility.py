@@ -213,6 +213,8 @@ def _project_by_visibility(attention: MLASelfAttention) -> None:
             attention, visibility.position_ids, visibility.max_seqlen_q
         ):
             found = original(hidden_states, key_value_states, position_ids, None, **others)
+        query, key, *rest = found
+        found = query, latent_attention.with_whole_gradient(attention, key), *rest
         if visibility.stores:
             _, key, _, _, compressed = found
             latents = latent_attention.latents(attention, key, compressed)
