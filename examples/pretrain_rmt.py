@@ -23,6 +23,7 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
     StragglerDetector,
     get_attr_wrapped_model,
@@ -36,6 +37,12 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 
 BATCH_FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+
+def _predicts_several(vp_stage: int | None) -> bool:
+    """Whether this chunk has the layers of multi-token prediction, which read tokens."""
+    layers = get_args().mtp_num_layers
+    return mtp_on_this_rank(mtp_num_layers=layers, ignore_virtual=False, vp_stage=vp_stage)
 
 
 def get_batch(
@@ -64,7 +71,7 @@ def get_batch(
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=_predicts_several(vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
@@ -135,9 +142,11 @@ datasets_provider.is_distributed = True
 
 
 def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
-    """Stages that hold the word embedding: the first, and the last where it is tied."""
-    tied = not get_args().untie_embeddings_and_output_weights
-    return sorted({pipeline_ranks[0], *pipeline_ranks[-1:]} if tied else {pipeline_ranks[0]})
+    """Stages that hold the word embedding: the first, and the last where it is tied, or embeds
+    what layers of multi-token prediction read."""
+    args = get_args()
+    on_last = not args.untie_embeddings_and_output_weights or args.mtp_num_layers
+    return sorted({pipeline_ranks[0], *pipeline_ranks[-1:]} if on_last else {pipeline_ranks[0]})
 
 
 def main() -> None:

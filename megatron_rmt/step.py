@@ -51,6 +51,7 @@ from megatron_rmt.update.before_the_step import (
     rewarded_alike,
 )
 from megatron_rmt.update.forward_step import LossSettings, Update
+from megatron_rmt.update.multi_token import multi_token_predictions
 from megatron_rmt.update.packing import repack, tree_cost
 from megatron_rmt.update.replicas import copies_of_parameters
 from megatron_rmt.update.report import (
@@ -512,15 +513,28 @@ def _grow(
         )
         for own in micro_batches
     ]
+    layers = run.policy.model.config.mtp_num_layers or 0
+    further = [
+        multi_token_predictions(
+            own.reasoned,
+            layers,
+            row_multiple=_row_multiple(run.args),
+            longest_position=run.policy.longest_position,
+            device=run.policy.device,
+            attention=run.policy.attention,
+        )
+        for own in (micro_batches if layers else ())
+    ]
     totals = torch.tensor(
         [
             float(sum(len(own.positions) for own in micro_batches)),
             sum(float(tree.ntp_mask.sum()) for tree in trees),
             float(sum(any(at.advantages) for own in micro_batches for at in own.positions)),
+            *map(sum, zip(*(own.counts for own in further), strict=True)),
         ]
     ).to(run.policy.device)
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-    positions, ntp_tokens, telling = totals.tolist()
+    positions, ntp_tokens, telling, *further_tokens = totals.tolist()
     weights = [
         loss_weights(own.positions, tree, positions, ntp_tokens, schedule)
         for own, tree in zip(micro_batches, trees, strict=True)
@@ -535,9 +549,11 @@ def _grow(
     parts = _aligned(run.args, parts)
     slots = float(len(micro_batches) * parallel_state.get_data_parallel_world_size())
     updates = []
-    for own, tree, part, of in zip(micro_batches, trees, parts, weights, strict=True):
+    for own, tree, part, of, ahead in zip(
+        micro_batches, trees, parts, weights, further or [None] * len(trees), strict=True
+    ):
         own.metrics |= size_metrics(own.reasoned, tree, part, settings.max_tokens, slots)
-        updates.append(Update(part, of, own.metrics, reasoned=own.reasoned))
+        updates.append(Update(part, of, own.metrics, reasoned=own.reasoned, further=ahead))
     loss = LossSettings(
         ntp_coefficient=0.0 if settings.no_ntp else settings.ntp_coefficient,
         temperature=settings.temperature,
@@ -546,6 +562,7 @@ def _grow(
         ntp_tokens=max(ntp_tokens, 1.0),
         scale=slots * parallel_state.get_context_parallel_world_size(),
         loss=run.loss,
+        further_tokens=further_tokens,
     )
     return updates, loss, idle_reason(positions, ntp_tokens, telling, schedule.warm_up)
 
@@ -579,12 +596,16 @@ def idle_reason(positions: float, ntp_tokens: float, telling: float, warm_up: bo
     return None
 
 
+def _row_multiple(args: Namespace) -> int:
+    """What the number of rows of the update's passes must be a multiple of."""
+    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    # FP8 matrix products want their leading dimension in whole blocks (Transformer Engine).
+    return multiple * (128 if getattr(args, "fp8", None) else 1)
+
+
 def _aligned(args: Namespace, trees: list[Tree]) -> list[Tree]:
     """Trees padded to what the layout asks: pipeline stages exchange micro-batches of one size."""
-    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    if getattr(args, "fp8", None):
-        # FP8 matrix products want their leading dimension in whole blocks (Transformer Engine).
-        multiple *= 128
+    multiple = _row_multiple(args)
     longest = max(tree.tokens.shape[0] for tree in trees)
     same = parallel_state.get_pipeline_model_parallel_world_size() > 1
     # A rank that holds no row of a tree has one of padding.

@@ -7,6 +7,7 @@ RMT).
 """
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -27,6 +28,10 @@ PER_TOKEN = "--calculate-per-token-loss"
 WINDOWS = "--window-size 9,0 --window-attn-skip-freq 2"
 # Flags of the tiny model that have no opposite, left out for its other forms.
 LLAMA_MLP = "--swiglu --disable-bias-linear"
+
+KEY_GROUPS = "--group-query-attention"
+LATENTS = "--multi-latent-attention --kv-lora-rank 24 --qk-head-dim 12 --qk-pos-emb-head-dim 8 "
+LATENTS += "--v-head-dim 10 --no-rope-fusion"
 
 # Name -> (ranks, flags, flags of the tiny model that are left out).
 DENSE: dict[str, tuple[int, str, str]] = {
@@ -61,6 +66,20 @@ DENSE: dict[str, tuple[int, str, str]] = {
     "muP": (1, "--use-mup --mup-base-hidden-size 32 --mup-embedding-mult 2", ""),
     "residual behind the norm": (1, "--apply-residual-connection-post-layernorm", ""),
     "fp16": (1, "--fp16 --apply-query-key-layer-scaling --initial-loss-scale 1024", ""),
+    "multi-token prediction": (1, "--mtp-num-layers 1", ""),
+    "two tokens further, documents apart, untied, PP2": (
+        2,
+        f"{PP2} --mtp-num-layers 2 --mtp-loss-scaling-factor 0.7 --reset-attention-mask "
+        "--reset-position-ids --untie-embeddings-and-output-weights",
+        "",
+    ),
+    "latents": (1, f"{LATENTS} --q-lora-rank 16 --qk-layernorm", KEY_GROUPS),
+    "latents, YaRN, separate documents": (
+        1,
+        f"{LATENTS} --rope-type yarn --rotary-scaling-factor 4 --mscale 0.7 --mscale-all-dim 1 "
+        "--reset-attention-mask",
+        KEY_GROUPS,
+    ),
     "untied": (1, "--untie-embeddings-and-output-weights", ""),
     "separate documents": (1, "--reset-attention-mask --reset-position-ids", ""),
     "separate masks": (1, "--reset-attention-mask", ""),
@@ -113,6 +132,12 @@ MIXTURE: dict[str, tuple[int, str, str]] = {
         f"{LOSSES['balance']} --recompute-granularity selective --recompute-modules moe",
         "",
     ),
+    "DeepSeek-V3's kind": (
+        1,
+        f"{LATENTS} --q-lora-rank 16 --qk-layernorm {LOSSES['balance of sequences']} {BIAS} "
+        "--moe-layer-freq ([0]+[1]*3) --moe-shared-expert-intermediate-size 32 --mtp-num-layers 1",
+        KEY_GROUPS,
+    ),
     "EP2": (2, f"{NONE} {EP2}", ""),
     "allgather, DP2": (2, f"{NONE} --moe-token-dispatcher-type allgather", ""),
 }
@@ -154,7 +179,8 @@ def test_without_a_position_every_step_is_megatrons(
         f"--load {tmp_path / 'none'} --tokenizer-model {tokenizer} --vocab-size 384 "
         f"--train-iters {STEPS} {flags}"
     )
-    plain = _printed(run(tmp_path / "plain", ranks, own))
+    megatron = run(tmp_path / "plain", ranks, own)
+    plain = _printed(megatron)
     finished = run(tmp_path / "rmt", ranks, [*own, *WITHOUT_A_POSITION])
     assert all(line["branch tokens"] == 0 for line in finished.metrics)
     assert len(plain) == STEPS
@@ -162,3 +188,8 @@ def test_without_a_position_every_step_is_megatrons(
         assert loss == pytest.approx(expected_loss, rel=0, abs=5e-5 if "--fp16" in flags else 2e-5)
         # Three digits are printed.
         assert norm == pytest.approx(expected_norm, rel=0, abs=1.01e-3)
+    further = sorted(set(re.findall(r"mtp_\d loss", megatron.log)))
+    assert bool(further) is ("--mtp-num-layers" in flags)
+    for name in further:
+        losses, expected = ([*map(float, of.printed(name))] for of in (finished, megatron))
+        assert losses == pytest.approx(expected, rel=0, abs=2e-5)

@@ -33,7 +33,14 @@ from megatron_rmt.update.forward_step import (
 )
 from megatron_rmt.update.tree import Tree, pad_tree
 from tests.packed import Responses, Trunk, build_trunk, grow_tree
-from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
+from tests.tiny_model import (
+    LATENT,
+    LATENT_YARN,
+    LONGEST_POSITION,
+    VOCAB,
+    build_model,
+    stock_logits,
+)
 
 pytestmark = pytest.mark.usefixtures("single_process_megatron")
 
@@ -314,6 +321,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "softmax_type": "learnable",
         "recompute_granularity": "selective",
         "recompute_modules": ["core_attn"],
+    },
+    "latents": {"multi_latent_attention": True},
+    "latents, YaRN, full recompute": LATENT | LATENT_YARN | FULL_RECOMPUTE,
+    "latents, plain queries, wide values, up projections recomputed": {
+        "multi_latent_attention": True,
+        "q_lora_rank": None,
+        "qk_layernorm": False,
+        "v_head_dim": 12,
+        "recompute_granularity": "selective",
+        "recompute_modules": ["mla_up_proj"],
     },
     "experts": {
         "num_moe_experts": 4,

@@ -29,7 +29,7 @@ Named = dict[str, Tensor]
 class Layout:
     """How the ranks divide the model. context: ranks that share each tree. chunks: of a rank, with
     virtual pipeline stages. padding: rows appended to every tree, or to every part of one. nearby:
-    windows and sinks."""
+    windows and sinks. latent: latent attention."""
 
     tensor: int = 1
     context: int = 1
@@ -39,6 +39,7 @@ class Layout:
     recompute: bool = False
     padding: int = 0
     nearby: bool = False
+    latent: bool = False
 
     @property
     def ranks(self) -> int:
@@ -47,6 +48,8 @@ class Layout:
     @property
     def attention(self) -> dict[str, Any]:
         """What the layers attend to, for ``build_model``."""
+        if self.latent:
+            return step.ARCHITECTURES["latents"]
         return step.ARCHITECTURES["windows and sinks"] if self.nearby else {}
 
     @property
@@ -75,12 +78,15 @@ def _own_part(whole: Named, layout: Layout, tensor_rank: int, stage: int) -> Nam
     return part
 
 
+SPLIT_BY_ROWS = ("linear_q", "linear_kv", "embedding", "output_layer", "softmax_offset")
+
+
 def _shard(name: str, value: Tensor, ranks: int, rank: int) -> Tensor:
     if "linear_proj" in name or "linear_fc2" in name:
         return value.chunk(ranks, dim=1)[rank]
     if "linear_fc1" in name:  # the gate, then what it gates, each divided
         return torch.cat([half.chunk(ranks)[rank] for half in value.chunk(2)])
-    if any(of in name for of in ("linear_qkv", "embedding", "output_layer", "softmax_offset")):
+    if any(of in name for of in SPLIT_BY_ROWS):
         return value.chunk(ranks)[rank]
     return value
 
@@ -206,6 +212,11 @@ LAYOUTS = {
     "PP2 with two chunks": Layout(pipeline=2, chunks=2),
     "TP2, windows and sinks": Layout(tensor=2, nearby=True),
     "PP2, windows and sinks": Layout(pipeline=2, nearby=True),
+    "TP2, latents": Layout(tensor=2, latent=True),
+    "TP2, latents, sequence parallel": Layout(
+        tensor=2, sequence_parallel=True, padding=8, latent=True
+    ),
+    "PP2, latents": Layout(pipeline=2, latent=True),
     "PP2 with two chunks, full recompute": Layout(pipeline=2, chunks=2, recompute=True),
 }
 

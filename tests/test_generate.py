@@ -48,7 +48,7 @@ from megatron_rmt.rollout.trunk import Sample, UserBatch, build_trunk, first_row
 from megatron_rmt.update.forward_step import LossSettings, Update, make_forward_step
 from megatron_rmt.update.tree import ChosenPosition, ReasonedSample, grow_tree
 from tests.distributed import run_distributed
-from tests.tiny_model import LONGEST_POSITION, VOCAB, build_model, stock_logits
+from tests.tiny_model import LATENT_YARN, LONGEST_POSITION, VOCAB, build_model, stock_logits
 
 pytestmark = pytest.mark.usefixtures("single_process_megatron")
 
@@ -796,6 +796,15 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "off by one": {"softmax_type": "off-by-one"},
     "YaRN": {"position_embedding": "yarn"},
     "windows and sinks": {"window_size": (4, 0), "softmax_type": "learnable"},
+    "latents": {"multi_latent_attention": True},
+    "latents, YaRN, plain queries": {
+        "multi_latent_attention": True,
+        "q_lora_rank": None,
+        "qk_layernorm": False,
+        "recompute_granularity": "selective",
+        "recompute_modules": ["mla_up_proj"],
+        **LATENT_YARN,
+    },
 }
 
 

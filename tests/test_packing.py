@@ -21,7 +21,7 @@ from megatron_rmt.update.packing import (
 from megatron_rmt.update.tree import ReasonedSample, Tree, grow_tree
 from tests.distributed import run_distributed
 from tests.packed import Responses, build_trunk, reasoned
-from tests.tiny_model import build_model
+from tests.tiny_model import LATENT, build_model
 
 GROUP = 3
 STEM = [7, 8]
@@ -121,15 +121,24 @@ def test_sizes_are_those_of_the_grown_tree():
         assert size.pairs == _ancestors(of)
 
 
+# Widths of all heads' queries and values together.
+ATTENTION = {
+    "key groups": ({}, 32 + 32),
+    "latents": (LATENT, 4 * (10 + 7)),
+    "latents, plain queries": (LATENT | {"q_lora_rank": None, "qk_layernorm": False}, 4 * (10 + 7)),
+}
+
+
 @pytest.mark.usefixtures("single_process_megatron")
-def test_the_cost_counts_the_matrices_of_the_model():
-    model = build_model()
+@pytest.mark.parametrize(("changes", "widths"), ATTENTION.values(), ids=ATTENTION)
+def test_the_cost_counts_the_matrices_of_the_model(changes: dict[str, Any], widths: int):
+    model = build_model(**changes)
     matrices = sum(
         parameter.numel() for name, parameter in model.named_parameters() if "linear" in name
     )
     cost = tree_cost(model.config, 53)
     # Two operations per weight and token; queries times keys and weights times values per pair.
-    assert cost == TreeCost(2 * matrices, 2 * 2 * 32 * 2, 2 * 32 * 53)
+    assert cost == TreeCost(2 * matrices, 2 * widths * 2, 2 * 32 * 53)
     assert cost.of(TreeSize(3, 5, 7)) == 3 * cost.token + 5 * cost.pair + 7 * cost.prediction
 
 

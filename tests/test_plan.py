@@ -474,6 +474,15 @@ def test_json_holds_the_same_numbers(
             "--global-batch-size is 2, which is 2 micro-batches for each data-parallel rank;",
         ),
         (
+            "--world-size 16 --multi-latent-attention --rope-type rope --no-rope-fusion "
+            "--transformer-impl local",
+            "--multi-latent-attention is True; a plan does not count it.",
+        ),
+        (
+            "--world-size 16 --mtp-num-layers 1",
+            "--mtp-num-layers is 1; a plan does not count it.",
+        ),
+        (
             "--world-size 16 --context-parallel-size 2",
             "--context-parallel-size is 2; a plan is of 1",
         ),

@@ -1,10 +1,11 @@
 """Whole runs in the layouts of large jobs, and of other models, against one process."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import RMT, Run
+from tests.tiny_run import RMT, STEPS, Run, TinyInputs
 from tests.training_curves import (
     CP2,
     PACKED,
@@ -12,6 +13,7 @@ from tests.training_curves import (
     PP2_VP2,
     SHARDED,
     TIERED,
+    TOLERANCE,
     TP2,
     Start,
     assert_same_curve,
@@ -97,6 +99,74 @@ def test_layers_that_attend_otherwise_train_alike_in_every_layout(
         assert_same_curve(curve, alone.metrics)
     latest.write_text("3")
     assert start(1, flags, resume_from=tmp_path).metrics == alone.metrics[2:]
+
+
+LATENTS = [
+    *("--multi-latent-attention", "--kv-lora-rank", "24", "--qk-head-dim", "12"),
+    *("--qk-pos-emb-head-dim", "8", "--v-head-dim", "10", "--no-rope-fusion"),
+]
+SHAPES = {
+    "several tokens": [
+        *("--mtp-num-layers", "2", "--mtp-loss-scaling-factor", "0.5"),
+        "--untie-embeddings-and-output-weights",
+    ],
+    "latents": [*LATENTS, "--rope-type", "rope", "--q-lora-rank", "16", "--qk-layernorm"],
+    "latents, YaRN, one token more": [
+        *LATENTS,
+        *("--rotary-scaling-factor", "4", "--mscale-all-dim", "0.7", "--mtp-num-layers", "1"),
+        "--untie-embeddings-and-output-weights",
+    ],
+}
+
+
+def _without_key_groups(flags: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    def without(*args: Path | TinyInputs) -> list[str]:
+        return [word for word in flags(*args) if word != "--group-query-attention"]
+
+    return without
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("greedy", [[], ["--rmt-greedy"]], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_models_of_other_shapes_train_alike_in_every_layout(
+    start: Start,
+    tmp_path: Path,
+    shape: list[str],
+    greedy: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # The converted checkpoint is of another shape: a model that Megatron trains itself.
+    if "--multi-latent-attention" in shape:
+        monkeypatch.setattr(TinyInputs, "flags", _without_key_groups(TinyInputs.flags))
+    begun, saved = tmp_path / "begun", tmp_path / "saved"
+    training = [
+        "--lr",
+        "4e-3",
+        "--lr-warmup-iters",
+        "10",
+        "--clip-grad",
+        "1",
+        "--train-iters",
+        "150",
+    ]
+    training += ["--micro-batch-size", "16", "--global-batch-size", "16", "--save-interval", "150"]
+    start(1, [*shape, *training, "--load", str(tmp_path / "none"), "--save", str(begun)])
+    flags = [*RMT, *greedy, *shape, "--load", str(begun)]
+    saving = ["--save", str(saved), "--save-interval", "3"]
+    alone = start(1, [*flags, *saving]).metrics
+    assert len({line["rollout checksum"] for line in alone}) == STEPS
+    # It has learnt something.
+    assert sum(line["chosen easy"] + line["chosen medium"] for line in alone) > 0
+    for layout in (TP2, PP2, PP2_VP2, PACKED):
+        curve = start(2, [*flags, *layout]).metrics
+        assert_same_curve(curve, alone)
+        for line, expected in zip(curve, alone, strict=True):
+            for name in expected.keys() & {"mtp_1 loss", "mtp_2 loss"}:
+                assert line[name] == pytest.approx(expected[name], rel=TOLERANCE)
+    (saved / "latest_checkpointed_iteration.txt").write_text("3")
+    own = [*RMT, *greedy, *shape]
+    assert start(1, own, resume_from=saved).metrics == alone[3:]
 
 
 MIXTURE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "48"]

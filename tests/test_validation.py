@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.training.arguments import add_megatron_arguments
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -207,6 +208,7 @@ def test_numbers_that_the_optimizer_cannot_work_with_are_refused(
 BLOCKWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise")
 TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
 EXPERTS = ("--num-experts", "4")
+TP2 = ("--tensor-model-parallel-size", "2")
 # flags -> what the sentence says: the flag, its value, the remedy.
 BAD = {
     ("--overlap-param-gather-with-optimizer-step",): "--overlap-param-gather-with-optimizer-step "
@@ -309,8 +311,24 @@ BAD = {
     "--num-experts: what the routers",
     ("--context-parallel-size", "2", "--eval-iters", "1", "--transformer-impl", "local"): "--eval"
     "-iters is 1; with --context-parallel-size 2 and --transformer-impl local pass 0: Megatron's",
-    ("--multi-latent-attention",): "--multi-latent-attention is True; RMT needs False:",
-    ("--mtp-num-layers", "1"): "--mtp-num-layers is 1; RMT needs it left out:",
+    ("--context-parallel-size", "2", "--multi-latent-attention"): "--context-parallel-size is 2; "
+    "RMT needs 1 with --multi-latent-attention:",
+    ("--fp8-format", "e4m3", "--multi-latent-attention"): "--fp8-format is e4m3; RMT needs it left "
+    "out with --multi-latent-attention:",
+    ("--cache-mla-latents", "--multi-latent-attention"): "--cache-mla-latents is True; RMT needs",
+    ("--position-embedding-type", "yarn", "--multi-latent-attention"): "--position-embedding-type "
+    "is yarn; with --multi-latent-attention, whose layers",
+    ("--mtp-num-layers", "1", "--pipeline-model-parallel-size", "2"): "--mtp-num-layers is 1; RMT "
+    "needs it left out with --pipeline-model-parallel-size 2 and tied embeddings, of which",
+    ("--mtp-num-layers", "1", "--context-parallel-size", "2"): "--mtp-num-layers is 1; RMT needs "
+    "it left out with --context-parallel-size 2:",
+    (
+        "--mtp-num-layers",
+        "1",
+        "--sequence-parallel",
+        *TP2,
+        *EXPERTS,
+    ): "--mtp-num-layers is 1; RMT needs it left out with --num-experts where rows are padded",
     (
         "--window-attn-skip-freq",
         "[1,0]*2",
@@ -528,10 +546,17 @@ def test_a_batch_grows_by_whole_micro_batches_in_a_run_counted_in_samples(
         # A chunk of a stage may be empty.
         ("Et|t|t|||||tL", None),
         ("Ett||tt|L", "is Ett||tt|L, which leaves nothing to pipeline stage 1; give each a layer"),
+        ("Et|t|t|||||tmmL", None),
+        (
+            "Et|t|t|tm|||mL",
+            "is Et|t|t|tm|||mL; put the layers of multi-token prediction (m) beside",
+        ),
         ("Et|t|t|||||xL", "is Et|t|t|||||xL: Invalid layer character: x"),
     ],
 )
-def test_no_pipeline_stage_may_be_empty(layout: str, sentence: str | None):
+def test_a_layout_gives_every_stage_something_and_the_last_all_predictions(
+    layout: str, sentence: str | None
+):
     args = _parse("--rmt", "--pipeline-model-parallel-size", "4")
     args.pipeline_model_parallel_layout = layout
     problems = [problem for problem in unsupported(args) if "-layout" in problem]
@@ -568,6 +593,19 @@ def test_ucc_wants_more_than_one_connection(monkeypatch: pytest.MonkeyPatch):
     for connections, problems in (("1", 1), ("8", 0)):
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
         assert sum("is ucc, for which" in one for one in validation._missing(args)) == problems
+
+
+def test_latent_attention_that_only_a_gpu_has_is_refused(monkeypatch: pytest.MonkeyPatch):
+    args = _parse("--rmt", "--multi-latent-attention", "--transformer-impl", "local")
+    assert "is local, whose attention" not in _refusal(args)
+    # Without what stands in for it on a CPU.
+    original = DotProductAttention.__init__.__wrapped__
+    monkeypatch.setattr(DotProductAttention, "__init__", original)
+    args.apply_rope_fusion = True
+    found = _refusal(args)
+    assert "--transformer-impl is local, whose attention Megatron cannot build with" in found
+    assert "--rope-type is yarn and rotation is fused" in found
+    assert "pass --no-rope-fusion: tokens" in found
 
 
 def test_all_problems_are_reported_at_once():
@@ -625,6 +663,7 @@ def test_what_the_page_of_megatrons_flags_calls_refused_is_and_nothing_else():
     both |= {"--fp8-format", "--fp8-recipe", "--position-embedding-type", "--transformer-impl"}
     both |= {"--moe-flex-dispatcher-backend", "--expert-model-parallel-size"}
     both |= {"--window-size", "--window-attn-skip-freq", "--context-parallel-size"}
+    both |= {"--mtp-num-layers"}
     assert refused_by_rmt & works <= both | {"--attention-dropout", "--hidden-dropout"}
 
 

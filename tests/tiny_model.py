@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, ModuleSpec, TransformerConfig
 from torch import Tensor
 
 # The embedding is padded, as Megatron's is; padding must never be drawn nor count.
@@ -25,6 +28,29 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 0.0,
     "correction_range_round_to_int": False,
+}
+
+
+# Of latent attention: keys, queries and values of different widths, and latents of another.
+LATENT = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 7,
+    "rope_type": "rope",
+    "transformer_impl": "local",
+    "qk_layernorm": True,
+}
+
+
+LATENT_YARN = {
+    "rope_type": "yarn",
+    "rotary_scaling_factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.0,
 }
 
 
@@ -67,15 +93,23 @@ def build_model(
         "gradient_accumulation_fusion": False,
         "apply_rope_fusion": False,
     }
-    config = TransformerConfig(**options | changes)
+    latent = changes.get("multi_latent_attention", False)
+    if latent:
+        options |= {"num_query_groups": None, "gated_linear_unit": True} | LATENT
+    config = (MLATransformerConfig if latent else TransformerConfig)(**options | changes)
     if position_embedding == "yarn":
         # As Megatron's flags set them, which are no fields.
         for name, value in YARN.items():
             setattr(config, f"yarn_{name}", value)
     named = {"num_experts": config.num_moe_experts, "qk_layernorm": config.qk_layernorm}
+    if latent:
+        named["multi_latent_attention"] = True
     if make_spec is get_gpt_layer_local_spec:
         named["normalization"] = config.normalization
     spec = make_spec(**named)
+    further = None
+    if config.mtp_num_layers:
+        further = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
     model = GPTModel(
         config,
         spec,
@@ -86,6 +120,7 @@ def build_model(
         position_embedding_type=position_embedding,
         rotary_percent=rotary_percent,
         share_embeddings_and_output_weights=tied,
+        mtp_block_spec=further,
         vp_stage=vp_stage,
     )
     return model.to(dtype)

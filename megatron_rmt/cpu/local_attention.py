@@ -1,9 +1,10 @@
-"""Megatron's attention for local layers, built where context-parallel ranks share a sequence.
+"""Megatron's attention for local layers, built where Megatron leaves it to Transformer Engine's.
 
-Megatron refuses to build it there, as it would see a rank's own part of a sequence alone; with a
-GPU, Transformer Engine's takes its place. RMT's trees bring their own attention
+Where context-parallel ranks share a sequence, Megatron refuses to build it, as it would see a
+rank's own part of a sequence alone. RMT's trees bring their own attention
 (``model/visibility.py``) and only ask for a module that stands there, so on a CPU it may be built,
-and refuses to run by itself.
+and refuses to run by itself. With latent attention Megatron hands it the widths of keys and values,
+which it does not take, though it can have keys of any width.
 """
 
 import copy
@@ -20,7 +21,18 @@ def install() -> None:
         return
 
     @functools.wraps(original)
-    def construct(self: Any, config: Any, *args: Any, **named: Any) -> None:
+    def construct(
+        self: Any,
+        config: Any,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **named: Any,
+    ) -> None:
+        if v_channels is not None:
+            config = copy.copy(config)
+            # Which it takes for the width of what it returns.
+            config.kv_channels = v_channels
         if config.context_parallel_size == 1:
             original(self, config, *args, **named)
             return

@@ -482,6 +482,18 @@ RELIED_ON: tuple[Symbol, ...] = (
         "input_ids position_ids attention_mask labels loss_mask packed_seq_params "
         "output_processor output_processor_context",
     ),
+    # What comes behind the decoder, where layers of multi-token prediction would run in every pass.
+    Symbol(
+        "megatron.core.models.gpt.gpt_model",
+        "GPTModel._postprocess",
+        "hidden_states rotary_pos_emb packed_seq_params output_processor output_processor_context",
+    ),
+    # Where latent attention rotates, and what it makes keys and values of.
+    Symbol(
+        "megatron.core.transformer.multi_latent_attention",
+        "MLASelfAttention.get_query_key_value_tensors",
+        "hidden_states key_value_states position_ids packed_seq_params",
+    ),
     # Whole weights for rollouts, where their gathering is overlapped.
     Symbol("megatron.training.training", "should_disable_forward_pre_hook"),
     *(

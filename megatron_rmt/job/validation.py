@@ -1,5 +1,6 @@
 """What RMT cannot run with, found on every rank before a model is built: all problems at once."""
 
+import inspect
 import math
 import os
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_rmt.algorithm.doors import find
@@ -109,8 +112,6 @@ def unsupported(args: Namespace) -> Iterator[str]:
     refused = {
         "--attention-dropout": (0.0, "generation and update must agree"),
         "--hidden-dropout": (0.0, "generation and update must agree"),
-        "--multi-latent-attention": (False, "the key-value store holds plain keys and values"),
-        "--mtp-num-layers": (None, "the head predicts one token"),
         "--experimental-attention-variant": (
             None,
             "tree attention stands in for softmax attention only",
@@ -166,9 +167,11 @@ def unsupported(args: Namespace) -> Iterator[str]:
             without = "it left out" if needed is None else needed
             yield f"{flag} is {value}; RMT needs {without}: {why}."
     yield from _context_parallel(args)
+    yield from _multi_token_prediction(args)
+    yield from _latent_attention(args)
     yield from _shards(args)
     yield from _growing_batch(args)
-    yield from _empty_stages(args)
+    yield from _layout(args)
     yield from _windows(args)
     if args.num_experts:
         yield from routing_problems(args)
@@ -208,6 +211,70 @@ def _context_parallel(args: Namespace) -> Iterator[str]:
         )
 
 
+def _multi_token_prediction(args: Namespace) -> Iterator[str]:
+    """What the layers of multi-token prediction cannot be combined with."""
+    layers = args.mtp_num_layers
+    if not layers:
+        return
+    given = f"--mtp-num-layers is {layers}; RMT needs it left out"
+    if args.context_parallel_size > 1:
+        yield (
+            f"{given} with --context-parallel-size {args.context_parallel_size}: the trunk would "
+            "lie on some ranks alone."
+        )
+    stages = args.pipeline_model_parallel_size
+    if stages > 1 and not args.untie_embeddings_and_output_weights:
+        yield (
+            f"{given} with --pipeline-model-parallel-size {stages} and tied embeddings, of which "
+            "Megatron can write no checkpoint; pass --untie-embeddings-and-output-weights."
+        )
+    if args.num_experts and (args.sequence_parallel or getattr(args, "fp8", None)):
+        yield (
+            f"{given} with --num-experts where rows are padded (--sequence-parallel, "
+            "--fp8-format): its router would count the padding."
+        )
+
+
+def _latent_attention(args: Namespace) -> Iterator[str]:
+    """What multi-head latent attention cannot be combined with."""
+    if not args.multi_latent_attention:
+        return
+    with_it = "with --multi-latent-attention"
+    ranks = args.context_parallel_size
+    if ranks > 1:
+        yield (
+            f"--context-parallel-size is {ranks}; RMT needs 1 {with_it}: each rank would store the "
+            "latents of its own rows."
+        )
+    for name in ("fp8", "fp4"):
+        if getattr(args, name, None):
+            yield (
+                f"--{name}-format is {getattr(args, name)}; RMT needs it left out {with_it}: "
+                "rollouts multiply by parts of a weight."
+            )
+    if args.apply_rope_fusion:
+        yield (
+            f"--rope-type is {args.rope_type or 'yarn'} and rotation is fused, which counts places "
+            f"from 0; {with_it} pass --no-rope-fusion: tokens of a tree have other positions."
+        )
+    if args.cache_mla_latents:
+        yield (
+            "--cache-mla-latents is True; RMT needs it left out: it is for Megatron's inference "
+            "engine, and rollouts store latents anyway."
+        )
+    if args.position_embedding_type == "yarn":
+        yield (
+            f"--position-embedding-type is yarn; {with_it}, whose layers rotate by themselves, "
+            "pass rope, and --rope-type yarn."
+        )
+    built = inspect.signature(DotProductAttention.__init__, follow_wrapped=False).parameters
+    if args.transformer_impl == "local" and "v_channels" not in built:
+        yield (
+            f"--transformer-impl is local, whose attention Megatron cannot build {with_it} on a "
+            "GPU; pass transformer_engine."
+        )
+
+
 def _growing_batch(args: Namespace) -> Iterator[str]:
     """What Megatron finds out in the middle of a run whose batch grows, or takes from the smallest
     batch of the layout: the learning rate's schedule and the data of a run that is given in steps.
@@ -242,8 +309,9 @@ def _growing_batch(args: Namespace) -> Iterator[str]:
         )
 
 
-def _empty_stages(args: Namespace) -> Iterator[str]:
-    """Pipeline stages that would hold no parameter; a chunk of one may hold none."""
+def _layout(args: Namespace) -> Iterator[str]:
+    """Pipeline stages that would hold no parameter; a chunk of one may hold none. And layers of
+    multi-token prediction that lie on another stage than the loss."""
     layout, stages = args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
     if not layout:
         return
@@ -257,6 +325,11 @@ def _empty_stages(args: Namespace) -> Iterator[str]:
         yield (
             f"--pipeline-model-parallel-layout is {layout}, which leaves nothing to pipeline stage "
             f"{empty[0]}; give each a layer, the embedding or the loss."
+        )
+    if any(LayerType.mtp in part for part in parts[:-1]):
+        yield (
+            f"--pipeline-model-parallel-layout is {layout}; put the layers of multi-token "
+            "prediction (m) beside the loss (L): RMT takes both together."
         )
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 
 class ModelChunks(torch.nn.ModuleList):
@@ -83,6 +85,24 @@ def _joined(chunks: tuple[GPTModel, ...]) -> ModelChunks:
 def chunks_of(model: Model) -> list[GPTModel]:
     """What this rank holds of the model, in the order of the layers: one chunk or several."""
     return [*model] if isinstance(model, ModelChunks) else [model]
+
+
+def decoder_modules(model: Model) -> Iterator[torch.nn.Module]:
+    """The modules that every pass runs; the layers of multi-token prediction are not among them."""
+    for chunk in chunks_of(model):
+        yield from chunk.decoder.modules()
+
+
+def all_rows(hidden: Tensor, config: TransformerConfig) -> Tensor:
+    """The decoder's output ``[rows (/tp under sequence parallel), 1, hidden]`` of all rows.
+
+    Backward takes this rank's share of a gradient that all tensor-parallel ranks hold alike.
+    """
+    if not config.sequence_parallel:
+        return hidden
+    return tensor_parallel.gather_from_sequence_parallel_region(
+        hidden, tensor_parallel_output_grad=False
+    )
 
 
 def named_parameters(

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
@@ -24,14 +25,19 @@ class LayerAttention:
     sink: Tensor | None = None
 
     @classmethod
-    def of(cls, attention: SelfAttention) -> "LayerAttention":
+    def of(cls, attention: SelfAttention | MLASelfAttention) -> "LayerAttention":
         """As the model's own configuration says."""
         config, number = attention.config, attention.layer_number
         skip = config.window_attn_skip_freq
         windowed = is_layer_window_attention(config.window_size, skip, number)
+        if isinstance(attention, MLASelfAttention):
+            scale = attention.softmax_scale
+        else:
+            width = attention.hidden_size_per_attention_head
+            scale = config.softmax_scale or 1.0 / math.sqrt(width)
         return cls(
             number,
-            config.softmax_scale or 1.0 / math.sqrt(attention.hidden_size_per_attention_head),
+            scale,
             config.window_size[0] if windowed else None,
         )
 

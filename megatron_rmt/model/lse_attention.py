@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -97,7 +98,14 @@ class LseAttention:
         window: None = None,
         sink: Tensor | None = None,
     ) -> Tensor:
-        return _MergedParts.apply(query, key, value, sink, *self._parts, scale)
+        # The kernels want all of one width.
+        width = value.shape[-1]
+        if width < key.shape[-1]:
+            value = F.pad(value, (0, key.shape[-1] - width))
+        elif width > key.shape[-1]:
+            query, key = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key))
+        output = _MergedParts.apply(query, key, value, sink, *self._parts, scale)
+        return output[..., :width]
 
 
 class _MergedParts(torch.autograd.Function):

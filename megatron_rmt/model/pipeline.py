@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_rmt.model.gpt import Model, chunks_of
+from megatron_rmt.model.gpt import Model, all_rows, chunks_of
 from megatron_rmt.model.visibility import Visibility
 
 # FP8 products want rows in whole blocks: 32 for the MX recipe, 16 for the others.
@@ -175,12 +175,9 @@ def finish_sends(sends: Sends, at_most: int = 0) -> None:
 
 def full_hidden(hidden: Tensor, config: Any) -> Tensor:
     """What the head reads, ``[rows, hidden]`` of all rows, from the decoder's output
-    ``[rows (/tp under sequence parallel), 1, hidden]``."""
-    if config.sequence_parallel:
-        # The head sums d hidden over the ranks itself, so backward only takes this rank's share.
-        hidden = tensor_parallel.gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=False
-        )
+    ``[rows (/tp under sequence parallel), 1, hidden]``. The head sums its gradient over the
+    ranks."""
+    hidden = all_rows(hidden, config)
     # MuP multiplies the scores, which are linear in the hidden states.
     multiplier = config.mup_output_mult if config.use_mup else 1.0
     return hidden[:, 0] if multiplier == 1.0 else hidden[:, 0] * multiplier

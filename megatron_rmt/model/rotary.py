@@ -20,6 +20,9 @@ def check_rotary_scaling(args: Namespace, model: Model) -> None:
     """
     if not args.use_rope_scaling or args.position_embedding_type != "rope":
         return
+    if args.multi_latent_attention:
+        # Its layers have a table of their own, and flags for it.
+        return
     built = chunks_of(model)[0].rotary_pos_emb
     asked = RotaryEmbedding(
         kv_channels=args.kv_channels,

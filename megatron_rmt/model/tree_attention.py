@@ -48,7 +48,8 @@ class TreeAttention(Protocol):
         sink: Tensor | None = None,
     ) -> Tensor:
         """``query`` ``[own rows, heads, dim]`` over ``key`` and ``value`` of one layer
-        ``[tokens, kv heads, dim]``: ``[own rows, heads, dim]``, differentiable in all three.
+        ``[tokens, kv heads, dim]``: ``[own rows, heads, dim]``, differentiable in all three; the
+        dims of values, and so of what is returned, may be others.
         window, sink: of the layer, as in ``LayerAttention``; differentiable in the sink too."""
         ...
 
@@ -72,10 +73,10 @@ class SdpaAttention:
         window: int | None = None,
         sink: Tensor | None = None,
     ) -> Tensor:
-        width = query.shape[2]
+        width = value.shape[2]
         if sink is not None:
             query, key, value = _with_sink(query, key, value, sink, scale)
-        outputs = [query[:0]]
+        outputs = [query.new_empty(0, query.shape[1], value.shape[2])]
         first = self._rows.start
         pieces = (piece for block in self.blocks for piece in _pieces(block, window, self._rows))
         for piece in pieces:
@@ -208,7 +209,8 @@ class FlexAttention:
     ) -> Tensor:
         count, tokens = len(query), len(key)
         if not count:
-            return query if sink is None else query + 0 * sink.sum()
+            none = query.sum(-1, keepdim=True).expand(-1, -1, value.shape[2])
+            return none if sink is None else none + 0 * sink.sum()
         query, key, value = (
             F.pad(x, (0, 0, 0, 0, 0, -len(x) % _FLEX_BLOCK)) for x in (query, key, value)
         )

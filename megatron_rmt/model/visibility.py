@@ -14,17 +14,20 @@ without a visibility reach the original unchanged.
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_rmt.model import latent_attention
 from megatron_rmt.model.blocks import Block, longest_path
 from megatron_rmt.model.context_parallel import RowSplit, alone, gather_keys
 from megatron_rmt.model.layer_attention import LayerAttention
@@ -40,10 +43,16 @@ class Visibility(PackedSeqParams):
 
     position_ids: ``[padded tokens]`` int64, the rotary position of each token.
     tokens: number of real tokens; what follows is padding, sees nothing and yields zeros.
+    latents: of a layer with latent attention, ``[tokens, 1, dim]``, while it attends.
     """
+
+    # Whether keys and values are stored, and whether stored ones are all that is attended to.
+    stores: ClassVar[bool] = False
+    reads_stored: ClassVar[bool] = False
 
     position_ids: Tensor | None = None
     tokens: int = 0
+    latents: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def use_position_ids(self, position_ids: Tensor, longest: int) -> None:
         """Set ``position_ids``, all below ``longest``."""
@@ -62,7 +71,8 @@ class Visibility(PackedSeqParams):
     def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of ``query`` ``[tokens, heads, dim]`` over ``key``, ``value``
         ``[tokens, kv heads, dim]`` (this layer's; rotated, unless by ``take_angles``):
-        ``[tokens, heads, dim]``."""
+        ``[tokens, heads, dim]``. Values may have other dims, and so has what is returned; the same
+        tensor as ``key`` if latents are both."""
         raise NotImplementedError(f"{type(self).__name__} must say how its tokens attend.")
 
 
@@ -118,21 +128,26 @@ def attach_tree_attention(model: torch.nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, TransformerLayer):
             _check_attention(module)
-        if isinstance(module, SelfAttention):
-            _follow_visibility(module.core_attention, LayerAttention.of(module))
+        if isinstance(module, SelfAttention | MLASelfAttention):
+            _follow_visibility(module)
             _mark_as_split(getattr(module.core_attention, "softmax_offset", None))
             attached += 1
         if hasattr(module, "rotary_pos_emb") and hasattr(module, "decoder"):
             _rotate_by_visibility(module.decoder)
+        if isinstance(module, GPTModel) and module.config.mtp_num_layers:
+            _hand_over_hidden(module)
+            if module.mtp_process:
+                _rotate_by_visibility(module.mtp)
     return attached
 
 
 def _check_attention(layer: TransformerLayer) -> None:
     attention = layer.self_attention
-    if not isinstance(attention, SelfAttention | IdentityOp):
+    if not isinstance(attention, SelfAttention | MLASelfAttention | IdentityOp):
         raise ValueError(
             f"RMT: layer {layer.layer_number} has a {type(attention).__name__}, which a tree of "
-            "tokens cannot be told to; pass a layer specification (--spec) with SelfAttention."
+            "tokens cannot be told to; pass a layer specification (--spec) with SelfAttention or "
+            "MLASelfAttention."
         )
     if layer.config.fused_single_qkv_rope:
         raise ValueError(
@@ -141,26 +156,72 @@ def _check_attention(layer: TransformerLayer) -> None:
         )
 
 
-def _follow_visibility(core_attention: torch.nn.Module, layer: LayerAttention) -> None:
+def _follow_visibility(attention: SelfAttention | MLASelfAttention) -> None:
+    core_attention, layer = attention.core_attention, LayerAttention.of(attention)
     if getattr(core_attention.forward, "follows_visibility", False):
         return
     original = core_attention.forward
+    is_latent = isinstance(attention, MLASelfAttention)
+    if is_latent:
+        _project_by_visibility(attention)
 
     @functools.wraps(original)
     def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         visibility = kwargs.get("packed_seq_params")
         if not isinstance(visibility, Visibility):
             return original(query, key, value, *args, **kwargs)
-        real = slice(0, visibility.tokens)
+        rows, real = query.shape[0], slice(0, visibility.tokens)
         own = layer.with_sink(getattr(core_attention, "softmax_offset", None))
-        output = visibility.attend(own, query[real, 0], key[real, 0], value[real, 0])
+        query, key, value = (x[real, 0] for x in (query, key, value))
+        if is_latent and visibility.reads_stored:
+            query = latent_attention.absorbed(attention, query)
+            output = visibility.attend(own, query, visibility.latents, visibility.latents)
+            output = latent_attention.values_of(attention, output)
+        else:
+            output = visibility.attend(own, query, key, value)
+        visibility.latents = None
         output = output.flatten(1)
-        if visibility.tokens < query.shape[0]:
-            output = F.pad(output, (0, 0, 0, query.shape[0] - visibility.tokens))
+        if visibility.tokens < rows:
+            output = F.pad(output, (0, 0, 0, rows - visibility.tokens))
         return output[:, None]
 
     forward.follows_visibility = True
     core_attention.forward = forward
+
+
+def _project_by_visibility(attention: MLASelfAttention) -> None:
+    """Rotate by the rows' positions, and keep the latents where keys and values are stored.
+
+    Without ``packed_seq_params``, as Megatron would take them for sequences end to end.
+    """
+    original = attention.get_query_key_value_tensors
+
+    @functools.wraps(original)
+    def project(
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **others: Any,
+    ) -> Any:
+        visibility = packed_seq_params
+        if not isinstance(visibility, Visibility):
+            return original(
+                hidden_states, key_value_states, position_ids, packed_seq_params, **others
+            )
+        with latent_attention.rotating_by(
+            attention, visibility.position_ids, visibility.max_seqlen_q
+        ):
+            found = original(hidden_states, key_value_states, position_ids, None, **others)
+        query, key, *rest = found
+        found = query, latent_attention.with_whole_gradient(attention, key), *rest
+        if visibility.stores:
+            _, key, _, _, compressed = found
+            latents = latent_attention.latents(attention, key, compressed)
+            visibility.latents = latents[: visibility.tokens]
+        return found
+
+    attention.get_query_key_value_tensors = project
 
 
 def _mark_as_split(sink: Tensor | None) -> None:
@@ -169,6 +230,36 @@ def _mark_as_split(sink: Tensor | None) -> None:
     for parameter in (sink, getattr(sink, "main_param", None)):
         if parameter is not None:
             parameter.tensor_model_parallel = True
+
+
+def _hand_over_hidden(model: GPTModel) -> None:
+    """Give the decoder's output to the ``output_processor`` at once, where there is a visibility.
+
+    Megatron lets the layers of multi-token prediction run before it, over all rows and with logits
+    of all of them: of rollouts, of stems and branches, too.
+    """
+    original = model._postprocess
+    if getattr(original, "follows_visibility", False):
+        return
+
+    @functools.wraps(original)
+    def postprocess(*args: Any, **kwargs: Any) -> Any:
+        if not isinstance(kwargs.get("packed_seq_params"), Visibility):
+            return original(*args, **kwargs)
+        if not model.post_process:
+            return kwargs["hidden_states"]
+        tied = model.share_embeddings_and_output_weights
+        return kwargs["output_processor"](
+            hidden_states=kwargs["hidden_states"],
+            output_layer=model.output_layer,
+            output_weight=model.shared_embedding_or_output_weight() if tied else None,
+            rotary_pos_emb=kwargs["rotary_pos_emb"],
+            context=kwargs["output_processor_context"],
+            config=model.config,
+        )
+
+    postprocess.follows_visibility = True
+    model._postprocess = postprocess
 
 
 def _rotate_by_visibility(decoder: torch.nn.Module) -> None:

@@ -30,7 +30,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from megatron_rmt.cpu import compiled, layer_kernels
-from megatron_rmt.model.gpt import Model
+from megatron_rmt.model.gpt import Model, decoder_modules
 from megatron_rmt.model.visibility import Visibility
 from megatron_rmt.rollout.kv_cache import DecodeVisibility, StemVisibility
 
@@ -56,7 +56,7 @@ _recorded: WeakKeyDictionary[Model, dict[Any, _Graphs | None]] = WeakKeyDictiona
 def captured_layers(model: Model) -> Iterator[None]:
     """Within, passes over stems and over new tokens, without gradient, run captured layers."""
     recorded = _recorded.setdefault(model, {})
-    layers = [layer for layer in model.modules() if _can_be_captured(layer)]
+    layers = [layer for layer in decoder_modules(model) if _can_be_captured(layer)]
     for layer in layers:
         parameters = [parameter.detach() for parameter in layer.parameters()]
         kind = layer.training, *((x.shape, x.dtype) for x in parameters)

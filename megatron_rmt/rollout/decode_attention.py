@@ -13,6 +13,9 @@ from torch import Tensor
 
 from megatron_rmt.rollout.row_limits import RowLimits
 
+# Dims that the kernels hold on a processor at once; latents have more.
+WIDEST_HEAD = 256
+
 
 def decode_attention(
     query: Tensor,
@@ -29,7 +32,7 @@ def decode_attention(
     softmax and the sums over keys are fp32 (fp64 for fp64 inputs). Returns ``[rows, heads, dim]``;
     zeros where a row sees nothing.
     """
-    if runs_kernels(query):
+    if runs_kernels(query) and query.shape[-1] <= WIDEST_HEAD:
         from megatron_rmt.rollout import decode_attention_triton
 
         return decode_attention_triton.attend(query, trunk, tails, limits, scale, sink)

@@ -5,9 +5,11 @@ branch, is its tail. ``TrunkVisibility`` reads trunks, ``StemVisibility`` starts
 ``DecodeVisibility`` adds one token to each; on a GPU ``LimitsVisibility`` does both.
 """
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,11 +28,26 @@ from megatron_rmt.rollout.store_rotated import Rotation, store_rotated
 Trunks = Sequence[tuple[slice, Tensor, Tensor, Tensor]]
 
 
+Pair = tuple[Tensor, Tensor]
+
+
+def _both(change: Callable[[Tensor], Tensor], pair: Pair) -> Pair:
+    """What ``change`` makes of keys and values; of latents, which are both, once."""
+    key, value = pair
+    changed = change(key)
+    return changed, changed if value is key else change(value)
+
+
+def _move(tail: Tensor, indices: Tensor) -> Tensor:
+    """``tail`` with rows in the place of others: ``indices`` ``[2, moved]``, places, then rows."""
+    return tail.index_copy_(0, indices[0], tail.index_select(0, indices[1]))
+
+
 class KeyValueStore:
     """Keys and values of the trunks of one rank for one step of rollouts, per layer.
 
     ``[kv heads, trunk tokens, dim]``, stored once and read by every rollout. Keys are rotated when
-    they are written.
+    they are written. Where latents are keys and values, both are one tensor.
     """
 
     def __init__(self, trunk_tokens: int) -> None:
@@ -40,8 +57,10 @@ class KeyValueStore:
     def write_trunk(self, layer: int, first: int, key: Tensor, value: Tensor) -> None:
         """Store ``[tokens, kv heads, dim]`` at trunk row ``first``."""
         if layer not in self.trunk:
-            shape = (key.shape[1], self.trunk_tokens, key.shape[2])
-            self.trunk[layer] = (key.new_empty(shape), value.new_empty(shape))
+            self.trunk[layer] = _both(
+                lambda new: new.new_empty(new.shape[1], self.trunk_tokens, new.shape[2]),
+                (key, value),
+            )
         for stored, new in zip(self.trunk[layer], (key, value), strict=True):
             stored[:, first : first + new.shape[0]] = new.transpose(0, 1)
 
@@ -58,13 +77,14 @@ class TailCache:
 
     def start(self, layer: int, key: Tensor, value: Tensor, group: int) -> None:
         """``group`` tails per position, each begun with ``[positions, stem, kv heads, dim]``."""
-        tails = []
-        for new in (key, value):
+
+        def begun(new: Tensor) -> Tensor:
             positions, length, heads, width = new.shape
             tail = new.new_empty(positions * group, heads, self.capacity, width)
             tail[:, :, :length] = new.transpose(1, 2).repeat_interleave(group, dim=0)
-            tails.append(tail)
-        self.stored[layer] = (tails[0], tails[1])
+            return tail
+
+        self.stored[layer] = _both(begun, (key, value))
 
     def write(self, layer: int, column: int, key: Tensor, value: Tensor) -> None:
         """Store one token per rollout, ``[rollouts, kv heads, dim]``, at ``column``."""
@@ -75,9 +95,9 @@ class TailCache:
         """Keys and values of a layer's ``count`` tails, made when they are first asked for, for
         tokens such as ``[tokens, kv heads, dim]``."""
         if layer not in self.stored:
-            self.stored[layer] = tuple(
-                new.new_empty(count, new.shape[1], self.capacity, new.shape[2])
-                for new in (key, value)
+            self.stored[layer] = _both(
+                lambda new: new.new_empty(count, new.shape[1], self.capacity, new.shape[2]),
+                (key, value),
             )
         return self.stored[layer]
 
@@ -92,10 +112,8 @@ class TailCache:
             if moved:
                 # Once: for the next layer they are there.
                 indices = indices.to(tails[0].device, non_blocking=True)
-                for tail in tails:
-                    tail.index_copy_(0, indices[0], tail.index_select(0, indices[1]))
-            key, value = (tail[: len(rows)] for tail in tails)
-            self.stored[layer] = key, value
+                _both(functools.partial(_move, indices=indices), tails)
+            self.stored[layer] = _both(lambda tail: tail[: len(rows)], tails)
 
 
 @dataclass
@@ -105,13 +123,17 @@ class TrunkVisibility(TreeVisibility):
     first_row: where this micro-batch's trunk starts in the store.
     """
 
+    stores: ClassVar[bool] = True
+
     store: KeyValueStore | None = None
     first_row: int = 0
 
     def attend_all(
         self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        self.store.write_trunk(layer.number, self.first_row, key, value)
+        latents = self.latents
+        stored = (key, value) if latents is None else (latents, latents)
+        self.store.write_trunk(layer.number, self.first_row, *stored)
         return super().attend_all(layer, query, key, value)
 
 
@@ -162,6 +184,9 @@ class StoredTrunkVisibility(Visibility):
 
     trunks: which trunk rows each row of the batch sees.
     """
+
+    stores: ClassVar[bool] = True
+    reads_stored: ClassVar[bool] = True
 
     store: KeyValueStore | None = None
     tails: TailCache | None = None
@@ -282,7 +307,7 @@ class StemVisibility(StoredTrunkVisibility):
     def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         positions = self.trunks[-1].rows.stop
         length, (kv_heads, width) = query.shape[0] // positions, key.shape[1:]
-        key, value = (x.view(positions, length, kv_heads, width) for x in (key, value))
+        key, value = _both(lambda x: x.view(positions, length, kv_heads, width), (key, value))
         self.tails.start(layer.number, key, value, self.group)
         # [positions, kv heads, heads of a kv head * stem, dim]
         query = query.view(positions, length, kv_heads, -1, width).permute(0, 2, 3, 1, 4)
@@ -331,6 +356,9 @@ class LimitsVisibility(Visibility):
     ``[copies, tokens]`` at ``columns`` int64 ``[tokens]``. count: tails of the batch. rotation: of
     the tokens, in all layers; None where the layers rotate.
     """
+
+    stores: ClassVar[bool] = True
+    reads_stored: ClassVar[bool] = True
 
     store: KeyValueStore | None = None
     tails: TailCache | None = None

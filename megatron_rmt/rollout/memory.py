@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch.distributed import ProcessGroup
 
-from megatron_rmt.model.gpt import Model
+from megatron_rmt.model.gpt import Model, decoder_modules
 
 GIB = 2**30
 
@@ -22,7 +23,12 @@ def in_bytes(gib: float | None) -> int | None:
 def key_value_bytes(model: Model) -> int:
     """Bytes of the keys and values of one token in all layers of this rank's stage."""
     config = model.config
-    layers = sum(isinstance(module, SelfAttention) for module in model.modules())
+    kinds = SelfAttention | MLASelfAttention
+    layers = sum(isinstance(module, kinds) for module in decoder_modules(model))
+    if config.multi_latent_attention:
+        # Whole on every tensor-parallel rank.
+        latent = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        return layers * latent * config.params_dtype.itemsize
     heads = config.num_query_groups or config.num_attention_heads
     per_rank = max(1, heads // config.tensor_model_parallel_size)
     return layers * 2 * per_rank * config.kv_channels * config.params_dtype.itemsize

@@ -21,11 +21,13 @@ def is_recordable(config: TransformerConfig, device: torch.device) -> bool:
     """Whether a step of this rank's layers asks the host nothing.
 
     Experts ask how many tokens each gets, and Transformer Engine keeps the scales of FP8 and FP4 by
-    itself; with Megatron's own CUDA graphs there is nothing left to record.
+    itself; latent attention was not looked at; with Megatron's own CUDA graphs there is nothing
+    left to record.
     """
     return (
         device.type == "cuda"
         and not config.num_moe_experts
+        and not config.multi_latent_attention
         and not (config.fp8 or config.fp4)
         and config.cuda_graph_impl == "none"
     )

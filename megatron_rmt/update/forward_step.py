@@ -24,6 +24,7 @@ from megatron_rmt.algorithm.rewards import Metric
 from megatron_rmt.model.head import token_loss_sum
 from megatron_rmt.model.pipeline import full_hidden
 from megatron_rmt.model.routers import padding_mask
+from megatron_rmt.update.multi_token import MultiTokenPredictions, multi_token_loss
 from megatron_rmt.update.tree import ReasonedSample, Tree
 
 
@@ -34,7 +35,8 @@ class Update:
     metrics: [sum, count] of what is known before the update; every micro-batch of every rank has
     the same keys. largest_difference, difference: 0-d and ``[sum, tokens]``, filled by the loss:
     |log-prob now - when drawn|, zeros on stages without a loss. output: ``[1 + predictions]`` fp32,
-    the loss and the targets' log-probs, once there are any. reasoned: the tree's samples.
+    the loss and the targets' log-probs, once there are any. reasoned: the tree's samples. further:
+    of the layers of multi-token prediction, None without them.
     """
 
     tree: Tree
@@ -44,6 +46,7 @@ class Update:
     difference: Tensor = field(default_factory=lambda: torch.zeros(2))
     output: Tensor | None = None
     reasoned: Sequence[ReasonedSample] = ()
+    further: MultiTokenPredictions | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class LossSettings:
     """ntp_coefficient: the paper's lambda. temperature: at which responses were drawn.
     vocab_size: without padding. chunk_size: rows of the head at a time. ntp_tokens: unmasked NTP
     tokens of the global batch. scale: undoes what Megatron divides the loss by. loss: what is
-    trained and logged."""
+    trained and logged. further_tokens: the same as ntp_tokens, of each layer of multi-token
+    prediction."""
 
     ntp_coefficient: float
     temperature: float
@@ -60,6 +64,7 @@ class LossSettings:
     ntp_tokens: float
     scale: float
     loss: TokenLoss = token_losses
+    further_tokens: Sequence[float] = ()
 
 
 def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
@@ -77,7 +82,7 @@ def make_forward_step(settings: LossSettings) -> Callable[..., Any]:
                 packed_seq_params=update.tree.visibility,
                 padding_mask=_padding(update.tree, model),
                 output_processor=_read_predictions,
-                output_processor_context=(update.tree, update.predictions, settings),
+                output_processor_context=(update, settings, model),
             )
         return output, functools.partial(_loss, update, settings)
 
@@ -97,8 +102,9 @@ def _read_predictions(
     hidden_states: Tensor,
     output_layer: Any,
     output_weight: Tensor | None,
-    context: tuple[Tree, Predictions, LossSettings],
+    context: tuple[Update, LossSettings, torch.nn.Module],
     config: Any,
+    rotary_pos_emb: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
     """``GPTModel``'s ``output_processor``: ``[1 + predictions]`` fp32.
@@ -106,7 +112,8 @@ def _read_predictions(
     First the loss, then the log-probs of the tree's targets, constants. Only rows that predict
     something reach the head. The sampling temperature divides the scores of responses.
     """
-    tree, predictions, settings = context
+    update, settings, model = context
+    tree, predictions = update.tree, update.predictions
     hidden = full_hidden(hidden_states, config)
     hidden = _rows_of(hidden, tree.predicting, sorts=hidden.is_cuda)
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -118,20 +125,33 @@ def _read_predictions(
         return losses.hybrid(settings.ntp_coefficient)
 
     weight = output_layer.weight if output_weight is None else output_weight
+    how = {
+        "vocab_size": settings.vocab_size,
+        "chunk_size": settings.chunk_size,
+        # A tied weight gets a second gradient, of the embedding, which Megatron adds itself.
+        "into_main_grad": output_weight is None
+        and config.gradient_accumulation_fusion
+        and hasattr(weight, "main_grad"),
+    }
     total, log_probs = token_loss_sum(
         hidden,
         weight,
         tree.targets,
         loss,
-        vocab_size=settings.vocab_size,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
-        chunk_size=settings.chunk_size,
         scale=scale,
-        # A tied weight gets a second gradient, of the embedding, which Megatron adds itself.
-        into_main_grad=output_weight is None
-        and config.gradient_accumulation_fusion
-        and hasattr(weight, "main_grad"),
+        **how,
     )
+    if update.further is not None:
+        total = total + multi_token_loss(
+            get_attr_wrapped_model(model, "mtp", return_model_obj=True),
+            hidden_states,
+            update.further,
+            settings.further_tokens,
+            weight=weight,
+            rotary_pos_emb=rotary_pos_emb,
+            **how,
+        )
     return torch.cat([total[None], log_probs])
 
 
@@ -179,6 +199,12 @@ def _loss(
     report["rmt warm-up loss"] = torch.stack([supervised, one])
     update.difference = torch.stack([difference.sum(), tree.drawn.float().sum()])
     report["rmt logprob difference"] = update.difference
+    if update.further is not None:
+        # Megatron's names of them.
+        for number, (losses, count) in enumerate(
+            zip(update.further.losses, update.further.counts, strict=True), start=1
+        ):
+            report[f"mtp_{number} loss"] = torch.stack([losses, losses.new_tensor(count)])
     report = {key: value.float() for key, value in report.items()}
     one_token = torch.ones((), dtype=torch.int, device=log_probs.device)
     return total * settings.scale, one_token, report

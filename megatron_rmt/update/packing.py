@@ -73,20 +73,33 @@ class TreeCost:
 
 def tree_cost(config: Any, vocab_size: int) -> TreeCost:
     """Cost of trees of a model with Megatron's ``TransformerConfig``; every layer counts alike."""
-    heads = config.num_attention_heads * config.kv_channels
-    key_heads = (config.num_query_groups or config.num_attention_heads) * config.kv_channels
     width = config.ffn_hidden_size
     if config.num_moe_experts:
         width = config.moe_router_topk * config.moe_ffn_hidden_size
         width += config.moe_shared_expert_intermediate_size or 0
-    matrices = config.hidden_size * (
-        2 * heads + 2 * key_heads + (3 if config.gated_linear_unit else 2) * width
-    )
+    attention, pair = _attention_cost(config)
+    matrices = attention + config.hidden_size * (3 if config.gated_linear_unit else 2) * width
     return TreeCost(
         token=2 * matrices * config.num_layers,
-        pair=4 * heads * config.num_layers,
+        pair=2 * pair * config.num_layers,
         prediction=2 * config.hidden_size * vocab_size,
     )
+
+
+def _attention_cost(config: Any) -> tuple[int, int]:
+    """Multiplications of one layer's attention: by its weights for a token, and for a pair."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if not config.multi_latent_attention:
+        query = heads * config.kv_channels
+        key = (config.num_query_groups or heads) * config.kv_channels
+        return hidden * (2 * query + 2 * key), 2 * query
+    rank, rotated = config.kv_lora_rank, config.qk_pos_emb_head_dim
+    query, value = heads * (config.qk_head_dim + rotated), heads * config.v_head_dim
+    down = hidden * (rank + rotated) + rank * (heads * config.qk_head_dim + value)
+    to_query = hidden * query
+    if config.q_lora_rank:
+        to_query = config.q_lora_rank * (hidden + query)
+    return down + to_query + hidden * value, query + value
 
 
 def deal_out(

@@ -109,7 +109,7 @@ def place_of_prediction(tree: Tree, reasoned: Sequence[ReasonedSample], predicti
 
 
 # A row that predicts nothing, for a micro-batch without samples: Megatron wants one token at least.
-_NO_SAMPLE = Sample(
+NO_SAMPLE = Sample(
     index=-1,
     tokens=torch.zeros(1, dtype=torch.int64),
     position_ids=torch.zeros(1, dtype=torch.int64),
@@ -132,7 +132,7 @@ def grow_tree(
     No NTP loss falls on a chosen position (the paper's mask m_pos). longest_position: bound on
     every position id, sizes the rotary table. attention: a name of ``--rmt-attention``.
     """
-    reasoned = reasoned or [ReasonedSample(_NO_SAMPLE)]
+    reasoned = reasoned or [ReasonedSample(NO_SAMPLE)]
     trunk = [of.sample for of in reasoned]
     # The trunk: which of its rows predict their label.
     tokens = [sample.tokens.numpy() for sample in trunk]

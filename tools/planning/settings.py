@@ -194,6 +194,9 @@ def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: P
     ranks = args.context_parallel_size
     if ranks > 1:
         problems.append(f"--context-parallel-size is {ranks}; a plan is of 1, which it counts.")
+    for name in ("multi_latent_attention", "mtp_num_layers"):
+        if getattr(args, name):
+            problems.append(f"{_flag(name)} is {getattr(args, name)}; a plan does not count it.")
     if problems:
         raise ValueError(" ".join(problems))
     args.world_size, args.on_cpu = world_size, on_cpu
