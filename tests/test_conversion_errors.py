@@ -180,7 +180,7 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
     "odd heads": (config(head_dim=7), "heads of size 7"),
     "no family": (
         config(model_type=...),
-        "model_type None .* supported families: glm4_moe, gpt_oss, llama",
+        "model_type None .* supported families: deepseek_v3, glm4_moe, gpt_oss, llama",
     ),
     "list of families": (config(model_type=[]), r"model_type \[\] of config.json is not supported"),
     "object of families": (
@@ -213,7 +213,7 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "GLM-4.5 with groups of experts": (
         config(model_type="glm4_moe", n_group=4),
-        r"n_group=4; only models that choose experts from one group \(1\)",
+        "n_group=4, topk_group=1 and num_experts_per_tok=8; .* the two must be the same",
     ),
     "GLM-4.5 with raw sigmoids": (
         config(model_type="glm4_moe", norm_topk_prob=False),
@@ -222,6 +222,18 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
     "more than whole heads turned": (
         config(model_type="glm4_moe", partial_rotary_factor=1.5),
         "partial_rotary_factor=1.5; it must be a positive number of at most 1",
+    ),
+    "DeepSeek-V3 that rotates halves": (
+        config(model_type="deepseek_v3", first_k_dense_replace=1, rope_interleave=False),
+        "rope_interleave=False; of the family deepseek_v3 only models with it",
+    ),
+    "YaRN that latent attention has no flags for": (
+        config(
+            model_type="deepseek_v3",
+            first_k_dense_replace=1,
+            rope_parameters={"rope_type": "yarn", "factor": 4.0, "beta_fast": 16},
+        ),
+        "with latent attention Megatron 0.19 has YaRN with original_max_position_embeddings=4096",
     ),
     "rotary base": (config(rope_parameters={"rope_theta": 1.5}), "rope_theta=1.5"),
     "infinite rotary base": (rotary_base(float("inf")), "rope_theta=inf; it must be a positive"),

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tests.distributed import run_distributed
 from tests.tiny_checkpoints import (
     EXPERTS,
+    LATENT,
     MODELS,
     TOKENS,
     TOOLS,
@@ -150,6 +151,11 @@ def test_keys_are_those_of_megatrons_local_specification(converted: Path, alone:
         norms = {PRE_MLP_NORM} if name in EXPERTS else set()
         if name in UNEVEN:
             norms = {numbered(PRE_MLP_NORM, layer) for layer in (1, 2, 3)}
+        if name in LATENT:
+            projections = ("linear_q_up_proj", "linear_kv_up_proj")
+            norms = {f"{ATTENTION}.{part}.layer_norm_weight" for part in projections}
+            norms |= {"decoder.layers.mlp.linear_fc1.layer_norm_weight"}
+            norms = {numbered(key, layer) for key in norms for layer in range(4)}
         assert others == norms, name
 
 
@@ -181,6 +187,15 @@ QUERY_KEY_NORMS = f"""
 {ATTENTION}.k_layernorm.weight {ATTENTION}.k_layernorm._extra_state[]"""
 
 
+LATENT_ATTENTION = f"""
+decoder.layers.input_layernorm.weight decoder.layers.input_layernorm._extra_state[]
+{ATTENTION}.linear_proj.weight {ATTENTION}.linear_proj._extra_state[]
+{ATTENTION}.linear_q_down_proj.weight {ATTENTION}.linear_q_down_proj._extra_state[]
+{ATTENTION}.linear_q_up_proj.weight {ATTENTION}.linear_q_up_proj._extra_state[]
+{ATTENTION}.linear_q_up_proj.layer_norm_weight
+{ATTENTION}.linear_kv_down_proj.weight {ATTENTION}.linear_kv_down_proj._extra_state[]
+{ATTENTION}.linear_kv_up_proj.weight {ATTENTION}.linear_kv_up_proj._extra_state[]
+{ATTENTION}.linear_kv_up_proj.layer_norm_weight"""
 SHARED_EXPERTS = """
 decoder.layers.mlp.router.expert_bias
 decoder.layers.mlp.shared_experts.linear_fc1._extra_state[]
@@ -219,17 +234,23 @@ def test_keys_are_those_of_the_transformer_engine_specification(
 @pytest.mark.parametrize("name", UNEVEN)
 def test_layers_that_differ_have_keys_of_their_own(converted: Path, name: str):
     """As the Transformer Engine specification has them."""
-    norms = QUERY_KEY_NORMS if name == "glm-4.5" else ""
-    bias = f" {ATTENTION}.linear_qkv.bias"
+    attention = TRANSFORMER_ENGINE + f" {ATTENTION}.linear_qkv.bias"
+    attention += QUERY_KEY_NORMS if name == "glm-4.5" else ""
+    # What the local specification has elsewhere.
+    spare = {numbered("decoder.layers.mlp.linear_fc1.layer_norm_weight", n) for n in (1, 2, 3)}
+    if name in LATENT:
+        attention = LATENT_ATTENTION
+        spare |= {
+            numbered(f"{ATTENTION}.{k}_layernorm.weight", n) for k in ["q", "kv"] for n in range(4)
+        }
+        spare.add(numbered(PRE_MLP_NORM, 0))
     expected = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
     expected.add("output_layer.weight")
     for layer in range(4):
         mlp = EXPERT_MLP + SHARED_EXPERTS if layer else DENSE_MLP
-        own = (TRANSFORMER_ENGINE + norms + bias + mlp).split()
-        expected |= {numbered(key, layer) for key in own}
+        expected |= {numbered(key, layer) for key in (attention + mlp).split()}
     written = {re.sub(r"/shard_.*", "[]", key) for key in written_keys(converted, name)}
-    fc1_norm = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
-    assert written - expected == {numbered(fc1_norm, layer) for layer in (1, 2, 3)}
+    assert written - expected == spare
     assert not expected - written
 
 

@@ -29,7 +29,8 @@ DENSE = (
     "phi3",
     "smollm3",
 )
-UNEVEN = ("glm-4.5", "glm-4.5-air")  # the first layer has no experts
+LATENT = ("deepseek-v3", "deepseek-v3-yarn")
+UNEVEN = ("glm-4.5", "glm-4.5-air", *LATENT)  # the first layer has no experts
 EXPERTS = ("mixtral", "qwen3-moe", "qwen3-moe-unnormalised", "gpt-oss", *UNEVEN)
 MODELS = (*DENSE, *EXPERTS)
 
@@ -52,6 +53,9 @@ wide = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head
 shared = dict(num_hidden_layers=4, n_routed_experts=4, n_shared_experts=2, head_dim=16,
     num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1, attention_bias=True,
     routed_scaling_factor=1.5, norm_topk_prob=True, num_nextn_predict_layers=0, pad_token_id=1)
+latent = dict(n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2, head_dim=8,
+    attention_bias=False, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8,
+    v_head_dim=10, num_key_value_heads=4)
 kinds = {
     "llama": ("llama", {}),
     "smollm2": ("llama", dict(tie_word_embeddings=True, num_attention_heads=6,
@@ -72,6 +76,10 @@ kinds = {
         sliding_window=9, pad_token_id=1, rope_parameters=yarn)),
     "glm-4.5": ("glm4_moe", shared | dict(use_qk_norm=True)),
     "glm-4.5-air": ("glm4_moe", shared),
+    "deepseek-v3": ("deepseek_v3", shared | latent),
+    "deepseek-v3-yarn": ("deepseek_v3", shared | latent | dict(n_group=1, topk_group=1,
+        rope_parameters=yarn | dict(truncate=True, original_max_position_embeddings=4096,
+            factor=40.0, mscale=0.7, mscale_all_dim=1.0))),
     "qwen3-moe": ("qwen3_moe", dict(norm_topk_prob=True, **wide)),
     "qwen3-moe-unnormalised": ("qwen3_moe", dict(norm_topk_prob=False, **wide)),
 }

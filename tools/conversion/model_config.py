@@ -3,11 +3,19 @@
 Nothing is guessed: a setting that Megatron would not compute in the same way is refused.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from conversion.weight_names import FAMILIES, WITHOUT_TABLE, ModelShape, Yarn
+from conversion.weight_names import (
+    FAMILIES,
+    WITHOUT_TABLE,
+    Latent,
+    ModelShape,
+    Yarn,
+    parts_of,
+)
 
 # What is constant in Megatron's form of Llama 3's rotary scaling; the factor is a flag.
 LLAMA3_SCALING = {
@@ -73,6 +81,12 @@ PLAIN_ARGUMENTS: Mapping[str, Any] = {
     "window_size": None,
     "window_attn_skip_freq": None,
     "multi_latent_attention": False,
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_type": None,
     "experimental_attention_variant": None,
     "hybrid_layer_pattern": None,
     "heterogeneous_layers_config_path": None,
@@ -97,12 +111,19 @@ WITHOUT_MEANING = (
 WITH_EXPERTS_ALONE = ("mixtral", "gpt_oss")
 # Layers behind the last that predict more tokens than the next; transformers reads none of them.
 FURTHER_LAYERS = "num_nextn_predict_layers"
+# By so many of a group's experts transformers chooses it.
+BEST_OF_GROUP = 2
 # The only one that Megatron's clamped GELU has.
 SIGMOID_GAIN = 1.702
 # What the names of arguments begin with that mean nothing without experts.
 OF_EXPERTS = "moe_"
 # What the names of arguments begin with that mean nothing without YaRN.
 OF_YARN = ("yarn_", "rotary_scaling_factor", "mscale")
+# Arguments that mean nothing without latent attention, and with it.
+OF_LATENTS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+NOT_OF_LATENTS = ("kv_channels", "group_query_attention", "num_query_groups")
+# Of YaRN with latent attention, for which Megatron 0.19 has no flags.
+LATENT_YARN = {"original_positions": 4096, "beta_fast": 32.0, "beta_slow": 1.0, "rounds": True}
 
 
 def read_config(config: Mapping[str, Any]) -> ModelShape:
@@ -118,6 +139,7 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
     heads = _size(config, "num_attention_heads")
     hidden = _size(config, "hidden_size")
     vocabulary = _size(config, "vocab_size")
+    latent = _latent(config)
     shape = ModelShape(
         family=family,
         layers=_size(config, "num_hidden_layers"),
@@ -125,7 +147,7 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
         ffn=_size(config, "intermediate_size"),
         heads=heads,
         groups=_size(config, "num_key_value_heads", heads),
-        head=_size(config, "head_dim", hidden // heads),
+        head=_size(config, "head_dim", hidden // heads) if latent is None else latent.rotated,
         vocabulary=vocabulary,
         tied=_switch(config, "tie_word_embeddings"),
         maximum_positions=_size(config, "max_position_embeddings"),
@@ -137,7 +159,8 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
         activation_bound=_activation_bound(config),
         without_rotary=_without_rotary(config),
         further_layers=_count(config, FURTHER_LAYERS),
-        switches=tuple(name for name in FAMILIES[family].switches if _switch(config, name)),
+        switches=tuple(name for name in FAMILIES[family].switches if _is_on(config, name)),
+        latent=latent,
         **_windows(config),
         **_experts(config),
     )
@@ -236,6 +259,12 @@ def _count(config: Mapping[str, Any], key: str) -> int:
     return _size(config, key) if config.get(key) else 0
 
 
+def _is_on(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a switch is on, or a number that may be null is given."""
+    value = config.get(key)
+    return value > 0 if type(value) is int else _switch(config, key)
+
+
 def _switch(config: Mapping[str, Any], key: str) -> bool:
     """True or false; false where it is absent or null."""
     value = config.get(key)
@@ -318,12 +347,19 @@ def _shared_experts(config: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json sets first_k_dense_replace={dense}, but num_hidden_layers={layers}: no "
             "layer would have experts."
         )
-    if config.get("n_group", 1) != 1:
+    groups, chosen = _size(config, "n_group", 1), _size(config, "topk_group", 1)
+    per_token = _size(config, "num_experts_per_tok")
+    if groups == 1:
+        groups = chosen = 0
+    elif per_token != BEST_OF_GROUP * chosen:
         raise ValueError(
-            f"config.json sets n_group={config['n_group']!r}; only models that choose experts "
-            "from one group (1) are supported."
+            f"config.json sets n_group={groups}, topk_group={chosen} and num_experts_per_tok="
+            f"{per_token}; a group is chosen by its best {BEST_OF_GROUP} experts, and in Megatron "
+            "by as many as the third is times the second: the two must be the same."
         )
     return {
+        "expert_groups": groups,
+        "chosen_groups": chosen,
         "dense_layers": dense,
         "shared_ffn": _size(config, "n_shared_experts") * _size(config, "moe_intermediate_size"),
         "routed_scaling": float(_positive(config, "routed_scaling_factor")),
@@ -339,6 +375,38 @@ def _activation_bound(config: Mapping[str, Any]) -> float | None:
             f"config.json sets swiglu_alpha={gain!r}; Megatron has {SIGMOID_GAIN} only."
         )
     return float(_positive(config, "swiglu_limit"))
+
+
+def _latent(config: Mapping[str, Any]) -> Latent | None:
+    """The sizes of latent attention, if the family has it."""
+    if "kv_lora_rank" not in FAMILIES[config["model_type"]].defaults:
+        return None
+    return Latent(
+        query=_count(config, "q_lora_rank"),
+        key=_size(config, "kv_lora_rank"),
+        plain=_size(config, "qk_nope_head_dim"),
+        rotated=_size(config, "qk_rope_head_dim"),
+        value=_size(config, "v_head_dim"),
+    )
+
+
+def _latent_yarn(rope: Mapping[str, Any], positions: int) -> Yarn:
+    """What rotary parameters say where attention is latent, which scales its scores as well."""
+    scales = {key: rope.get(key) or 0 for key in ("mscale", "mscale_all_dim")}
+    yarn = _yarn({key: value for key, value in rope.items() if key not in scales}, positions)
+    for name, only in LATENT_YARN.items():
+        if getattr(yarn, name) != only:
+            raise ValueError(
+                f"config.json sets rotary scaling {rope!r}; with latent attention Megatron 0.19 "
+                f"has YaRN with original_max_position_embeddings=4096, beta_fast=32, beta_slow=1 "
+                "and truncate only."
+            )
+    if not scales["mscale_all_dim"]:
+        return yarn
+    # transformers takes the first only beside the second.
+    return dataclasses.replace(
+        yarn, **{key: float(_positive(scales, key)) for key in ("mscale", "mscale_all_dim")}
+    )
 
 
 def _yarn(rope: Mapping[str, Any], positions: int) -> Yarn:
@@ -385,7 +453,8 @@ def _rotary(config: Mapping[str, Any]) -> tuple[int, float, float | None, Yarn |
         return int(base), partial, None, None
     # Megatron's YaRN turns whole heads.
     if kind == "yarn" and not by_layer and partial == 1:
-        return int(base), partial, None, _yarn(rope, _size(config, "max_position_embeddings"))
+        read = _yarn if _latent(config) is None else _latent_yarn
+        return int(base), partial, None, read(rope, _size(config, "max_position_embeddings"))
     if kind == "llama3" and all(rope.get(key) == value for key, value in LLAMA3_SCALING.items()):
         return int(base), partial, float(_positive(rope, "factor")), None
     raise ValueError(
@@ -468,7 +537,9 @@ def _flags(shape: ModelShape) -> dict[str, Any]:
     if shape.rotary_scaling is not None:
         flags["--use-rope-scaling"] = None
         flags["--rope-scaling-factor"] = shape.rotary_scaling
-    if shape.yarn is not None:
+    if shape.latent is not None:
+        flags |= _latent_flags(shape.latent, shape.yarn)
+    elif shape.yarn is not None:
         flags["--position-embedding-type"] = "yarn"
         flags["--rotary-scaling-factor"] = shape.yarn.factor
         flags["--yarn-original-max-position-embeddings"] = shape.yarn.original_positions
@@ -497,6 +568,9 @@ def _flags(shape: ModelShape) -> dict[str, Any]:
         flags["--moe-layer-freq"] = [0] * dense + [1] * (shape.layers - dense)
     if shape.shared_ffn:
         flags["--moe-shared-expert-intermediate-size"] = shape.shared_ffn
+    if shape.expert_groups:
+        flags["--moe-router-num-groups"] = shape.expert_groups
+        flags["--moe-router-group-topk"] = shape.chosen_groups
     if shape.routed_scaling is not None:
         flags["--moe-router-score-function"] = "sigmoid"
         flags["--moe-router-enable-expert-bias"] = None
@@ -504,10 +578,28 @@ def _flags(shape: ModelShape) -> dict[str, Any]:
     family = FAMILIES[shape.family]
     for flag in family.without:
         del flags[flag]
-    extra = (flag for switch in shape.switches for flag in family.switches[switch].flags)
+    extra = (flag for part in parts_of(shape) for flag in part.flags)
     for flag in (*family.flags, *extra):
         name, _, value = flag.partition(" ")
         flags[name] = _value(value)
+    return flags
+
+
+def _latent_flags(latent: Latent, yarn: Yarn | None) -> dict[str, Any]:
+    """Those of latent attention, whose layers rotate by themselves."""
+    flags: dict[str, Any] = {
+        "--kv-lora-rank": latent.key,
+        "--qk-head-dim": latent.plain,
+        "--qk-pos-emb-head-dim": latent.rotated,
+        "--v-head-dim": latent.value,
+        "--rope-type": "rope" if yarn is None else "yarn",
+    }
+    if latent.query:
+        flags["--q-lora-rank"] = latent.query
+    if yarn is not None:
+        flags["--rotary-scaling-factor"] = yarn.factor
+        flags["--mscale"] = yarn.mscale
+        flags["--mscale-all-dim"] = yarn.mscale_all_dim
     return flags
 
 

@@ -13,7 +13,9 @@ from typing import Any
 from conversion.mismatch import summary
 from conversion.model_config import (
     LLAMA3_SCALING,
+    NOT_OF_LATENTS,
     OF_EXPERTS,
+    OF_LATENTS,
     OF_YARN,
     PLAIN_ARGUMENTS,
     WITH_EXPERTS_ALONE,
@@ -52,7 +54,11 @@ def _meaning(arguments: Mapping[str, Any]) -> dict[str, Any]:
         found["moe_layer_freq"] = 1
     if found.get("vocab_size") is None:
         found.pop("vocab_size", None)
-    if found.get("position_embedding_type") != "yarn":
+    latent = found.get("multi_latent_attention")
+    for name in NOT_OF_LATENTS if latent else (*OF_LATENTS, "rope_type"):
+        found.pop(name, None)
+    kind = found.get("rope_type" if latent else "position_embedding_type")
+    if kind != "yarn":
         for name in [name for name in found if name.startswith(OF_YARN)]:
             del found[name]
     if not found.get("use_rope_scaling"):

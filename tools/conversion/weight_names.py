@@ -38,6 +38,20 @@ class Yarn:
     beta_fast: float
     beta_slow: float
     rounds: bool
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Sizes of latent attention: of the latents of queries (0: none) and of keys and values, and
+    for each head of what is not rotated, what is, and its value."""
+
+    query: int
+    key: int
+    plain: int
+    rotated: int
+    value: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,8 @@ class ModelShape:
     what experts give where each is weighted by a sigmoid; None: by a softmax. ``rotary_share`` is
     the part of each head that is turned. ``further_layers`` behind the last predict more tokens
     than the next and are not converted. ``switches`` are those of ``Family.switches`` that are on.
+    Experts are in ``expert_groups``, of which a token's are in ``chosen_groups``; 0: in one.
+    ``latent`` is None where keys and values are projected without a latent between.
     """
 
     family: str
@@ -83,6 +99,9 @@ class ModelShape:
     rotary_share: float = 1.0
     further_layers: int = 0
     switches: tuple[str, ...] = ()
+    expert_groups: int = 0
+    chosen_groups: int = 0
+    latent: Latent | None = None
 
     @property
     def padded_vocabulary(self) -> int:
@@ -102,6 +121,7 @@ class ModelShape:
 
     def size(self, dimension: str) -> int:
         """The size of a dimension named in a table, e.g. ``"query"`` or ``"hidden"``."""
+        latent = self.latent or Latent(0, 0, 0, 0, 0)
         return {
             "vocabulary": self.vocabulary,
             "hidden": self.hidden,
@@ -114,6 +134,12 @@ class ModelShape:
             "expert_ffn": self.expert_ffn,
             "gates_and_ups": 2 * self.expert_ffn,
             "shared_ffn": self.shared_ffn,
+            "query_latent": latent.query,
+            "key_latent": latent.key,
+            "key_latent_and_rotated": latent.key + latent.rotated,
+            "plain_and_rotated": self.heads * (latent.plain + latent.rotated),
+            "keys_and_values": self.heads * (latent.plain + latent.value),
+            "values": self.heads * latent.value,
         }[dimension]
 
 
@@ -455,13 +481,58 @@ SHARED_EXPERTS = (
 )
 
 
+# Of latent attention. The Transformer Engine specification has the norms within the projections
+# that read them; with the local one the norm before an MLP has another key than elsewhere.
+_SELF = LAYERS + "self_attention."
+_ITS = LAYER + "self_attn."
+LATENT_ATTENTION = (
+    Weight(LAYERS + "input_layernorm.weight", ((LAYER + "input_layernorm.weight", "hidden"),)),
+    Weight(
+        _SELF + "linear_kv_down_proj.weight",
+        ((_ITS + "kv_a_proj_with_mqa.weight", "key_latent_and_rotated hidden"),),
+    ),
+    Weight(
+        _SELF + "linear_kv_up_proj.layer_norm_weight",
+        ((_ITS + "kv_a_layernorm.weight", "key_latent"),),
+        alias=_SELF + "kv_layernorm.weight",
+    ),
+    Weight(
+        _SELF + "linear_kv_up_proj.weight",
+        ((_ITS + "kv_b_proj.weight", "keys_and_values key_latent"),),
+    ),
+    Weight(_SELF + "linear_proj.weight", ((_ITS + "o_proj.weight", "hidden values"),)),
+)
+QUERY_LATENT = (
+    Weight(
+        _SELF + "linear_q_down_proj.weight", ((_ITS + "q_a_proj.weight", "query_latent hidden"),)
+    ),
+    Weight(
+        _SELF + "linear_q_up_proj.layer_norm_weight",
+        ((_ITS + "q_a_layernorm.weight", "query_latent"),),
+        alias=_SELF + "q_layernorm.weight",
+    ),
+    Weight(
+        _SELF + "linear_q_up_proj.weight",
+        ((_ITS + "q_b_proj.weight", "plain_and_rotated query_latent"),),
+    ),
+)
+QUERY_ALONE = (
+    Weight(_SELF + "linear_q_proj.weight", ((_ITS + "q_proj.weight", "plain_and_rotated hidden"),)),
+)
+LATENT_MLP_NORM = Weight(
+    MLP_NORM.megatron, MLP_NORM.parts, alias=LAYERS + "pre_mlp_layernorm.weight"
+)
+
+
 @dataclass(frozen=True)
 class Part:
-    """What a switch of the configuration adds to a family; see ``Family`` for the names."""
+    """What a switch of the configuration adds to a family, and what is there instead without it;
+    see ``Family`` for the names. A number is on, null is off."""
 
     weights: tuple[Weight, ...]
     flags: tuple[str, ...]
     stateful: tuple[str, ...]
+    otherwise: "Part | None" = None
 
 
 @dataclass(frozen=True)
@@ -637,6 +708,55 @@ FAMILIES: Mapping[str, Family] = {
             "moe_intermediate_size": 768,
         },
     ),
+    # DeepSeek-V3 and R1, Moonlight.
+    "deepseek_v3": Family(
+        weights=(
+            EMBEDDING,
+            *LATENT_ATTENTION,
+            LATENT_MLP_NORM,
+            *GATED_MLP[1:],
+            *_experts("mlp", "gate_proj", "up_proj", "down_proj"),
+            *SHARED_EXPERTS,
+            FINAL_NORM,
+        ),
+        flags=("--multi-latent-attention", "--qk-layernorm", "--moe-router-dtype fp32"),
+        without=("--group-query-attention", "--num-query-groups", "--kv-channels"),
+        stateful=(
+            "input_layernorm",
+            *(f"self_attention.linear_{name}" for name in ("proj", "kv_down_proj", "kv_up_proj")),
+            *LINEARS[len(ATTENTION_LINEARS) :],
+            *EXPERT_MODULES[len(ATTENTION_LINEARS) :],
+            *STATEFUL_SHARED,
+        ),
+        refused=("attention_bias",),
+        needed=("norm_topk_prob", "rope_interleave"),
+        switches={
+            "q_lora_rank": Part(
+                QUERY_LATENT,
+                (),
+                ("self_attention.linear_q_down_proj", "self_attention.linear_q_up_proj"),
+                Part(QUERY_ALONE, (), ("self_attention.linear_q_proj",)),
+            )
+        },
+        defaults={
+            "moe_intermediate_size": 2048,
+            "num_experts_per_tok": 8,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "n_group": 8,
+            "topk_group": 4,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 3,
+            "norm_topk_prob": True,
+            "rope_interleave": True,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "num_nextn_predict_layers": 1,
+        },
+    ),
     # GLM-4.5, its Air, 4.6 and 4.7.
     "glm4_moe": Family(
         weights=(
@@ -678,7 +798,6 @@ _OLMO = (
 _BOTH_SIDES = "it normalises what attention and MLP get and what they give"
 _MAMBA = "it has state-space layers, which RMT's tree of rollouts does not know"
 WITHOUT_TABLE: Mapping[str, str] = {
-    "deepseek_v3": "its keys and values are latent, and RMT stores them as heads",
     "gemma2": f"{_BOTH_SIDES}, and bounds scores and logits",
     "gemma3_text": f"{_BOTH_SIDES}, and has rotary bases by layer",
     "glm4": f"{_BOTH_SIDES}, which Megatron's GPT layer has no place for",
@@ -692,18 +811,24 @@ WITHOUT_TABLE: Mapping[str, str] = {
 
 def weights_of(shape: ModelShape) -> tuple[Weight, ...]:
     """All rows that a model of this shape has; a tied model has no output layer of its own."""
-    family = FAMILIES[shape.family]
-    rows = family.weights + tuple(
-        weight for switch in shape.switches for weight in family.switches[switch].weights
+    rows = FAMILIES[shape.family].weights + tuple(
+        weight for part in parts_of(shape) for weight in part.weights
     )
     return rows if shape.tied else (*rows, OUTPUT)
 
 
+def parts_of(shape: ModelShape) -> Iterator[Part]:
+    """What the switches of the model's configuration add to its family."""
+    for name, part in FAMILIES[shape.family].switches.items():
+        found = part if name in shape.switches else part.otherwise
+        if found is not None:
+            yield found
+
+
 def stateful_modules(shape: ModelShape) -> Iterator[tuple[str, int]]:
     """Every module that keeps an ``_extra_state``, with its layer."""
-    family = FAMILIES[shape.family]
-    modules = family.stateful + tuple(
-        module for switch in shape.switches for module in family.switches[switch].stateful
+    modules = FAMILIES[shape.family].stateful + tuple(
+        module for part in parts_of(shape) for module in part.stateful
     )
     for module in modules:
         yield from ((module, layer) for layer in range(shape.layers) if shape.has(module, layer))
