@@ -34,6 +34,7 @@ SIZES = {
     "rms_norm_eps": 1e-6,
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EXPERTS |= {"first_k_dense_replace": 1, "n_group": 1}
 SCALED = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, **LLAMA3_SCALING}
 COMPANIONS = Path("beside")
 LISTED = ["full_attention", "sliding_attention"]
@@ -58,7 +59,7 @@ def exported(described: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 def test_silent_configuration_means_what_it_means_to_transformers(family: str):
     from transformers import AutoConfig
 
-    silent = config(family)
+    silent = config(family, num_hidden_layers=4)
     # The ids that transformers takes are those of a model of another vocabulary.
     described = AutoConfig.for_model(**silent).to_dict() | dict.fromkeys(TOKEN_IDS)
     assert read_config(silent) == read_config(described)
@@ -204,7 +205,7 @@ def test_windows_are_those_of_transformers(family: str, windows: dict[str, Any])
     """A layer sees that many tokens, itself among them, unless a context has no more."""
     from transformers import AutoConfig
 
-    described = config(family, no_rope_layers=[1, 0], **windows)
+    described = config(family, no_rope_layers=[1, 0], first_k_dense_replace=1, **windows)
     known = AutoConfig.for_model(**described)
     seen = getattr(known, "sliding_window", None)
     types = getattr(known, "layer_types", None) or ["sliding_attention"] * 2

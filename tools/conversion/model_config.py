@@ -146,7 +146,7 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
         hidden=hidden,
         ffn=_size(config, "intermediate_size"),
         heads=heads,
-        groups=_size(config, "num_key_value_heads", heads),
+        groups=_size(config, "num_key_value_heads", heads) if latent is None else heads,
         head=_size(config, "head_dim", hidden // heads) if latent is None else latent.rotated,
         vocabulary=vocabulary,
         tied=_switch(config, "tie_word_embeddings"),
