@@ -111,7 +111,8 @@ SHAPES = {
         *("--mtp-num-layers", "2", "--mtp-loss-scaling-factor", "0.5"),
         "--untie-embeddings-and-output-weights",
     ],
-    "latents": [*LATENTS, "--rope-type", "rope", "--q-lora-rank", "16", "--qk-layernorm"],
+    # Without --qk-layernorm, whose gradient Megatron counts once for each tensor-parallel rank.
+    "latents": [*LATENTS, "--rope-type", "rope", "--q-lora-rank", "16"],
     "latents, YaRN, one token more": [
         *LATENTS,
         *("--rotary-scaling-factor", "4", "--mscale-all-dim", "0.7", "--mtp-num-layers", "1"),
