@@ -15,6 +15,7 @@ def _arguments(**changes: object) -> Namespace:
     flags = {
         "position_embedding_type": "rope",
         "use_rope_scaling": True,
+        "multi_latent_attention": False,
         "rope_scaling_factor": 32.0,
         "kv_channels": 64,
         "rotary_percent": 1.0,
@@ -38,6 +39,8 @@ def _model(**scaling: object):
 def test_the_scaling_of_the_flags_is_accepted():
     check_rotary_scaling(_arguments(), _model(rope_scaling=True, rope_scaling_factor=32.0))
     check_rotary_scaling(_arguments(use_rope_scaling=False), _model())
+    # Its layers have a table of their own.
+    check_rotary_scaling(_arguments(multi_latent_attention=True), _model())
 
 
 @pytest.mark.parametrize("scaling", [{"rope_scaling": True}, {}], ids=["factor 8", "none"])
