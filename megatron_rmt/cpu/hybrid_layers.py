@@ -158,24 +158,10 @@ def _mix_sequences(mixer: Any, projected: Tensor, packed_seq_params: Any = None)
         raise ValueError(
             "a Mamba layer on a CPU was given packed_seq_params; train with unpacked samples."
         )
-    space = state_space(mixer)
+    space = StateSpace.of(mixer)
     length, sequences, _ = projected.shape
     rows = projected.transpose(0, 1).flatten(0, 1)
     lineage = _lineage(sequences, length, space.width).to(rows.device)
     mixed, _ = mix(space, *space.split(rows), lineage, space.nothing_before())
     mixed = mixed.unflatten(0, (sequences, length)).transpose(0, 1)
     return mixer.norm(mixed) if mixer.rmsnorm else mixed
-
-
-def state_space(mixer: Any) -> StateSpace:
-    """What ``mix`` must know of Megatron's ``MambaMixer``."""
-    return StateSpace(
-        number=mixer.layer_number,
-        kernel=mixer.conv1d_weight[:, 0],
-        bias=mixer.conv1d_bias,
-        dt_bias=mixer.dt_bias,
-        a_log=mixer.A_log,
-        skip=mixer.D,
-        groups=mixer.ngroups_local_tp,
-        state_dim=mixer.d_state,
-    )

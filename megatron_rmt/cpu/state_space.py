@@ -18,7 +18,7 @@ autograd; nothing in it asks what device it is on.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,20 @@ class StateSpace:
     skip: Tensor
     groups: int
     state_dim: int
+
+    @classmethod
+    def of(cls, mixer: Any) -> "StateSpace":
+        """That of Megatron's ``MambaMixer``."""
+        return cls(
+            number=mixer.layer_number,
+            kernel=mixer.conv1d_weight[:, 0],
+            bias=mixer.conv1d_bias,
+            dt_bias=mixer.dt_bias,
+            a_log=mixer.A_log,
+            skip=mixer.D,
+            groups=mixer.ngroups_local_tp,
+            state_dim=mixer.d_state,
+        )
 
     @property
     def heads(self) -> int:
