@@ -35,6 +35,7 @@ from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.memory import CacheSize, in_bytes, key_value_bytes
 from megatron_rmt.rollout.prefill import EntropyHistogram, read_trunk
 from megatron_rmt.rollout.responses import Rollout
+from megatron_rmt.rollout.state_cache import state_bytes
 from megatron_rmt.rollout.trunk import UserBatch, build_trunk, first_rows, trunk_blocks
 from megatron_rmt.update.agreement import (
     Copy,
@@ -240,6 +241,7 @@ def _check_trunk_fits(run: MidTraining, trunk_tokens: int, schedule: Schedule) -
         rows_per_position=schedule.group,
         tail_tokens=prompt.longest_tail(schedule.tier_budgets, schedule.warm_up),
         in_flight=parallel_state.get_pipeline_model_parallel_world_size(),
+        states=state_bytes(run.policy.model),
     )
     size.positions_at_once(in_bytes(settings.rollout_kv_gib))
 

@@ -16,6 +16,7 @@ Written for the CPU, where the kernels of ``mamba_ssm`` do not run, in fp32 or w
 autograd; nothing in it asks what device it is on.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -166,9 +167,17 @@ class Lineage:
         chunks, before, last, places, ancestors = (own.to(device) for own in tensors)
         return Lineage(chunks, self.levels, before, last, places, ancestors)
 
-    def chunk_of(self, rows: Tensor) -> Tensor:
+    def chunk_of(self, rows: Tensor | slice) -> Tensor:
         """The chunks, among all, that ``rows`` are in."""
         return self.places[rows] // self.chunks.shape[1]
+
+    def chunks_before(self) -> Tensor:
+        """``[chunks]`` int64: at the end of which one each begins, -1 with a given state."""
+        starts = [0, *itertools.accumulate(self.levels)]
+        levels = self.before.split(self.levels)
+        found = [torch.full_like(own, -1) for own in levels[:1]]
+        found += [own + start for own, start in zip(levels[1:], starts, strict=False)]
+        return torch.cat([self.before[:0], *found])
 
 
 def _by_level(parents: Sequence[int]) -> tuple[Tensor, tuple[int, ...], Tensor]:
