@@ -4,7 +4,6 @@ The cases and the slow reference are those of ``test_generate``; the stock model
 by their recurrence, one row after the other.
 """
 
-import dataclasses
 import functools
 
 import numpy as np
@@ -14,12 +13,14 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 
 from megatron_rmt.cpu import state_space
 from megatron_rmt.model.visibility import attach_tree_attention
-from megatron_rmt.rollout import state_cache
-from megatron_rmt.rollout.kv_cache import TailCache
-from megatron_rmt.rollout.memory import CacheSize
-from megatron_rmt.rollout.state_cache import state_bytes
 from tests import test_generate
-from tests.test_generate import CASES, CHOSEN, _assert_same, _filled_store, _generate, _slow_response
+from tests.test_generate import (
+    CASES,
+    CHOSEN,
+    _filled_store,
+    _generate,
+    _slow_response,
+)
 from tests.tiny_model import build_model, mix_row_by_row
 
 pytestmark = pytest.mark.usefixtures("single_process_megatron")
