@@ -52,7 +52,7 @@ from megatron_rmt.update.before_the_step import (
     rewarded_alike,
 )
 from megatron_rmt.update.forward_step import LossSettings, Update
-from megatron_rmt.update.packing import repack, tree_cost
+from megatron_rmt.update.packing import TreeCost, repack, tree_cost
 from megatron_rmt.update.replicas import copies_of_parameters
 from megatron_rmt.update.report import (
     answer_metrics,
@@ -490,7 +490,7 @@ def _repack(run: MidTraining, micro_batches: Sequence[MicroBatch], schedule: Sch
     """Deal the samples out again over the data-parallel ranks and their micro-batches."""
     packed = repack(
         [own.reasoned for own in micro_batches],
-        tree_cost(run.policy.model.config, run.policy.vocab_size),
+        _tree_cost(run),
         max_tokens=run.settings.max_tokens,
         use_all=parallel_state.get_pipeline_model_parallel_world_size() > 1,
         dp_group=parallel_state.get_data_parallel_group(),
@@ -558,9 +558,14 @@ def _split(run: MidTraining, blocks: Sequence[Block]) -> RowSplit | None:
     group = context_parallel_group()
     if group is None:
         return None
-    cost = tree_cost(run.policy.model.config, run.policy.vocab_size)
+    cost = _tree_cost(run)
     bounds = balanced_bounds(blocks, group.size(), row_cost=cost.token, pair_cost=cost.pair)
     return RowSplit(bounds, group)
+
+
+def _tree_cost(run: MidTraining) -> TreeCost:
+    pattern = run.args.hybrid_layer_pattern
+    return tree_cost(run.policy.model.config, run.policy.vocab_size, pattern)
 
 
 def idle_reason(positions: float, ntp_tokens: float, telling: float, warm_up: bool) -> str | None:

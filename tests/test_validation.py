@@ -207,6 +207,7 @@ def test_numbers_that_the_optimizer_cannot_work_with_are_refused(
 BLOCKWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise")
 TENSORWISE = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
 EXPERTS = ("--num-experts", "4")
+HYBRID = ("--hybrid-layer-pattern",)
 # flags -> what the sentence says: the flag, its value, the remedy.
 BAD = {
     ("--overlap-param-gather-with-optimizer-step",): "--overlap-param-gather-with-optimizer-step "
@@ -392,7 +393,35 @@ BAD = {
     ("--perform-rl-step",): "--perform-rl-step is True; RMT needs False:",
     ("--sft",): "--sft is True; RMT needs False:",
     ("--dataloader-inter-document-masking",): "--dataloader-inter-document-masking is True; RMT",
-    ("--hybrid-layer-pattern", "M*"): "--hybrid-layer-pattern is M*; RMT needs it left out:",
+    (
+        *HYBRID,
+        "M*EG",
+    ): "--hybrid-layer-pattern is M*EG; RMT trains stacks of M (Mamba), * (attention) and - (MLP) "
+    "on one pipeline stage, and has nothing for E G.",
+    (
+        *HYBRID,
+        "M*",
+        "--pipeline-model-parallel-size",
+        "2",
+    ): "--pipeline-model-parallel-size is 2; RMT needs 1 with --hybrid-layer-pattern: no pass",
+    (
+        *HYBRID,
+        "M*",
+        "--reset-attention-mask",
+    ): "--reset-attention-mask is True; RMT needs False with --hybrid-layer-pattern: Megatron's",
+    (*HYBRID, "M*", "--context-parallel-size", "2"): "--context-parallel-size is 2; RMT needs 1 w",
+    (*HYBRID, "M*", "--sequence-parallel"): "--sequence-parallel is True; RMT needs False with",
+    (
+        *HYBRID,
+        "M*",
+        "--disable-mamba-mem-eff-path",
+    ): "--disable-mamba-mem-eff-path is given; RMT needs it left out with --hybrid-layer-pattern:",
+    (
+        *HYBRID,
+        "M*",
+        "--mamba-training-ssm-states-dtype",
+        "bf16",
+    ): "--mamba-training-ssm-states-dtype is bf16; RMT needs None with --hybrid-layer-pattern:",
     ("--use-torch-fsdp2",): "--use-torch-fsdp2 is True; RMT needs False:",
     ("--use-megatron-fsdp",): "--use-megatron-fsdp is True; RMT needs False:",
     ("--hybrid-context-parallel",): "--hybrid-context-parallel is True; RMT needs False: it deals",

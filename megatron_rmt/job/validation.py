@@ -224,7 +224,7 @@ def _hybrid(args: Namespace) -> Iterator[str]:
             f"{given}; RMT trains stacks of M (Mamba), * (attention) and - (MLP) on one pipeline "
             f"stage, and has nothing for {' '.join(others)}."
         )
-    if torch.device(torch.cuda.current_device()).type != "cpu":
+    if torch.cuda.is_available() and torch.device(torch.cuda.current_device()).type != "cpu":
         yield (
             f"{given}; RMT trains state-space layers on a CPU only: what rollouts hold of them on "
             "a GPU, and how mamba_ssm's kernels begin with states, is not written."

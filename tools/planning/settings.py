@@ -194,6 +194,10 @@ def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: P
     ranks = args.context_parallel_size
     if ranks > 1:
         problems.append(f"--context-parallel-size is {ranks}; a plan is of 1, which it counts.")
+    if args.hybrid_layer_pattern:
+        problems.append(
+            f"--hybrid-layer-pattern is {args.hybrid_layer_pattern}; a plan is of like layers."
+        )
     if problems:
         raise ValueError(" ".join(problems))
     args.world_size, args.on_cpu = world_size, on_cpu
