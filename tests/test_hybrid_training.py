@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_training import assert_same_curve
+from tests.training_curves import assert_same_curve
 from tests.tiny_run import (
     REPOSITORY,
     RMT,
