@@ -6,14 +6,14 @@ here and there, so that some of its thoughts end and some of its answers are rig
 
 import json
 import random
+import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.training_curves import assert_same_curve
 from tests.tiny_run import (
     REPOSITORY,
     RMT,
@@ -25,6 +25,7 @@ from tests.tiny_run import (
     checkpoint_tensors,
     run,
 )
+from tests.training_curves import OVERLAP, PACKED, SHARDED_OPTIMIZER, TP2, Start, assert_same_curve
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
@@ -35,24 +36,18 @@ STACK = shlex.split(
 BEFORE = shlex.split(
     "--train-iters 200 --micro-batch-size 16 --global-batch-size 16 --lr 4e-3 --clip-grad 1"
 )
-TP2 = ["--tensor-model-parallel-size", "2"]
 LAYOUTS = {
     "TP2": (2, TP2),
-    "DP2, distributed optimizer": (
-        2,
-        ["--use-distributed-optimizer", "--overlap-param-gather", "--overlap-grad-reduce"],
-    ),
-    "packed, micro-batches of 2": (1, ["--rmt-max-tokens", "600", "--micro-batch-size", "2"]),
+    "DP2, distributed optimizer": (2, SHARDED_OPTIMIZER + OVERLAP),
+    "packed, micro-batches of 2": (1, [*PACKED, "--micro-batch-size", "2"]),
+    "packed, DP2": (2, PACKED),
     "full recompute": (
         1,
         shlex.split(
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
         ),
     ),
-    "waves": (1, ["--rmt-rollout-kv-gib", "0.004"]),
 }
-
-Start = Callable[..., Run]
 
 
 def _with_thoughts(text: str, seed: int) -> str:
@@ -125,6 +120,12 @@ def test_a_layout_trains_like_one_process(
     start: Start, reference: Run, ranks: int, flags: list[str]
 ):
     assert_same_curve(start(ranks, [*RMT, *flags]).metrics, reference.metrics)
+
+
+def test_rollouts_in_waves_train_alike(start: Start, reference: Run):
+    in_waves = start(1, [*RMT, "--rmt-rollout-kv-gib", "0.0012"])
+    assert re.search(r"20992 of states a rollout; [2-9] wave\(s\)", in_waves.log)
+    assert_same_curve(in_waves.metrics, reference.metrics)
 
 
 def test_greedy_rollouts_are_alike_in_every_layout(start: Start):
