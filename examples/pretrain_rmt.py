@@ -1,4 +1,4 @@
-"""Mid-train a GPT model with RMT: a plain Megatron pre-training script with the two added lines.
+"""Mid-train a model with RMT: a plain Megatron pre-training script with the two added lines.
 
 All flags are Megatron's own plus ``--rmt-*`` (``--help`` lists them). Without ``--rmt`` this is
 ordinary pre-training on the same data. Usually started by ``examples/pretrain_rmt.sh``. With
@@ -31,7 +31,11 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_tokenizer, pretrain, print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
@@ -152,9 +156,12 @@ def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
 def main() -> None:
     """Parse Megatron's flags and train."""
     args = parse_and_validate_args()
-    config = gpt_config_from_args(args)
-    # Megatron 0.19 drops it (github.com/NVIDIA/Megatron-LM/issues/6305).
-    config.rope_scaling_factor = args.rope_scaling_factor
+    if args.hybrid_layer_pattern:
+        config = hybrid_config_from_args(args)
+    else:
+        config = gpt_config_from_args(args)
+        # Megatron 0.19 drops it (github.com/NVIDIA/Megatron-LM/issues/6305).
+        config.rope_scaling_factor = args.rope_scaling_factor
     pretrain(
         pretrain_cfg_container_from_args(args, config),
         datasets_provider,

@@ -25,6 +25,7 @@ from megatron_rmt.model.visibility import attach_tree_attention
 from megatron_rmt.prompt.prompt import Prompt
 from megatron_rmt.rollout.generate import tells_limits
 from megatron_rmt.rollout.memory import GIB, CacheSize, in_bytes, key_value_bytes
+from megatron_rmt.rollout.state_cache import NO_STATES, StateBytes, state_bytes
 from megatron_rmt.update.baseline import Baseline
 
 # The settings that may name a function of the user's own, and ours by name.
@@ -229,9 +230,11 @@ def cache_size(
     data_parallel_size: int,
     in_flight: int,
     context_parallel_size: int = 1,
+    states: StateBytes = NO_STATES,
 ) -> CacheSize:
-    """Keys and values of the largest step's rollouts on one rank, at the longest thoughts of the
-    run, with one prompt in each sample. Context-parallel ranks each hold the trunk whole."""
+    """Keys and values, and states, of the largest step's rollouts on one rank, at the longest
+    thoughts of the run, with one prompt in each sample. Context-parallel ranks each hold the trunk
+    whole."""
     samples = largest_batch_size(args) // data_parallel_size
     select = find("--rmt-select", settings.select, SELECTIONS)
     positions = settings.positions_per_sample + reserve_positions(settings, select)
@@ -243,6 +246,7 @@ def cache_size(
         rows_per_position=settings.group_size,
         tail_tokens=prompt.longest_tail(longest_budgets(settings), draws_in_warm_up),
         in_flight=in_flight,
+        states=states,
     )
 
 
@@ -273,6 +277,7 @@ def _announce_memory(run: MidTraining) -> None:
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         in_flight=parallel_state.get_pipeline_model_parallel_world_size(),
         context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        states=state_bytes(run.policy.model),
     )
     bound = in_bytes(run.settings.rollout_kv_gib)
     at_once = size.positions_at_once(bound)

@@ -35,6 +35,7 @@ from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.memory import CacheSize, in_bytes, key_value_bytes
 from megatron_rmt.rollout.prefill import EntropyHistogram, read_trunk
 from megatron_rmt.rollout.responses import Rollout
+from megatron_rmt.rollout.state_cache import state_bytes
 from megatron_rmt.rollout.trunk import UserBatch, build_trunk, first_rows, trunk_blocks
 from megatron_rmt.update.agreement import (
     Copy,
@@ -52,7 +53,7 @@ from megatron_rmt.update.before_the_step import (
 )
 from megatron_rmt.update.forward_step import LossSettings, Update
 from megatron_rmt.update.multi_token import multi_token_predictions
-from megatron_rmt.update.packing import repack, tree_cost
+from megatron_rmt.update.packing import TreeCost, repack, tree_cost
 from megatron_rmt.update.replicas import copies_of_parameters
 from megatron_rmt.update.report import (
     answer_metrics,
@@ -241,6 +242,7 @@ def _check_trunk_fits(run: MidTraining, trunk_tokens: int, schedule: Schedule) -
         rows_per_position=schedule.group,
         tail_tokens=prompt.longest_tail(schedule.tier_budgets, schedule.warm_up),
         in_flight=parallel_state.get_pipeline_model_parallel_world_size(),
+        states=state_bytes(run.policy.model),
     )
     size.positions_at_once(in_bytes(settings.rollout_kv_gib))
 
@@ -489,7 +491,7 @@ def _repack(run: MidTraining, micro_batches: Sequence[MicroBatch], schedule: Sch
     """Deal the samples out again over the data-parallel ranks and their micro-batches."""
     packed = repack(
         [own.reasoned for own in micro_batches],
-        tree_cost(run.policy.model.config, run.policy.vocab_size),
+        _tree_cost(run),
         max_tokens=run.settings.max_tokens,
         use_all=parallel_state.get_pipeline_model_parallel_world_size() > 1,
         dp_group=parallel_state.get_data_parallel_group(),
@@ -573,9 +575,14 @@ def _split(run: MidTraining, blocks: Sequence[Block]) -> RowSplit | None:
     group = context_parallel_group()
     if group is None:
         return None
-    cost = tree_cost(run.policy.model.config, run.policy.vocab_size)
+    cost = _tree_cost(run)
     bounds = balanced_bounds(blocks, group.size(), row_cost=cost.token, pair_cost=cost.pair)
     return RowSplit(bounds, group)
+
+
+def _tree_cost(run: MidTraining) -> TreeCost:
+    pattern = run.args.hybrid_layer_pattern
+    return tree_cost(run.policy.model.config, run.policy.vocab_size, pattern)
 
 
 def idle_reason(positions: float, ntp_tokens: float, telling: float, warm_up: bool) -> str | None:

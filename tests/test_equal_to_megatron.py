@@ -95,6 +95,19 @@ DENSE: dict[str, tuple[int, str, str]] = {
     ),
     "core attention recompute": (1, "--recompute-granularity selective", ""),
 }
+STACK = "--mamba-state-dim 16 --mamba-head-dim 16 --mamba-num-groups 2 --mamba-num-heads 8 "
+STACK += "--hybrid-layer-pattern"
+HYBRID: dict[str, tuple[int, str, str]] = {
+    "hybrid": (1, f"{STACK} M*M-", ""),
+    "hybrid, no positions, TP2": (2, f"{STACK} *-MM --position-embedding-type none {TP2}", ""),
+    "Mamba alone, two samples a micro-batch": (1, f"{STACK} MM --micro-batch-size 2", ""),
+    "hybrid, full recompute, untied": (
+        1,
+        f"{STACK} M*M- --untie-embeddings-and-output-weights --recompute-granularity full "
+        "--recompute-method uniform --recompute-num-layers 1",
+        "",
+    ),
+}
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 "
 EXPERTS += "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type"
 NONE, EP2 = f"{EXPERTS} none", "--expert-model-parallel-size 2"
@@ -141,9 +154,9 @@ MIXTURE: dict[str, tuple[int, str, str]] = {
     "EP2": (2, f"{NONE} {EP2}", ""),
     "allgather, DP2": (2, f"{NONE} --moe-token-dispatcher-type allgather", ""),
 }
-CASES = DENSE | MIXTURE
+CASES = DENSE | HYBRID | MIXTURE
 # The others are slow.
-QUICK = ("llama", "separate documents", "several balances, per token", "expert bias, PP2")
+QUICK = ("llama", "hybrid", "separate documents", "several balances, per token", "expert bias, PP2")
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,7 @@ from tests.tiny_model import (
     LONGEST_POSITION,
     VOCAB,
     build_model,
+    mix_row_by_row,
     stock_logits,
 )
 
@@ -251,7 +252,10 @@ def _models(dtype: torch.dtype, **options: Any) -> tuple[GPTModel, GPTModel]:
     stock = build_model(dtype, **options)
     with_trees = build_model(dtype, **options, **recompute)
     with_trees.load_state_dict(stock.state_dict())
-    assert attach_tree_attention(with_trees) == stock.config.num_layers
+    pattern = options.get("pattern") or "*" * stock.config.num_layers
+    assert attach_tree_attention(with_trees) == len(pattern.replace("-", ""))
+    if "pattern" in options:
+        mix_row_by_row(stock)
     return stock.train(), with_trees.train()
 
 
@@ -311,6 +315,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "windows": {"window_size": (3, 0), "window_attn_skip_freq": [1, 0]},
     "off by one": {"softmax_type": "off-by-one"},
     "YaRN": {"position_embedding": "yarn"},
+    "hybrid": {"pattern": "M*M-", "position_embedding": "none"},
+    "hybrid, rotating, recompute": {"pattern": "*-MM", "tied": True, **FULL_RECOMPUTE},
     "a part rotates, neighbours together": {"rotary_percent": 0.5, "rotary_interleaved": True},
     "windows and sinks": {
         "window_size": (3, 0),

@@ -143,6 +143,19 @@ def test_the_cost_counts_the_matrices_of_the_model(changes: dict[str, Any], widt
 
 
 @pytest.mark.usefixtures("single_process_megatron")
+def test_layers_of_a_hybrid_stack_cost_what_their_kind_does():
+    model = build_model(pattern="M*M--M")
+    matrices = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 2 and "decoder" in name
+    )
+    # Of each Mamba layer, four heads of 8 by 6 numbers.
+    cost = tree_cost(model.config, 53, "M*M--M")
+    assert cost == TreeCost(2 * matrices + 3 * 4 * 4 * 8 * 6, 2 * 2 * 32, 2 * 32 * 53)
+
+
+@pytest.mark.usefixtures("single_process_megatron")
 def test_only_the_experts_that_a_token_meets_cost():
     config = build_model().config
     dense = tree_cost(config, 53)

@@ -94,7 +94,7 @@ JOBS = {
     ),
     "model in a model": (
         {"def model_provider(": WRAPPED, "    return GPTModel(": "    return Outer("},
-        "RMT: the model is a Outer; RMT trains a GPTModel.",
+        "RMT: the model is a Outer; RMT trains a GPTModel or a HybridModel.",
     ),
 }
 

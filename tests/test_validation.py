@@ -410,7 +410,11 @@ BAD = {
     ("--perform-rl-step",): "--perform-rl-step is True; RMT needs False:",
     ("--sft",): "--sft is True; RMT needs False:",
     ("--dataloader-inter-document-masking",): "--dataloader-inter-document-masking is True; RMT",
-    ("--hybrid-layer-pattern", "M*"): "--hybrid-layer-pattern is M*; RMT needs it left out:",
+    (
+        "--hybrid-layer-pattern",
+        "M*EG",
+    ): "--hybrid-layer-pattern is M*EG; RMT trains stacks of M (Mamba), * (attention) and - (MLP) "
+    "on one pipeline stage, and has nothing for E G.",
     ("--use-torch-fsdp2",): "--use-torch-fsdp2 is True; RMT needs False:",
     ("--use-megatron-fsdp",): "--use-megatron-fsdp is True; RMT needs False:",
     ("--hybrid-context-parallel",): "--hybrid-context-parallel is True; RMT needs False: it deals",
@@ -617,9 +621,41 @@ def test_all_problems_are_reported_at_once():
             assert f"{flag} is " in refusal, flag
 
 
+# Beside a hybrid stack.
+BAD_FOR_HYBRIDS = {
+    ("--pipeline-model-parallel-size", "2"): "--pipeline-model-parallel-size is 2; RMT needs 1 ",
+    ("--context-parallel-size", "2"): "--context-parallel-size is 2; RMT needs 1 ",
+    ("--sequence-parallel",): "--sequence-parallel is True; RMT needs False ",
+    ("--reset-attention-mask",): "--reset-attention-mask is True; RMT needs False ",
+    ("--mamba-training-ssm-states-dtype", "bf16"): "--mamba-training-ssm-states-dtype is bf16; RMT "
+    "needs None ",
+    ("--disable-mamba-mem-eff-path",): "--disable-mamba-mem-eff-path is given; RMT needs it left "
+    "out ",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FOR_HYBRIDS)
+def test_what_a_hybrid_stack_cannot_be_combined_with_is_refused(flags, tokenizer: str):
+    hybrid = ["--rmt", "--tokenizer-model", tokenizer, "--hybrid-layer-pattern", "M*M-"]
+    check_rmt_arguments(_parse(*hybrid))
+    refusal = _refusal(_parse(*hybrid, *flags))
+    assert f"{BAD_FOR_HYBRIDS[flags]}with --hybrid-layer-pattern: " in refusal
+    alone = ["--rmt", "--tokenizer-model", tokenizer, "--eval-iters", "0"]
+    check_rmt_arguments(_parse(*alone, *flags))
+
+
+def test_state_space_layers_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch, tokenizer: str):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    hybrid = ["--rmt", "--tokenizer-model", tokenizer, "--hybrid-layer-pattern", "M*M-"]
+    assert "--hybrid-layer-pattern is M*M-; RMT trains state-space layers on a CPU only: " in (
+        _refusal(_parse(*hybrid))
+    )
+
+
 def test_every_flag_that_a_refusal_names_exists():
     known = {name for action in _parser()._actions for name in action.option_strings}
-    for flags in BAD:
+    for flags in [*BAD, *(("--hybrid-layer-pattern", "M*", *own) for own in BAD_FOR_HYBRIDS)]:
         args = _parse("--rmt", *flags)
         args.train_iters, args.virtual_pipeline_model_parallel_size = None, 2
         args.pipeline_model_parallel_size, args.global_batch_size = 2, 1

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 from megatron_rmt.job import console
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
     from megatron_rmt.mid_training import MidTraining
+    from megatron_rmt.model.gpt import Model
 
 # What a converted checkpoint holds beside the weights: Megatron's model flags in one line, and the
 # folder of config.json and tokenizer.
@@ -73,7 +72,7 @@ def quiet_unless_it_fails() -> Iterator[None]:
         raise
 
 
-def start_megatron(flags: Sequence[str]) -> "GPTModel":
+def start_megatron(flags: Sequence[str]) -> "Model":
     """Megatron's own initialisation with ``flags`` as its command line, patched by RMT.
 
     Returns this rank's part of the model, with the weights of ``--load``. What is pickled beside
@@ -97,11 +96,12 @@ def start_megatron(flags: Sequence[str]) -> "GPTModel":
     megatron_rmt.patch()
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import get_args
-    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
+    from megatron.training.models.hybrid import HybridModelBuilder
 
     from conversion.inert_pickles import pickles_run_nothing
     from megatron_rmt.model.gpt import gpt_model
@@ -114,10 +114,14 @@ def start_megatron(flags: Sequence[str]) -> "GPTModel":
         raise ValueError(f"Megatron refuses these flags: {error}") from error
     _check_arguments_of_run(get_args())
     initialize_megatron()
-    config = gpt_config_from_args(get_args())
-    # Megatron 0.19 drops it (github.com/NVIDIA/Megatron-LM/issues/6305).
-    config.rope_scaling_factor = get_args().rope_scaling_factor
-    chunks = GPTModelBuilder(config).build_distributed_models(
+    if get_args().hybrid_layer_pattern:
+        builder = HybridModelBuilder(hybrid_config_from_args(get_args()))
+    else:
+        config = gpt_config_from_args(get_args())
+        # Megatron 0.19 drops it (github.com/NVIDIA/Megatron-LM/issues/6305).
+        config.rope_scaling_factor = get_args().rope_scaling_factor
+        builder = GPTModelBuilder(config)
+    chunks = builder.build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         wrap_with_ddp=False,
         data_parallel_random_init=False,

@@ -113,10 +113,11 @@ def install() -> None:
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
         _replace(torch.optim.Optimizer, name, lambda self: None)
     _stand_aside_while_torch_compiles()
-    from megatron_rmt.cpu import layer_kernels, local_attention
+    from megatron_rmt.cpu import hybrid_layers, layer_kernels, local_attention
 
     layer_kernels.install()
     local_attention.install()
+    hybrid_layers.install()
 
 
 def _replace(owner: Any, name: str, replacement: Any) -> None:

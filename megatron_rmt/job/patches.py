@@ -494,6 +494,15 @@ RELIED_ON: tuple[Symbol, ...] = (
         "MLASelfAttention.get_query_key_value_tensors",
         "hidden_states key_value_states position_ids packed_seq_params",
     ),
+    # The same of hybrid stacks, and how their Mamba layers are told what rows see.
+    Symbol(
+        "megatron.core.models.hybrid.hybrid_model",
+        "HybridModel.forward",
+        "input_ids position_ids attention_mask labels loss_mask packed_seq_params",
+    ),
+    Symbol(
+        "megatron.core.ssm.mamba_mixer", "MambaMixer.forward", "hidden_states packed_seq_params"
+    ),
     # Whole weights for rollouts, where their gathering is overlapped.
     Symbol("megatron.training.training", "should_disable_forward_pre_hook"),
     *(

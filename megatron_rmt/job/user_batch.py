@@ -109,12 +109,15 @@ def _recorded(
         recorded.append(_by_name(signature.bind(model, *args, **kwargs)))
         return torch.zeros(1, device=torch.cuda.current_device())
 
+    own = vars(model).get("forward")
     model.forward = record
     try:
         for _ in range(count):
             forward_step(data_iterator, chunk)
     finally:
         del model.forward
+        if own is not None:
+            model.forward = own
     return recorded
 
 

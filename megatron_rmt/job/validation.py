@@ -131,7 +131,6 @@ def unsupported(args: Namespace) -> Iterator[str]:
             False,
             "it packs samples; --reset-attention-mask keeps documents apart",
         ),
-        "--hybrid-layer-pattern": (None, "it trains a GPTModel"),
         "--use-torch-fsdp2": (False, "rollouts need whole weights"),
         "--use-megatron-fsdp": (False, "rollouts need whole weights"),
         "--hybrid-context-parallel": (
@@ -169,6 +168,7 @@ def unsupported(args: Namespace) -> Iterator[str]:
     yield from _context_parallel(args)
     yield from _multi_token_prediction(args)
     yield from _latent_attention(args)
+    yield from _hybrid(args)
     yield from _shards(args)
     yield from _growing_batch(args)
     yield from _layout(args)
@@ -273,6 +273,51 @@ def _latent_attention(args: Namespace) -> Iterator[str]:
             f"--transformer-impl is local, whose attention Megatron cannot build {with_it} on a "
             "GPU; pass transformer_engine."
         )
+
+
+# Of ``--hybrid-layer-pattern``: Mamba, attention, MLP.
+_HYBRID_LAYERS = "M*-"
+
+
+def _hybrid(args: Namespace) -> Iterator[str]:
+    """What a stack with state-space layers cannot be combined with."""
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if not pattern:
+        return
+    given = f"--hybrid-layer-pattern is {pattern}"
+    others = sorted(set(pattern) - set(_HYBRID_LAYERS))
+    if others:
+        yield (
+            f"{given}; RMT trains stacks of M (Mamba), * (attention) and - (MLP) on one pipeline "
+            f"stage, and has nothing for {' '.join(others)}."
+        )
+    if torch.cuda.is_available() and torch.device(torch.cuda.current_device()).type != "cpu":
+        yield (
+            f"{given}; RMT trains state-space layers on a CPU only: what rollouts hold of them on "
+            "a GPU, and how mamba_ssm's kernels begin with states, is not written."
+        )
+    refused = {
+        "pipeline_model_parallel_size": (1, "no pass has carried states over stages"),
+        "context_parallel_size": (1, "each rank would need the states of those before it"),
+        "sequence_parallel": (False, "it was not tried with state-space layers"),
+        "reset_attention_mask": (
+            False,
+            "Megatron's Mamba layers go on over the ends of documents, and its attention does not",
+        ),
+        "mamba_training_ssm_states_dtype": (None, "states are fp32"),
+        "multi_latent_attention": (False, "its layers were not tried among those with states"),
+        "mtp_num_layers": (None, "its layers were not tried behind those with states"),
+    }
+    if not getattr(args, "use_mamba_mem_eff_path", True):
+        yield (
+            "--disable-mamba-mem-eff-path is given; RMT needs it left out with "
+            "--hybrid-layer-pattern: that path of Megatron's layers is for inference."
+        )
+    for name, (needed, why) in refused.items():
+        value = getattr(args, name, needed)
+        if value != needed:
+            flag, without = name.replace("_", "-"), "it left out" if needed is None else needed
+            yield f"--{flag} is {value}; RMT needs {without} with --hybrid-layer-pattern: {why}."
 
 
 def _growing_batch(args: Namespace) -> Iterator[str]:

@@ -116,6 +116,22 @@ def ancestry(
     return sees_near
 
 
+def parents_of_rows(blocks: Sequence[Block]) -> Tensor:
+    """The row before each row of ``blocks`` on its path: ``[rows]`` int64, on the CPU; -1 where
+    there is none."""
+    parents = torch.arange(blocks[-1].limit if blocks else 0) - 1
+    for block in blocks:
+        trunk = block.trunk_limit - 1 if block.trunk_limit > block.trunk_first else -1
+        stem = block.stem_limit - 1 if block.stem_limit > block.first else trunk
+        (first, limit), *branches = block.segments()
+        if first < limit:
+            parents[first] = trunk
+        for first, limit in branches:
+            if first < limit:
+                parents[first] = stem
+    return parents
+
+
 def rows_or_all(rows: slice | None, blocks: Sequence[Block]) -> slice:
     """``rows``, or those of all ``blocks``."""
     return slice(0, blocks[-1].limit if blocks else 0) if rows is None else rows

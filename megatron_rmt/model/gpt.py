@@ -1,4 +1,5 @@
-"""The model as RMT runs it: the ``GPTModel`` inside Megatron's wrappers, and its passes' bounds.
+"""The model as RMT runs it: the ``GPTModel`` or ``HybridModel`` inside Megatron's wrappers, and its
+passes' bounds.
 
 With virtual pipeline stages a rank holds several chunks of it, ``ModelChunks``; whoever only walks
 over modules or parameters need not tell.
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -35,7 +37,8 @@ class ModelChunks(torch.nn.ModuleList):
         }
 
 
-Model = GPTModel | ModelChunks
+Chunk = GPTModel | HybridModel
+Model = Chunk | ModelChunks
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,23 @@ def gpt_model(chunks: Sequence[torch.nn.Module]) -> Model:
     return models[0] if len(models) == 1 else _joined(models)
 
 
-def _unwrapped(model: torch.nn.Module) -> GPTModel:
-    while not isinstance(model, GPTModel) and hasattr(model, "module"):
+def _unwrapped(model: torch.nn.Module) -> Chunk:
+    while not isinstance(model, Chunk) and hasattr(model, "module"):
         model = model.module
-    if not isinstance(model, GPTModel):
-        raise ValueError(f"RMT: the model is a {type(model).__name__}; RMT trains a GPTModel.")
+    if not isinstance(model, Chunk):
+        raise ValueError(
+            f"RMT: the model is a {type(model).__name__}; RMT trains a GPTModel or a HybridModel."
+        )
     return model
 
 
 # What is kept for a model is found by the object.
 @functools.lru_cache(maxsize=1)
-def _joined(chunks: tuple[GPTModel, ...]) -> ModelChunks:
+def _joined(chunks: tuple[Chunk, ...]) -> ModelChunks:
     return ModelChunks(chunks)
 
 
-def chunks_of(model: Model) -> list[GPTModel]:
+def chunks_of(model: Model) -> list[Chunk]:
     """What this rank holds of the model, in the order of the layers: one chunk or several."""
     return [*model] if isinstance(model, ModelChunks) else [model]
 

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_rmt.model.gpt import Model, all_rows, chunks_of
+from megatron_rmt.model.gpt import Chunk, Model, all_rows, chunks_of
 from megatron_rmt.model.visibility import Visibility
 
 # FP8 products want rows in whole blocks: 32 for the MX recipe, 16 for the others.
@@ -92,7 +91,7 @@ def forward_by_chunks(
 
 def forward_chunk(
     model: Model,
-    chunk: GPTModel,
+    chunk: Chunk,
     tokens: Tensor,
     visibility: Visibility,
     read: Callable[[Tensor, Tensor], Any],

@@ -8,8 +8,8 @@ earlier micro-batches again.
 
 Two kinds, one attention: ``TreeVisibility`` for the update (autograd, everything in one packed
 sequence) and those of generation, which keep keys and values in a ``KeyValueStore`` that lives for
-one step. ``attach_tree_attention`` teaches a model's own core attention to follow them; calls
-without a visibility reach the original unchanged.
+one step. ``attach_tree_attention`` teaches a model's own core attention, and the mixers of its
+state-space layers, to follow them; calls without a visibility reach the original unchanged.
 """
 
 import functools
@@ -19,7 +19,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -27,10 +29,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_rmt.cpu.state_space import Lineage, State, StateSpace, mix
 from megatron_rmt.model import latent_attention
-from megatron_rmt.model.blocks import Block, longest_path
+from megatron_rmt.model.blocks import Block, longest_path, parents_of_rows
 from megatron_rmt.model.context_parallel import RowSplit, alone, gather_keys
 from megatron_rmt.model.layer_attention import LayerAttention
+from megatron_rmt.model.output_processor import attach_output_processor
 from megatron_rmt.model.tree_attention import TreeAttention, backend_for
 
 # Megatron caches one rotary table per requested length: ask for few different lengths.
@@ -75,6 +79,12 @@ class Visibility(PackedSeqParams):
         tensor as ``key`` if latents are both."""
         raise NotImplementedError(f"{type(self).__name__} must say how its tokens attend.")
 
+    def mix(self, space: StateSpace, gate: Tensor, inputs: Tensor, steps: Tensor) -> Tensor:
+        """What the state-space layer ``space`` makes of its tokens, each after its ancestors:
+        ``[tokens, channels]``. The others as ``StateSpace.split`` returns them, ``[tokens, ...]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say how its tokens mix.")
+
 
 @dataclass
 class TreeVisibility(Visibility):
@@ -91,6 +101,7 @@ class TreeVisibility(Visibility):
     _backends: dict[bool, TreeAttention] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _lineage: Lineage | None = field(default=None, init=False, repr=False, compare=False)
 
     def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.split is not None:
@@ -113,11 +124,28 @@ class TreeVisibility(Visibility):
             backend = self._backends[windowed] = kind(self.blocks, rows)
         return backend(query, key, value, layer.scale, window, layer.sink)
 
+    def mix(self, space: StateSpace, gate: Tensor, inputs: Tensor, steps: Tensor) -> Tensor:
+        return self.mix_all(space, gate, inputs, steps)[0]
+
+    def mix_all(
+        self, space: StateSpace, gate: Tensor, inputs: Tensor, steps: Tensor
+    ) -> tuple[Tensor, State]:
+        """``mix``, and the states at the ends of ``lineage``'s chunks."""
+        lineage = self.lineage(space.width, inputs.device)
+        return mix(space, gate, inputs, steps, lineage, space.nothing_before())
+
+    def lineage(self, width: int, device: torch.device) -> Lineage:
+        """How rows descend from each other, for layers that all have convolutions of ``width``."""
+        if self._lineage is None:
+            self._lineage = Lineage.of(parents_of_rows(self.blocks), width).to(device)
+        return self._lineage
+
 
 def attach_tree_attention(model: torch.nn.Module) -> int:
-    """Let every core attention of ``model`` follow a ``Visibility``; returns how many there are.
+    """Let every core attention of ``model``, and every mixer of a state-space layer, follow a
+    ``Visibility``; returns how many there are.
 
-    Only ``forward`` of each core attention *instance* is wrapped: parameters, checkpoint keys,
+    Only ``forward`` of each such *instance* is wrapped: parameters, checkpoint keys,
     linear layers (and so FP8) and calls without a visibility stay those of the model's own spec,
     local or Transformer Engine. Harmless when called twice.
 
@@ -132,6 +160,11 @@ def attach_tree_attention(model: torch.nn.Module) -> int:
             _follow_visibility(module)
             _mark_as_split(getattr(module.core_attention, "softmax_offset", None))
             attached += 1
+        if isinstance(module, MambaMixer):
+            _mix_by_visibility(module)
+            attached += 1
+        if isinstance(module, HybridModel):
+            attach_output_processor(module)
         if hasattr(module, "rotary_pos_emb") and hasattr(module, "decoder"):
             _rotate_by_visibility(module.decoder)
         if isinstance(module, GPTModel) and module.config.mtp_num_layers:
@@ -222,6 +255,29 @@ def _project_by_visibility(attention: MLASelfAttention) -> None:
         return found
 
     attention.get_query_key_value_tensors = project
+
+
+def _mix_by_visibility(mixer: MambaMixer) -> None:
+    if getattr(mixer.forward, "follows_visibility", False):
+        return
+    original = mixer.forward
+
+    @functools.wraps(original)
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        visibility = kwargs.get("packed_seq_params")
+        if not isinstance(visibility, Visibility):
+            return original(hidden_states, *args, **kwargs)
+        projected, _ = mixer.in_proj(hidden_states)
+        space = StateSpace.of(mixer)
+        mixed = visibility.mix(space, *space.split(projected[: visibility.tokens, 0]))
+        if mixer.rmsnorm:
+            mixed = mixer.norm(mixed)
+        if visibility.tokens < projected.shape[0]:
+            mixed = F.pad(mixed, (0, 0, 0, projected.shape[0] - visibility.tokens))
+        return mixer.out_proj(mixed[:, None])
+
+    forward.follows_visibility = True
+    mixer.forward = forward
 
 
 def _mark_as_split(sink: Tensor | None) -> None:

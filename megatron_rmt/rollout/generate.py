@@ -67,6 +67,7 @@ from megatron_rmt.rollout.memory import (
 from megatron_rmt.rollout.responses import Rollout
 from megatron_rmt.rollout.row_limits import RowLimits
 from megatron_rmt.rollout.sampling import DecodeHead, RolloutSettings
+from megatron_rmt.rollout.state_cache import state_bytes
 from megatron_rmt.rollout.step_graph import StepGraph, is_recordable, record
 
 # Tensor-parallel ranks ask each other with each so many tokens whether one was told to stop.
@@ -134,6 +135,7 @@ def generate(
         rows_per_position=how.group,
         tail_tokens=tail_tokens,
         in_flight=in_flight,
+        states=state_bytes(model),
     )
     by_limits = tells_limits(policy.device)
     at_once = positions_at_once(size, how.kv_bytes)
@@ -274,6 +276,7 @@ class _Decoder:
                 tails=batch.tails,
                 trunks=shared_trunks(positions, device),
                 group=live.how.group,
+                last_rows=[position.limit - 1 for position in positions],
             )
         position_ids = (starts[:, None] + torch.arange(length, device=device)).flatten()
         visibility.use_position_ids(position_ids, self.policy.longest_position)

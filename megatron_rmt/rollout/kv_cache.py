@@ -1,4 +1,5 @@
-"""Attention while rollouts are generated, over keys and values that are stored for one step.
+"""Attention while rollouts are generated, over keys and values that are stored for one step, and
+state-space layers likewise (``state_cache``).
 
 The trunk is stored once and read by every rollout; what a rollout has of its own, its stem and its
 branch, is its tail. ``TrunkVisibility`` reads trunks, ``StemVisibility`` starts the tails,
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from megatron_rmt.cpu import compiled
 from megatron_rmt.cpu.compiled import fused, wide
+from megatron_rmt.cpu.state_space import State, StateSpace, mix
 from megatron_rmt.model.layer_attention import LayerAttention
 from megatron_rmt.model.visibility import TreeVisibility, Visibility
 from megatron_rmt.rollout.decode_attention import decode_attention
 from megatron_rmt.rollout.live_rollouts import RolloutPosition
 from megatron_rmt.rollout.row_limits import RowLimits
+from megatron_rmt.rollout.state_cache import StemScan, TrunkStates, one_row_each
 from megatron_rmt.rollout.store_rotated import Rotation, store_rotated
 
 # Of each group of rows of a batch: which rows, the keys and values [kv heads, trunk rows, dim] that
@@ -47,11 +50,13 @@ class KeyValueStore:
     """Keys and values of the trunks of one rank for one step of rollouts, per layer.
 
     ``[kv heads, trunk tokens, dim]``, stored once and read by every rollout. Keys are rotated when
-    they are written. Where latents are keys and values, both are one tensor.
+    they are written. Where latents are keys and values, both are one tensor. states: what is stored
+    of state-space layers.
     """
 
     def __init__(self, trunk_tokens: int) -> None:
         self.trunk_tokens = trunk_tokens
+        self.states = TrunkStates(trunk_tokens)
         self.trunk: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write_trunk(self, layer: int, first: int, key: Tensor, value: Tensor) -> None:
@@ -68,11 +73,13 @@ class KeyValueStore:
 class TailCache:
     """What each rollout of a batch has after the trunk, its stem and its branch, per layer.
 
-    Keys (rotated) and values ``[rollouts, kv heads, capacity, dim]``.
+    Keys (rotated) and values ``[rollouts, kv heads, capacity, dim]``. states: of state-space
+    layers, the state after the newest token of each rollout.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.states: dict[int, State] = {}
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
 
     def start(self, layer: int, key: Tensor, value: Tensor, group: int) -> None:
@@ -114,6 +121,9 @@ class TailCache:
                 indices = indices.to(tails[0].device, non_blocking=True)
                 _both(functools.partial(_move, indices=indices), tails)
             self.stored[layer] = _both(lambda tail: tail[: len(rows)], tails)
+        kept = torch.tensor(rows, dtype=torch.int64)
+        for layer, states in self.states.items():
+            self.states[layer] = states.at(kept.to(states.state.device))
 
 
 @dataclass
@@ -135,6 +145,12 @@ class TrunkVisibility(TreeVisibility):
         stored = (key, value) if latents is None else (latents, latents)
         self.store.write_trunk(layer.number, self.first_row, *stored)
         return super().attend_all(layer, query, key, value)
+
+    def mix(self, space: StateSpace, gate: Tensor, inputs: Tensor, steps: Tensor) -> Tensor:
+        mixed, ends = self.mix_all(space, gate, inputs, steps)
+        lineage = self.lineage(space.width, inputs.device)
+        self.store.states.write(space, self.first_row, inputs, steps, lineage, ends)
+        return mixed
 
 
 @dataclass(frozen=True)
@@ -299,10 +315,13 @@ def _with_tail(
 class StemVisibility(StoredTrunkVisibility):
     """Prefill of the stems, ``[positions * stem length]`` tokens, against the stored trunk.
 
-    The rows of ``trunks`` are positions. group: rollouts that will share each stem.
+    The rows of ``trunks`` are positions. group: rollouts that will share each stem. last_rows: of
+    each position, the last row of the stored trunk that it sees.
     """
 
     group: int = 1
+    last_rows: Sequence[int] = ()
+    _scan: StemScan | None = field(default=None, init=False, repr=False)
 
     def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         positions = self.trunks[-1].rows.stop
@@ -327,6 +346,16 @@ class StemVisibility(StoredTrunkVisibility):
         output = output.view(positions, kv_heads, repeats, length, width).permute(0, 3, 1, 2, 4)
         return output.reshape(positions * length, -1, width)
 
+    def mix(self, space: StateSpace, gate: Tensor, inputs: Tensor, steps: Tensor) -> Tensor:
+        states = self.store.states
+        if self._scan is None:
+            length = len(inputs) // len(self.last_rows)
+            self._scan = StemScan.of(states, self.last_rows, length, space)
+        mixed, ends = self._scan.mix(states, space, gate, inputs, steps)
+        shared = torch.arange(len(self.last_rows), device=inputs.device)
+        self.tails.states[space.number] = ends.at(shared.repeat_interleave(self.group))
+        return mixed
+
 
 @dataclass
 class DecodeVisibility(StoredTrunkVisibility):
@@ -346,6 +375,12 @@ class DecodeVisibility(StoredTrunkVisibility):
         places = [self.column] * query.shape[2]
         output = self._attend_trunk_and_tail(layer, query, places, tail, None)
         return output.reshape(rollouts, -1, width)
+
+    def mix(self, space: StateSpace, gate: Tensor, inputs: Tensor, steps: Tensor) -> Tensor:
+        lineage = one_row_each(len(inputs), space.width, inputs.device)
+        start = self.tails.states[space.number]
+        mixed, self.tails.states[space.number] = mix(space, gate, inputs, steps, lineage, start)
+        return mixed
 
 
 @dataclass
@@ -392,3 +427,6 @@ class IdleVisibility(Visibility):
 
     def attend(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return query
+
+    def mix(self, space: StateSpace, gate: Tensor, inputs: Tensor, steps: Tensor) -> Tensor:
+        return gate

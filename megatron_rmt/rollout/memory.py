@@ -11,6 +11,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch.distributed import ProcessGroup
 
 from megatron_rmt.model.gpt import Model, decoder_modules
+from megatron_rmt.rollout.state_cache import NO_STATES, StateBytes
 
 GIB = 2**30
 
@@ -44,6 +45,7 @@ class CacheSize:
 
     token_bytes: of one token. trunk_tokens: stored once. rows: rollouts, ``rows_per_position`` for
     each position. tail_tokens: most tokens of a stem and a response. in_flight: batches at a time.
+    states: of state-space layers.
     """
 
     token_bytes: int
@@ -52,14 +54,16 @@ class CacheSize:
     rows_per_position: int
     tail_tokens: int
     in_flight: int = 1
+    states: StateBytes = NO_STATES
 
     @property
     def trunk_bytes(self) -> int:
-        return self.trunk_tokens * self.token_bytes
+        return self.trunk_tokens * (self.token_bytes + self.states.trunk_token)
 
     @property
     def position_bytes(self) -> int:
-        return self.rows_per_position * self.tail_tokens * self.token_bytes
+        tail = self.tail_tokens * self.token_bytes + self.states.rollout
+        return self.rows_per_position * tail
 
     @property
     def positions(self) -> int:
@@ -77,6 +81,7 @@ class CacheSize:
             f"({self.positions * self.position_bytes / GIB:.3g} GiB) + trunk of "
             f"{self.trunk_tokens} tokens ({self.trunk_bytes / GIB:.3g} GiB), "
             f"{self.token_bytes} bytes a token"
+            + (f", {self.states.rollout} of states a rollout" if self.states.rollout else "")
         )
 
     def positions_at_once(self, bound: int | None) -> int:

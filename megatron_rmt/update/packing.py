@@ -71,17 +71,25 @@ class TreeCost:
         )
 
 
-def tree_cost(config: Any, vocab_size: int) -> TreeCost:
-    """Cost of trees of a model with Megatron's ``TransformerConfig``; every layer counts alike."""
+def tree_cost(config: Any, vocab_size: int, pattern: str | None = None) -> TreeCost:
+    """Cost of trees of a model with Megatron's ``TransformerConfig``; every layer counts alike, and
+    with the ``pattern`` of a hybrid stack every one of a kind."""
     width = config.ffn_hidden_size
     if config.num_moe_experts:
         width = config.moe_router_topk * config.moe_ffn_hidden_size
         width += config.moe_shared_expert_intermediate_size or 0
+    attentions = mlps = config.num_layers
+    mixers = 0
+    if pattern is not None:
+        attentions, mlps, mixers = (pattern.count(kind) for kind in "*-M")
     attention, pair = _attention_cost(config)
-    matrices = attention + config.hidden_size * (3 if config.gated_linear_unit else 2) * width
+    mlp = config.hidden_size * (3 if config.gated_linear_unit else 2) * width
+    token = 2 * (attentions * attention + mlps * mlp)
+    if mixers:
+        token += mixers * _mixer_operations(config)
     return TreeCost(
-        token=2 * matrices * config.num_layers,
-        pair=2 * pair * config.num_layers,
+        token=token,
+        pair=2 * pair * attentions,
         prediction=2 * config.hidden_size * vocab_size,
     )
 
@@ -100,6 +108,15 @@ def _attention_cost(config: Any) -> tuple[int, int]:
     if config.q_lora_rank:
         to_query = config.q_lora_rank * (hidden + query)
     return down + to_query + hidden * value, query + value
+
+
+def _mixer_operations(config: Any) -> int:
+    """Of one token in a Mamba layer: its two products, and what goes into its states and out."""
+    width = config.mamba_head_dim
+    heads = config.mamba_num_heads or 2 * config.hidden_size // width
+    state, shared = config.mamba_state_dim, config.mamba_num_groups * config.mamba_state_dim
+    projected = 3 * heads * width + 2 * shared + heads
+    return 2 * config.hidden_size * projected + 4 * heads * width * state
 
 
 def deal_out(

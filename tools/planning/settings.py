@@ -197,6 +197,10 @@ def complete_settings(given: Namespace, world_size: int, on_cpu: bool, prompt: P
     for name in ("multi_latent_attention", "mtp_num_layers"):
         if getattr(args, name):
             problems.append(f"{_flag(name)} is {getattr(args, name)}; a plan does not count it.")
+    if args.hybrid_layer_pattern:
+        problems.append(
+            f"--hybrid-layer-pattern is {args.hybrid_layer_pattern}; a plan is of like layers."
+        )
     if problems:
         raise ValueError(" ".join(problems))
     args.world_size, args.on_cpu = world_size, on_cpu
