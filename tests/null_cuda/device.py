@@ -45,6 +45,16 @@ def lacking() -> str | None:
     return None
 
 
+def engine_lacking() -> str | None:
+    """Why Transformer Engine's layers cannot run on the device; None if they can."""
+    if engine_libraries():
+        return None
+    return (
+        "Transformer Engine's extension for PyTorch is not installed; it is built by the command "
+        "in docs/null-device.md"
+    )
+
+
 def engine_libraries() -> list[Path]:
     """Those of Transformer Engine: its kernels' and that of PyTorch's extension; empty unless both
     are installed."""
