@@ -1,7 +1,7 @@
 """What the recipes for H100 ask of the host and of memory, counted on the null device: two tables.
 
     python -m tests.null_cuda.count [--only decode memory] [--samples 4 16] [--layers N]
-        [--modules local|engine|fp8]
+        [--modules local|engine|fp8|fp8-kept]
 
 The first: a decode step of Qwen3-14B on one rank of its recipe, TP 4, with ``--samples`` of 8
 positions and 8 rollouts each. Operations are launches, products, copies and fills, and collectives
@@ -145,7 +145,7 @@ def main() -> None:
         "--modules",
         choices=[*recipes.LAYERS],
         default="local",
-        help="whose: Megatron's (default), Transformer Engine's, those with weights kept in FP8",
+        help="whose layers: Megatron's (default), Transformer Engine's, those in FP8",
     )
     add("--recipes", nargs="+", default=[*recipes.RANKS], help="of the second table")
     add("--at-bound", action="store_true", help="every thought as long as it may be")

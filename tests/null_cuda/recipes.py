@@ -34,10 +34,10 @@ LOCAL = (
     "--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion "
     "--no-persist-layer-norm --no-rope-fusion"
 )
-# Transformer Engine's, as the recipes have them, and with weights kept in FP8.
+# Transformer Engine's, as the recipes have them; in FP8 with copies of the weights, or kept in it.
 ENGINE = "--transformer-impl transformer_engine"
-FP8 = f"{ENGINE} --fp8-format e4m3 --fp8-recipe blockwise --fp8-param-gather"
-LAYERS = {"local": LOCAL, "engine": ENGINE, "fp8": FP8}
+FP8 = f"{ENGINE} --fp8-format e4m3 --fp8-recipe blockwise"
+LAYERS = {"local": LOCAL, "engine": ENGINE, "fp8": FP8, "fp8-kept": f"{FP8} --fp8-param-gather"}
 STEPS = (
     "--mock-data --train-iters 2 --rmt-no-budget-decay --rmt-no-chat --num-workers 0 "
     "--disable-gloo-process-groups --rmt-log-samples-interval 0"
