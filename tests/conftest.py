@@ -8,7 +8,8 @@ spend seconds on it.
 """
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -18,6 +19,8 @@ import torch
 
 from megatron_rmt.cpu.compiled import is_available
 from tests import distributed, tiny_checkpoints, tiny_run
+from tests.tiny_run import PRETRAIN, RMT, STEPS, Run, TinyInputs, run
+from tests.training_curves import Start
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,7 +60,7 @@ def compiled(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tiny_run.TinyInputs:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
     """A tiny model's checkpoint and corpus, for whole runs."""
     return tiny_run.build_inputs(tmp_path_factory.mktemp("tiny"))
 
@@ -66,3 +69,45 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tiny_run.TinyInputs:
 def make_tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the tiny Hugging Face models of ``tests.tiny_checkpoints``."""
     return tiny_checkpoints.make_models(tmp_path_factory.mktemp("huggingface"))
+
+
+@pytest.fixture
+def source(tiny_checkpoints: Path, tmp_path: Path) -> Path:
+    """A copy of a model, to be spoiled."""
+    return Path(shutil.copytree(tiny_checkpoints / "llama", tmp_path / "source"))
+
+
+@pytest.fixture(scope="session")
+def start(inputs: TinyInputs, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """``start(ranks, flags)``: a run from the converted checkpoint, or from a run's."""
+
+    def start_run(
+        ranks: int,
+        flags: Sequence[str],
+        resume_from: Path | None = None,
+        program: Path = PRETRAIN,
+    ) -> Run:
+        directory = tmp_path_factory.mktemp("run") / "logs"
+        return run(directory, ranks, [*inputs.flags(resume_from), *flags], program)
+
+    return start_run
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the reference leaves its last checkpoint."""
+    return tmp_path_factory.mktemp("uninterrupted")
+
+
+@pytest.fixture(scope="session")
+def reference(start: Start, saved: Path) -> Run:
+    """Six steps of one process."""
+    return start(1, [*RMT, "--save", str(saved), "--save-interval", str(STEPS)])
+
+
+@pytest.fixture(scope="session")
+def stopped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
+    """A run that saved and ended after step 3."""
+    directory = tmp_path_factory.mktemp("stopped")
+    flags = ["--save", str(directory), "--save-interval", "3", "--exit-interval", "3"]
+    return directory, start(1, [*RMT, *flags])

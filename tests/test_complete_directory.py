@@ -74,17 +74,17 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("large")
     shape = read_config(CONFIG)
     shapes = {
-        name: part
+        name: (part, torch.float32)
         for weight, place in rows_of(shape)
         for name, part in zip(weight.names(place), weight.part_shapes(shape), strict=True)
     }
     generator = np.random.default_rng(1)
 
     def random_tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, part in shapes.items():
+        for name, (part, _) in shapes.items():
             yield name, torch.from_numpy(generator.random(part, dtype=np.float32))
 
-    write_safetensors(directory / "model.safetensors", shapes, torch.float32, random_tensors())
+    write_safetensors(directory / "model.safetensors", shapes, random_tensors())
     (directory / "config.json").write_text(json.dumps(CONFIG))
     pieces = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bpe = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, []))

@@ -2,6 +2,7 @@
 
 import argparse
 import enum
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -10,11 +11,14 @@ import shlex
 import shutil
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.distributed import run_distributed
 from tests.tiny_checkpoints import (
@@ -22,6 +26,7 @@ from tests.tiny_checkpoints import (
     MODELS,
     TOKENS,
     TOOLS,
+    UNEVEN,
     WORDS,
     assert_bit_equal,
     tensors,
@@ -106,10 +111,16 @@ def test_round_trip_is_bit_equal(models: Path, converted: Path, tmp_path: Path, 
 Found = Mapping[str, list[tuple[torch.Tensor | None, list[str]]]]
 
 
-def run_megatron(converted: Path, names: Sequence[str], ranks: int, *flags: str) -> Found:
+def run_megatron(
+    converted: Path,
+    names: Sequence[str],
+    ranks: int,
+    *flags: str,
+    run: Callable[[list[str], list[str]], Any] = _logits,
+) -> Found:
     """For each model, what every rank found."""
     directories = [str(converted / name) for name in names]
-    by_rank = run_distributed(ranks, _logits, directories, list(flags))
+    by_rank = run_distributed(ranks, run, directories, list(flags))
     return {name: [found[i] for found in by_rank] for i, name in enumerate(names)}
 
 
@@ -143,9 +154,14 @@ def test_keys_are_those_of_megatrons_local_specification(converted: Path, alone:
     for name, [(_, keys)] in alone.items():
         spare = written_keys(converted, name) - set(keys)
         assert not set(keys) - written_keys(converted, name), name
-        # Local norms have no state, those of Transformer Engine have; see also Weight.alias.
-        others = {key for key in spare if "layernorm._extra_state" not in key}
-        assert others == ({PRE_MLP_NORM} if name in EXPERTS else set()), name
+        # Local norms and sinks have no state, those of Transformer Engine have; see also
+        # Weight.alias.
+        own = ("layernorm._extra_state", "core_attention._extra_state")
+        others = {key for key in spare if not any(name in key for name in own)}
+        norms = {PRE_MLP_NORM} if name in EXPERTS else set()
+        if name in UNEVEN:
+            norms = {numbered(PRE_MLP_NORM, layer) for layer in (1, 2, 3)}
+        assert others == norms, name
 
 
 # Keys of ``GPTModel.sharded_state_dict`` with ``get_gpt_layer_with_transformer_engine_spec``, taken
@@ -154,6 +170,7 @@ PRE_MLP_NORM = "decoder.layers.pre_mlp_layernorm.weight"
 ATTENTION = "decoder.layers.self_attention"
 TRANSFORMER_ENGINE = f"""
 embedding.word_embeddings.weight decoder.final_layernorm.weight
+decoder.final_layernorm._extra_state[]
 {ATTENTION}.linear_proj._extra_state[] {ATTENTION}.linear_proj.weight
 {ATTENTION}.linear_qkv._extra_state[] {ATTENTION}.linear_qkv.layer_norm_weight
 {ATTENTION}.linear_qkv.weight"""
@@ -169,11 +186,25 @@ decoder.layers.mlp.experts.experts.linear_fc2._extra_state[]
 decoder.layers.mlp.experts.experts.linear_fc2.weight"""
 BIASES_AND_SINKS = f"""
 {ATTENTION}.linear_qkv.bias {ATTENTION}.linear_proj.bias {ATTENTION}.core_attention.softmax_offset
+{ATTENTION}.core_attention._extra_state[]
 decoder.layers.mlp.router.bias decoder.layers.mlp.experts.experts.linear_fc1.bias
 decoder.layers.mlp.experts.experts.linear_fc2.bias"""
 QUERY_KEY_NORMS = f"""
 {ATTENTION}.q_layernorm.weight {ATTENTION}.q_layernorm._extra_state[]
 {ATTENTION}.k_layernorm.weight {ATTENTION}.k_layernorm._extra_state[]"""
+
+
+SHARED_EXPERTS = """
+decoder.layers.mlp.router.expert_bias
+decoder.layers.mlp.shared_experts.linear_fc1._extra_state[]
+decoder.layers.mlp.shared_experts.linear_fc1.weight
+decoder.layers.mlp.shared_experts.linear_fc2._extra_state[]
+decoder.layers.mlp.shared_experts.linear_fc2.weight"""
+
+
+def numbered(key: str, layer: int) -> str:
+    """The key of one layer, where layers differ from one another."""
+    return key.replace("decoder.layers.", f"decoder.layers.{layer}.")
 
 
 @pytest.mark.parametrize(
@@ -196,6 +227,45 @@ def test_keys_are_those_of_the_transformer_engine_specification(
     written = {re.sub(r"/shard_.*", "[]", key) for key in written_keys(converted, name)}
     alias = {"decoder.layers.mlp.linear_fc1.layer_norm_weight"} if name in EXPERTS else set()
     assert written - alias == expected
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_layers_that_differ_have_keys_of_their_own(converted: Path, name: str):
+    """As the Transformer Engine specification has them."""
+    norms = QUERY_KEY_NORMS if name == "glm-4.5" else ""
+    bias = f" {ATTENTION}.linear_qkv.bias"
+    expected = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
+    expected.add("output_layer.weight")
+    for layer in range(4):
+        mlp = EXPERT_MLP + SHARED_EXPERTS if layer else DENSE_MLP
+        own = (TRANSFORMER_ENGINE + norms + bias + mlp).split()
+        expected |= {numbered(key, layer) for key in own}
+    written = {re.sub(r"/shard_.*", "[]", key) for key in written_keys(converted, name)}
+    fc1_norm = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+    assert written - expected == {numbered(fc1_norm, layer) for layer in (1, 2, 3)}
+    assert not expected - written
+
+
+def _loaded_keys(directories: list[str], flags: list[str]) -> list[tuple[None, list[str]]]:
+    """``_logits`` of a model that is loaded and cannot run."""
+    found = []
+    for directory in directories:
+        # Megatron asks before it takes the products of all experts together.
+        with mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
+            model = build_megatron_model(Path(directory), TOKENS, flags)
+        found.append((None, _keys_of(model)))
+        _forget_megatron()
+    return found
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine_torch") is None,
+    reason="Transformer Engine's extension for PyTorch is not installed (docs/null-device.md)",
+)
+def test_transformer_engines_layers_load_every_model(converted: Path):
+    flags = ("--transformer-impl", "transformer_engine", "--moe-grouped-gemm")
+    for name, [(_, keys)] in run_megatron(converted, MODELS, 1, *flags, run=_loaded_keys).items():
+        assert not set(keys) - written_keys(converted, name), name
 
 
 def test_logits_are_those_of_transformers_at_tensor_parallel_size_2(models: Path, converted: Path):
@@ -274,6 +344,7 @@ JOBS = {
     "qwen2": ["--tensor-model-parallel-size", "2"],
     "llama": ["--pipeline-model-parallel-size", "2"],
     "mixtral": ["--expert-model-parallel-size", "2"],
+    "glm-4.5-air": ["--expert-model-parallel-size", "2"],
 }
 
 
@@ -389,6 +460,37 @@ def test_rotary_factor_that_megatron_drops_is_cautioned_about(
         printed = capsys.readouterr()
         assert f"--use-rope-scaling --rope-scaling-factor {words} " in printed.out
         assert ("config.rope_scaling_factor = args" in printed.err) == (name == "llama3.2")
+
+
+def test_layers_that_predict_more_tokens_are_left_out_and_said_to_be(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source = tmp_path / "source"
+    shutil.copytree(models / "glm-4.5-air", source)
+    weights = tensors(source)
+    further = {"eh_proj.weight": torch.ones(32, 64), "enorm.weight": torch.ones(32)}
+    behind = {f"model.layers.4.{name}": value.bfloat16() for name, value in further.items()}
+    save_file(weights | behind, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    words = ("--source", str(source), "--target", str(tmp_path / "megatron"))
+    convert_checkpoint.main(["to-megatron", *words])
+    said = capsys.readouterr().err
+    assert "the 1 layer(s) behind the last (num_nextn_predict_layers), which predict" in said
+    convert_checkpoint.to_huggingface(tmp_path / "megatron", tmp_path / "back")
+    assert_bit_equal(tensors(tmp_path / "back"), weights)
+    assert json.loads((tmp_path / "back/config.json").read_text()) == config
+
+
+def test_the_bias_of_a_router_keeps_its_precision(models: Path, tmp_path: Path):
+    convert_checkpoint.to_megatron(models / "glm-4.5", tmp_path / "half", dtype="bfloat16")
+    convert_checkpoint.to_huggingface(tmp_path / "half", tmp_path / "back")
+    (name,) = {n for n in tensors(tmp_path / "back") if "layers.1" in n and "correction" in n}
+    assert torch.equal(tensors(tmp_path / "back")[name], tensors(models / "glm-4.5")[name])
+    # What the model's own files mix is no reason to ask for a dtype.
+    convert_checkpoint.to_megatron(tmp_path / "back", tmp_path / "again")
+    convert_checkpoint.to_huggingface(tmp_path / "again", tmp_path / "same")
+    assert_bit_equal(tensors(tmp_path / "same"), tensors(tmp_path / "back"))
 
 
 def test_flags_follow_a_moved_checkpoint(converted: Path, tmp_path: Path):

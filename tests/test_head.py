@@ -1,4 +1,4 @@
-"""The fused head against plain log_softmax in float64, alone and on two tensor-parallel ranks."""
+"""The fused head against plain log_softmax in float64."""
 
 import inspect
 from collections.abc import Callable
@@ -6,121 +6,35 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_rmt.cpu.compiled import is_available
 from megatron_rmt.model import head, head_compiled, head_plain, head_products
-from megatron_rmt.model.head import (
-    LossOfRows,
-    token_entropies,
-    token_loss_sum,
-    vocab_range,
-)
+from megatron_rmt.model.head import token_entropies, token_loss_sum
 from megatron_rmt.model.head_products import multiply_scores, wide_copy
-from megatron_rmt.rollout.sampling import DecodeHead, RolloutSettings
-from tests.distributed import run_distributed
-
-HIDDEN = 24
-VOCAB, PADDED = 90, 128
-
-Problem = dict[str, Tensor]
-
-
-def _problem(rows: int = 13, dtype: torch.dtype = torch.float64) -> Problem:
-    """Inputs whose scores spread over some 40 nats and whose padding rows would be noticed."""
-    generator = torch.Generator().manual_seed(5)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    return {
-        "hidden": (2 * normal(rows, HIDDEN)).to(dtype),
-        "weight": normal(PADDED, HIDDEN).to(dtype),
-        "targets": torch.randint(VOCAB, (rows,), generator=generator),
-        "by_log_prob": normal(rows),
-    }
-
-
-def _reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    log_p = (hidden.double() @ weight.double()[:VOCAB].T).log_softmax(-1)
-    entropies = (
-        torch.stack([-sum(x * x.exp() for x in row) for row in log_p])
-        if len(log_p)
-        else (log_p.sum(-1))
-    )
-    return log_p.gather(1, targets[:, None])[:, 0], entropies
-
-
-def _linear(problem: Problem) -> LossOfRows:
-    return lambda rows, log_probs: problem["by_log_prob"][rows] * log_probs
-
-
-def _clipped(problem: Problem) -> LossOfRows:
-    """The policy gradient of rollouts that an older policy drew, clipped: for some rows it is."""
-    older = torch.linspace(-30, -1, len(problem["targets"]), dtype=torch.float64)
-
-    def loss(rows: slice, log_probs: Tensor) -> Tensor:
-        advantages, ratio = problem["by_log_prob"][rows], torch.exp(log_probs - older[rows])
-        return -torch.minimum(advantages * ratio, advantages * ratio.clamp(0.8, 1.28))
-
-    return loss
-
-
-def _squared(problem: Problem) -> LossOfRows:
-    return lambda rows, log_probs: problem["by_log_prob"][rows] * log_probs.square()
-
-
-LOSSES = {"linear": _linear, "clipped": _clipped, "squared": _squared}
-
-
-def _expected(problem: Problem, loss_of: Callable[[Problem], LossOfRows] = _linear) -> list[Tensor]:
-    """Sum of the losses, log-probs, entropies, and three times the gradients."""
-    hidden = problem["hidden"].double().requires_grad_()
-    weight = problem["weight"].double().requires_grad_()
-    scaled = hidden * problem["scale"][:, None] if "scale" in problem else hidden
-    log_probs, entropies = _reference(scaled, weight, problem["targets"])
-    total = loss_of(problem)(slice(None), log_probs).sum()
-    gradients = torch.autograd.grad(3 * total, [hidden, weight])
-    return [total.detach(), log_probs.detach(), entropies.detach(), *gradients]
-
-
-def _results(
-    problem: Problem,
-    chunk_size: int = 5,
-    shard: slice = slice(None),
-    group: torch.distributed.ProcessGroup | None = None,
-    loss_of: Callable[[Problem], LossOfRows] = _linear,
-) -> list[Tensor]:
-    """The same by the head, the gradient of the weight for this shard."""
-    hidden = problem["hidden"].clone().requires_grad_()
-    weight = problem["weight"][shard].clone().requires_grad_()
-    settings = {
-        "vocab_size": problem.get("vocab_size", VOCAB),
-        "tp_group": group,
-        "chunk_size": chunk_size,
-    }
-    scale = problem.get("scale")
-    total, log_probs = token_loss_sum(
-        hidden, weight, problem["targets"], loss_of(problem), scale=scale, **settings
-    )
-    assert not log_probs.requires_grad
-    gradients = torch.autograd.grad(3 * total, [hidden, weight])
-    scaled = problem["hidden"] if scale is None else problem["hidden"].double() * scale[:, None]
-    entropies, _ = token_entropies(scaled, weight, **settings)
-    return [total.detach(), log_probs, entropies, *gradients]
-
-
-def _relative(value: Tensor, reference: Tensor) -> float:
-    return ((value.double() - reference).norm() / reference.norm()).item()
+from tests.head_problem import (
+    HIDDEN,
+    LOSSES,
+    PADDED,
+    VOCAB,
+    clipped,
+    decode_scores,
+    expected_results,
+    linear,
+    log_probs_and_entropies,
+    make_problem,
+    relative_error,
+    results_of_the_head,
+    top_k_entropy,
+)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("chunk_size", [1, 4, 13, 100])
 def test_values_and_gradients_equal_log_softmax(chunk_size, loss):
-    problem = _problem()
+    problem = make_problem()
     for value, reference in zip(
-        _results(problem, chunk_size, loss_of=LOSSES[loss]),
-        _expected(problem, LOSSES[loss]),
+        results_of_the_head(problem, chunk_size, loss_of=LOSSES[loss]),
+        expected_results(problem, LOSSES[loss]),
         strict=True,
     ):
         assert value.dtype == torch.float64
@@ -129,18 +43,18 @@ def test_values_and_gradients_equal_log_softmax(chunk_size, loss):
 
 def test_a_clipped_loss_is_clipped_in_some_rows_and_not_in_others():
     """So that the tests with it see both."""
-    problem = _problem()
-    by_log_probs = _expected(problem)[1].requires_grad_()
-    loss = _clipped(problem)(slice(None), by_log_probs)
+    problem = make_problem()
+    by_log_probs = expected_results(problem)[1].requires_grad_()
+    loss = clipped(problem)(slice(None), by_log_probs)
     (gradient,) = torch.autograd.grad(loss.sum(), by_log_probs)
     assert 0 < int((gradient == 0).sum()) < len(gradient)
 
 
 def test_padding_rows_of_the_weight_get_no_gradient_and_have_no_say():
-    problem = _problem()
-    plain = _results(problem)
+    problem = make_problem()
+    plain = results_of_the_head(problem)
     problem["weight"][VOCAB:] = 1e4
-    for padded, value in zip(_results(problem), plain, strict=True):
+    for padded, value in zip(results_of_the_head(problem), plain, strict=True):
         assert torch.equal(padded, value)
     assert plain[4][VOCAB:].abs().max() == 0
 
@@ -157,12 +71,12 @@ def test_padding_rows_of_the_weight_get_no_gradient_and_have_no_say():
 def test_half_precision_inputs_lose_nothing_but_the_rounding_of_gradients(
     dtype, value_bound, gradient_bound
 ):
-    problem = _problem(rows=40, dtype=dtype)
-    results = _results(problem, 16)
+    problem = make_problem(rows=40, dtype=dtype)
+    results = results_of_the_head(problem, 16)
     bounds = [1e-5, value_bound, value_bound, gradient_bound, gradient_bound]
     assert [value.dtype for value in results] == [*[torch.float32] * 3, dtype, dtype]
-    for value, reference, bound in zip(results, _expected(problem), bounds, strict=True):
-        assert _relative(value, reference) < bound
+    for value, reference, bound in zip(results, expected_results(problem), bounds, strict=True):
+        assert relative_error(value, reference) < bound
 
 
 @pytest.fixture
@@ -189,18 +103,18 @@ def test_the_weight_of_a_token_in_a_large_batch_is_not_lost_in_fp16(tokens: int)
     """Gradients of scores are rounded to fp16 before Megatron's loss scale reaches them. Beside
     next tokens of little weight a chunk holds predictions of much."""
     loss_scale = 64.0 * tokens
-    problem = _problem(rows=40, dtype=torch.float16)
+    problem = make_problem(rows=40, dtype=torch.float16)
     problem["hidden"] *= 0.05  # many probabilities, each of them small
     problem["by_log_prob"] = torch.full((40,), -0.1 / tokens, dtype=torch.float64)
     problem["by_log_prob"][[3, 17]] *= 500
     scaled = problem | {"by_log_prob": problem["by_log_prob"] * loss_scale}
-    references = _expected(scaled)[3:]
+    references = expected_results(scaled)[3:]
     hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
     total, _ = token_loss_sum(
         hidden,
         weight,
         problem["targets"],
-        _linear(problem),
+        linear(problem),
         vocab_size=VOCAB,
         tp_group=None,
         chunk_size=16,
@@ -208,7 +122,7 @@ def test_the_weight_of_a_token_in_a_large_batch_is_not_lost_in_fp16(tokens: int)
     gradients = torch.autograd.grad(3 * loss_scale * total, [hidden, weight])
     for gradient, reference in zip(gradients, references, strict=True):
         assert gradient.dtype == torch.float16
-        assert _relative(gradient, reference) < 1e-3
+        assert relative_error(gradient, reference) < 1e-3
 
 
 @pytest.mark.parametrize("largest", [0.0, 1e-45, 2.4e-8, 1.0, 3e4, 1e30, float("nan")])
@@ -232,59 +146,61 @@ def test_other_dtypes_have_the_range_of_fp32(dtype: torch.dtype):
 @pytest.mark.usefixtures("compiled")
 def test_conversion_in_blocks_covers_a_vocabulary_of_many_blocks(monkeypatch):
     monkeypatch.setattr("megatron_rmt.model.head_products._CONVERSION_BLOCK", 7)
-    problem = _problem(rows=6, dtype=torch.bfloat16)
-    for value, reference in zip(_results(problem, 4), _expected(problem), strict=True):
-        assert _relative(value, reference) < 2.0**-8
+    problem = make_problem(rows=6, dtype=torch.bfloat16)
+    for value, reference in zip(
+        results_of_the_head(problem, 4), expected_results(problem), strict=True
+    ):
+        assert relative_error(value, reference) < 2.0**-8
 
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_that_was_not_written_has_no_say(dtype):
-    problem = _problem(rows=40, dtype=dtype) | {"vocab_size": 101}
+    problem = make_problem(rows=40, dtype=dtype) | {"vocab_size": 101}
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
-        results = [*_results(problem, 40), *_results(problem)]
+        results = [*results_of_the_head(problem, 40), *results_of_the_head(problem)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(value.isfinite().all() for value in results)
 
 
 def test_bf16_hidden_states_with_an_fp32_weight():
-    problem = _problem()
+    problem = make_problem()
     problem["hidden"] = problem["hidden"].bfloat16()
     problem["weight"] = problem["weight"].float()
-    results, references = _results(problem, 16), _expected(problem)
+    results, references = results_of_the_head(problem, 16), expected_results(problem)
     assert [value.dtype for value in results[3:]] == [torch.bfloat16, torch.float32]
     bounds = [1e-5, 1e-6, 1e-6, 2**-9, 1e-6]
     for value, reference, bound in zip(results, references, bounds, strict=True):
-        assert _relative(value, reference) < bound
+        assert relative_error(value, reference) < bound
 
 
 def test_inputs_are_not_modified():
-    problem = _problem(dtype=torch.float32)
+    problem = make_problem(dtype=torch.float32)
     before = {name: value.clone() for name, value in problem.items()}
     hidden, weight = problem["hidden"].requires_grad_(), problem["weight"].requires_grad_()
     arguments = {"vocab_size": VOCAB, "tp_group": None, "chunk_size": 4}
-    loss = _linear(problem)
+    loss = linear(problem)
     total, _ = token_loss_sum(hidden, weight, problem["targets"], loss, **arguments)
     total.backward()
     token_entropies(hidden, weight, **arguments)
-    _decode_scores(hidden, weight)
+    decode_scores(hidden, weight)
     for name, value in before.items():
         assert torch.equal(problem[name], value), name
 
 
 @pytest.mark.usefixtures("compiled")
 def test_inputs_need_not_be_contiguous():
-    problem = _problem(rows=40, dtype=torch.float32)
-    plain = _results(problem, 16)
+    problem = make_problem(rows=40, dtype=torch.float32)
+    plain = results_of_the_head(problem, 16)
     strided = problem | {
         "hidden": torch.stack([problem["hidden"]] * 2, 1)[:, 0],
         "weight": problem["weight"].t().contiguous().t(),
         "targets": torch.stack([problem["targets"]] * 2, 1)[:, 0],
         "by_log_prob": torch.stack([problem["by_log_prob"]] * 2, 1)[:, 0],
     }
-    for value, reference in zip(_results(strided, 16), plain, strict=True):
+    for value, reference in zip(results_of_the_head(strided, 16), plain, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
 
 
@@ -306,7 +222,7 @@ def test_extreme_scores_stay_finite_and_entropy_is_not_negative():
 
 
 def test_no_rows():
-    total, log_probs, entropies, by_hidden, by_weight = _results(_problem(rows=0), 4)
+    total, log_probs, entropies, by_hidden, by_weight = results_of_the_head(make_problem(rows=0), 4)
     assert total == 0
     assert log_probs.shape == entropies.shape == (0,)
     assert by_hidden.shape == (0, HIDDEN)
@@ -315,31 +231,31 @@ def test_no_rows():
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_a_frozen_input_gets_no_gradient(frozen):
-    problem = _problem()
+    problem = make_problem()
     trained = "weight" if frozen == "hidden" else "hidden"
     problem[trained].requires_grad_()
     total, _ = token_loss_sum(
         problem["hidden"],
         problem["weight"],
         problem["targets"],
-        _clipped(problem),
+        clipped(problem),
         vocab_size=VOCAB,
         tp_group=None,
         chunk_size=5,
     )
     (3 * total).backward()
     assert problem[frozen].grad is None
-    expected = _expected(problem, _clipped)[3 if trained == "hidden" else 4]
+    expected = expected_results(problem, clipped)[3 if trained == "hidden" else 4]
     torch.testing.assert_close(problem[trained].grad, expected)
 
 
 def test_without_grad_it_gives_the_same_numbers_and_differentiates_nothing():
-    problem = _problem()
+    problem = make_problem()
     seen = []
 
     def loss(rows: slice, log_probs: Tensor) -> Tensor:
         seen.append(log_probs.requires_grad)
-        return _clipped(problem)(rows, log_probs)
+        return clipped(problem)(rows, log_probs)
 
     with torch.no_grad():
         values = token_loss_sum(
@@ -353,18 +269,18 @@ def test_without_grad_it_gives_the_same_numbers_and_differentiates_nothing():
         )
     assert seen == [False] * 3
     assert not values[0].requires_grad
-    for value, reference in zip(values, _expected(problem, _clipped)[:2], strict=True):
+    for value, reference in zip(values, expected_results(problem, clipped)[:2], strict=True):
         torch.testing.assert_close(value, reference)
 
 
 def test_gradients_are_given_once():
-    problem = _problem()
+    problem = make_problem()
     hidden = problem["hidden"].requires_grad_()
     total, _ = token_loss_sum(
         hidden,
         problem["weight"],
         problem["targets"],
-        _linear(problem),
+        linear(problem),
         vocab_size=VOCAB,
         tp_group=None,
         chunk_size=5,
@@ -382,13 +298,13 @@ def test_gradients_are_given_once():
 )
 def test_a_scale_of_each_row_is_a_temperature(dtype, bound):
     """Scores of bf16 hidden states are scaled after the product: nothing is rounded for it."""
-    problem = _problem(rows=40, dtype=dtype)
+    problem = make_problem(rows=40, dtype=dtype)
     problem["scale"] = torch.linspace(0.3, 1.7, 40, dtype=torch.float64)
-    _, log_probs, _, *gradients = _results(problem, 7)
-    _, expected, _, *references = _expected(problem)
-    assert _relative(log_probs, expected) < min(bound, 2e-6)
+    _, log_probs, _, *gradients = results_of_the_head(problem, 7)
+    _, expected, _, *references = expected_results(problem)
+    assert relative_error(log_probs, expected) < min(bound, 2e-6)
     for gradient, reference in zip(gradients, references, strict=True):
-        assert _relative(gradient, reference) < bound
+        assert relative_error(gradient, reference) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -403,29 +319,29 @@ def test_products_summed_in_fp32_by_the_device_give_the_same_gradients(monkeypat
 
         return emulated
 
-    problem = _problem(rows=40, dtype=dtype)
-    _, expected_log_probs, _, *references = _expected(problem)
+    problem = make_problem(rows=40, dtype=dtype)
+    _, expected_log_probs, _, *references = expected_results(problem)
     monkeypatch.setattr(head_products, "_multiplies_into_fp32", lambda left, right: True)
     for name in ("mm", "addmm"):
         monkeypatch.setattr(torch, name, wide(getattr(torch, name)))
-    _, log_probs, _, *gradients = _results(problem, 7)
-    assert _relative(log_probs, expected_log_probs) < 2e-6
+    _, log_probs, _, *gradients = results_of_the_head(problem, 7)
+    assert relative_error(log_probs, expected_log_probs) < 2e-6
     for gradient, reference in zip(gradients, references, strict=True):
-        assert _relative(gradient, reference) < 2.0**-8
+        assert relative_error(gradient, reference) < 2.0**-8
 
 
 def test_the_weights_gradient_is_added_to_main_grad_unrounded():
-    problem = _problem(rows=40, dtype=torch.bfloat16)
+    problem = make_problem(rows=40, dtype=torch.bfloat16)
     weight = problem["weight"].requires_grad_()
     weight.main_grad = torch.zeros(weight.shape)
     weight.grad_added_to_main_grad = False
-    *_, rounded = _results(problem, 7)
+    *_, rounded = results_of_the_head(problem, 7)
     for count in (1, 2):
         total, _ = token_loss_sum(
             problem["hidden"],
             weight,
             problem["targets"],
-            _linear(problem),
+            linear(problem),
             vocab_size=VOCAB,
             tp_group=None,
             chunk_size=7,
@@ -457,7 +373,7 @@ def test_compiled_sweeps_take_fp32_scores_where_functions_can_be_compiled(monkey
     wanted = head_compiled if is_available() else head_plain
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         taken.clear()
-        _results(_problem(dtype=dtype), 5)
+        results_of_the_head(make_problem(dtype=dtype), 5)
         # Three chunks: statistics and gradients, then entropies.
         assert taken == [head_plain if dtype == torch.float64 else wanted] * 9
 
@@ -465,28 +381,26 @@ def test_compiled_sweeps_take_fp32_scores_where_functions_can_be_compiled(monkey
 @pytest.mark.parametrize("rows_in_cache", [1, 2, 3, 100])
 def test_sweeps_of_a_few_rows_at_a_time_cover_every_row(monkeypatch, rows_in_cache):
     monkeypatch.setattr("megatron_rmt.model.head_plain._CPU_BLOCK", rows_in_cache * VOCAB + 1)
-    problem = _problem()
-    for value, reference in zip(_results(problem, 7), _expected(problem), strict=True):
+    problem = make_problem()
+    for value, reference in zip(
+        results_of_the_head(problem, 7), expected_results(problem), strict=True
+    ):
         torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
-
-
-def _top_k_entropy(hidden: Tensor, weight: Tensor, k: int) -> Tensor:
-    p = (hidden @ weight[:VOCAB].T).softmax(-1).sort(descending=True).values[:, :k]
-    p = p / p.sum(-1, keepdim=True)
-    return -(p * p.log()).sum(-1)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 100])
 def test_entropies_and_argmax(chunk_size):
-    problem = _problem()
+    problem = make_problem()
     hidden, weight = problem["hidden"], problem["weight"]
     arguments = {"vocab_size": VOCAB, "tp_group": None, "chunk_size": chunk_size}
     entropies, ids = token_entropies(hidden, weight, **arguments)
-    torch.testing.assert_close(entropies, _reference(hidden, weight, problem["targets"])[1])
+    torch.testing.assert_close(
+        entropies, log_probs_and_entropies(hidden, weight, problem["targets"])[1]
+    )
     assert torch.equal(ids, (hidden @ weight[:VOCAB].T).argmax(-1))
     for top_k in (1, 4, 16, VOCAB, 10 * VOCAB):
         entropies, same_ids = token_entropies(hidden, weight, top_k=top_k, **arguments)
-        torch.testing.assert_close(entropies, _top_k_entropy(hidden, weight, top_k))
+        torch.testing.assert_close(entropies, top_k_entropy(hidden, weight, top_k))
         assert torch.equal(same_ids, ids)
 
 
@@ -498,20 +412,12 @@ def test_argmax_of_equal_scores_is_the_first():
     assert ids.tolist() == [0, 0]
 
 
-@torch.no_grad()
-def _decode_scores(
-    hidden: Tensor, weight: Tensor, vocab_size: int = VOCAB, group: ProcessGroup | None = None
-) -> Tensor:
-    how = RolloutSettings(group=1, budget=1, seed=0, iteration=0, temperature=1.0)
-    return DecodeHead(weight, vocab_size, group, how).scores(hidden)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_scores_for_decoding_are_the_same_by_a_wide_copy_of_the_weight(dtype):
-    problem = _problem(dtype=dtype)
+    problem = make_problem(dtype=dtype)
     hidden, weight = problem["hidden"].detach(), problem["weight"].detach()
     assert (wide_copy(weight) is None) == (dtype == torch.float32)
-    found = _decode_scores(hidden, weight)
+    found = decode_scores(hidden, weight)
     expected = hidden.double() @ weight[:VOCAB].double().T
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     without_copy = torch.empty_like(found)
@@ -520,9 +426,9 @@ def test_scores_for_decoding_are_the_same_by_a_wide_copy_of_the_weight(dtype):
 
 
 def test_scores_for_decoding_are_fp32_and_without_padding():
-    problem = _problem(dtype=torch.bfloat16)
+    problem = make_problem(dtype=torch.bfloat16)
     hidden, weight = problem["hidden"], problem["weight"]
-    logits = _decode_scores(hidden, weight)
+    logits = decode_scores(hidden, weight)
     assert logits.shape == (13, VOCAB)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, hidden.float() @ weight[:VOCAB].float().T)
@@ -536,22 +442,22 @@ def test_scores_for_decoding_are_fp32_and_without_padding():
     ],
 )
 def test_targets_outside_the_vocabulary_are_named(target, message):
-    problem = _problem()
+    problem = make_problem()
     arguments = {"vocab_size": VOCAB, "tp_group": None, "chunk_size": 4}
     targets = torch.full((13,), target)
     with pytest.raises(ValueError, match=message):
-        token_loss_sum(problem["hidden"], problem["weight"], targets, _linear(problem), **arguments)
+        token_loss_sum(problem["hidden"], problem["weight"], targets, linear(problem), **arguments)
 
 
 @pytest.mark.parametrize("target", [-100, -1, VOCAB, 2 * VOCAB])
 def test_where_nobody_looks_a_target_outside_the_vocabulary_is_not_a_number(target):
-    problem = _problem()
+    problem = make_problem()
     targets = torch.arange(13)
     shard = head._Shard.of(problem["weight"], VOCAB, None, 4)
     inputs = problem["hidden"], problem["weight"]
 
     def log_probs(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = _linear(problem)
+        loss = linear(problem)
         return head._TokenLossSum.apply(*inputs, targets, loss, None, shard, False, False)
 
     _, right = log_probs(targets)
@@ -574,103 +480,3 @@ def test_no_rows_by_vocabulary_tensor_is_ever_allocated():
         token_entropies(hidden, weight, **settings)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert 0 < largest <= 2 * chunk_size * vocab * 4 + 1024
-
-
-def _on_rank(problem: Problem) -> dict[str, object]:
-    group = torch.distributed.group.WORLD
-    rows = PADDED // group.size()
-    shard = slice(group.rank() * rows, (group.rank() + 1) * rows)
-    hidden, weight = problem["hidden"], problem["weight"][shard]
-    arguments = {"vocab_size": VOCAB, "tp_group": group, "chunk_size": 5}
-    return {
-        **{name: _results(problem, 5, shard, group, loss) for name, loss in LOSSES.items()},
-        "entropies": token_entropies(hidden, weight, **arguments),
-        "top_k": {k: token_entropies(hidden, weight, top_k=k, **arguments) for k in (1, 16, 80)},
-        "equal_scores": token_entropies(torch.ones_like(hidden), weight * 0 - 1, **arguments)[1],
-        "logits": _decode_scores(hidden, weight, VOCAB, group),
-        "range": vocab_range(rows, VOCAB, group),
-    }
-
-
-# With four ranks of 32 rows the last one holds no true token at all (90 of 128).
-@pytest.mark.multiprocess
-@pytest.mark.parametrize(("ranks", "count"), [(2, 13), (4, 13), (2, 0)])
-def test_tensor_parallel_ranks_equal_a_single_process(ranks, count):
-    problem = _problem(count)
-    results = run_distributed(ranks, _on_rank, problem)
-    scores = problem["hidden"] @ problem["weight"][:VOCAB].T
-    logits = torch.cat([result["logits"] for result in results], -1)
-    torch.testing.assert_close(logits, scores)
-    starts = [rank * PADDED // ranks for rank in range(ranks)]
-    lengths = {2: [64, 26], 4: [32, 32, 26, 0]}[ranks]
-    assert [result["range"] for result in results] == list(zip(starts, lengths, strict=True))
-    for name, loss in LOSSES.items():
-        references = _expected(problem, loss)
-        for result in results:
-            for value, reference in zip(result[name][:-1], references[:-1], strict=True):
-                torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
-        by_weight = torch.cat([result[name][-1] for result in results])
-        torch.testing.assert_close(by_weight, references[-1], rtol=1e-11, atol=1e-12)
-    for result in results:
-        for entropies, ids in (result["entropies"], *result["top_k"].values()):
-            assert entropies.shape == (count,)
-            assert torch.equal(ids, scores.argmax(-1))
-        entropies = _reference(problem["hidden"], problem["weight"], problem["targets"])[1]
-        torch.testing.assert_close(result["entropies"][0], entropies)
-        for k, (entropies, _) in result["top_k"].items():
-            reference = _top_k_entropy(problem["hidden"], problem["weight"], k)
-            torch.testing.assert_close(entropies, reference)
-        assert torch.equal(result["equal_scores"], torch.zeros(count, dtype=torch.int64))
-
-
-def _count_collectives(problem: Problem) -> dict[str, list[tuple[str, list[int]]]]:
-    """(kind, shape) of the collectives of each function, in order."""
-    group = torch.distributed.group.WORLD
-    seen: list[tuple[str, list[int]]] = []
-    reduce, gather = torch.distributed.all_reduce, torch.distributed.all_gather_into_tensor
-
-    def counted_reduce(tensor: Tensor, *args: object, **kwargs: object) -> object:
-        seen.append((str(kwargs["op"]).rsplit(".", 1)[1], list(tensor.shape)))
-        return reduce(tensor, *args, **kwargs)
-
-    def counted_gather(result: Tensor, tensor: Tensor, *args: object, **kwargs: object) -> object:
-        seen.append(("GATHER", list(tensor.shape)))
-        return gather(result, tensor, *args, **kwargs)
-
-    torch.distributed.all_reduce = counted_reduce
-    torch.distributed.all_gather_into_tensor = counted_gather
-    problem = {**problem, "vocab_size": 2 * PADDED}
-    hidden, weight = problem["hidden"].requires_grad_(), problem["weight"].requires_grad_()
-    arguments = {"vocab_size": 2 * PADDED, "tp_group": group, "chunk_size": 5}
-    counted = {}
-
-    def take(name: str) -> None:
-        counted[name] = seen.copy()
-        seen.clear()
-
-    loss = _linear(problem)
-    total, _ = token_loss_sum(hidden, weight, problem["targets"], loss, **arguments)
-    take("loss, forward")
-    total.backward()
-    take("loss, backward")
-    token_entropies(hidden, weight, **arguments)
-    take("entropies")
-    token_entropies(hidden, weight, top_k=4, **arguments)
-    take("top k")
-    _decode_scores(hidden, weight, 2 * PADDED, group)
-    take("logits")
-    return counted
-
-
-@pytest.mark.multiprocess
-def test_the_collectives_are_those_that_the_docstrings_name():
-    """13 rows in chunks of 5."""
-    chunks = [call for rows in (5, 5, 3) for call in (("MAX", [rows]), ("SUM", [3, rows]))]
-    expected = {
-        "loss, forward": [*chunks, ("SUM", [13, HIDDEN])],
-        "loss, backward": [],
-        "entropies": [("MAX", [13]), ("MIN", [13]), ("MAX", [13]), ("SUM", [3, 13])],
-        "top k": [("MAX", [13]), ("MIN", [13]), ("GATHER", [13, 4])],
-        "logits": [],
-    }
-    assert run_distributed(2, _count_collectives, _problem()) == [expected] * 2

@@ -118,6 +118,14 @@ def test_the_second_job_trains_alike_in_one_process_and_with_interleaved_stages(
         assert {name: line[name] for name in expected} == pytest.approx(
             expected, rel=1e-4, abs=1e-5
         )
+    # Megatron's local layers split no sequence without RMT, so not in an evaluation either.
+    unmeasured = [*flags, "--split", "100,0,0", "--eval-iters", "0", *rmt[:-2]]
+    whole = run(tmp_path / "whole", 1, unmeasured, job).metrics
+    shared = [*unmeasured, *interleaved, "--context-parallel-size", "2"]
+    for line, other in zip(run(tmp_path / "shared", 4, shared, job).metrics, whole, strict=True):
+        assert line["rollout checksum"] == other["rollout checksum"]
+        for name in ("ntp loss", "grad norm", "skipped samples"):
+            assert line[name] == pytest.approx(other[name], rel=1e-4), name
     # Without --rmt it is the job's own.
     plain = run(tmp_path / "plain", 2, [*flags, *interleaved], job)
     assert float(plain.printed("lm loss")[0]) == pytest.approx(

@@ -29,7 +29,8 @@ DENSE = (
     "phi3",
     "smollm3",
 )
-EXPERTS = ("mixtral", "qwen3-moe", "qwen3-moe-unnormalised", "gpt-oss")
+UNEVEN = ("glm-4.5", "glm-4.5-air")  # the first layer has no experts
+EXPERTS = ("mixtral", "qwen3-moe", "qwen3-moe-unnormalised", "gpt-oss", *UNEVEN)
 MODELS = (*DENSE, *EXPERTS)
 
 MAKE_MODELS = """
@@ -48,6 +49,9 @@ scaled = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_fact
 yarn = dict(rope_type="yarn", rope_theta=150000.0, factor=4.0, truncate=False,
     original_max_position_embeddings=16)
 wide = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16)
+shared = dict(num_hidden_layers=4, n_routed_experts=4, n_shared_experts=2, head_dim=16,
+    num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1, attention_bias=True,
+    routed_scaling_factor=1.5, norm_topk_prob=True, num_nextn_predict_layers=0, pad_token_id=1)
 kinds = {
     "llama": ("llama", {}),
     "smollm2": ("llama", dict(tie_word_embeddings=True, num_attention_heads=6,
@@ -66,6 +70,8 @@ kinds = {
     "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
     "gpt-oss": ("gpt_oss", dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16,
         sliding_window=9, pad_token_id=1, rope_parameters=yarn)),
+    "glm-4.5": ("glm4_moe", shared | dict(use_qk_norm=True)),
+    "glm-4.5-air": ("glm4_moe", shared),
     "qwen3-moe": ("qwen3_moe", dict(norm_topk_prob=True, **wide)),
     "qwen3-moe-unnormalised": ("qwen3_moe", dict(norm_topk_prob=False, **wide)),
 }
@@ -83,6 +89,9 @@ for name, (family, changes) in kinds.items():
     with torch.no_grad():
         for key, weight in model.named_parameters():
             weight.normal_(1.0 if "norm" in key else 0.0, 0.2, generator=generator)
+        for key, bias in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                bias.normal_(0.0, 0.2, generator=generator)
         logits = model.eval()(torch.arange(tokens)[None]).logits
     model.save_pretrained(root / name)
     tokenizer.save_pretrained(root / name)

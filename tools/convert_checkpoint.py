@@ -59,7 +59,12 @@ from conversion.megatron_weights import (
     iteration_directory,
     write_megatron_weights,
 )
-from conversion.model_config import caution, megatron_flags, read_config
+from conversion.model_config import (
+    cautions,
+    megatron_flags,
+    read_config,
+    without_further_layers,
+)
 from conversion.provenance import write_provenance
 from conversion.run_configuration import configuration_of_run
 from conversion.verify_checkpoint import VERIFY_TEXT, Parity, verify
@@ -125,7 +130,7 @@ def to_megatron(
     weights = HuggingFaceWeights(source)
     weights.check(shape)
     check_tokenizer(source, shape)
-    storage = DTYPES[dtype or weights.dtype()]
+    storage = DTYPES[dtype or weights.dtype(shape)]
     with complete_directory(target, size_of(shape, storage)) as partial:
         write_megatron_weights(partial / "release", weights.read, shape, storage)
         copy_companions(source, partial / HUGGINGFACE)
@@ -165,8 +170,7 @@ def shape_of(directory: Path) -> ModelShape:
 def caution_about(source: Path) -> None:
     """Say on stderr what Megatron does not do with the flags of a Megatron checkpoint."""
     weights = MegatronWeights(iteration_directory(source, None))
-    sentence = caution(read_config(configuration_of(source, weights)[1]))
-    if sentence is not None:
+    for sentence in cautions(read_config(configuration_of(source, weights)[1])):
         print(f"{Path(__file__).name}: {sentence}", file=sys.stderr)
 
 
@@ -194,6 +198,7 @@ def to_huggingface(
     directory = iteration_directory(source, iteration)
     weights = MegatronWeights(directory)
     companions, config = configuration_of(source, weights, companions)
+    config = without_further_layers(config)
     shape = read_config(config)
     weights.check(shape)
     storage = DTYPES[dtype] if dtype else weights.dtype()

@@ -1,7 +1,8 @@
 """A second pre-training job that exists, with the two lines already in it: a weighted blend.
 
-It has what large jobs have: interleaved pipeline stages, a blend of corpora, whose losses weigh
-differently (``--corpus-loss-weights``, a flag of this job), a batch that grows, and validation.
+It has what large jobs have: interleaved pipeline stages, context-parallel ranks, a blend of
+corpora, whose losses weigh differently (``--corpus-loss-weights``, a flag of this job), a batch
+that grows, and validation.
 ``README.md`` shows how it is started.
 """
 
@@ -19,14 +20,15 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.enums import ModelType
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_tokenizer, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-FIELDS = ("tokens", "labels", "position_ids", "dataset_id")
+FIELDS = ("tokens", "labels", "position_ids", "loss_mask")
+READ = (*FIELDS[:-1], "dataset_id")
 
 Batches = Iterator[dict[str, Tensor]]
 
@@ -67,18 +69,20 @@ datasets_provider.is_distributed = True
 
 
 def get_batch(data_iterator: Batches | None, vp_stage: int | None) -> dict[str, Tensor | None]:
-    """Tokens, labels, positions and loss mask ``[micro-batch, sequence]``; None in the middle of
-    the pipeline."""
+    """Tokens, labels, positions and loss mask ``[micro-batch, sequence / cp]``; None in the middle
+    of the pipeline."""
     if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys((*FIELDS, "loss_mask"))
+        return dict.fromkeys(FIELDS)
     sample = None
     if data_iterator is not None:
         read = next(data_iterator)
-        sample = {name: read[name].long() for name in FIELDS}
-    batch = tensor_parallel.broadcast_data(list(FIELDS), sample, torch.int64)
+        sample = {name: read[name].long() for name in READ}
+    batch = tensor_parallel.broadcast_data(list(READ), sample, torch.int64)
     weights = torch.tensor(get_args().corpus_loss_weights, device=batch["tokens"].device)
-    own = weights[batch["dataset_id"]]
-    return {**batch, "loss_mask": own[:, None].expand_as(batch["labels"]).contiguous()}
+    own = weights[batch.pop("dataset_id")]
+    batch["loss_mask"] = own[:, None].expand_as(batch["labels"]).contiguous()
+    group = parallel_state.get_context_parallel_group()
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
 
 
 def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -87,7 +87,7 @@ def distribution(machine: Machine) -> Found:
 def split_vocabulary(machine: Machine) -> Found:
     """The same tokens and log-probs from two ranks that hold half of the vocabulary each."""
     target = machine.folder / "split.json"
-    words = [__file__, str(target), "gpu" if machine.on_gpu else "cpu"]
+    words = ["--module", "acceptance.draws", str(target), "gpu" if machine.on_gpu else "cpu"]
     run_program(machine, "split", 2, words, limit=120)
     return Found.below(json.loads(target.read_text(encoding="utf-8")), 1e-5)
 

@@ -6,6 +6,8 @@ tensors and runs nothing. Written are safetensors.
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from conversion.mismatch import first_line, mismatch
 from conversion.safetensors_stream import write_safetensors
 from conversion.weight_names import (
     EMBEDDING,
+    LAYER,
     OUTPUT,
     ModelShape,
     Place,
@@ -40,6 +43,7 @@ SHARD_BYTES = 5 * 2**30
 INVERSE_FREQUENCIES = "rotary_emb.inv_freq"
 # By how much bfloat16 rounds them, and more.
 ROUNDING = 0.01
+LAYER_NUMBER = re.compile(re.escape(LAYER).replace(r"\{layer\}", "([0-9]{1,9})"))
 ((LM_HEAD, _),) = OUTPUT.parts
 ((EMBEDDINGS, _),) = EMBEDDING.parts
 
@@ -100,7 +104,7 @@ class HuggingFaceWeights:
                 others.append(f"{name} has shape {list(found)}, not {list(expected[name])}")
             if name in expected and self.dtypes[name] not in DTYPES:
                 others.append(f"{name} is stored as {self.dtypes[name]}, not as {'/'.join(DTYPES)}")
-            if name not in expected and not _is_redundant(name, shape):
+            if not (name in expected or _is_redundant(name, shape) or _is_behind(name, shape)):
                 unexpected.append(name)
         problems = mismatch(missing, unexpected, others)
         if problems:
@@ -108,6 +112,8 @@ class HuggingFaceWeights:
                 f"The weights in {self.directory} do not match its config.json: {problems}."
             )
         for name in sorted(self.shapes.keys() - expected.keys()):
+            if _is_behind(name, shape):
+                continue
             self._check_redundant(name, shape)
 
     def _check_redundant(self, name: str, shape: ModelShape) -> None:
@@ -137,13 +143,20 @@ class HuggingFaceWeights:
                 "correct rope_theta in config.json, or remove the tensor."
             )
 
-    def dtype(self) -> str:
+    def dtype(self, shape: ModelShape) -> str:
         """The one dtype of all tensors, which Megatron's single parameter dtype can keep.
+
+        Tensors with a dtype of their own, and those that are left out, are not asked.
 
         Raises:
             ValueError: They differ, or it is float16, in which Megatron checkpoints are not kept.
         """
-        found = set(self.dtypes.values())
+        own = {name for row, place in rows_of(shape) if row.dtype for name in row.names(place)}
+        found = {
+            dtype
+            for name, dtype in self.dtypes.items()
+            if not (name in own or _is_behind(name, shape))
+        }
         if found in ({"float32"}, {"bfloat16"}):
             return found.pop()
         raise ValueError(
@@ -157,6 +170,12 @@ def _is_redundant(name: str, shape: ModelShape) -> bool:
     if name.endswith(INVERSE_FREQUENCIES):
         return shape.rotary_scaling is None and shape.yarn is None
     return name == LM_HEAD and shape.tied
+
+
+def _is_behind(name: str, shape: ModelShape) -> bool:
+    """Whether a tensor is of a layer behind the last, which is left out."""
+    found = LAYER_NUMBER.match(name)
+    return found is not None and 0 <= int(found[1]) - shape.layers < shape.further_layers
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -246,19 +265,20 @@ def write_huggingface_weights(
         for weight, place in shard:
             unpacked = weight.unpack(read(weight, place), shape)
             for name, tensor in zip(weight.names(place), unpacked, strict=True):
-                check_finite(name, tensor, dtype)
-                yield name, tensor.to(dtype)
+                stored_as = weight.dtype or dtype
+                check_finite(name, tensor, stored_as)
+                yield name, tensor.to(stored_as)
             progress.update()
 
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         name = name if len(shards) > 1 else "model.safetensors"
         shapes = {
-            part: part_shape
+            part: (part_shape, weight.dtype or dtype)
             for weight, place in shard
             for part, part_shape in zip(weight.names(place), weight.part_shapes(shape), strict=True)
         }
-        write_safetensors(directory / name, shapes, dtype, parts(shard))
+        write_safetensors(directory / name, shapes, parts(shard))
         weight_map |= dict.fromkeys(shapes, name)
     progress.close()
     if len(shards) > 1:
@@ -269,8 +289,8 @@ def write_huggingface_weights(
 def size_of(shape: ModelShape, dtype: torch.dtype) -> int:
     """Bytes of all weights of a model."""
     return sum(
-        math.prod(weight.stack(shape)) * math.prod(weight.megatron_shape(shape)) * dtype.itemsize
-        for weight in {weight: None for weight, _ in rows_of(shape)}
+        count * math.prod(weight.megatron_shape(shape)) * (weight.dtype or dtype).itemsize
+        for weight, count in Counter(weight for weight, _ in rows_of(shape)).items()
     )
 
 
@@ -281,7 +301,7 @@ def _split_into_shards(
     shards: list[list[tuple[Weight, Place]]] = [[]]
     used = 0
     for weight, place in rows_of(shape):
-        size = math.prod(weight.megatron_shape(shape)) * dtype.itemsize
+        size = math.prod(weight.megatron_shape(shape)) * (weight.dtype or dtype).itemsize
         if shards[-1] and used + size > shard_bytes:
             shards.append([])
             used = 0

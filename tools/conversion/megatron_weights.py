@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,12 @@ from conversion.huggingface_weights import read_json
 from conversion.mismatch import first_line, mismatch, summary
 from conversion.weight_names import (
     EMBEDDING,
-    FAMILIES,
+    LAYERS,
     ModelShape,
     Place,
     Weight,
     rows_of,
-    weights_of,
+    stateful_modules,
 )
 from megatron_rmt.job.digests import damage, recorded_digests
 from megatron_rmt.job.text_files import read_text_file
@@ -118,36 +118,35 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
     ) -> None:
         super().__init__(flatten_state_dict=False)
         self.read, self.shape, self.dtype = read, shape, dtype
-        self.rows: dict[str, Weight] = {
-            key: weight for weight in weights_of(shape) for key in weight.keys
-        }
+        # By key and offsets, the row and the place that are written there.
+        self.places: dict[tuple[str, tuple[int, ...]], tuple[Weight, Place]] = {}
         self.objects = _objects(shape)
         self.written = torch.empty(0)
         self.progress = tqdm(desc="to Megatron", unit=" tensors", disable=None)
 
     def create_local_plan(self) -> SavePlan:
         items = [
-            self._item(key, weight, place)
-            for weight, place in rows_of(self.shape)
-            for key in weight.keys
+            item for weight, place in rows_of(self.shape) for item in self._items(weight, place)
         ]
         items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.objects]
         self.plan = SavePlan(items)
         self.progress.reset(len(items))
         return self.plan
 
-    def _item(self, key: str, weight: Weight, place: Place) -> WriteItem:
+    def _items(self, weight: Weight, place: Place) -> Iterator[WriteItem]:
         local = weight.megatron_shape(self.shape)
-        offsets = torch.Size([*place, *(0 for _ in local)])
-        return WriteItem(
-            MetadataIndex(key, offsets),
-            WriteItemType.SHARD,
-            tensor_data=TensorWriteData(
-                ChunkStorageMetadata(offsets, torch.Size([*(1 for _ in place), *local])),
-                TensorProperties(dtype=self.dtype),
-                torch.Size([*weight.stack(self.shape), *local]),
-            ),
-        )
+        for key, within, stack in weight.stored_at(place, self.shape):
+            offsets = torch.Size([*within, *(0 for _ in local)])
+            self.places[key, offsets] = weight, place
+            yield WriteItem(
+                MetadataIndex(key, offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    ChunkStorageMetadata(offsets, torch.Size([*(1 for _ in within), *local])),
+                    TensorProperties(dtype=weight.dtype or self.dtype),
+                    torch.Size([*stack, *local]),
+                ),
+            )
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """Read, pack and cast the Hugging Face parts of one chunk."""
@@ -157,13 +156,12 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
         key = write_item.index.fqn
         if write_item.type == WriteItemType.BYTE_IO:
             return self.objects[key]
-        weight = self.rows[key]
-        depth = len(weight.stack(self.shape))
-        place = tuple(write_item.index.offset[:depth])
+        offsets = write_item.index.offset
+        weight, place = self.places[key, offsets]
         # The writer keeps a tensor of each key until its file is complete, long after writing it.
         self.written.untyped_storage().resize_(0)
         self.written = weight.pack(self.read, place, self.shape, self.dtype)
-        return self.written[(None,) * depth]
+        return self.written[(None,) * (len(offsets) - self.written.ndim)]
 
 
 def _objects(shape: ModelShape) -> dict[str, io.BytesIO]:
@@ -178,12 +176,16 @@ def _objects(shape: ModelShape) -> dict[str, io.BytesIO]:
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
     objects: dict[str, Any] = {COMMON_STATE: common}
-    for module in FAMILIES[shape.family].stateful:
-        stack = (shape.layers, shape.experts) if ".experts." in module else (shape.layers,)
-        sizes = ".".join(map(str, stack))
-        for place in np.ndindex(stack):
-            offsets = ".".join(map(str, place))
-            objects[f"decoder.layers.{module}._extra_state/shard_{offsets}_{sizes}"] = None
+    objects["decoder.final_layernorm._extra_state/shard_0_1"] = None
+    for module, layer in stateful_modules(shape):
+        experts = (shape.experts,) if ".experts." in module else ()
+        for expert in np.ndindex(experts):
+            name, place, stack = f"{LAYERS}{module}", (layer, *expert), (shape.layers, *experts)
+            if shape.dense_layers:
+                name = f"{LAYERS}{layer}.{module}"
+                place, stack = (place[1:], stack[1:]) if experts else ((0,), (1,))
+            offsets, sizes = (".".join(map(str, numbers)) for numbers in (place, stack))
+            objects[f"{name}._extra_state/shard_{offsets}_{sizes}"] = None
     serialised = {}
     for key, value in objects.items():
         serialised[key] = io.BytesIO()
@@ -255,10 +257,14 @@ class MegatronWeights:
         """
         missing, unexpected, others = [], [], []
         expected: set[str] = set()
+        stacked: dict[str, tuple[int, ...]] = {}
         for weight, place in rows_of(shape):
-            key, _, found = self._find(weight, place)
-            expected |= {key, *weight.keys}
+            key, depth, found = self._find(weight, place)
+            expected |= {key, *weight.keys, *(own for own, _, _ in weight.stored_at(place, shape))}
             wanted = weight.megatron_shape(shape)
+            stack = weight.stack(shape)[len(place) - depth :]
+            if found is not None and tuple(self.stored[key].size)[:depth] != stack:
+                stacked.setdefault(key, stack)
             if found is None:
                 missing.append(key)
             elif found[1:] != wanted[1:] or not (
@@ -273,11 +279,9 @@ class MegatronWeights:
                 continue
             if key not in expected:
                 unexpected.append(key)
-            for weight in weights_of(shape):
-                stack = weight.stack(shape)
-                found = tuple(stored.size)[: len(stack)]
-                if key in weight.keys and found != stack:
-                    others.append(f"{key} stacks {list(found)} tensors, not {list(stack)}")
+            if key in stacked:
+                found, stack = list(stored.size)[: len(stacked[key])], list(stacked[key])
+                others.append(f"{key} stacks {found} tensors, not {stack}")
         problems = mismatch(missing, unexpected, others)
         if problems:
             raise ValueError(
@@ -322,9 +326,11 @@ class MegatronWeights:
         """
         for key in weight.keys:
             if place:
-                numbered = key.replace("decoder.layers.", f"decoder.layers.{place[0]}.")
+                numbered = key.replace(LAYERS, f"{LAYERS}{place[0]}.")
                 if numbered in self.stored:
                     size = tuple(self.stored[numbered].size)
+                    if any(n >= count for n, count in zip(place[1:], size, strict=False)):
+                        return f"{numbered} at {place[1:]}", len(place) - 1, None
                     return numbered, len(place) - 1, size[len(place) - 1 :]
             if key in self.stored:
                 size = tuple(self.stored[key].size)

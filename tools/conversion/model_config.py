@@ -88,10 +88,15 @@ PLAIN_ARGUMENTS: Mapping[str, Any] = {
     "moe_router_group_topk": None,
     "moe_apply_probs_on_input": False,
 }
-# Flags that do not decide what a model computes, or say so twice.
-WITHOUT_MEANING = ("--padded-vocab-size", "--attention-dropout", "--hidden-dropout")
+# Flags that do not decide what a model computes but how precisely, or say so twice.
+WITHOUT_MEANING = (
+    *("--padded-vocab-size", "--attention-dropout", "--hidden-dropout"),
+    "--moe-router-dtype",
+)
 # Their routers always take the softmax over the chosen experts.
 WITH_EXPERTS_ALONE = ("mixtral", "gpt_oss")
+# Layers behind the last that predict more tokens than the next; transformers reads none of them.
+FURTHER_LAYERS = "num_nextn_predict_layers"
 # The only one that Megatron's clamped GELU has.
 SIGMOID_GAIN = 1.702
 # What the names of arguments begin with that mean nothing without experts.
@@ -109,7 +114,7 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
     _check_switches(config)
     family = config["model_type"]
     config = {**FAMILIES[family].defaults, **config}
-    rotary_base, rotary_scaling, yarn = _rotary(config)
+    rotary_base, rotary_share, rotary_scaling, yarn = _rotary(config)
     heads = _size(config, "num_attention_heads")
     hidden = _size(config, "hidden_size")
     vocabulary = _size(config, "vocab_size")
@@ -126,10 +131,13 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
         maximum_positions=_size(config, "max_position_embeddings"),
         norm_epsilon=_positive(config, "rms_norm_eps", most=1),
         rotary_base=rotary_base,
+        rotary_share=rotary_share,
         rotary_scaling=rotary_scaling,
         yarn=yarn,
         activation_bound=_activation_bound(config),
         without_rotary=_without_rotary(config),
+        further_layers=_count(config, FURTHER_LAYERS),
+        switches=tuple(name for name in FAMILIES[family].switches if _switch(config, name)),
         **_windows(config),
         **_experts(config),
     )
@@ -178,10 +186,11 @@ def _check_switches(config: Mapping[str, Any]) -> None:
                 f"the family {family}; convert a model without it."
             )
     for switch in FAMILIES[family].needed:
-        if config.get(switch, True) is not True:
+        value = config.get(switch, FAMILIES[family].defaults[switch])
+        if value is not True:
             raise ValueError(
-                f"config.json sets {switch}={config[switch]!r}; of the family {family} only models "
-                "with it are supported."
+                f"config.json sets {switch}={value!r}; of the family {family} only models with it "
+                "are supported."
             )
     if config.get("quantization_config"):
         raise ValueError(
@@ -220,6 +229,11 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     if not isinstance(value, int):
         raise ValueError(f"config.json sets {key}={value!r}; it must be a whole number.")
     return value
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    """A whole number that may be zero, which it is where it is absent or null."""
+    return _size(config, key) if config.get(key) else 0
 
 
 def _switch(config: Mapping[str, Any], key: str) -> bool:
@@ -278,7 +292,8 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
     # They have no other MLP, whose size would need another name.
     alone = config["model_type"] in WITH_EXPERTS_ALONE
     # transformers 5 writes num_local_experts for every family.
-    count = "num_experts" if "num_experts" in config else "num_local_experts"
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    count = next(name for name in names if name in config or name == names[-1])
     experts = {
         "experts": _size(config, count),
         "expert_ffn": _size(config, "intermediate_size" if alone else "moe_intermediate_size"),
@@ -290,7 +305,29 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json sets num_experts_per_tok={experts['experts_per_token']}, more than "
             f"{count}={experts['experts']}."
         )
-    return experts
+    return experts | _shared_experts(config)
+
+
+def _shared_experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``ModelShape`` that only a mixture with shared experts has."""
+    if "n_shared_experts" not in config:
+        return {}
+    dense, layers = _count(config, "first_k_dense_replace"), _size(config, "num_hidden_layers")
+    if dense >= layers:
+        raise ValueError(
+            f"config.json sets first_k_dense_replace={dense}, but num_hidden_layers={layers}: no "
+            "layer would have experts."
+        )
+    if config.get("n_group", 1) != 1:
+        raise ValueError(
+            f"config.json sets n_group={config['n_group']!r}; only models that choose experts "
+            "from one group (1) are supported."
+        )
+    return {
+        "dense_layers": dense,
+        "shared_ffn": _size(config, "n_shared_experts") * _size(config, "moe_intermediate_size"),
+        "routed_scaling": float(_positive(config, "routed_scaling_factor")),
+    }
 
 
 def _activation_bound(config: Mapping[str, Any]) -> float | None:
@@ -320,8 +357,11 @@ def _yarn(rope: Mapping[str, Any], positions: int) -> Yarn:
     )
 
 
-def _rotary(config: Mapping[str, Any]) -> tuple[int, float | None, Yarn | None]:
-    """Rotary base, the factor of Llama 3's scaling, and YaRN; transformers 4 and 5 differ here."""
+def _rotary(config: Mapping[str, Any]) -> tuple[int, float, float | None, Yarn | None]:
+    """Rotary base, share of a head, the factor of Llama 3's scaling, and YaRN.
+
+    transformers 4 and 5 differ here.
+    """
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key), dict | None):
             raise ValueError(
@@ -333,18 +373,21 @@ def _rotary(config: Mapping[str, Any]) -> tuple[int, float | None, Yarn | None]:
     if base != int(base):
         raise ValueError(f"config.json sets rope_theta={base!r}; Megatron needs a whole number.")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
+    family = FAMILIES[config["model_type"]]
+    if partial != 1.0 and not family.turns_in_part:
         raise ValueError(
             f"config.json sets partial_rotary_factor={partial!r}; only 1.0 is supported."
         )
+    partial = float(_positive({"partial_rotary_factor": partial}, "partial_rotary_factor", most=1))
     kind = rope.get("rope_type", rope.get("type", "default"))
     by_layer = any(isinstance(value, dict) for value in rope.values())
     if kind == "default" and not by_layer:
-        return int(base), None, None
-    if kind == "yarn" and not by_layer:
-        return int(base), None, _yarn(rope, _size(config, "max_position_embeddings"))
+        return int(base), partial, None, None
+    # Megatron's YaRN turns whole heads.
+    if kind == "yarn" and not by_layer and partial == 1:
+        return int(base), partial, None, _yarn(rope, _size(config, "max_position_embeddings"))
     if kind == "llama3" and all(rope.get(key) == value for key, value in LLAMA3_SCALING.items()):
-        return int(base), float(_positive(rope, "factor")), None
+        return int(base), partial, float(_positive(rope, "factor")), None
     raise ValueError(
         f"config.json sets rotary scaling {rope!r}; Megatron has 'default', 'yarn', and 'llama3' "
         f"with a factor and {LLAMA3_SCALING} only."
@@ -420,6 +463,8 @@ def _flags(shape: ModelShape) -> dict[str, Any]:
         "--vocab-size": shape.vocabulary,
         "--padded-vocab-size": shape.padded_vocabulary,
     }
+    if shape.rotary_share != 1:
+        flags["--rotary-percent"] = shape.rotary_share
     if shape.rotary_scaling is not None:
         flags["--use-rope-scaling"] = None
         flags["--rope-scaling-factor"] = shape.rotary_scaling
@@ -447,10 +492,20 @@ def _flags(shape: ModelShape) -> dict[str, Any]:
         flags["--moe-router-topk"] = shape.experts_per_token
         if not shape.normalised_routing:
             flags["--moe-router-pre-softmax"] = None
+    if shape.dense_layers:
+        dense = shape.dense_layers
+        flags["--moe-layer-freq"] = [0] * dense + [1] * (shape.layers - dense)
+    if shape.shared_ffn:
+        flags["--moe-shared-expert-intermediate-size"] = shape.shared_ffn
+    if shape.routed_scaling is not None:
+        flags["--moe-router-score-function"] = "sigmoid"
+        flags["--moe-router-enable-expert-bias"] = None
+        flags["--moe-router-topk-scaling-factor"] = shape.routed_scaling
     family = FAMILIES[shape.family]
     for flag in family.without:
         del flags[flag]
-    for flag in family.flags:
+    extra = (flag for switch in shape.switches for flag in family.switches[switch].flags)
+    for flag in (*family.flags, *extra):
         name, _, value = flag.partition(" ")
         flags[name] = _value(value)
     return flags
@@ -461,12 +516,24 @@ def _value(word: str) -> str | float | None:
     return float(word) if word.replace(".", "").isdigit() else word or None
 
 
-def caution(shape: ModelShape) -> str | None:
-    """One sentence on what a script of one's own must do to build this model from the flags."""
-    if shape.rotary_scaling in (None, DEFAULT_FACTOR):
-        return None
-    return (
-        f"this model needs --rope-scaling-factor {shape.rotary_scaling:g}, which Megatron 0.19's "
-        "gpt_config_from_args drops; examples/pretrain_rmt.py passes it on, a script of your own "
-        "must set config.rope_scaling_factor = args.rope_scaling_factor."
-    )
+def cautions(shape: ModelShape) -> list[str]:
+    """What the Megatron model lacks, and what a script of one's own must do to build it: one
+    sentence each."""
+    found = []
+    if shape.further_layers:
+        found.append(
+            f"the {shape.further_layers} layer(s) behind the last ({FURTHER_LAYERS}), which "
+            "predict more tokens than the next, are left out, and on the way back as well."
+        )
+    if shape.rotary_scaling not in (None, DEFAULT_FACTOR):
+        found.append(
+            f"this model needs --rope-scaling-factor {shape.rotary_scaling:g}, which Megatron "
+            "0.19's gpt_config_from_args drops; examples/pretrain_rmt.py passes it on, a script of "
+            "your own must set config.rope_scaling_factor = args.rope_scaling_factor."
+        )
+    return found
+
+
+def without_further_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json`` of a model whose layers behind the last are left out."""
+    return {**config, FURTHER_LAYERS: 0} if config.get(FURTHER_LAYERS) else {**config}

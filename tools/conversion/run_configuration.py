@@ -58,8 +58,9 @@ def _meaning(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not found.get("use_rope_scaling"):
         found.pop("rope_scaling_factor", None)
     if found.get("num_experts"):
-        # Experts in every layer leave no other MLP.
-        found.pop("ffn_hidden_size", None)
+        if found.get("moe_layer_freq") == 1:
+            # Experts in every layer leave no other MLP.
+            found.pop("ffn_hidden_size", None)
         return found
     return {name: value for name, value in found.items() if not name.startswith(OF_EXPERTS)}
 

@@ -18,16 +18,14 @@ ALIGNMENT = 8
 
 def write_safetensors(
     path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     tensors: Iterable[tuple[str, torch.Tensor]],
 ) -> None:
     """Write ``tensors``, which come in the order of ``shapes``.
 
     Args:
         path: File to create.
-        shapes: Name and shape of every tensor.
-        dtype: Of all tensors.
+        shapes: Name, shape and dtype of every tensor.
         tensors: Each is taken only when the one before has been written.
 
     Raises:
@@ -35,7 +33,7 @@ def write_safetensors(
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {
             "dtype": DTYPE_NAMES[dtype],
@@ -49,7 +47,7 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name, tensor in tensors:
-            if (name, tuple(tensor.shape)) != next(announced, None) or tensor.dtype != dtype:
+            if (name, (tuple(tensor.shape), tensor.dtype)) != next(announced, None):
                 raise ValueError(f"{path}: {name} is not the tensor that its place is for.")
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
         if next(announced, None) is not None:

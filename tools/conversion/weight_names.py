@@ -8,7 +8,7 @@ Megatron keys are those of a ``torch_dist`` checkpoint (``GPTModel.sharded_state
 and the Transformer Engine layer specification, grouped and sequential experts have the same, but
 for the norm before experts (see ``Weight.alias``). The tensors of all layers are stacked under one
 key, ``[layers, ...]``, those of experts ``[layers, experts, ...]``; a row is one place of the
-stack.
+stack. Where layers differ from one another each has keys of its own, with its number.
 """
 
 import math
@@ -22,6 +22,7 @@ import torch
 Place = tuple[int, ...]
 
 LAYER = "model.layers.{layer}."
+LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class ModelShape:
     ``without_rotary`` says of each layer whether it turns no queries and keys; empty: none.
     ``window`` is how many tokens before itself a token sees, ``windowed`` of each layer whether it
     has the window; empty: all. ``activation_bound`` is that of a clamped GELU in SwiGLU's place.
+    The first ``dense_layers`` layers of a mixture of experts have an MLP. ``shared_ffn`` is the
+    size of the MLP that all tokens go through beside their experts. ``routed_scaling`` multiplies
+    what experts give where each is weighted by a sigmoid; None: by a softmax. ``rotary_share`` is
+    the part of each head that is turned. ``further_layers`` behind the last predict more tokens
+    than the next and are not converted. ``switches`` are those of ``Family.switches`` that are on.
     """
 
     family: str
@@ -71,6 +77,12 @@ class ModelShape:
     windowed: tuple[bool, ...] = ()
     yarn: Yarn | None = None
     activation_bound: float | None = None
+    dense_layers: int = 0
+    shared_ffn: int = 0
+    routed_scaling: float | None = None
+    rotary_share: float = 1.0
+    further_layers: int = 0
+    switches: tuple[str, ...] = ()
 
     @property
     def padded_vocabulary(self) -> int:
@@ -81,6 +93,12 @@ class ModelShape:
         """
         multiple = math.lcm(128, self.groups)
         return -(-self.vocabulary // multiple) * multiple
+
+    def has(self, module: str, layer: int) -> bool:
+        """Whether a layer has a module, named within it: either an MLP or experts, if any."""
+        if not self.experts or not module.startswith(("mlp.", "pre_mlp_")):
+            return True
+        return module.startswith("mlp.linear_") == (layer < self.dense_layers)
 
     def size(self, dimension: str) -> int:
         """The size of a dimension named in a table, e.g. ``"query"`` or ``"hidden"``."""
@@ -95,6 +113,7 @@ class ModelShape:
             "experts": self.experts,
             "expert_ffn": self.expert_ffn,
             "gates_and_ups": 2 * self.expert_ffn,
+            "shared_ffn": self.shared_ffn,
         }[dimension]
 
 
@@ -149,6 +168,7 @@ class Weight:
             specification differ; both are written, either is read.
         dimensions: Those of the Megatron tensor, where they are not those of the parts: the row
             holds all experts of a layer, as their part does.
+        dtype: What it is stored as on either side, whatever the model's dtype is.
     """
 
     megatron: str
@@ -156,10 +176,11 @@ class Weight:
     packing: Packing = _stacked
     alias: str | None = None
     dimensions: str | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All keys in the Megatron checkpoint."""
+        """All keys in the Megatron checkpoint, where layers are alike."""
         return (self.megatron,) if self.alias is None else (self.megatron, self.alias)
 
     @property
@@ -169,8 +190,19 @@ class Weight:
 
     def stack(self, shape: ModelShape) -> tuple[int, ...]:
         """How many layers, and experts in each, have the tensor; () where there is one."""
-        layers = (shape.layers,) if self.megatron.startswith("decoder.layers.") else ()
+        layers = (shape.layers,) if self.megatron.startswith(LAYERS) else ()
         return (*layers, shape.experts) if self.per_expert else layers
+
+    def stored_at(
+        self, place: Place, shape: ModelShape
+    ) -> Iterator[tuple[str, Place, tuple[int, ...]]]:
+        """Each key that holds a place, the place there, and how many there are of each axis."""
+        stack = self.stack(shape)
+        for key in self.keys:
+            if stack and shape.dense_layers:
+                yield key.replace(LAYERS, f"{LAYERS}{place[0]}."), place[1:], stack[1:]
+            else:
+                yield key, place, stack
 
     @property
     def per_vocabulary(self) -> bool:
@@ -212,11 +244,12 @@ class Weight:
 
         Args:
             read: Gives a Hugging Face part by its name; only one is held at a time.
-            dtype: Of the result.
+            dtype: Of the result, unless the row has one of its own.
 
         Raises:
             ValueError: A part is not finite.
         """
+        dtype = self.dtype or dtype
         whole = torch.empty(self.megatron_shape(shape), dtype=dtype)
         parts = zip(self.names(place), self._places_in(whole, shape), strict=True)
         for name, places in parts:
@@ -401,6 +434,36 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
     )
 
 
+# Beside experts that a router weighs by sigmoids, with a bias of its own for the choice.
+SHARED_EXPERTS = (
+    Weight(
+        "decoder.layers.mlp.router.expert_bias",
+        ((LAYER + "mlp.gate.e_score_correction_bias", "experts"),),
+        dtype=torch.float32,
+    ),
+    Weight(
+        "decoder.layers.mlp.shared_experts.linear_fc1.weight",
+        (
+            (LAYER + "mlp.shared_experts.gate_proj.weight", "shared_ffn hidden"),
+            (LAYER + "mlp.shared_experts.up_proj.weight", "shared_ffn hidden"),
+        ),
+    ),
+    Weight(
+        "decoder.layers.mlp.shared_experts.linear_fc2.weight",
+        ((LAYER + "mlp.shared_experts.down_proj.weight", "hidden shared_ffn"),),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a switch of the configuration adds to a family; see ``Family`` for the names."""
+
+    weights: tuple[Weight, ...]
+    flags: tuple[str, ...]
+    stateful: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Family:
     """One Hugging Face ``model_type``: its table, its extra Megatron flags, what it cannot have.
@@ -417,6 +480,8 @@ class Family:
             ``layer_types``; None: it has no effect.
         whole_every: Where there are no ``layer_types``, of so many layers the last has no window.
         window_switch: Configuration switch without which ``sliding_window`` has no effect.
+        switches: Configuration switches that may be on, and what they add.
+        turns_in_part: Whether a part of each head may be left without rotary embedding.
         defaults: What transformers takes where ``config.json`` is silent, if it differs between
             families.
     """
@@ -430,6 +495,8 @@ class Family:
     windows: str | None = None
     whole_every: int | None = None
     window_switch: str | None = None
+    switches: Mapping[str, Part] = field(default_factory=dict)
+    turns_in_part: bool = False
     defaults: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -442,6 +509,7 @@ EXPERT_MODULES = (
     "mlp.experts.experts.linear_fc2",
 )
 STATEFUL_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+STATEFUL_SHARED = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 
 FAMILIES: Mapping[str, Family] = {
     # SmolLM2 and R1-Distill-Llama are of this model_type.
@@ -504,7 +572,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         flags=("--softmax-type learnable", "--quick-geglu", "--glu-linear-offset 1.0"),
         without=("--swiglu", "--disable-bias-linear"),
-        stateful=EXPERT_MODULES,
+        stateful=(*EXPERT_MODULES, "self_attention.core_attention"),
         needed=("attention_bias",),
         windows="listed",
         whole_every=2,
@@ -569,6 +637,37 @@ FAMILIES: Mapping[str, Family] = {
             "moe_intermediate_size": 768,
         },
     ),
+    # GLM-4.5, its Air, 4.6 and 4.7.
+    "glm4_moe": Family(
+        weights=(
+            EMBEDDING,
+            *ATTENTION,
+            *GATED_MLP,
+            *_experts("mlp", "gate_proj", "up_proj", "down_proj"),
+            *SHARED_EXPERTS,
+            FINAL_NORM,
+        ),
+        flags=("--moe-router-dtype fp32",),
+        stateful=(*LINEARS, *EXPERT_MODULES[len(ATTENTION_LINEARS) :], *STATEFUL_SHARED),
+        needed=("norm_topk_prob",),
+        switches={
+            "attention_bias": Part(QKV_BIAS, ("--add-qkv-bias",), ()),
+            "use_qk_norm": Part(QUERY_KEY_NORMS, ("--qk-layernorm",), STATEFUL_NORMS),
+        },
+        turns_in_part=True,
+        defaults={
+            "num_key_value_heads": 8,
+            "partial_rotary_factor": 0.5,
+            "moe_intermediate_size": 1408,
+            "num_experts_per_tok": 8,
+            "n_routed_experts": 128,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 1.0,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "num_nextn_predict_layers": 1,
+        },
+    ),
 }
 
 # Why a family that people ask for has no table.
@@ -583,7 +682,6 @@ WITHOUT_TABLE: Mapping[str, str] = {
     "gemma2": f"{_BOTH_SIDES}, and bounds scores and logits",
     "gemma3_text": f"{_BOTH_SIDES}, and has rotary bases by layer",
     "glm4": f"{_BOTH_SIDES}, which Megatron's GPT layer has no place for",
-    "glm4_moe": "its first layers have no experts, and the others shared ones",
     "nemotron_h": _MAMBA,
     "olmo2": _OLMO,
     "olmo3": _OLMO,
@@ -594,8 +692,21 @@ WITHOUT_TABLE: Mapping[str, str] = {
 
 def weights_of(shape: ModelShape) -> tuple[Weight, ...]:
     """All rows that a model of this shape has; a tied model has no output layer of its own."""
-    rows = FAMILIES[shape.family].weights
+    family = FAMILIES[shape.family]
+    rows = family.weights + tuple(
+        weight for switch in shape.switches for weight in family.switches[switch].weights
+    )
     return rows if shape.tied else (*rows, OUTPUT)
+
+
+def stateful_modules(shape: ModelShape) -> Iterator[tuple[str, int]]:
+    """Every module that keeps an ``_extra_state``, with its layer."""
+    family = FAMILIES[shape.family]
+    modules = family.stateful + tuple(
+        module for switch in shape.switches for module in family.switches[switch].stateful
+    )
+    for module in modules:
+        yield from ((module, layer) for layer in range(shape.layers) if shape.has(module, layer))
 
 
 def rows_of(shape: ModelShape) -> Iterator[tuple[Weight, Place]]:
@@ -603,6 +714,8 @@ def rows_of(shape: ModelShape) -> Iterator[tuple[Weight, Place]]:
     for layer in range(shape.layers):
         for weight in weights_of(shape):
             stack = weight.stack(shape)
+            if stack and not shape.has(weight.megatron.removeprefix(LAYERS), layer):
+                continue
             if stack:
                 yield from ((weight, (layer, *rest)) for rest in np.ndindex(stack[1:]))
             elif layer == 0:
