@@ -2,6 +2,7 @@
 
 import argparse
 import enum
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -10,8 +11,10 @@ import shlex
 import shutil
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -109,10 +112,16 @@ def test_round_trip_is_bit_equal(models: Path, converted: Path, tmp_path: Path, 
 Found = Mapping[str, list[tuple[torch.Tensor | None, list[str]]]]
 
 
-def run_megatron(converted: Path, names: Sequence[str], ranks: int, *flags: str) -> Found:
+def run_megatron(
+    converted: Path,
+    names: Sequence[str],
+    ranks: int,
+    *flags: str,
+    run: Callable[[list[str], list[str]], Any] = _logits,
+) -> Found:
     """For each model, what every rank found."""
     directories = [str(converted / name) for name in names]
-    by_rank = run_distributed(ranks, _logits, directories, list(flags))
+    by_rank = run_distributed(ranks, run, directories, list(flags))
     return {name: [found[i] for found in by_rank] for i, name in enumerate(names)}
 
 
@@ -146,8 +155,10 @@ def test_keys_are_those_of_megatrons_local_specification(converted: Path, alone:
     for name, [(_, keys)] in alone.items():
         spare = written_keys(converted, name) - set(keys)
         assert not set(keys) - written_keys(converted, name), name
-        # Local norms have no state, those of Transformer Engine have; see also Weight.alias.
-        others = {key for key in spare if "layernorm._extra_state" not in key}
+        # Local norms and sinks have no state, those of Transformer Engine have; see also
+        # Weight.alias.
+        own = ("layernorm._extra_state", "core_attention._extra_state")
+        others = {key for key in spare if not any(name in key for name in own)}
         norms = {PRE_MLP_NORM} if name in EXPERTS else set()
         if name in UNEVEN:
             norms = {numbered(PRE_MLP_NORM, layer) for layer in (1, 2, 3)}
@@ -165,6 +176,7 @@ PRE_MLP_NORM = "decoder.layers.pre_mlp_layernorm.weight"
 ATTENTION = "decoder.layers.self_attention"
 TRANSFORMER_ENGINE = f"""
 embedding.word_embeddings.weight decoder.final_layernorm.weight
+decoder.final_layernorm._extra_state[]
 {ATTENTION}.linear_proj._extra_state[] {ATTENTION}.linear_proj.weight
 {ATTENTION}.linear_qkv._extra_state[] {ATTENTION}.linear_qkv.layer_norm_weight
 {ATTENTION}.linear_qkv.weight"""
@@ -180,6 +192,7 @@ decoder.layers.mlp.experts.experts.linear_fc2._extra_state[]
 decoder.layers.mlp.experts.experts.linear_fc2.weight"""
 BIASES_AND_SINKS = f"""
 {ATTENTION}.linear_qkv.bias {ATTENTION}.linear_proj.bias {ATTENTION}.core_attention.softmax_offset
+{ATTENTION}.core_attention._extra_state[]
 decoder.layers.mlp.router.bias decoder.layers.mlp.experts.experts.linear_fc1.bias
 decoder.layers.mlp.experts.experts.linear_fc2.bias"""
 QUERY_KEY_NORMS = f"""
@@ -252,6 +265,28 @@ def test_layers_that_differ_have_keys_of_their_own(converted: Path, name: str):
     written = {re.sub(r"/shard_.*", "[]", key) for key in written_keys(converted, name)}
     assert written - expected == spare
     assert not expected - written
+
+
+def _loaded_keys(directories: list[str], flags: list[str]) -> list[tuple[None, list[str]]]:
+    """``_logits`` of a model that is loaded and cannot run."""
+    found = []
+    for directory in directories:
+        # Megatron asks before it takes the products of all experts together.
+        with mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
+            model = build_megatron_model(Path(directory), TOKENS, flags)
+        found.append((None, _keys_of(model)))
+        _forget_megatron()
+    return found
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine_torch") is None,
+    reason="Transformer Engine's extension for PyTorch is not installed (docs/null-device.md)",
+)
+def test_transformer_engines_layers_load_every_model(converted: Path):
+    flags = ("--transformer-impl", "transformer_engine", "--moe-grouped-gemm")
+    for name, [(_, keys)] in run_megatron(converted, MODELS, 1, *flags, run=_loaded_keys).items():
+        assert not set(keys) - written_keys(converted, name), name
 
 
 def test_logits_are_those_of_transformers_at_tensor_parallel_size_2(models: Path, converted: Path):

@@ -5,12 +5,14 @@ import functools
 import importlib
 import importlib.metadata
 import pickle
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_rmt
 from megatron_rmt.job import patches, resume
@@ -276,3 +278,20 @@ def test_a_save_that_is_kept_is_held_and_one_that_fails_ends_in_a_sentence(
     with pytest.raises(SystemExit, match=sentence):
         patches._save_checkpoint(save, 9, None, None)
     assert patches.PROGRESS.held == 4
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("Missing key in checkpoint state_dict: a._extra_state/shard_0_1.", "log_all, which goes"),
+        ("Missing key in checkpoint state_dict: a.weight.", "copy it again"),
+    ],
+)
+def test_a_checkpoint_that_is_not_loaded_says_what_to_do(reason: str, remedy: str):
+    def load(
+        load_dir: str, args: Namespace, rank0: bool, state: Any, iteration: int, release: bool
+    ) -> None:
+        raise CheckpointException("load", {0: (RuntimeError(reason), None)})
+
+    with pytest.raises(SystemExit, match=f"is not loaded: {re.escape(reason)}; .*{remedy}"):
+        patches._load_global_dist_base_checkpoint(load, "folder", Namespace(), False, {}, 1, True)

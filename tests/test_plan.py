@@ -363,16 +363,17 @@ def words_of(text: str) -> list[str]:
 def test_where_memory_is_fast_rollouts_take_what_their_launches_take(monkeypatch):
     fast = dataclasses.replace(plan.HARDWARE["h100"], tflops=1e9, bandwidth=1e9)
     monkeypatch.setitem(plan.HARDWARE, "h100", fast)
-    for flags, layers, recorded in (
-        ("", 40, True),
-        ("--rmt-no-decode-graph", 40, False),
-        ("--pipeline-model-parallel-size 2", 20, True),
-        ("--fp8-format e4m3", 40, False),
+    for flags, layers, launches, recorded in (
+        ("", 40, 14, True),
+        ("--rmt-no-decode-graph", 40, 14, False),
+        ("--pipeline-model-parallel-size 2", 20, 14, True),
+        ("--fp8-format e4m3 --fp8-recipe blockwise", 40, 18, True),
+        ("--fp8-format e4m3 --fp8-recipe tensorwise", 40, 28, True),
     ):
         planned = plan.make_plan(request(words_of(f"--world-size 16 {flags}")))
         seconds = planned.first.seconds
         # Two all-reduces a layer over 4 ranks.
-        each = (layers * 14 + 71) * (1.5e-6 if recorded else 5e-6) + layers * 2 * 15e-6
+        each = (layers * launches + 71) * (1.5e-6 if recorded else 5e-6) + layers * 2 * 15e-6
         each += 0 if recorded else layers * 6 * 65e-6
         assert seconds.rollout / seconds.passes == pytest.approx(each, rel=1e-3), flags
 

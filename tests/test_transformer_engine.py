@@ -1,11 +1,12 @@
 """Transformer Engine's layers against the local ones: checkpoint keys, and training on a tree.
 
-Its kernels need CUDA, so that nothing here runs without a GPU.
+Its kernels need CUDA, so that nothing is trained here without a GPU.
 """
 
 import pytest
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from megatron_rmt.cpu import platform as cpu_platform
 from megatron_rmt.model.visibility import attach_tree_attention
 from tests.tiny_engine import like_models, logits_and_gradients
 
@@ -36,6 +37,7 @@ def test_checkpoints_have_the_same_keys_and_shapes(models: tuple[GPTModel, GPTMo
     assert engine == local
 
 
+@pytest.mark.skipif(cpu_platform.is_installed(), reason="its kernels need CUDA")
 def test_trees_train_as_with_local_layers(models: tuple[GPTModel, GPTModel]):
     local, engine = models
     assert attach_tree_attention(engine) == attach_tree_attention(local) == 2

@@ -578,10 +578,15 @@ def test_the_schedules_need_a_number_of_steps():
     assert [*setting_problems(args)] == []
 
 
-def test_apex_is_never_needed():
+@pytest.mark.parametrize(
+    ("layers", "whose"), [("local", "layers have"), ("transformer_engine", "head has")]
+)
+def test_apex_is_never_needed(layers: str, whose: str):
     args = _parse("--rmt")
-    args.gradient_accumulation_fusion = True
-    assert "pass --no-gradient-accumulation-fusion (RMT never needs apex)" in _refusal(args)
+    args.gradient_accumulation_fusion, args.transformer_impl = True, layers
+    refusal = _refusal(args)
+    assert f"--transformer-impl is {layers}, whose {whose} the fused weight gradient" in refusal
+    assert "pass --no-gradient-accumulation-fusion (RMT never needs apex)" in refusal
 
 
 @pytest.mark.parametrize("flag", ["--use-te-activation-func", "--use-transformer-engine-op-fuser"])

@@ -18,6 +18,10 @@ FUSED = {
 }
 
 
+# FlexAttention, which trees take on a GPU, wants no narrower heads.
+WIDTHS = {"kv_channels": 16}
+
+
 def _fused(name: str) -> str:
     for local, fused in FUSED.items():
         name = name.replace(local, fused)
@@ -32,6 +36,7 @@ def engine_model(dtype: torch.dtype = torch.float32, **changes: Any) -> GPTModel
 
 def like_models(**changes: Any) -> tuple[GPTModel, GPTModel]:
     """One of local layers, one of Transformer Engine's, with the same weights, in fp32."""
+    changes = WIDTHS | changes
     local = build_model(torch.float32, **changes).cuda()
     engine = engine_model(**changes)
     weights = {_fused(name): value for name, value in local.state_dict().items()}

@@ -350,9 +350,15 @@ def _load_global_dist_base_checkpoint(
         # torch has told it to all ranks.
         first, _ = next(iter(error.failures.values()))
         reason = " ".join(str(first).split()) or type(first).__name__
+        # States of Transformer Engine, which those who wrote it with other layers may lack.
+        lacks_states = "Missing key" in reason and "_extra_state" in reason
+        remedy = (
+            "convert it again, or pass --dist-ckpt-strictness log_all, which goes without"
+            if lacks_states
+            else "copy it again, or name another one with --ckpt-step"
+        )
         raise SystemExit(
-            f"RMT: the checkpoint {folder} is not loaded: {reason}; copy it again, or name another "
-            "one with --ckpt-step."
+            f"RMT: the checkpoint {folder} is not loaded: {reason}; {remedy}."
         ) from None
 
 

@@ -460,14 +460,13 @@ def interleaving_problem(args: Namespace) -> str | None:
 
 def _missing(args: Namespace) -> Iterator[str]:
     """What asks for packages that are not installed here."""
-    if (
-        args.transformer_impl == "local"
-        and args.gradient_accumulation_fusion
-        and find_spec("fused_weight_gradient_mlp_cuda") is None
-    ):
+    if args.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
+        # Megatron would say so on the last pipeline stage only, and the others would wait.
+        whose = "layers have" if args.transformer_impl == "local" else "head has"
         yield (
-            "--transformer-impl is local, whose fused weight gradient comes with NVIDIA's apex, "
-            "which is not installed; pass --no-gradient-accumulation-fusion (RMT never needs apex)."
+            f"--transformer-impl is {args.transformer_impl}, whose {whose} the fused weight "
+            "gradient of NVIDIA's apex, which is not installed; pass "
+            "--no-gradient-accumulation-fusion (RMT never needs apex)."
         )
     for name in ("use_te_activation_func", "use_transformer_engine_op_fuser"):
         if args.transformer_impl == "local" and getattr(args, name, False):

@@ -1,11 +1,12 @@
 """What the recipes for H100 ask of the host and of memory, counted on the null device: two tables.
 
     python -m tests.null_cuda.count [--only decode memory] [--samples 4 16] [--layers N]
+        [--modules local|engine|fp8|fp8-kept]
 
 The first: a decode step of Qwen3-14B on one rank of its recipe, TP 4, with ``--samples`` of 8
 positions and 8 rollouts each. Operations are launches, products, copies and fills, and collectives
-of one token of all rows, drawing and writing included, by Megatron's local layers; "replayed" is
-what the step is once it is recorded as a graph.
+of one token of all rows, drawing and writing included; "replayed" is what the step is once it is
+recorded as a graph.
 
 The second: the most bytes that torch's allocator has given out in the second step of each recipe,
 and what tools/plan.py says, its reserve left out on both sides. ``--layers`` takes the first layers
@@ -140,18 +141,29 @@ def main() -> None:
     add("--only", choices=["decode", "memory"], nargs="+", default=["decode", "memory"])
     add("--samples", type=int, nargs="+", default=[4, 16], help="of the rank (default 4 16)")
     add("--layers", type=int, help="of a pipeline stage (default: all)")
+    add(
+        "--modules",
+        choices=[*recipes.LAYERS],
+        default="local",
+        help="whose layers: Megatron's (default), Transformer Engine's, those in FP8",
+    )
     add("--recipes", nargs="+", default=[*recipes.RANKS], help="of the second table")
     add("--at-bound", action="store_true", help="every thought as long as it may be")
     add("--attention", default="auto", help="of the update (default auto: flex)")
     add("--cache", type=Path, default=device.REPOSITORY / ".pytest_cache/d/null_cuda")
     given = parser.parse_args()
-    if lacking := device.lacking():
+    if lacking := device.lacking() or (given.modules != "local" and device.engine_lacking()):
         parser.error(lacking)
     folder = device.build(given.cache)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         recipes.write_tokenizer(root / "tokenizer")
-        flags = recipes.given_flags(root / "tokenizer", "--rmt-attention", given.attention)
+        flags = recipes.given_flags(
+            root / "tokenizer",
+            "--rmt-attention",
+            given.attention,
+            layers=recipes.LAYERS[given.modules],
+        )
 
         def layers(stages: int) -> list[str]:
             return ["--num-layers", str(given.layers * stages)] if given.layers else []

@@ -22,7 +22,7 @@ REPOSITORY = HERE.parents[1]
 RUNTIME, DRIVER, NVML = "libnull_cuda.so", "libcuda.so.1", "libnvidia-ml.so.1"
 # The libraries of torch whose calls must be answered, and the beginnings of those calls' names.
 CALLERS = ("libtorch_cuda.so", "libtorch_cuda_linalg.so", "libc10_cuda.so", "libcaffe2_nvrtc.so")
-CALLS = re.compile(r"\bU ((?:__)?cuda\w+|cublas\w+|nccl\w+|cu[A-Z]\w+)")
+CALLS = re.compile(r"\bU ((?:__)?cuda\w+|cublas\w+|nccl\w+|nvrtc\w+|cu[A-Z]\w+)")
 # Calls of the driver that torch looks up by their names when it starts.
 LOOKED_UP = re.compile(rb"\0((?:cu|nvml)[A-Z][A-Za-z0-9_]{5,})(?=\0)")
 # How the names of what changes torch, NCCL or Triton begin in an environment.
@@ -45,23 +45,45 @@ def lacking() -> str | None:
     return None
 
 
+def engine_lacking() -> str | None:
+    """Why Transformer Engine's layers cannot run on the device; None if they can."""
+    if engine_libraries():
+        return None
+    return (
+        "Transformer Engine's extension for PyTorch is not installed; it is built by the command "
+        "in docs/null-device.md"
+    )
+
+
+def engine_libraries() -> list[Path]:
+    """Those of Transformer Engine: its kernels' and that of PyTorch's extension; empty unless both
+    are installed."""
+    kernels = _package("transformer_engine") / "wheel_lib/libtransformer_engine.so"
+    extension = importlib.util.find_spec("transformer_engine_torch")
+    if extension is None or not kernels.is_file():
+        return []
+    return [kernels, Path(extension.origin)]
+
+
 def build(cache: Path) -> Path:
     """Build the device into a folder of ``cache``, unless it is there; returns the folder."""
     torch, triton, nvidia = (_package(name) for name in ("torch", "triton", "nvidia"))
     sources = [HERE / "runtime.c", HERE / "driver.c"]
     version = hashlib.sha256(b"".join(path.read_bytes() for path in (*sources, Path(__file__))))
     version.update((torch / "version.py").read_bytes())
+    engine = engine_libraries()
+    version.update(" ".join(f"{path} {path.stat().st_size}" for path in engine).encode())
+    callers = [*(torch / "lib" / name for name in CALLERS), *engine]
     folder = cache / version.hexdigest()[:16]
     if (folder / RUNTIME).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     headers = [*nvidia.glob("*/include"), triton / "backends/nvidia/include"]
     calls = set[str]()
-    for name in CALLERS:
-        symbols = _run("nm", "--dynamic", "--undefined-only", torch / "lib" / name)
-        calls.update(CALLS.findall(symbols))
-    content = (torch / "lib/libc10_cuda.so").read_bytes()
-    calls.update(name.decode() for name in LOOKED_UP.findall(content))
+    for caller in callers:
+        calls.update(CALLS.findall(_run("nm", "--dynamic", "--undefined-only", caller)))
+    for caller in (torch / "lib/libc10_cuda.so", *engine):
+        calls.update(name.decode() for name in LOOKED_UP.findall(caller.read_bytes()))
     # The runtime last: it says that all is there.
     for source, library, own in zip(
         reversed(sources), (DRIVER, RUNTIME), (is_of_driver, is_of_runtime), strict=True

@@ -27,6 +27,7 @@ PUBLIC int cuDriverGetVersion(int *version) { return *version = 13000, 0; }
 PUBLIC int cuDeviceGet(int *device, int ordinal) { return *device = 0; }
 PUBLIC int cuDeviceGetCount(int *count) { return *count = 1, 0; }
 PUBLIC int cuCtxGetCurrent(void **context) { return *context = CONTEXT, 0; }
+PUBLIC int cuStreamGetCtx(void *stream, void **context) { return *context = CONTEXT, 0; }
 PUBLIC int cuCtxGetDevice(int *device) { return *device = 0; }
 PUBLIC int cuCtxGetLimit(size_t *value, int limit) { return *value = 0, 0; }
 PUBLIC int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = CONTEXT, 0; }
@@ -57,6 +58,7 @@ PUBLIC int cuGetErrorName(int error, const char **text) { return *text = "null d
 QUIET(cuInit)
 QUIET(cuLogsRegisterCallback)
 QUIET(cuLogsUnregisterCallback)
+QUIET(cuDevicePrimaryCtxRelease)
 QUIET(cuCtxSetCurrent)
 QUIET(cuCtxSetLimit)
 QUIET(cuCtxPushCurrent)
@@ -66,6 +68,7 @@ QUIET(cuStreamSynchronize)
 /* ---- Kernels: a function is a copy of its name ---- */
 
 PUBLIC int cuModuleLoadData(void **module, const void *image) { return *module = CONTEXT, 0; }
+PUBLIC int cuModuleLoadDataEx(void **module, const void *image) { return *module = CONTEXT, 0; }
 PUBLIC int cuModuleLoad(void **module, const char *path) { return *module = CONTEXT, 0; }
 PUBLIC int cuModuleGetFunction(void **function, void *module, const char *name) {
     return *function = strdup(name), 0;

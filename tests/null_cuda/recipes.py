@@ -1,8 +1,8 @@
 """The recipes for H100, as one rank of them runs on the null device, and what the planner says.
 
-Layers are Megatron's local ones, documents are random, and the budget stays what it is at first;
-all else is the recipe's: model, layout, sample length, positions, group, optimizer, recompute. Its
-tokenizer has as many tokens as Qwen's.
+Layers are Megatron's local ones unless others are given, documents are random, and the budget stays
+what it is at first; all else is the recipe's: model, layout, sample length, positions, group,
+optimizer, recompute. Its tokenizer has as many tokens as Qwen's.
 """
 
 import json
@@ -34,6 +34,10 @@ LOCAL = (
     "--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion "
     "--no-persist-layer-norm --no-rope-fusion"
 )
+# Transformer Engine's, as the recipes have them; in FP8 with copies of the weights, or kept in it.
+ENGINE = "--transformer-impl transformer_engine"
+FP8 = f"{ENGINE} --fp8-format e4m3 --fp8-recipe blockwise"
+LAYERS = {"local": LOCAL, "engine": ENGINE, "fp8": FP8, "fp8-kept": f"{FP8} --fp8-param-gather"}
 STEPS = (
     "--mock-data --train-iters 2 --rmt-no-budget-decay --rmt-no-chat --num-workers 0 "
     "--disable-gloo-process-groups --rmt-log-samples-interval 0"
@@ -73,9 +77,9 @@ def write_tokenizer(folder: Path, tokens: int = TOKENS) -> None:
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>").save_pretrained(folder)
 
 
-def given_flags(tokenizer: Path, *changes: str) -> list[str]:
-    """What is given beside a recipe."""
-    words = [*LOCAL.split(), *STEPS.split(), "--tokenizer-type", "HuggingFaceTokenizer"]
+def given_flags(tokenizer: Path, *changes: str, layers: str = LOCAL) -> list[str]:
+    """What is given beside a recipe. layers: flags that choose them."""
+    words = [*layers.split(), *STEPS.split(), "--tokenizer-type", "HuggingFaceTokenizer"]
     return [*words, "--tokenizer-model", str(tokenizer), *changes]
 
 

@@ -9,10 +9,12 @@ each time the events of ``device.counts`` and the largest memory; and how many g
 import argparse
 import contextlib
 import functools
+import importlib.machinery
 import json
 import os
 import runpy
 import sys
+import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -93,7 +95,7 @@ def record_steps(recorder: Recorder) -> None:
     from megatron_rmt.rollout import generate
     from megatron_rmt.update import forward_step
 
-    recorder.record(training, "train_step", "step")
+    recorder.record(training, "train_step", "step", _known_of_model)
     recorder.record(train_step, "take_batches", "batch")
     recorder.record(train_step, "collect", "rollouts and trees")
     recorder.record(step, "read_trunk", "trunk")
@@ -111,6 +113,14 @@ def record_steps(recorder: Recorder) -> None:
     train_step._for_trees = recorded_for_trees
 
 
+def _known_of_model(*, model: list[Any], **_: Any) -> dict[str, Any]:
+    """engine: modules that are Transformer Engine's. quantized: weights that are kept in FP8."""
+    modules = [module for chunk in model for module in chunk.modules()]
+    engine = sum("transformer_engine" in str(type(module).__mro__) for module in modules)
+    weights = [weight for chunk in model for weight in chunk.parameters()]
+    return {"engine": engine, "quantized": sum(hasattr(own, "_quantizer") for own in weights)}
+
+
 def _known_of_batch(_: Any, batch: Any, *__: Any) -> dict[str, Any]:
     """rows: of the pass. samples: whose trunks they read. is_new: rows have left since the last."""
     live = batch.live
@@ -121,6 +131,15 @@ def _known_of_batch(_: Any, batch: Any, *__: Any) -> dict[str, Any]:
 def _known_of_tree(update: Any, *_: Any) -> dict[str, Any]:
     """rows: of the packed tree."""
     return {"rows": len(update.tree.tokens)}
+
+
+def weight_gradients_of_apex() -> None:
+    """Let Megatron find apex's kernel, which Transformer Engine's layers and RMT's head do not
+    call: they add weight gradients by themselves. Local layers would, and end the program."""
+    name = "fused_weight_gradient_mlp_cuda"
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    sys.modules[name] = module
 
 
 def norms_under_sequence_parallel() -> None:
@@ -161,6 +180,7 @@ def main() -> None:
         "MASTER_PORT": "0",
     }
     ranks.stand_alone()
+    weight_gradients_of_apex()
 
     # After the environment is set.
     from megatron_rmt.job import user_batch

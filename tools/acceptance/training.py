@@ -27,7 +27,9 @@ LOCAL = shlex.split(
     "--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion "
     "--no-persist-layer-norm --no-rope-fusion"
 )
-ENGINE = ("--bf16", "--transformer-impl", "transformer_engine")
+ENGINE = shlex.split(
+    "--bf16 --transformer-impl transformer_engine --no-gradient-accumulation-fusion"
+)
 # With thoughts of 1 to 24 tokens the ranks are done at different times in each step.
 UNEVEN = "--train-iters 30 --rmt-initial-budget 12 --rmt-no-budget-decay --rmt-max-tokens 600"
 # Qwen3-1.7B but for its vocabulary.

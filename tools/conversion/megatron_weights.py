@@ -176,6 +176,7 @@ def _objects(shape: ModelShape) -> dict[str, io.BytesIO]:
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
     objects: dict[str, Any] = {COMMON_STATE: common}
+    objects["decoder.final_layernorm._extra_state/shard_0_1"] = None
     for module, layer in stateful_modules(shape):
         experts = (shape.experts,) if ".experts." in module else ()
         for expert in np.ndindex(experts):

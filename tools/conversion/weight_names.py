@@ -643,7 +643,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         flags=("--softmax-type learnable", "--quick-geglu", "--glu-linear-offset 1.0"),
         without=("--swiglu", "--disable-bias-linear"),
-        stateful=EXPERT_MODULES,
+        stateful=(*EXPERT_MODULES, "self_attention.core_attention"),
         needed=("attention_bias",),
         windows="listed",
         whole_every=2,

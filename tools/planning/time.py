@@ -39,6 +39,8 @@ HARDWARE = {
 # its new tokens 1 and of its attention 2; of a token 71, of which 46 to take its number, to draw it
 # and to write it.
 LAYER_LAUNCHES, TOKEN_LAUNCHES = 11 + 1 + 2, 71
+# Of a layer in FP8 besides, by blocks and by tensors, counted as well.
+FP8_LAUNCHES = 4, 14
 # Estimates: seconds of the host for each, and for each call of a module of Transformer Engine, of
 # which a layer makes 6; seconds of the device for each where a step is recorded as a graph.
 LAUNCH, MODULE, LAYER_MODULES, RECORDED = 5e-6, 65e-6, 6, 1.5e-6
@@ -152,7 +154,9 @@ def _rollout(
     read += rows * args.head_columns / tp * 3 * FP32
     by_memory = read / (hardware.bandwidth * 1e9 * bandwidth_efficiency)
     launches = args.layers_per_stage * LAYER_LAUNCHES + TOKEN_LAUNCHES
-    if not (args.num_moe_experts or args.fp8 or args.rmt_no_decode_graph):
+    if args.fp8:
+        launches += args.layers_per_stage * FP8_LAUNCHES[args.fp8_recipe == "tensorwise"]
+    if not (args.num_moe_experts or args.rmt_no_decode_graph):
         by_launches = launches * RECORDED
     else:
         by_launches = launches * LAUNCH
