@@ -694,6 +694,7 @@ def test_what_the_page_of_megatrons_flags_calls_refused_is_and_nothing_else():
     tried |= {"--delay-wgrad-compute", "--ep-overlap-early-attn-memory-release"}
     tried |= {"--fp8-output-proj", "--yaml-cfg"}
     tried |= {"--enable-cuda-graph", "--external-cuda-graph"}
+    tried |= {word for flags in BAD_FOR_HYBRIDS for word in flags if word.startswith("--")}
     refused = {flag for _, flags, state in _documented() if "refused" in state for flag in flags}
     assert refused <= tried | {"--moe-token-dispatcher-type"}
     documented = {flag for _, flags, _ in _documented() for flag in flags}
@@ -704,7 +705,7 @@ def test_what_the_page_of_megatrons_flags_calls_refused_is_and_nothing_else():
     both |= {"--fp8-format", "--fp8-recipe", "--position-embedding-type", "--transformer-impl"}
     both |= {"--moe-flex-dispatcher-backend", "--expert-model-parallel-size"}
     both |= {"--window-size", "--window-attn-skip-freq", "--context-parallel-size"}
-    both |= {"--mtp-num-layers"}
+    both |= {"--mtp-num-layers", "--hybrid-layer-pattern"}
     assert refused_by_rmt & works <= both | {"--attention-dropout", "--hidden-dropout"}
 
 
