@@ -633,7 +633,10 @@ BAD_FOR_HYBRIDS = {
     ("--sequence-parallel",): "--sequence-parallel is True; RMT needs False ",
     ("--reset-attention-mask",): "--reset-attention-mask is True; RMT needs False ",
     ("--mamba-training-ssm-states-dtype", "bf16"): "--mamba-training-ssm-states-dtype is bf16; RMT "
-    "needs None ",
+    "needs it left out ",
+    ("--mtp-num-layers", "1"): "--mtp-num-layers is 1; RMT needs it left out ",
+    ("--multi-latent-attention", "--no-rope-fusion"): "--multi-latent-attention is True; RMT needs "
+    "False ",
     ("--disable-mamba-mem-eff-path",): "--disable-mamba-mem-eff-path is given; RMT needs it left "
     "out ",
 }
