@@ -257,8 +257,8 @@ def test_layers_that_differ_have_keys_of_their_own(converted: Path, name: str):
             numbered(f"{ATTENTION}.{k}_layernorm.weight", n) for k in ["q", "kv"] for n in range(4)
         }
         spare.add(numbered(PRE_MLP_NORM, 0))
-    expected = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
-    expected.add("output_layer.weight")
+    expected = {"embedding.word_embeddings.weight", "output_layer.weight"}
+    expected |= {f"decoder.final_layernorm.{key}" for key in ("weight", "_extra_state[]")}
     for layer in range(4):
         mlp = EXPERT_MLP + SHARED_EXPERTS if layer else DENSE_MLP
         expected |= {numbered(key, layer) for key in (attention + mlp).split()}
