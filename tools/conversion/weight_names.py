@@ -796,7 +796,7 @@ _OLMO = (
     "Megatron's GPT layer normalises what they get, and each head by itself"
 )
 _BOTH_SIDES = "it normalises what attention and MLP get and what they give"
-_MAMBA = "it has state-space layers, which RMT's tree of rollouts does not know"
+_MAMBA = "it has state-space layers, whose weights have no rows here yet"
 WITHOUT_TABLE: Mapping[str, str] = {
     "gemma2": f"{_BOTH_SIDES}, and bounds scores and logits",
     "gemma3_text": f"{_BOTH_SIDES}, and has rotary bases by layer",
