@@ -48,6 +48,7 @@ def _run(context: int, data_ranks: int, reward: str, greedy: bool, attention: st
     attach_tree_attention(model)
     run = tiny_run(greedy=greedy, entropy_thresholds=(0.1, 0.7, 1.4), max_tokens=None)
     args = Namespace(
+        hybrid_layer_pattern=None,
         micro_batch_size=4 // (MICRO_BATCHES * data_ranks),
         consumed_train_samples=12,
         reset_attention_mask=True,
