@@ -227,6 +227,10 @@ HUGGING_FACE_CASES: dict[str, tuple[Spoil, str]] = {
         config(model_type="deepseek_v3", first_k_dense_replace=1, rope_interleave=False),
         "rope_interleave=False; of the family deepseek_v3 only models with it",
     ),
+    "DeepSeek-V3 without a latent of queries": (
+        config(model_type="deepseek_v3", first_k_dense_replace=1, q_lora_rank=None),
+        "q_lora_rank=None; without a latent of queries Megatron 0.19 normalises them",
+    ),
     "YaRN that latent attention has no flags for": (
         config(
             model_type="deepseek_v3",

@@ -159,7 +159,7 @@ def read_config(config: Mapping[str, Any]) -> ModelShape:
         activation_bound=_activation_bound(config),
         without_rotary=_without_rotary(config),
         further_layers=_count(config, FURTHER_LAYERS),
-        switches=tuple(name for name in FAMILIES[family].switches if _is_on(config, name)),
+        switches=tuple(name for name in FAMILIES[family].switches if _switch(config, name)),
         latent=latent,
         **_windows(config),
         **_experts(config),
@@ -257,12 +257,6 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 def _count(config: Mapping[str, Any], key: str) -> int:
     """A whole number that may be zero, which it is where it is absent or null."""
     return _size(config, key) if config.get(key) else 0
-
-
-def _is_on(config: Mapping[str, Any], key: str) -> bool:
-    """Whether a switch is on, or a number that may be null is given."""
-    value = config.get(key)
-    return value > 0 if type(value) is int else _switch(config, key)
 
 
 def _switch(config: Mapping[str, Any], key: str) -> bool:
@@ -381,8 +375,14 @@ def _latent(config: Mapping[str, Any]) -> Latent | None:
     """The sizes of latent attention, if the family has it."""
     if "kv_lora_rank" not in FAMILIES[config["model_type"]].defaults:
         return None
+    if not config.get("q_lora_rank"):
+        raise ValueError(
+            f"config.json sets q_lora_rank={config.get('q_lora_rank')!r}; without a latent of "
+            "queries Megatron 0.19 normalises them by --qk-layernorm, which the model's keys need and its "
+            "queries do not have: only models with it are supported."
+        )
     return Latent(
-        query=_count(config, "q_lora_rank"),
+        query=_size(config, "q_lora_rank"),
         key=_size(config, "kv_lora_rank"),
         plain=_size(config, "qk_nope_head_dim"),
         rotated=_size(config, "qk_rope_head_dim"),
@@ -588,14 +588,13 @@ def _flags(shape: ModelShape) -> dict[str, Any]:
 def _latent_flags(latent: Latent, yarn: Yarn | None) -> dict[str, Any]:
     """Those of latent attention, whose layers rotate by themselves."""
     flags: dict[str, Any] = {
+        "--q-lora-rank": latent.query,
         "--kv-lora-rank": latent.key,
         "--qk-head-dim": latent.plain,
         "--qk-pos-emb-head-dim": latent.rotated,
         "--v-head-dim": latent.value,
         "--rope-type": "rope" if yarn is None else "yarn",
     }
-    if latent.query:
-        flags["--q-lora-rank"] = latent.query
     if yarn is not None:
         flags["--rotary-scaling-factor"] = yarn.factor
         flags["--mscale"] = yarn.mscale

@@ -44,7 +44,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Latent:
-    """Sizes of latent attention: of the latents of queries (0: none) and of keys and values, and
+    """Sizes of latent attention: of the latents of queries, and of keys and values, and
     for each head of what is not rotated, what is, and its value."""
 
     query: int
@@ -516,9 +516,7 @@ QUERY_LATENT = (
         ((_ITS + "q_b_proj.weight", "plain_and_rotated query_latent"),),
     ),
 )
-QUERY_ALONE = (
-    Weight(_SELF + "linear_q_proj.weight", ((_ITS + "q_proj.weight", "plain_and_rotated hidden"),)),
-)
+_LATENT_LINEARS = ("proj", "q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj")
 LATENT_MLP_NORM = Weight(
     MLP_NORM.megatron, MLP_NORM.parts, alias=LAYERS + "pre_mlp_layernorm.weight"
 )
@@ -526,13 +524,11 @@ LATENT_MLP_NORM = Weight(
 
 @dataclass(frozen=True)
 class Part:
-    """What a switch of the configuration adds to a family, and what is there instead without it;
-    see ``Family`` for the names. A number is on, null is off."""
+    """What a switch of the configuration adds to a family; see ``Family`` for the names."""
 
     weights: tuple[Weight, ...]
     flags: tuple[str, ...]
     stateful: tuple[str, ...]
-    otherwise: "Part | None" = None
 
 
 @dataclass(frozen=True)
@@ -708,11 +704,12 @@ FAMILIES: Mapping[str, Family] = {
             "moe_intermediate_size": 768,
         },
     ),
-    # DeepSeek-V3 and R1, Moonlight.
+    # DeepSeek-V3 and R1.
     "deepseek_v3": Family(
         weights=(
             EMBEDDING,
             *LATENT_ATTENTION,
+            *QUERY_LATENT,
             LATENT_MLP_NORM,
             *GATED_MLP[1:],
             *_experts("mlp", "gate_proj", "up_proj", "down_proj"),
@@ -723,21 +720,13 @@ FAMILIES: Mapping[str, Family] = {
         without=("--group-query-attention", "--num-query-groups", "--kv-channels"),
         stateful=(
             "input_layernorm",
-            *(f"self_attention.linear_{name}" for name in ("proj", "kv_down_proj", "kv_up_proj")),
+            *(f"self_attention.linear_{name}" for name in _LATENT_LINEARS),
             *LINEARS[len(ATTENTION_LINEARS) :],
             *EXPERT_MODULES[len(ATTENTION_LINEARS) :],
             *STATEFUL_SHARED,
         ),
         refused=("attention_bias",),
         needed=("norm_topk_prob", "rope_interleave"),
-        switches={
-            "q_lora_rank": Part(
-                QUERY_LATENT,
-                (),
-                ("self_attention.linear_q_down_proj", "self_attention.linear_q_up_proj"),
-                Part(QUERY_ALONE, (), ("self_attention.linear_q_proj",)),
-            )
-        },
         defaults={
             "moe_intermediate_size": 2048,
             "num_experts_per_tok": 8,
@@ -819,10 +808,8 @@ def weights_of(shape: ModelShape) -> tuple[Weight, ...]:
 
 def parts_of(shape: ModelShape) -> Iterator[Part]:
     """What the switches of the model's configuration add to its family."""
-    for name, part in FAMILIES[shape.family].switches.items():
-        found = part if name in shape.switches else part.otherwise
-        if found is not None:
-            yield found
+    for name in shape.switches:
+        yield FAMILIES[shape.family].switches[name]
 
 
 def stateful_modules(shape: ModelShape) -> Iterator[tuple[str, int]]:
