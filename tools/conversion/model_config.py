@@ -378,8 +378,8 @@ def _latent(config: Mapping[str, Any]) -> Latent | None:
     if not config.get("q_lora_rank"):
         raise ValueError(
             f"config.json sets q_lora_rank={config.get('q_lora_rank')!r}; without a latent of "
-            "queries Megatron 0.19 normalises them by --qk-layernorm, which the model's keys need and its "
-            "queries do not have: only models with it are supported."
+            "queries Megatron 0.19 normalises them by --qk-layernorm, which the model's keys need "
+            "and its queries do not have: only models with it are supported."
         )
     return Latent(
         query=_size(config, "q_lora_rank"),
